@@ -1,0 +1,90 @@
+"""Finding plugins: a built-in name, a dotted path, or a file.
+
+    math_verify              rlsloth/rewards/math_verify.py, attribute math_verify
+    my_pkg.rewards:tidy      an importable module
+    ./mine.py:reward         a file, relative to the working directory
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.util
+import pkgutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from rlsloth.records import UserError
+
+
+def builtin_names(package: str) -> list[str]:
+    """Names of the plugins that ship in a package such as ``rlsloth.rewards``, one a file, sorted."""
+    paths = importlib.import_module(package).__path__
+    return sorted(m.name for m in pkgutil.iter_modules(paths) if not m.name.startswith("_"))
+
+
+def nearest(word: str, known: list[str]) -> str:
+    """``"; did you mean 'x'?"`` for the closest known word, or an empty string."""
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def load(spec: str, package: str) -> Any:
+    """The object a plugin spec names.
+
+    Raises:
+        UserError: no such plugin, file, module or attribute; the message says where it looked.
+    """
+    place, _, attribute = spec.partition(":")
+    if place.endswith(".py"):
+        return _attribute(_module_from_file(Path(place), spec), attribute, spec)
+    if attribute and "." in place:
+        return _attribute(_import(place, spec), attribute, spec)
+    names = builtin_names(package)
+    if place not in names:
+        kind = package.rsplit(".", 1)[-1]
+        raise UserError(
+            f"no plugin {spec!r} in {kind}{nearest(place, names)} "
+            f"(built in: {', '.join(names)}; or pkg.module:name, or ./file.py:name)"
+        )
+    module = _import(f"{package}.{place}", spec)
+    return _attribute(module, attribute or place, spec)
+
+
+def _import(name: str, spec: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise UserError(f"plugin {spec!r}: cannot import {name}: {error}") from error
+
+
+def _module_from_file(path: Path, spec: str) -> Any:
+    if not path.is_file():
+        raise UserError(f"plugin {spec!r}: no file {path} (looked from {Path.cwd()})")
+    # A name of its own: a user's rewards.py must not shadow an importable module of that name.
+    name = f"rlsloth_plugin_{path.stem}_{abs(hash(str(path.resolve()))):x}"
+    if name in sys.modules:
+        return sys.modules[name]
+    source = importlib.util.spec_from_file_location(name, path)
+    assert source is not None and source.loader is not None
+    module = importlib.util.module_from_spec(source)
+    sys.modules[name] = module
+    try:
+        source.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[name]
+        raise UserError(f"plugin {spec!r}: {path} raised {type(error).__name__}: {error}") from error
+    return module
+
+
+def _attribute(module: Any, name: str, spec: str) -> Any:
+    if not name:
+        raise UserError(f"plugin {spec!r}: name what to use, as in {spec}:reward")
+    try:
+        return getattr(module, name)
+    except AttributeError:
+        public = [n for n in vars(module) if not n.startswith("_") and callable(getattr(module, n))]
+        raise UserError(
+            f"plugin {spec!r}: {module.__name__} has no {name!r}{nearest(name, public)}"
+        ) from None
