@@ -127,7 +127,8 @@ class LossConfig(Section):
     """Importance ratio per token or per sequence; default is the loss's own (sequence for gspo)."""
     epsilon_low: float = Field(0.2, ge=0)
     epsilon_high: float | None = Field(None, ge=0)
-    """Upper clip; default epsilon_low. Higher (0.28) is DAPO's clip-higher. cispo: cap of the ratio."""
+    """Upper clip; default epsilon_low. Higher (0.28) is DAPO's clip-higher. cispo: the cap of the ratio
+    itself, default 5. gspo's sequence ratios move little: try 3e-4 and 4e-4."""
     delta: float | None = Field(None, gt=0)
     """Two-sided clipping: cap of the unclipped ratio, which bounds the loss where advantages are negative."""
     beta: float = Field(0.0, ge=0)
@@ -142,10 +143,24 @@ class LossConfig(Section):
     """Weight tokens by exp(trainer - rollout log-prob), per token or per sequence, truncated or masked."""
     correction_max: float = Field(3.0, gt=0)
     correction_min: float | None = Field(None, ge=0)
+    """Lower bound; default none."""
     mask_truncated: bool = False
     """Leave completions cut off by the length limit out of the loss (DAPO's overlong filtering)."""
     overlong_buffer: int = Field(0, ge=0)
-    """DAPO's soft overlong punishment: over this many last tokens the reward falls linearly to -1; 0 is off."""
+    """DAPO's soft overlong punishment: over this many last tokens the reward falls linearly to -1;
+    0 is off."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> LossConfig:
+        low, high = self.correction_min, self.correction_max
+        if low is not None and low > high:
+            raise ValueError(f"correction_min {low} exceeds correction_max {high}")
+        if self.delta is not None and self.name == "cispo":
+            raise ValueError("delta has no effect with cispo, whose ratio epsilon_high caps; leave it out")
+        upper = 1 + (self.epsilon_low if self.epsilon_high is None else self.epsilon_high)
+        if self.delta is not None and self.delta <= upper:
+            raise ValueError(f"delta {self.delta} must exceed 1 + epsilon_high = {upper:g}")
+        return self
 
 
 class OptimConfig(Section):
@@ -226,10 +241,15 @@ class GrpoConfig(Section):
     run: RunConfig = RunConfig()
 
     @model_validator(mode="after")
-    def _weights_match(self) -> GrpoConfig:
+    def _consistent(self) -> GrpoConfig:
         weights = self.reward.weights
         if weights is not None and len(weights) != len(self.rewards):
             raise ValueError(
                 f"reward.weights has {len(weights)} numbers for {len(self.rewards)} rewards"
+            )
+        if self.loss.overlong_buffer > self.rollout.max_tokens:
+            raise ValueError(
+                f"loss.overlong_buffer {self.loss.overlong_buffer} exceeds rollout.max_tokens "
+                f"{self.rollout.max_tokens}"
             )
         return self

@@ -1,0 +1,86 @@
+"""From rewards to advantages, and the soft punishment of overlong completions."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+
+from rlsloth.config import AdvantageConfig
+from rlsloth.records import Group, Rollout, UserError
+
+STD_EPSILON = 1e-4
+"""Added to the standard deviation, as in TRL."""
+
+
+def assign_advantages(groups: Sequence[Group], cfg: AdvantageConfig) -> None:
+    """Set every rollout's ``advantage`` from the rewards of its group.
+
+    group: (r - mean) / (std + 1e-4) with the group's unbiased std (GRPO, arXiv:2402.03300, §4.1.2).
+    batch: (r - group mean) / (std + 1e-4) with the unbiased std of all the step's rewards.
+    none: r - mean (Dr. GRPO, arXiv:2503.20783). leave_one_out: r - mean of the others (RLOO,
+    Ahmadian et al. 2024, arXiv:2402.14740).
+
+    Rollouts without a reward get 0 and are left out of means and deviations. A group whose rewards
+    are all equal, or that has only one, gets exactly 0.0: rollouts without gradient are recognised
+    by that.
+    """
+    batch_std = _std([reward for group in groups for reward in _rewards(group)])
+    for group in groups:
+        scored = _scored(group)
+        rewards = [reward for _, reward in scored]
+        for rollout in group.rollouts:
+            rollout.advantage = 0.0
+        if _all_equal(rewards):
+            continue
+        mean = statistics.fmean(rewards)
+        match cfg.normalize:
+            case "group":
+                scale = 1 / (_std(rewards) + STD_EPSILON)
+            case "batch":
+                scale = 1 / (batch_std + STD_EPSILON)
+            case "none":
+                scale = 1.0
+            case "leave_one_out":
+                # r - (n mean - r) / (n - 1) = (r - mean) n / (n - 1)
+                scale = len(rewards) / (len(rewards) - 1)
+        for rollout, reward in scored:
+            rollout.advantage = (reward - mean) * scale
+
+
+def overlong_penalty(length: int, max_tokens: int, buffer: int) -> float:
+    """Soft overlong punishment, to be added to the reward (DAPO, arXiv:2503.14476, eq. 13).
+
+    0 up to ``max_tokens - buffer`` tokens, then falling linearly to -1 at ``max_tokens``, -1
+    beyond. A buffer of 0 switches it off.
+
+    Raises:
+        UserError: the buffer is longer than the completions may be.
+    """
+    if buffer > max_tokens:
+        raise UserError(
+            f"loss.overlong_buffer ({buffer}) exceeds rollout.max_tokens ({max_tokens}): "
+            "every completion would be punished; make it smaller"
+        )
+    if buffer == 0:
+        return 0.0
+    over = length - (max_tokens - buffer)
+    return -min(max(over / buffer, 0.0), 1.0)
+
+
+def _scored(group: Group) -> list[tuple[Rollout, float]]:
+    return [(r, r.reward) for r in group.rollouts if r.reward is not None]
+
+
+def _rewards(group: Group) -> list[float]:
+    return [reward for _, reward in _scored(group)]
+
+
+def _all_equal(rewards: Sequence[float]) -> bool:
+    """Whether rewards differ by no more than rounding (0.1 + 0.2 against 0.3)."""
+    return not rewards or math.isclose(min(rewards), max(rewards), rel_tol=1e-9, abs_tol=1e-12)
+
+
+def _std(values: Sequence[float]) -> float:
+    """Unbiased; 0 for fewer than two values."""
+    return statistics.stdev(values) if len(values) > 1 else 0.0

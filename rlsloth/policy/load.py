@@ -1,0 +1,166 @@
+"""Loading a base model and its tokenizer from a hub id, a folder, or a GGUF file."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rlsloth.config import ModelConfig
+from rlsloth.policy.attention import NAME, register
+from rlsloth.policy.gguf_tokenizer import restore_pretokenizer
+from rlsloth.records import UserError
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A frozen base model on its device, with its tokenizer."""
+
+    model: Any
+    tokenizer: Any
+    device: torch.device
+    dtype: torch.dtype
+    """Compute type: that of the weights, or of the dequantised product for nf4."""
+
+
+def pick_device(asked: str) -> torch.device:
+    """The device of a run: the one asked for, or the first GPU, or the CPU."""
+    if asked == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(asked)
+    except RuntimeError:
+        raise UserError(
+            f"--model.device {asked!r} is not a device; try cuda, cuda:1 or cpu"
+        ) from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"--model.device {asked}: this torch sees no GPU; run `rlsloth doctor`")
+    return device
+
+
+def load_model(cfg: ModelConfig) -> LoadedModel:
+    """Load weights and tokenizer.
+
+    Raises:
+        UserError: nothing there, no tokenizer, or no connection to the hub.
+    """
+    register()
+    device = pick_device(cfg.device)
+    precision = cfg.precision
+    if precision == "auto":
+        precision = "bf16" if device.type == "cuda" else "fp32"
+    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+    if precision == "nf4" and device.type == "cpu":
+        dtype = torch.float32
+    path = Path(cfg.path).expanduser()
+    if path.suffix == ".gguf":
+        model, tokenizer = _from_gguf(path, dtype, precision == "nf4", device)
+    else:
+        tokenizer = _tokenizer(cfg)
+        model = _pretrained(cfg, dtype, precision == "nf4", device)
+    model.requires_grad_(False)
+    model.set_attn_implementation(NAME)
+    if not getattr(model, "_supports_attention_backend", False):
+        raise UserError(
+            f"{cfg.path}: {type(model).__name__} does not use transformers' attention interface, "
+            "which packed training needs; see README, Models"
+        )
+    return LoadedModel(model, tokenizer, device, dtype)
+
+
+def _quantization(dtype: torch.dtype) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+
+
+def _hub_hint(cfg: ModelConfig, error: Exception) -> UserError:
+    first = str(error).strip().split("\n")[0][:200]
+    if Path(cfg.path).expanduser().is_dir():
+        return UserError(f"--model.path {cfg.path}: {first}")
+    return UserError(
+        f"cannot load model {cfg.path!r} from the hub ({first}); offline, pass a folder or a GGUF "
+        "file with --model.path"
+    )
+
+
+def _tokenizer(cfg: ModelConfig) -> Any:
+    from transformers import AutoTokenizer
+
+    path = Path(cfg.path).expanduser()
+    if path.exists() and not path.is_dir():
+        raise UserError(
+            f"--model.path {cfg.path} is a file; pass a folder, a .gguf file or a hub id"
+        )
+    names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+    if path.is_dir() and not any((path / name).exists() for name in names):
+        raise UserError(
+            f"{path} holds no tokenizer (none of {', '.join(names)}); copy the tokenizer files of the "
+            "base model there"
+        )
+    try:
+        return AutoTokenizer.from_pretrained(
+            cfg.path, revision=cfg.revision, trust_remote_code=cfg.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise _hub_hint(cfg, error) from error
+
+
+def _pretrained(cfg: ModelConfig, dtype: torch.dtype, nf4: bool, device: torch.device) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            cfg.path,
+            revision=cfg.revision,
+            trust_remote_code=cfg.trust_remote_code,
+            dtype=dtype,
+            device_map={"": str(device)},
+            use_safetensors=True,  # never unpickle
+            quantization_config=_quantization(dtype) if nf4 else None,
+        )
+    except (OSError, ValueError) as error:
+        raise _hub_hint(cfg, error) from error
+
+
+def _from_gguf(path: Path, dtype: torch.dtype, nf4: bool, device: torch.device) -> tuple[Any, Any]:
+    """Dequantise a GGUF file; nf4 quantises the result anew through bitsandbytes."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if not path.is_file():
+        raise UserError(f"--model.path: no file {path} (looked from {Path.cwd()})")
+    folder, name = os.path.split(path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
+        model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=dtype)
+    except (OSError, ValueError, KeyError) as error:
+        first = str(error).strip().split("\n")[0][:200]
+        raise UserError(
+            f"--model.path {path}: transformers cannot read this GGUF file: {first}"
+        ) from error
+    restore_pretokenizer(tokenizer, path)
+    tokenizer.model_max_length = model.config.max_position_embeddings
+    # The config would otherwise claim a quantisation that the dequantised weights no longer have.
+    del model.config.quantization_config
+    if not nf4:
+        return model.to(device), tokenizer
+    state = model.state_dict()
+    config, family = model.config, type(model)
+    del model
+    model = family.from_pretrained(
+        None,
+        config=config,
+        state_dict=state,
+        dtype=dtype,
+        device_map={"": str(device)},
+        quantization_config=_quantization(dtype),
+    )
+    return model, tokenizer

@@ -1,0 +1,71 @@
+"""Putting the LoRA on a frozen base, fresh or from a PEFT folder, and saving it as one."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from rlsloth.config import LoraConfig, ModelConfig
+from rlsloth.records import UserError
+
+TRAINED = "default"
+REFERENCE = "reference"
+
+
+def add_adapter(model: Any, lora: LoraConfig, source: ModelConfig) -> Any:
+    """Wrap ``model`` with a trainable adapter; PEFT keeps its weights in float32.
+
+    A starting adapter (``source.adapter``) is loaded twice: once to train, once frozen as the reference.
+
+    Raises:
+        UserError: the adapter folder is missing or does not fit the model; a target matches no module.
+    """
+    import peft
+
+    if source.adapter is not None:
+        return _load(model, source.adapter.expanduser())
+    all_linear = lora.targets == ["all-linear"]
+    config = peft.LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules="all-linear" if all_linear else list(lora.targets),
+        task_type="CAUSAL_LM",
+    )
+    try:
+        return peft.get_peft_model(model, config)
+    except ValueError as error:
+        raise UserError(f"--lora.targets {' '.join(lora.targets)}: {error}") from error
+
+
+def _load(model: Any, folder: Path) -> Any:
+    import peft
+
+    if not (folder / "adapter_config.json").is_file():
+        raise UserError(f"--model.adapter {folder}: no adapter_config.json there")
+    try:
+        wrapped = peft.PeftModel.from_pretrained(model, str(folder), TRAINED, is_trainable=True)
+        wrapped.load_adapter(str(folder), REFERENCE, is_trainable=False)
+    except (RuntimeError, ValueError, OSError) as error:
+        first = str(error).strip().split("\n")[0][:200]
+        raise UserError(
+            f"--model.adapter {folder} does not fit {model.name_or_path}: {first}"
+        ) from error
+    wrapped.set_adapter(TRAINED)
+    return wrapped
+
+
+def save_adapter(model: Any, folder: Path) -> None:
+    """Write the trained adapter as a PEFT folder, whole or not at all."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        model.save_pretrained(str(temporary), safe_serialization=True, selected_adapters=[TRAINED])
+        (temporary / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

@@ -1,0 +1,69 @@
+"""The adapter's optimizer and schedule, from torch, bitsandbytes and transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from rlsloth.config import OptimConfig
+
+
+def make_optimizer(
+    parameters: Iterable[Parameter], cfg: OptimConfig, device: torch.device, total_steps: int
+) -> tuple[torch.optim.Optimizer, Any]:
+    """An optimizer over ``parameters`` and its learning-rate schedule over ``total_steps`` updates."""
+    from transformers import get_scheduler
+
+    name = cfg.name
+    if name == "auto":
+        name = "adamw_8bit" if device.type == "cuda" else "adamw"
+    options: dict[str, Any] = {
+        "lr": cfg.lr,
+        "betas": cfg.betas,
+        "weight_decay": cfg.weight_decay,
+        "eps": 1e-8,
+    }
+    optimizer: torch.optim.Optimizer
+    if name == "adamw_8bit":
+        from bitsandbytes.optim import AdamW8bit
+
+        optimizer = AdamW8bit(list(parameters), **options)
+    else:
+        optimizer = torch.optim.AdamW(list(parameters), **options)
+    schedule = "constant_with_warmup" if cfg.schedule == "constant" else cfg.schedule
+    scheduler = get_scheduler(
+        schedule, optimizer, num_warmup_steps=cfg.warmup_steps, num_training_steps=total_steps
+    )
+    return optimizer, scheduler
+
+
+def flatten_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The optimizer's state as named tensors (``<parameter>.<key>``) and JSON, for a checkpoint."""
+    state = optimizer.state_dict()["state"]
+    tensors: dict[str, Tensor] = {}
+    scalars: dict[str, Any] = {}
+    for index, entries in state.items():
+        for key, value in entries.items():
+            if isinstance(value, Tensor):
+                tensors[f"{index}.{key}"] = value.detach().cpu().contiguous()
+            else:
+                scalars[f"{index}.{key}"] = value
+    return tensors, scalars
+
+
+def restore_state(
+    optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], scalars: Mapping[str, Any]
+) -> None:
+    """Undo ``flatten_state`` on an optimizer over the same parameters."""
+    state: dict[int, dict[str, Any]] = {}
+    for name, value in [*tensors.items(), *scalars.items()]:
+        index, key = name.split(".", 1)
+        # A copy: the optimizer updates its state in place.
+        state.setdefault(int(index), {})[key] = (
+            value.clone() if isinstance(value, Tensor) else value
+        )
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})

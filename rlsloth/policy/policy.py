@@ -1,0 +1,173 @@
+"""The model that is trained: a frozen base with a LoRA, scored over packed streams."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlsloth.config import LoraConfig, ModelConfig, OptimConfig
+from rlsloth.kernels.linear_logprob.op import linear_logprob
+from rlsloth.policy.attention import choose_backend, make_layout
+from rlsloth.policy.load import LoadedModel, load_model
+from rlsloth.policy.lora import REFERENCE, TRAINED, add_adapter
+from rlsloth.policy.optimizer import flatten_state, make_optimizer, restore_state
+from rlsloth.records import Adapter, MicroBatch, StepStats, TokenLogprobs
+
+
+class Policy:
+    """A causal language model with a trainable LoRA, its optimizer and its version.
+
+    ``version`` counts optimizer updates that took place; every sampled token carries it.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        model: ModelConfig,
+        lora: LoraConfig,
+        optim: OptimConfig,
+        *,
+        temperature: float,
+        total_updates: int,
+    ) -> None:
+        self.tokenizer = loaded.tokenizer
+        self.device = loaded.device
+        self.backend = choose_backend(model.attention, loaded.device, loaded.dtype)
+        self.model = add_adapter(loaded.model, lora, model)
+        self._fresh = model.adapter is None
+        base = self.model.get_base_model()
+        self.config = base.config.get_text_config()
+        self.context = model.max_context or int(self.config.max_position_embeddings)
+        ends = base.generation_config.eos_token_id
+        self.eos_token_ids: list[int] = ends if isinstance(ends, list) else [ends] if ends else []
+        self._decoder = base.get_decoder()
+        self._head = base.get_output_embeddings()
+        self._temperature = temperature or 1.0
+        self._max_grad_norm = optim.max_grad_norm
+        if model.gradient_checkpointing:
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        self._trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer, self.scheduler = make_optimizer(
+            self._trained, optim, self.device, total_updates
+        )
+        self.version = 0
+
+    @classmethod
+    def load(
+        cls,
+        model: ModelConfig,
+        lora: LoraConfig,
+        optim: OptimConfig,
+        *,
+        temperature: float,
+        total_updates: int,
+    ) -> Policy:
+        """Load the base from ``model.path`` and put the adapter on it. Raises UserError."""
+        return cls(
+            load_model(model),
+            model,
+            lora,
+            optim,
+            temperature=temperature,
+            total_updates=total_updates,
+        )
+
+    def logprobs(self, micro: MicroBatch) -> TokenLogprobs:
+        """Log-probs [N] of a micro-batch's scored tokens at the sampling temperature, differentiable.
+
+        One packed forward; the head goes through linear_logprob, so [N, V] never exists.
+        """
+        self.model.train()
+        layout = make_layout(micro, self.backend)
+        hidden_TH = self._decoder(
+            input_ids=micro.token_ids[None],
+            position_ids=micro.positions[None],
+            use_cache=False,
+            packed=layout,
+        ).last_hidden_state[0]
+        out = linear_logprob(
+            hidden_TH[micro.score_index],
+            self._head.weight,
+            micro.target_ids,
+            bias_V=self._head.bias,
+            temperature=self._temperature,
+            softcap=getattr(self.config, "final_logit_softcapping", None),
+            logit_scale=self._logit_scale(),
+        )
+        return TokenLogprobs(out.logprob_N, out.entropy_N)
+
+    def _logit_scale(self) -> float:
+        """Cohere multiplies its logits, Granite divides them."""
+        scale = getattr(self.config, "logit_scale", None) or 1.0
+        return float(scale) / float(getattr(self.config, "logits_scaling", None) or 1.0)
+
+    @torch.no_grad()
+    def reference_logprobs(self, micro: MicroBatch) -> Tensor:
+        """Log-probs [N] under the starting policy: adapter off if it was fresh, else the frozen copy."""
+        with self.starting_policy():
+            return self.logprobs(micro).logprobs
+
+    @contextmanager
+    def starting_policy(self) -> Iterator[None]:
+        """The policy as it was before training: the reference of the KL term."""
+        if self._fresh:
+            with self.base_model():
+                yield
+            return
+        self.model.set_adapter(REFERENCE)
+        try:
+            yield
+        finally:
+            self.model.set_adapter(TRAINED)
+
+    def base_model(self) -> AbstractContextManager[None]:
+        """The base without any adapter."""
+        context: AbstractContextManager[None] = self.model.disable_adapter()
+        return context
+
+    def step(self) -> StepStats:
+        """Clip, update and clear the gradients. A non-finite gradient updates nothing."""
+        norm = float(torch.nn.utils.clip_grad_norm_(self._trained, self._max_grad_norm))
+        lr = float(self.scheduler.get_last_lr()[0])
+        skipped = not torch.isfinite(torch.tensor(norm)).item()
+        if not skipped:
+            self.optimizer.step()
+            self.scheduler.step()
+            self.version += 1
+        self.optimizer.zero_grad(set_to_none=True)
+        return StepStats(norm, lr, skipped)
+
+    def adapter(self) -> Adapter:
+        """The live LoRA weights under the current version."""
+        named = self.model.named_parameters()
+        return Adapter(self.version, {n: p for n, p in named if p.requires_grad})
+
+    def state(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+        """Everything a checkpoint needs, as named tensors by file and JSON."""
+        tensors, scalars = flatten_state(self.optimizer)
+        weights = {n: p.detach().cpu().contiguous() for n, p in self.adapter().tensors.items()}
+        schedule = self.scheduler.state_dict()
+        json = {
+            "version": self.version,
+            "optimizer": scalars,
+            "scheduler": {k: schedule[k] for k in ("last_epoch", "_step_count", "_last_lr")},
+        }
+        return {"adapter": weights, "optimizer": tensors}, json
+
+    def restore(self, tensors: Mapping[str, Mapping[str, Tensor]], json: Mapping[str, Any]) -> None:
+        """Undo ``state`` on a policy made from the same configuration."""
+        live = self.adapter().tensors
+        with torch.no_grad():
+            for name, value in tensors["adapter"].items():
+                live[name].copy_(value)
+        restore_state(self.optimizer, tensors["optimizer"], json["optimizer"])
+        self.version = int(json["version"])
+        self.scheduler.load_state_dict({**self.scheduler.state_dict(), **json["scheduler"]})
+        for group, lr in zip(
+            self.optimizer.param_groups, json["scheduler"]["_last_lr"], strict=True
+        ):
+            group["lr"] = lr

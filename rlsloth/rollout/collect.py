@@ -1,0 +1,155 @@
+"""From prompts to unscored groups: one turn, or turns with tools until the policy answers without calling one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+from rlsloth.chat import Renderer, assistant_message, tool_message
+from rlsloth.environment import Environment, Session
+from rlsloth.records import (
+    Completion,
+    FinishReason,
+    Group,
+    Message,
+    Prompt,
+    Rollout,
+    SamplingParams,
+)
+from rlsloth.rollout.engine import Engine
+
+
+@dataclass(slots=True)
+class _Trajectory:
+    """A rollout that is still growing."""
+
+    group: int
+    prompt_ids: list[int]
+    session: Session | None
+    turn_ids: list[int] = field(default_factory=list)
+    """Tokens of the last sampled turn."""
+    token_ids: list[int] = field(default_factory=list)
+    loss_mask: list[bool] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    policy_version: list[int] = field(default_factory=list)
+    messages: list[Message] = field(default_factory=list)
+    finish: FinishReason = "stop"
+    text: str = ""
+    sampled: int = 0
+    tool_calls: int = 0
+    tool_failures: int = 0
+
+    def add_completion(self, completion: Completion, text: str) -> None:
+        """Append sampled tokens, which carry loss."""
+        count = len(completion.token_ids)
+        self.turn_ids = completion.token_ids
+        self.token_ids += completion.token_ids
+        self.loss_mask += [True] * count
+        self.logprobs += completion.logprobs
+        self.policy_version += [completion.policy_version] * count
+        self.finish = completion.finish
+        self.sampled += count
+        self.text = text
+        self.messages.append({"role": "assistant", "content": text})
+
+    def add_context(self, token_ids: list[int]) -> None:
+        """Append tokens the policy did not choose: tool output and template glue."""
+        count = len(token_ids)
+        self.token_ids += token_ids
+        self.loss_mask += [False] * count
+        self.logprobs += [0.0] * count
+        self.policy_version += [-1] * count
+
+    def rollout(self) -> Rollout:
+        """The finished record."""
+        return Rollout(
+            token_ids=self.token_ids,
+            loss_mask=self.loss_mask,
+            logprobs=self.logprobs,
+            policy_version=self.policy_version,
+            finish=self.finish,
+            text=self.text,
+            messages=self.messages,
+            tool_calls=self.tool_calls,
+            tool_failures=self.tool_failures,
+        )
+
+
+def collect(
+    engine: Engine,
+    renderer: Renderer,
+    env: Environment,
+    prompts: Sequence[Prompt],
+    n: int,
+    sampling: SamplingParams,
+    max_turns: int,
+) -> list[Group]:
+    """``n`` rollouts of each prompt, in order, unscored.
+
+    ``sampling.max_tokens`` bounds what the policy samples over all turns of a rollout. A rollout that
+    still calls tools at ``max_turns`` finishes as ``length``.
+    """
+    prefixes = [renderer.prompt_ids(prompt) for prompt in prompts]
+    trajectories: list[_Trajectory] = []
+    for g, completions in enumerate(engine.generate(prefixes, n, sampling)):
+        for completion in completions:
+            trajectory = _Trajectory(g, prefixes[g], env.start(prompts[g]))
+            trajectory.add_completion(completion, renderer.decode(completion.token_ids))
+            trajectories.append(trajectory)
+    pending = [t for t in trajectories if t.session is not None and t.finish == "stop"]
+    for turn in range(1, max_turns + 1):
+        pending = [t for t in pending if _answer_tools(t, renderer, sampling, turn == max_turns)]
+        if not pending:
+            break
+        _continue(engine, renderer, pending, sampling, turn)
+        pending = [t for t in pending if t.finish == "stop"]
+    groups = [Group(p, ids, []) for p, ids in zip(prompts, prefixes, strict=True)]
+    for trajectory in trajectories:
+        groups[trajectory.group].rollouts.append(trajectory.rollout())
+    return groups
+
+
+def _answer_tools(
+    trajectory: _Trajectory, renderer: Renderer, sampling: SamplingParams, last: bool
+) -> bool:
+    """Run the tools the last turn called; True when the rollout goes on."""
+    calls = renderer.parse_tool_calls(trajectory.text)
+    if not calls:
+        return False
+    if last or trajectory.sampled >= sampling.max_tokens:
+        trajectory.finish = "length"
+        return False
+    assert trajectory.session is not None
+    results: list[Message] = []
+    for call in calls:
+        trajectory.tool_calls += 1
+        try:
+            if call.error:
+                raise ValueError(call.error)
+            output = trajectory.session.call(call.name, call.arguments)
+        except Exception as error:  # a tool is foreign code: its failure is the model's to read
+            trajectory.tool_failures += 1
+            output = f"error: {error}"
+        results.append(tool_message(call, output))
+    trajectory.messages[-1] = assistant_message(trajectory.text, calls)
+    trajectory.messages += results
+    trajectory.add_context(renderer.tool_turn_ids(trajectory.turn_ids, results))
+    return True
+
+
+def _continue(
+    engine: Engine,
+    renderer: Renderer,
+    pending: Sequence[_Trajectory],
+    sampling: SamplingParams,
+    turn: int,
+) -> None:
+    """Sample the next turn of each pending rollout."""
+    completions = engine.generate(
+        [t.prompt_ids + t.token_ids for t in pending],
+        1,
+        replace(sampling, seed=sampling.seed + turn),
+        limits=[sampling.max_tokens - t.sampled for t in pending],
+    )
+    for trajectory, (completion,) in zip(pending, completions, strict=True):
+        trajectory.add_completion(completion, renderer.decode(completion.token_ids))

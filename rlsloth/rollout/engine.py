@@ -1,0 +1,38 @@
+"""What a rollout engine is: token prefixes in, sampled continuations out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from rlsloth.records import Adapter, Completion, SamplingParams
+
+
+class Engine(Protocol):
+    """Samples from the policy. One implementation a file; the loop does not know which it has."""
+
+    version: int
+    """Version of the adapter that samples now."""
+
+    def generate(
+        self,
+        prefixes: Sequence[Sequence[int]],
+        n: int,
+        sampling: SamplingParams,
+        limits: Sequence[int] | None = None,
+    ) -> list[list[Completion]]:
+        """``n`` continuations of each token prefix, in the order given.
+
+        A prefix is computed once for its ``n`` continuations. The same seed, prefixes and weights give the
+        same tokens. A continuation never exceeds ``sampling.max_tokens``; one that reaches it without an
+        end token or stop string finishes as ``length``. ``limits`` gives each prefix a cap of its own, at
+        most ``sampling.max_tokens``.
+
+        Raises:
+            UserError: a prefix leaves no room in the model's context.
+        """
+        ...
+
+    def load(self, adapter: Adapter) -> None:
+        """Sample from these weights from now on, and stamp tokens with their version."""
+        ...

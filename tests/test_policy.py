@@ -1,0 +1,195 @@
+"""The packed forward against the model's own one-by-one forward, and its independence of the split."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import tiny_llama, tiny_tokenizer
+
+from rlsloth.config import LoraConfig, LossConfig, ModelConfig, OptimConfig
+from rlsloth.losses import normalizer, policy_loss
+from rlsloth.packing import pack
+from rlsloth.policy import attention
+from rlsloth.policy.load import LoadedModel
+from rlsloth.policy.policy import Policy
+from rlsloth.records import Group, Prompt, Rollout
+
+VOCAB = 97
+
+
+def make_policy(temperature: float = 1.0, checkpointing: bool = False) -> Policy:
+    torch.manual_seed(0)
+    attention.register()
+    model = tiny_llama(VOCAB)
+    model.requires_grad_(False)
+    model.set_attn_implementation(attention.NAME)
+    loaded = LoadedModel(model, tiny_tokenizer(), torch.device("cpu"), torch.float32)
+    policy = Policy(
+        loaded,
+        ModelConfig(gradient_checkpointing=checkpointing),
+        LoraConfig(rank=4),
+        OptimConfig(),
+        temperature=temperature,
+        total_updates=10,
+    )
+    with torch.no_grad():  # PEFT starts B at zero, which would hide A's gradient
+        for name, p in policy.adapter().tensors.items():
+            if "lora_B" in name:
+                p.normal_(0, 0.05)
+    return policy
+
+
+def make_groups(seed: int, groups: int = 3, group_size: int = 4) -> list[Group]:
+    draw = random.Random(seed)
+    made = []
+    for g in range(groups):
+        prompt = [draw.randrange(VOCAB) for _ in range(draw.randint(1, 9))]
+        rollouts = []
+        for _ in range(group_size):
+            ids = [draw.randrange(VOCAB) for _ in range(draw.randint(1, 12))]
+            mask = [draw.random() < 0.8 for _ in ids]
+            mask[draw.randrange(len(ids))] = True
+            rollouts.append(
+                Rollout(
+                    token_ids=ids,
+                    loss_mask=mask,
+                    logprobs=[-draw.random() * 4 for _ in ids],
+                    policy_version=[0] * len(ids),
+                    finish="stop",
+                    text="",
+                    messages=[],
+                    reward=draw.random(),
+                    advantage=draw.uniform(-2, 2),
+                )
+            )
+        made.append(Group(Prompt(g, "", {}), prompt, rollouts))
+    return made
+
+
+def one_by_one(policy: Policy, group: Group, rollout: Rollout, temperature: float) -> torch.Tensor:
+    """Log-probs of a rollout's scored tokens by the stock model, attention and head."""
+    base = policy.model.get_base_model()
+    base.set_attn_implementation("eager")
+    ids = torch.tensor([group.prompt_ids + rollout.token_ids])
+    logits = policy.model(ids).logits[0].float() / temperature
+    base.set_attn_implementation(attention.NAME)
+    at = [len(group.prompt_ids) + j - 1 for j, on in enumerate(rollout.loss_mask) if on]
+    targets = torch.tensor([t for t, on in zip(rollout.token_ids, rollout.loss_mask, strict=True) if on])
+    return logits[at].log_softmax(-1).gather(-1, targets[:, None])[:, 0]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("tree_limit", [attention.TREE_LIMIT, 0], ids=["trees", "sequences"])
+def test_packed_equals_one_by_one(temperature, tree_limit, monkeypatch):
+    monkeypatch.setattr(attention, "TREE_LIMIT", tree_limit)
+    policy = make_policy(temperature)
+    groups = make_groups(1)
+    batch = pack(groups, 64, mask_truncated=False, keep_zero_advantage=True)
+    assert len(batch.microbatches) > 1
+    seen = 0
+    for micro in batch.microbatches:
+        out = policy.logprobs(micro).logprobs
+        for r, (g, i) in enumerate(micro.source):
+            want = one_by_one(policy, groups[g], groups[g].rollouts[i], temperature)
+            got = out[micro.rollout_of == r]
+            assert (got - want).abs().max() <= 1e-5
+            seen += 1
+    assert seen == sum(len(g.rollouts) for g in groups)
+
+
+def gradient(policy: Policy, groups: list[Group], budget: int, cfg: LossConfig) -> dict[str, torch.Tensor]:
+    batch = pack(groups, budget, mask_truncated=False, keep_zero_advantage=cfg.beta > 0)
+    norm = normalizer(batch, cfg, max_tokens=12)
+    for micro in batch.microbatches:
+        reference = policy.reference_logprobs(micro) if cfg.beta else None
+        out = policy.logprobs(micro)
+        old = micro.rollout_logprobs  # far from on-policy: clipping takes part
+        loss = policy_loss(
+            out.logprobs, micro, cfg, old_logprobs_N=old, reference_logprobs_N=reference
+        )
+        (loss.total / norm).backward()
+    grads = {n: p.grad.clone() for n, p in policy.adapter().tensors.items()}
+    policy.optimizer.zero_grad()
+    return grads
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    seed=st.integers(0, 2**20),
+    budget=st.integers(24, 120),
+    name=st.sampled_from(["grpo", "dr_grpo", "bnpo", "dapo", "gspo", "cispo"]),
+    beta=st.sampled_from([0.0, 0.1]),
+)
+def test_gradient_does_not_depend_on_the_split(seed, budget, name, beta):
+    policy = make_policy()
+    groups = make_groups(seed)
+    cfg = LossConfig(name=name, beta=beta)
+    whole = gradient(policy, groups, 10_000, cfg)
+    split = gradient(policy, groups, budget, cfg)
+    for n, want in whole.items():
+        assert (split[n] - want).abs().max() <= 1e-6, n
+
+
+def test_checkpointing_changes_nothing():
+    groups = make_groups(3)
+    plain = gradient(make_policy(), groups, 80, LossConfig())
+    recomputed = gradient(make_policy(checkpointing=True), groups, 80, LossConfig())
+    for n, want in plain.items():
+        torch.testing.assert_close(recomputed[n], want, rtol=0, atol=1e-7)
+
+
+def test_zero_advantage_rollouts_cost_nothing_and_change_nothing():
+    groups = make_groups(4)
+    for rollout in groups[0].rollouts:
+        rollout.advantage = 0.0
+    kept = pack(groups, 1000, mask_truncated=False, keep_zero_advantage=True)
+    dropped = pack(groups, 1000, mask_truncated=False, keep_zero_advantage=False)
+    assert dropped.trained_tokens < kept.trained_tokens == kept.scored_tokens
+    assert dropped.scored_tokens == kept.scored_tokens
+    assert dropped.rollouts == kept.rollouts == 12
+
+
+def test_non_finite_gradient_updates_nothing():
+    policy = make_policy()
+    before = {n: p.detach().clone() for n, p in policy.adapter().tensors.items()}
+    for p in policy.adapter().tensors.values():
+        p.grad = torch.full_like(p, float("nan"))
+    stats = policy.step()
+    assert stats.skipped
+    assert policy.version == 0
+    for n, p in policy.adapter().tensors.items():
+        assert torch.equal(p, before[n])
+        assert p.grad is None
+
+
+def test_state_round_trip_continues_bit_exactly():
+    groups = make_groups(5)
+    one, two = make_policy(), make_policy()
+
+    def update(policy: Policy) -> None:
+        for n, g in gradient(policy, groups, 100, LossConfig()).items():
+            policy.adapter().tensors[n].grad = g
+        policy.step()
+
+    update(one)
+    tensors, json = one.state()
+    two.restore(tensors, json)
+    update(one)
+    update(two)
+    assert one.version == two.version == 2
+    for n, p in one.adapter().tensors.items():
+        assert torch.equal(p, two.adapter().tensors[n]), n
+
+
+def test_reference_is_the_policy_before_training():
+    policy = make_policy()
+    (micro,) = pack(make_groups(6), 1000, mask_truncated=False, keep_zero_advantage=True).microbatches
+    base = policy.reference_logprobs(micro)
+    with policy.model.disable_adapter():
+        want = policy.logprobs(micro).logprobs
+    assert torch.equal(base, want)
+    assert not torch.equal(policy.logprobs(micro).logprobs, base)
