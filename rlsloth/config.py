@@ -13,7 +13,9 @@ Params = dict[str, bool | int | float | str]
 class Section(BaseModel):
     """Unknown keys are errors; a config never changes once made."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, protected_namespaces=(), use_attribute_docstrings=True
+    )
 
 
 class ModelConfig(Section):
@@ -69,7 +71,8 @@ class EnvConfig(Section):
     heldout: int = Field(100, ge=0)
     """Questions withheld from training for evaluation, by their text, when there is no validation data."""
     prompt_column: str | None = None
-    """Column with the prompt. Default: the first of prompt, question, problem that exists."""
+    """Column with the prompt. Default: the first of prompt, question, problem, messages that
+    exists."""
     system_prompt: str | None = None
     """Put before every conversation."""
     chat_template_kwargs: Params = {}
@@ -90,8 +93,10 @@ class RolloutConfig(Section):
     min_p: float = Field(0.0, ge=0, le=1)
     stop: list[str] = []
     """Strings that end a completion."""
-    max_sequences: int = Field(128, ge=1)
+    max_sequences: int = Field(256, ge=1)
     """Completions decoded at once."""
+    cuda_graphs: bool = True
+    """Replay decoding steps as CUDA graphs: several times faster for small models."""
 
 
 class RewardConfig(Section):

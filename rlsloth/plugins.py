@@ -1,8 +1,8 @@
 """Finding plugins: a built-in name, a dotted path, or a file.
 
-    math_verify              rlsloth/rewards/math_verify.py, attribute math_verify
-    my_pkg.rewards:tidy      an importable module
-    ./mine.py:reward         a file, relative to the working directory
+math_verify              rlsloth/rewards/math_verify.py, attribute math_verify
+my_pkg.rewards:tidy      an importable module
+./mine.py:reward         a file, relative to the working directory
 """
 
 from __future__ import annotations
@@ -74,7 +74,9 @@ def _module_from_file(path: Path, spec: str) -> Any:
         source.loader.exec_module(module)
     except Exception as error:
         del sys.modules[name]
-        raise UserError(f"plugin {spec!r}: {path} raised {type(error).__name__}: {error}") from error
+        raise UserError(
+            f"plugin {spec!r}: {path} raised {type(error).__name__}: {error}"
+        ) from error
     return module
 
 

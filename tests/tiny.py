@@ -18,7 +18,7 @@ SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 def tiny_tokenizer(
     chat_template: str | None = CHATML, adds_bos: bool = False
 ) -> PreTrainedTokenizerFast:
-    """One token a byte: ids 0-2 are SPECIAL, then 256 bytes. Pad, end of turn and end of sequence coincide."""
+    """One token a byte: ids 0-2 are SPECIAL, then 256 bytes. Pad and end of sequence coincide."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: i for i, token in enumerate([*SPECIAL, *alphabet])}
     backend = Tokenizer(BPE(vocab=vocabulary, merges=[]))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
+import logging
 import os
+from contextlib import redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,6 +51,7 @@ def load_model(cfg: ModelConfig) -> LoadedModel:
         UserError: nothing there, no tokenizer, or no connection to the hub.
     """
     register()
+    _quiet()
     device = pick_device(cfg.device)
     precision = cfg.precision
     if precision == "auto":
@@ -69,6 +73,14 @@ def load_model(cfg: ModelConfig) -> LoadedModel:
             "which packed training needs; see README, Models"
         )
     return LoadedModel(model, tokenizer, device, dtype)
+
+
+def _quiet() -> None:
+    """Switch off progress bars and a notice about an optional package, which bury our own lines."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def _quantization(dtype: torch.dtype) -> Any:
@@ -139,8 +151,9 @@ def _from_gguf(path: Path, dtype: torch.dtype, nf4: bool, device: torch.device) 
         raise UserError(f"--model.path: no file {path} (looked from {Path.cwd()})")
     folder, name = os.path.split(path)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
-        model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=dtype)
+        with redirect_stderr(io.StringIO()):  # a progress bar with no switch of its own
+            tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
+            model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=dtype)
     except (OSError, ValueError, KeyError) as error:
         first = str(error).strip().split("\n")[0][:200]
         raise UserError(

@@ -63,7 +63,10 @@ def save_adapter(model: Any, folder: Path) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        model.save_pretrained(str(temporary), safe_serialization=True, selected_adapters=[TRAINED])
+        # Embeddings are never resized here; "auto" would ask the hub whether they were.
+        model.save_pretrained(
+            str(temporary), selected_adapters=[TRAINED], save_embedding_layers=False
+        )
         (temporary / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(temporary, folder)

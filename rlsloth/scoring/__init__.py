@@ -1,0 +1,1 @@
+"""Runs reward plugins in killable processes and validates what they return."""

@@ -1,0 +1,20 @@
+"""Single-turn questions from a file, a folder or the hub: one completion answers."""
+
+from __future__ import annotations
+
+from rlsloth.config import EnvConfig
+from rlsloth.data import load_prompts, make_prompts
+from rlsloth.environment import SingleTurn
+from rlsloth.records import Prompt, UserError
+from rlsloth.rows import Row
+
+
+def dataset(cfg: EnvConfig, seed: int) -> SingleTurn:
+    """Rows of ``cfg.train``; held out: those of ``cfg.validation``, or some questions of train."""
+    if cfg.params:
+        raise UserError(f"environment dataset takes no --env.params, got {', '.join(cfg.params)}")
+
+    def make(rows: list[Row], source: str) -> list[Prompt]:
+        return make_prompts(rows, cfg, source)
+
+    return SingleTurn(cfg.name, *load_prompts(cfg, seed, make))

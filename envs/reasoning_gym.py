@@ -1,0 +1,151 @@
+"""Generated reasoning tasks: ``reasoning_gym:<task>``, with the task's own parameters.
+
+Problems are generated in a process of their own, under a deadline: with some parameters a generator
+searches forever (base_conversion from base 2 to base 2), and some print, or follow hash order.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import subprocess
+import sys
+from typing import Any
+
+from rlsloth.config import EnvConfig
+from rlsloth.data import make_prompts, split_heldout
+from rlsloth.environment import SingleTurn
+from rlsloth.plugins import nearest
+from rlsloth.records import UserError
+from rlsloth.rows import Row
+
+DRAWS = 2000
+"""Default of the parameter ``size``: problems drawn; a question drawn twice is kept once."""
+DEADLINE_SECONDS = 60.0
+
+
+def reasoning_gym(cfg: EnvConfig, seed: int) -> SingleTurn:
+    """Distinct questions of one task, ``cfg.heldout`` of them withheld from training.
+
+    Columns: ``question``, ``answer`` (None where there are many right ones), ``task``, and
+    ``entry``, the whole problem as reasoning-gym's scorer takes it.
+    """
+    task = cfg.name.partition(":")[2]
+    if not task:
+        raise UserError("name a task, as in --env.name reasoning_gym:chain_sum")
+    rows = generate(task, {"size": DRAWS, "seed": seed, **cfg.params})
+    train, heldout = split_heldout(make_prompts(rows, cfg, cfg.name), cfg.heldout, seed)
+    return SingleTurn(cfg.name, train, heldout, default_rewards=("reasoning_gym",))
+
+
+def generate(
+    task: str, params: dict[str, Any], deadline_seconds: float = DEADLINE_SECONDS
+) -> list[Row]:
+    """Rows of the distinct questions among ``params["size"]`` draws.
+
+    Raises:
+        UserError: unknown task or parameter, a value the task refuses, or the deadline has passed.
+    """
+    request = json.dumps({"task": task, "params": params})
+    # The child must find what this process found, wherever it was started from.
+    path = os.pathsep.join(p or os.getcwd() for p in sys.path)
+    try:
+        child = subprocess.run(
+            [sys.executable, "-P", "-m", __name__],
+            input=request.encode(),
+            capture_output=True,
+            timeout=deadline_seconds,
+            env={**os.environ, "PYTHONPATH": path, "PYTHONHASHSEED": "0"},
+        )
+    except subprocess.TimeoutExpired as late:
+        done = (late.stdout or b"").count(b"\n")
+        raise UserError(
+            f"reasoning_gym:{task} generated {done} of {params['size']} problems in "
+            f"{deadline_seconds:g} s: lower --env.params.size, or change its other parameters"
+        ) from None
+    if child.returncode not in (0, 2):
+        last = (child.stderr.decode(errors="replace").strip().splitlines() or ["no message"])[-1]
+        raise UserError(f"reasoning_gym:{task}: the generator died ({last})")
+    replies = [json.loads(line) for line in child.stdout.splitlines()]
+    if child.returncode == 2:
+        raise UserError(replies[-1]["error"])
+    distinct: dict[str, Row] = {}
+    for row in replies:
+        distinct.setdefault(row["question"], row)
+    return list(distinct.values())
+
+
+def _child() -> int:
+    """Reads a request, writes one row a line; after an ``error`` line the status is 2."""
+    request = json.load(sys.stdin)
+    replies = sys.stdout
+    with contextlib.redirect_stdout(sys.stderr):
+        try:
+            dataset = _make(request["task"], request["params"])
+            for index in range(dataset.size):
+                row = _row(request["task"], dataset, index)
+                print(json.dumps(row), file=replies, flush=True)
+        except UserError as error:
+            print(json.dumps({"error": str(error)}), file=replies)
+            return 2
+    return 0
+
+
+def _make(task: str, params: dict[str, Any]) -> Any:
+    """The task's dataset with its parameters checked."""
+    from pydantic import TypeAdapter, ValidationError
+    from reasoning_gym.factory import DATASETS
+
+    if task not in DATASETS:
+        raise UserError(f"reasoning_gym has no task {task!r}{nearest(task, sorted(DATASETS))}")
+    dataset_type, config_type = DATASETS[task]
+    known = sorted(config_type.__dataclass_fields__)
+    for name in params:
+        if name not in known:
+            raise UserError(
+                f"reasoning_gym:{task} has no parameter {name!r}{nearest(name, known)} "
+                f"(has: {', '.join(known)})"
+            )
+    try:
+        config = TypeAdapter(config_type).validate_python(params)
+        random.seed(params["seed"])
+        return dataset_type(config=config)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise UserError(f"--env.params.{place}: {first['msg']}, not {first['input']!r}") from None
+    except Exception as error:  # the tasks check their parameters by assertions and otherwise
+        raise UserError(f"reasoning_gym:{task} refuses its parameters: {_words(error)}") from None
+
+
+def _row(task: str, dataset: Any, index: int) -> Row:
+    try:
+        entry = dataset[index]
+    except Exception as error:
+        raise UserError(
+            f"reasoning_gym:{task} failed on problem {index}: {_words(error)}"
+        ) from None
+    answer = entry["answer"]
+    try:
+        carried = json.loads(json.dumps(entry))
+        # Some scorers tell lists from tuples, as JSON does not: no answer would ever be right.
+        same = answer is None or _score(dataset, carried) == _score(dataset, entry)
+    except (TypeError, ValueError):
+        same = False
+    if not same:
+        raise UserError(f"reasoning_gym:{task}: its problems cannot be carried as JSON")
+    return {"question": entry["question"], "answer": answer, "task": task, "entry": entry}
+
+
+def _score(dataset: Any, entry: Row) -> float:
+    return float(dataset.score_answer(entry["answer"], entry))
+
+
+def _words(error: Exception) -> str:
+    return str(error) or type(error).__name__
+
+
+if __name__ == "__main__":
+    sys.exit(_child())

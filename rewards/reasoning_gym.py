@@ -1,0 +1,96 @@
+"""The scorers of reasoning-gym's tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+from reasoning_gym.factory import DATASETS, get_score_answer_fn
+
+from rlsloth.plugins import nearest
+from rlsloth.records import UserError
+from rlsloth.rewards._answers import completion_text, last_tag, numbers_in
+from rlsloth.scoring.example import Example
+
+
+def reasoning_gym(
+    completions: list[Any],
+    task: list[str],
+    entry: list[dict[str, Any]],
+    finish_reasons: list[str],
+    *,
+    extract: str = "answer_tag",
+    finished_only: bool = True,
+) -> list[float | None]:
+    """What reasoning-gym's own scorer of the row's task gives the answer, from 0 to 1.
+
+    A completion in which no answer is found scores 0; there is no second way to look for one.
+
+    Args:
+        extract: Where the answer stands. answer_tag: in the last <answer>...</answer>.
+            last_number: the last number of the text. whole: the text, stripped (many tasks give
+            part of the reward to an answer with other words around it).
+        finished_only: A completion cut off by the length limit scores 0. Without it last_number
+            pays for numbers of the question that a cut-off completion repeats.
+
+    Raises:
+        UserError: no such task, or no such way to extract.
+    """
+    if extract not in _EXTRACTORS:
+        known = list(_EXTRACTORS)
+        raise UserError(
+            f"reward.params.reasoning_gym.extract: no {extract!r}{nearest(extract, known)} "
+            f"({', '.join(known)})"
+        )
+    find = _EXTRACTORS[extract]
+    scores: list[float | None] = []
+    for completion, name, row, finish in zip(completions, task, entry, finish_reasons, strict=True):
+        found = None if finished_only and finish == "length" else find(completion_text(completion))
+        row = _with_tuples(row) if name in _TUPLE_TASKS else row
+        scores.append(0.0 if found is None else float(_scorer(name)(found, row)))
+    return scores
+
+
+# Their scorers compare tuples, which JSON has turned into lists.
+_TUPLE_TASKS = frozenset({"arc_agi", "rearc"})
+
+
+def _with_tuples(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _with_tuples(item) for key, item in value.items()}
+    return tuple(_with_tuples(item) for item in value) if isinstance(value, list) else value
+
+
+def _last_number(text: str) -> str | None:
+    found = numbers_in(text)
+    return found[-1] if found else None
+
+
+_EXTRACTORS: dict[str, Callable[[str], str | None]] = {
+    "answer_tag": lambda text: last_tag(text, "answer"),
+    "last_number": _last_number,
+    "whole": str.strip,
+}
+
+
+@lru_cache(maxsize=128)
+def _scorer(task: str) -> Callable[[str, dict[str, Any]], float]:
+    if task not in DATASETS:
+        raise UserError(f"reasoning_gym has no task {task!r}{nearest(task, sorted(DATASETS))}")
+    scorer: Callable[[str, dict[str, Any]], float] = get_score_answer_fn(task)
+    return scorer
+
+
+_SUM = {
+    "task": "chain_sum",
+    "entry": {"question": "4 - 1 =", "answer": "3", "metadata": {"source_dataset": "chain_sum"}},
+}
+
+EXAMPLES = (
+    Example("4 - 1 is <answer>3</answer>", 1.0, "right", _SUM),
+    Example("<answer> 3.0 </answer>", 1.0, "the task's own tolerance", _SUM),
+    Example("<answer>5</answer>", 0.0, "wrong", _SUM),
+    Example("The answer is 3", 0.0, "no tag", _SUM),
+    Example("<answer>3</answer>", 0.0, "cut off", _SUM, finish="length"),
+)

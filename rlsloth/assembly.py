@@ -1,0 +1,213 @@
+"""The parts of a run, put together from its configuration; what the loops share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from rlsloth import checkpoint
+from rlsloth.chat import Renderer
+from rlsloth.config import GrpoConfig
+from rlsloth.data import PromptSampler
+from rlsloth.environment import Environment, load_environment
+from rlsloth.evaluate import EvalResult, assess, describe, reward_index
+from rlsloth.evaluate_stats import Estimate
+from rlsloth.policy.policy import Policy
+from rlsloth.records import Prompt, SamplingParams, UserError
+from rlsloth.rollout.collect import collect
+from rlsloth.rollout.engine import Engine
+from rlsloth.rollout.transformers_engine import TransformersEngine
+from rlsloth.run.run import Run
+from rlsloth.scoring.scorer import Scorer
+
+EVAL_SEED = 1_000_003
+"""Keeps evaluation's random numbers apart from every training step's."""
+
+
+@dataclass(slots=True)
+class Progress:
+    """Where a run stands."""
+
+    next_step: int
+    num_tokens: int
+    before: EvalResult | None
+    """The evaluation before training."""
+
+
+@dataclass(slots=True)
+class Assembly:
+    """Environment, rewards, run folder, policy, engine and prompts of one run."""
+
+    cfg: GrpoConfig
+    env: Environment
+    scorer: Scorer
+    run: Run
+    policy: Policy
+    renderer: Renderer
+    engine: Engine
+    prompts: PromptSampler
+
+    @classmethod
+    def open(cls, cfg: GrpoConfig, stack: ExitStack) -> Assembly:
+        """Make every part, the cheap ones that can refuse bad input first. Raises UserError."""
+        env = load_environment(cfg.env, cfg.seed)
+        rewards = cfg.rewards or list(env.default_rewards)
+        if not rewards:
+            raise UserError(
+                f"environment {env.name} brings no reward of its own: pass --rewards NAME "
+                "(see `rlsloth rewards list`)"
+            )
+        scorer = stack.enter_context(Scorer(rewards, cfg.reward))
+        reward_index(cfg, scorer.names)
+        run = stack.enter_context(Run.start(cfg))
+        scorer.wait_ready()
+        run.say(f"loading {cfg.model.path}")
+        policy = Policy.load(
+            cfg.model,
+            cfg.lora,
+            cfg.optim,
+            temperature=cfg.rollout.temperature,
+            total_updates=cfg.steps * cfg.updates_per_rollout,
+        )
+        renderer = Renderer(policy.tokenizer, cfg.env, policy.eos_token_ids)
+        renderer.check([*env.train, *env.heldout])
+        _check_lengths(renderer, env.train, policy.context)
+        engine = TransformersEngine(
+            policy.model,
+            policy.tokenizer,
+            stop_ids=renderer.stop_ids,
+            context=policy.context,
+            max_sequences=cfg.rollout.max_sequences,
+            device=policy.device,
+            cuda_graphs=cfg.rollout.cuda_graphs,
+        )
+        prompts = PromptSampler(env.train, cfg.seed)
+        run.say(
+            f"{len(env.train)} training prompts, {len(env.heldout)} held out; rewards: "
+            f"{', '.join(scorer.names)}; {policy.device}, attention {policy.backend}"
+        )
+        return cls(cfg, env, scorer, run, policy, renderer, engine, prompts)
+
+    def sampling(self, step: int) -> SamplingParams:
+        """Training's sampling parameters; a step's random numbers depend on seed and step alone."""
+        cfg = self.cfg.rollout
+        return SamplingParams(
+            max_tokens=cfg.max_tokens,
+            temperature=cfg.temperature,
+            top_p=cfg.top_p,
+            top_k=cfg.top_k,
+            min_p=cfg.min_p,
+            stop=tuple(cfg.stop),
+            seed=(self.cfg.seed << 32) + step,
+        )
+
+    def evaluate(self, step: int, *, name: str = "", base: bool = False) -> EvalResult:
+        """Evaluate the policy (or, with ``base``, the model without any adapter) and log it."""
+        cfg = self.cfg.eval
+        problems = self.env.heldout[: cfg.problems]
+        if not problems:
+            raise UserError(
+                "no held-out problems to evaluate on: pass --env.validation FILE, raise --env.heldout, "
+                "or switch evaluation off with --eval.at-start false --eval.at-end false"
+            )
+        sampling = replace(
+            self.sampling(EVAL_SEED),
+            temperature=cfg.temperature,
+            max_tokens=cfg.max_tokens or self.cfg.rollout.max_tokens,
+        )
+        with self.run.timed("eval"), self.policy.base_model() if base else nullcontext():
+            groups = collect(
+                self.engine,
+                self.renderer,
+                self.env,
+                problems,
+                cfg.samples,
+                sampling,
+                self.cfg.env.max_turns,
+            )
+            report = self.scorer.score(groups, step=step)
+        for reward in report.rewards:
+            for kind, count in reward.failures.items():
+                self.run.warn(f"evaluation: reward {reward.name} failed on {count} ({kind})")
+        result = assess(groups, reward_index(self.cfg, self.scorer.names), cfg.correct_at)
+        self.run.log_eval(step, name, result.metrics())
+        self.run.say(f"evaluation {name or f'after step {step}'}: {describe(result)}")
+        return result
+
+    def save(self, progress: Progress) -> None:
+        """Write a checkpoint from which ``resume`` continues to the same next step."""
+        tensors, policy = self.policy.state()
+        before = progress.before
+        state = {
+            "next_step": progress.next_step,
+            "num_tokens": progress.num_tokens,
+            "before": _plain(before) if before else None,
+            "prompts": self.prompts.state(),
+            "policy": policy,
+        }
+        checkpoint.save(
+            self.run.dir / "checkpoints", progress.next_step - 1, tensors, state, self.cfg.run.keep
+        )
+
+    def resume(self) -> Progress:
+        """Where to start: at the newest sound checkpoint if this run resumes, else at step 1."""
+        if not self.cfg.run.resume:
+            return Progress(1, 0, None)
+        found = checkpoint.load_latest(self.run.dir / "checkpoints")
+        if found is None:
+            self.run.truncate_after(-1)
+            self.run.say("no checkpoint yet: starting at step 1")
+            return Progress(1, 0, None)
+        for warning in found.warnings:
+            self.run.warn(warning)
+        self.policy.restore(found.tensors, found.state["policy"])
+        self.engine.load(self.policy.adapter())
+        self.prompts.restore(found.state["prompts"])
+        self.run.truncate_after(found.step)
+        self.run.say(f"resumed from {found.path} after step {found.step}")
+        before = found.state["before"]
+        return Progress(
+            found.state["next_step"], found.state["num_tokens"], _result(before) if before else None
+        )
+
+    def summary(
+        self, before: EvalResult | None, after: EvalResult | None, seconds: float
+    ) -> dict[str, Any]:
+        """What summary.json holds."""
+        row: dict[str, Any] = {}
+        for when, result in (("before", before), ("after", after)):
+            if result is not None:
+                row[f"accuracy_{when}"] = result.avg.value
+                row[f"interval_{when}"] = [result.avg.low, result.avg.high]
+                row["problems"], row["samples"] = result.problems, result.samples
+        device = self.policy.device
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+        return row | {"steps": self.cfg.steps, "seconds": round(seconds, 1), "device": name}
+
+
+def _plain(result: EvalResult) -> dict[str, Any]:
+    row = {name: getattr(result, name) for name in EvalResult.__slots__}
+    for name in ("avg", "passed", "majority"):
+        estimate: Estimate = row[name]
+        row[name] = [estimate.value, estimate.low, estimate.high]
+    return row | {"scores": list(result.scores)}
+
+
+def _result(row: Mapping[str, Any]) -> EvalResult:
+    estimates = {name: Estimate(*row[name]) for name in ("avg", "passed", "majority")}
+    return EvalResult(**{**row, **estimates, "scores": tuple(row["scores"])})
+
+
+def _check_lengths(renderer: Renderer, prompts: Sequence[Prompt], context: int) -> None:
+    """Refuse prompts that fill the context before any compute is spent on the others."""
+    for prompt in prompts:
+        length = len(renderer.prompt_ids(prompt))
+        if length >= context:
+            raise UserError(
+                f"training row {prompt.index}: its prompt has {length} tokens and leaves no room in "
+                f"the model's context of {context}; drop it or raise --model.max-context"
+            )

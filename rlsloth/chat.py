@@ -1,0 +1,247 @@
+"""Chat rendering: prompts to token ids, token ids to text, tool calls and what follows them."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from rlsloth.config import EnvConfig
+from rlsloth.records import Message, Prompt, UserError
+
+_MARK = "placeholder7391"
+"""Stands in for text whose place in a rendering is looked for; no template holds it."""
+_TOOL_CALL = re.compile(r"<tool_call>(.*?)(</tool_call>|\Z)", re.DOTALL)
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A call the model wrote."""
+
+    name: str
+    arguments: dict[str, Any]
+    error: str | None = None
+    """Why the call cannot be made, in words for the model; None for a well-formed call."""
+
+
+class Renderer:
+    """Between conversations and token ids, by the tokenizer's chat template.
+
+    Where the tokenizer begins plain text with a begin-of-sequence token, conversations begin with
+    exactly one. Padding plays no part: ids are lists, and the pad token may be the end token.
+    """
+
+    stop_ids: tuple[int, ...]
+    """Every id that ends an assistant turn: end of sequence, and the template's end of turn."""
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        cfg: EnvConfig,
+        eos_token_ids: Iterable[int] = (),
+    ) -> None:
+        """``eos_token_ids``: further end tokens, those of the model's generation config."""
+        self.tokenizer = tokenizer
+        self._kwargs: dict[str, Any] = dict(cfg.chat_template_kwargs)
+        bos = tokenizer.bos_token_id
+        plain = tokenizer("a")["input_ids"]
+        self._bos: list[int] = [bos] if bos is not None and plain[:1] == [bos] else []
+        turn_end = self._turn_end() if tokenizer.chat_template else None
+        ends = {*eos_token_ids, tokenizer.eos_token_id, turn_end} - {None}
+        self.stop_ids = tuple(sorted(ends))
+
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        """Finds out before training whether prompts and tokenizer fit together.
+
+        Raises:
+            UserError: chat messages without a chat template, a template that refuses the first
+                prompt, or no token that could end a completion.
+        """
+        if not self.stop_ids:
+            raise UserError("the tokenizer has no end-of-sequence token: answers would not end")
+        chats = [prompt for prompt in prompts if not isinstance(prompt.messages, str)]
+        if chats and not self.tokenizer.chat_template:
+            raise UserError(
+                f"the tokenizer of {self.tokenizer.name_or_path or 'this model'} has no chat "
+                "template, and the prompts are chat messages: use an instruct model, or rename the "
+                "column to `prompt`, whose text is continued as it stands"
+            )
+        for prompt in prompts[:1]:
+            self.prompt_ids(prompt)
+
+    def prompt_ids(self, prompt: Prompt) -> list[int]:
+        """Token ids of a prompt up to where the answer begins.
+
+        A string is tokenised as it stands. A last assistant turn is continued.
+
+        Raises:
+            UserError: the chat template refuses the conversation.
+        """
+        if isinstance(prompt.messages, str):
+            return self._ids(prompt.messages, self._bos)
+        own = prompt.columns.get("chat_template_kwargs") or {}
+        where = f"prompt {prompt.index + 1}"
+        text = self._render(list(prompt.messages), prompt.tools, where, own)
+        return self._ids(text, self._bos)
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of sampled tokens, special tokens removed."""
+        text: str = self.tokenizer.decode(
+            token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        return text
+
+    @staticmethod
+    def parse_tool_calls(text: str) -> list[ToolCall]:
+        """Calls in an answer: ``<tool_call>{"name": "f", "arguments": {}}</tool_call>`` (Hermes).
+
+        What stands before ``</think>`` is no call. A malformed call has an error.
+        """
+        answer = text.rpartition("</think>")[2]
+        return [_tool_call(m[1], closed=bool(m[2])) for m in _TOOL_CALL.finditer(answer)]
+
+    def tool_turn_ids(self, turn_ids: Sequence[int], results: Sequence[Message]) -> list[int]:
+        """The tokens between an assistant turn with tool calls and the next one.
+
+        The end of the assistant's turn (without the end token if ``turn_ids`` has sampled it), the
+        tool messages, and the header of the next assistant turn, as the template writes them.
+
+        Args:
+            turn_ids: the sampled tokens of the assistant turn.
+            results: messages ``{"role": "tool", "name": ..., "content": ...}``, one a call.
+
+        Raises:
+            UserError: the template refuses tool messages, or marks no end of a turn.
+        """
+        # Some templates want nine-character ids, and results to have that of a call before them.
+        ids = [f"{i:09d}" for i in range(len(results))]
+        called = [ToolCall(m["name"], {"value": _MARK}) for m in results]
+        calls = [_call(i, call) for i, call in zip(ids, called, strict=True)]
+        answers = [{**m, "tool_call_id": i} for i, m in zip(ids, results, strict=True)]
+        before: list[Message] = [
+            {"role": "user", "content": "a"},
+            {"role": "assistant", "content": "", "tool_calls": calls},
+        ]
+        text = self._render([*before, *answers], (), "a tool's answer")
+        *_, after_calls = text.split(_MARK, maxsplit=len(results))
+        ends = [after_calls.find(self.tokenizer.convert_ids_to_tokens(i)) for i in self.stop_ids]
+        at = min((end for end in ends if end >= 0), default=-1)
+        if at < 0 or text.count(_MARK) < len(results):
+            raise UserError("the chat template does not show where a turn with tool calls ends")
+        glue = self._ids(after_calls[at:])
+        return glue[1:] if turn_ids and turn_ids[-1] in self.stop_ids else glue
+
+    def _turn_end(self) -> int | None:
+        """The special token that the template puts right after an assistant's words, if it does."""
+        messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": _MARK}]
+        text = self._apply(messages, (), "a user and an assistant turn")
+        ids = self._ids(text.rpartition(_MARK)[2].lstrip())
+        special = {*self.tokenizer.all_special_ids, *self.tokenizer.added_tokens_decoder}
+        return ids[0] if ids and ids[0] in special else None
+
+    @cached_property
+    def _template_takes_tools(self) -> bool:
+        """Whether the template shows tools and writes calls in the form that is parsed."""
+        function = {"name": "f", "description": _MARK, "parameters": {"type": "object"}}
+        call = ToolCall("f", {"value": _MARK})
+        messages: list[Message] = [
+            {"role": "user", "content": "a"},
+            {"role": "assistant", "content": "", "tool_calls": [_call("0" * 9, call)]},
+            {"role": "tool", "name": "f", "content": "b", "tool_call_id": "0" * 9},
+        ]
+        try:
+            text = self._apply(messages, [{"type": "function", "function": function}], "tools")
+        except UserError:
+            return False
+        shown = text.partition(json.dumps(call.arguments))[0]
+        return _MARK in shown and call in self.parse_tool_calls(text)
+
+    def _render(
+        self,
+        messages: list[Message],
+        tools: Sequence[Any],
+        where: str,
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> str:
+        uses_tools = tools or any(m["role"] == "tool" or m.get("tool_calls") for m in messages)
+        if uses_tools and not self._template_takes_tools:
+            messages, tools = _tools_as_text(messages, tools), ()
+        prefill = messages[-1]["role"] == "assistant"
+        return self._apply(
+            messages,
+            tools,
+            where,
+            **(kwargs or {}),
+            add_generation_prompt=not prefill,
+            continue_final_message=prefill,
+        )
+
+    def _apply(
+        self, messages: list[Message], tools: Sequence[Any], where: str, **kwargs: Any
+    ) -> str:
+        try:
+            text: str = self.tokenizer.apply_chat_template(
+                messages, tools=list(tools) or None, tokenize=False, **self._kwargs | kwargs
+            )
+        except (TemplateError, TypeError, KeyError, ValueError) as error:
+            raise UserError(f"the chat template refuses {where}: {error}") from error
+        return text
+
+    def _ids(self, text: str, bos: Sequence[int] = ()) -> list[int]:
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        start = [*bos] if ids[:1] != [*bos] else []
+        return start + ids
+
+
+def _tool_call(text: str, closed: bool) -> ToolCall:
+    try:
+        call = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        reason = "it has no </tool_call>" if not closed else f"it is not JSON ({error})"
+        return ToolCall("", {}, f"the tool call is malformed: {reason}")
+    name = call.get("name") if isinstance(call, dict) else None
+    if not isinstance(name, str) or not name:
+        return ToolCall("", {}, 'the tool call is malformed: it has no "name"')
+    arguments = call.get("arguments", {})
+    if not isinstance(arguments, dict):
+        return ToolCall(name, {}, "the tool call is malformed: arguments must be a JSON object")
+    return ToolCall(name, arguments)
+
+
+def _call(call_id: str, call: ToolCall) -> dict[str, Any]:
+    function = {"name": call.name, "arguments": call.arguments}
+    return {"id": call_id, "type": "function", "function": function}
+
+
+def _tools_as_text(messages: list[Message], tools: Sequence[Any]) -> list[Message]:
+    """The conversation for a template that knows nothing of tools, in Hermes' form."""
+    turns = [_turn_as_text(message) for message in messages]
+    if not tools:
+        return turns
+    schemas = "\n".join(json.dumps(tool) for tool in tools)
+    words = (
+        f"You can call these tools:\n<tools>\n{schemas}\n</tools>\n"
+        "To call one, write its name and arguments as JSON:\n"
+        '<tool_call>\n{"name": "...", "arguments": {...}}\n</tool_call>\n'
+        "The result comes back between <tool_response> and </tool_response>."
+    )
+    if turns and turns[0]["role"] == "system":
+        words = f"{turns[0]['content']}\n\n{words}"
+        turns = turns[1:]
+    return [{"role": "system", "content": words}, *turns]
+
+
+def _turn_as_text(message: Message) -> Message:
+    content = message["content"]
+    if message["role"] == "tool":
+        return {"role": "user", "content": f"<tool_response>\n{content}\n</tool_response>"}
+    for call in message.get("tool_calls") or ():
+        written = json.dumps({k: call["function"][k] for k in ("name", "arguments")})
+        content = f"{content}\n<tool_call>\n{written}\n</tool_call>".lstrip()
+    return {"role": message["role"], "content": content}

@@ -1,0 +1,244 @@
+"""Checkpoints that are whole or not there: safetensors and JSON under a manifest of checksums.
+
+    root/step_00025/<stem>.safetensors ...  state.json  manifest.json
+    root/latest      the newest folder's name, for people and shell scripts
+
+A checkpoint is written to a hidden folder, synced, then renamed: a kill at any point leaves the
+previous one as it was. Nothing is ever unpickled, and only verified bytes are parsed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_safetensors
+from safetensors.torch import save as save_safetensors
+from torch import Tensor
+
+from rlsloth.records import UserError
+
+FORMAT = 1
+_PARTIAL = ".partial-"
+_REPLACED = ".replaced-"
+"""Prefix of a whole checkpoint whose step is saved again: it counts until the new one is there."""
+_STEP = re.compile(rf"(?:{re.escape(_REPLACED)})?step_(\d+)")
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """What ``load_latest`` found."""
+
+    path: Path
+    step: int
+    tensors: dict[str, dict[str, Tensor]]
+    """File stem -> name -> tensor, on the CPU, bit for bit as saved."""
+    state: dict[str, Any]
+    warnings: tuple[str, ...] = ()
+    """One line for each newer checkpoint that was damaged and passed over."""
+
+
+def save(
+    root: Path,
+    step: int,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    state: Mapping[str, Any],
+    keep: int,
+) -> Path:
+    """Write ``root/step_<step>`` atomically and remove all but the newest ``keep`` checkpoints.
+
+    Checkpoints of later steps are removed too: a run that saves step 30 after step 50 went back.
+
+    Args:
+        tensors: File stem -> name -> tensor of any dtype and device. Tensors that share memory are
+            written as copies.
+        state: JSON: text keys, lists for tuples; ints and floats come back exactly, nan too.
+
+    Raises:
+        UserError: the disk refused (full, read-only, failing). What was there before still loads.
+    """
+    root = Path(root)
+    final = root / f"step_{step:05d}"
+    partial = root / f"{_PARTIAL}{final.name}"
+    contents = _contents(tensors, state)
+    contents["manifest.json"] = _manifest(step, contents)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(root)
+        partial.mkdir()
+        for name, data in contents.items():
+            _write(partial / name, data)
+        _sync_folder(partial)
+        if final.exists():
+            _set_aside(final)
+        os.replace(partial, final)
+        _sync_folder(root)
+        _point_latest(root, final.name)
+        kept = [path for at, path in _checkpoints(root).items() if at <= step][:keep]
+        for path in _step_folders(root):
+            if path not in kept:
+                _discard(path)
+    except OSError as error:
+        # Cleaning up is best effort: the disk that just failed may refuse this too.
+        with contextlib.suppress(OSError):
+            _remove_leftovers(root)
+        raise UserError(_disk_message(final, contents, error)) from error
+    return final
+
+
+def load_latest(root: Path) -> Checkpoint | None:
+    """The newest checkpoint whose every byte matches its manifest; None when there is none at all.
+
+    Raises:
+        UserError: there are checkpoints, and all of them are damaged.
+    """
+    warnings: list[str] = []
+    for step, path in _checkpoints(Path(root)).items():
+        try:
+            tensors, state = _load(path, step)
+        except (OSError, ValueError, KeyError, RecursionError, SafetensorError) as error:
+            warnings.append(f"checkpoint {path} is damaged and was passed over: {error}")
+            continue
+        return Checkpoint(path, step, tensors, state, tuple(warnings))
+    if warnings:
+        raise UserError(
+            f"no checkpoint in {root} can be read; remove the folder to start anew\n"
+            + "\n".join(warnings)
+        )
+    return None
+
+
+# --- writing -------------------------------------------------------------------------------------
+
+
+def _contents(
+    tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]
+) -> dict[str, bytes]:
+    files = {f"{stem}.safetensors": _tensor_bytes(named) for stem, named in tensors.items()}
+    return {**files, "state.json": json.dumps(state).encode()}
+
+
+def _tensor_bytes(named: Mapping[str, Tensor]) -> bytes:
+    # safetensors refuses shared memory, and 8-bit optimizers share their code books: copy.
+    copies = {
+        name: torch.clone(tensor.detach().cpu(), memory_format=torch.contiguous_format)
+        for name, tensor in named.items()
+    }
+    return save_safetensors(copies)
+
+
+def _manifest(step: int, contents: Mapping[str, bytes]) -> bytes:
+    """Canonical JSON, so that a manifest can be verified by making it again from the files."""
+    files = {
+        name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        for name, data in contents.items()
+    }
+    manifest = {"format": FORMAT, "step": step, "files": files}
+    return json.dumps(manifest, indent=1, sort_keys=True).encode()
+
+
+def _write(path: Path, data: bytes) -> None:
+    with open(path, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _point_latest(root: Path, name: str) -> None:
+    pointer = root / f"{_PARTIAL}latest"
+    _write(pointer, f"{name}\n".encode())
+    os.replace(pointer, root / "latest")
+    _sync_folder(root)
+
+
+def _set_aside(path: Path) -> None:
+    aside = path.with_name(_REPLACED + path.name)
+    if aside.exists():
+        _discard(aside)
+    os.replace(path, aside)
+
+
+def _discard(path: Path) -> None:
+    """Remove a checkpoint; renamed first: a kill midway leaves no half of it under its name."""
+    condemned = path.with_name(f"{_PARTIAL}old-{path.name}")
+    os.replace(path, condemned)
+    shutil.rmtree(condemned)
+
+
+def _remove_leftovers(root: Path) -> None:
+    for path in root.glob(f"{_PARTIAL}*"):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def _disk_message(final: Path, contents: Mapping[str, bytes], error: OSError) -> str:
+    needed = sum(map(len, contents.values()))
+    with contextlib.suppress(OSError):
+        free = shutil.disk_usage(final.parent).free
+        reason = f"{error.strerror or error}; it needs {needed:,} bytes, {free:,} are free"
+        return f"cannot write checkpoint {final}: {reason}. Earlier checkpoints are intact"
+    reason = f"{error.strerror or error}; it needs {needed:,} bytes"
+    return f"cannot write checkpoint {final}: {reason}"
+
+
+# --- reading -------------------------------------------------------------------------------------
+
+
+def _step_folders(root: Path) -> list[Path]:
+    """By name: those set aside come before those in place."""
+    return sorted(p for p in root.iterdir() if _STEP.fullmatch(p.name)) if root.is_dir() else []
+
+
+def _checkpoints(root: Path) -> dict[int, Path]:
+    """Step -> folder, newest first."""
+    steps = {int(path.name.rpartition("_")[2]): path for path in _step_folders(root)}
+    return dict(sorted(steps.items(), reverse=True))
+
+
+def _load(path: Path, step: int) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """Verify every file, then parse the very bytes that were verified.
+
+    Raises:
+        ValueError, KeyError, OSError, SafetensorError: it is damaged.
+    """
+    manifest = (path / "manifest.json").read_bytes()
+    try:
+        listed: dict[str, Any] = dict(json.loads(manifest)["files"])
+    except (ValueError, TypeError, KeyError):
+        raise ValueError("manifest.json is not readable") from None
+    contents: dict[str, bytes] = {}
+    for name, record in listed.items():
+        if Path(name).name != name:
+            raise ValueError(f"manifest.json lists {name!r}, which is no plain file name")
+        contents[name] = (path / name).read_bytes()
+        if hashlib.sha256(contents[name]).hexdigest() != dict(record).get("sha256"):
+            raise ValueError(f"{name} does not match its checksum")
+    if _manifest(step, contents) != manifest:
+        raise ValueError("manifest.json does not match the folder")
+    tensors = {
+        name.removesuffix(".safetensors"): load_safetensors(data)
+        for name, data in contents.items()
+        if name.endswith(".safetensors")
+    }
+    state: dict[str, Any] = json.loads(contents["state.json"])
+    return tensors, state

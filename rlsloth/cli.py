@@ -1,0 +1,157 @@
+"""The command ``rlsloth``: arguments to a config, then one call. Torch waits for a command."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import tyro
+
+from rlsloth import __version__
+from rlsloth.cli_config import read_config
+from rlsloth.config import GrpoConfig
+from rlsloth.plugins import nearest
+from rlsloth.records import UserError
+
+Parsed = TypeVar("Parsed")
+
+HELP = """\
+usage: rlsloth COMMAND [FILE.yaml ...] [--section.key VALUE ...]
+
+Train reasoning models from reward scripts on one GPU.
+
+commands:
+  grpo      reinforcement learning from rewards      rlsloth grpo --rewards math_verify
+  eval      avg@k, pass@k, maj@k of a model          rlsloth eval runs/x/config.yaml
+  rewards   list the rewards, or test one            rlsloth rewards test ./mine.py:reward
+  doctor    what this machine has, and what it lacks
+
+options:
+  -h, --help   this text; rlsloth COMMAND --help lists a command's options
+  --version    print the version
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command. Returns the exit status: 0, 1 a failed check, 2 bad input, 130 interrupted."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    if not args:
+        print(HELP, end="", file=sys.stderr)
+        return 2
+    if args[0] in ("-h", "--help"):
+        print(HELP, end="")
+        return 0
+    if args[0] == "--version":
+        print(f"rlsloth {__version__}")
+        return 0
+    try:
+        return _command(args[0])(args[1:])
+    except UserError as error:
+        print("error: " + str(error).replace("\n", "\nerror: "), file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def _command(name: str) -> Callable[[list[str]], int]:
+    commands = {"grpo": grpo, "eval": evaluate, "rewards": rewards, "doctor": doctor}
+    if name not in commands:
+        raise UserError(f"no command {name!r}{nearest(name, list(commands))} (see rlsloth --help)")
+    return commands[name]
+
+
+def grpo(argv: list[str]) -> int:
+    """Train."""
+    config = read_config(GrpoConfig, argv, "rlsloth grpo")
+    from rlsloth.grpo import train
+
+    try:
+        train(config)
+    except KeyboardInterrupt:
+        folder = config.run.dir or "RUN_FOLDER"
+        print(
+            "interrupted; to continue from the last checkpoint: "
+            f"rlsloth grpo {folder}/config.yaml --run.dir {folder} --run.resume",
+            file=sys.stderr,
+        )
+        return 130
+    return 0
+
+
+def evaluate(argv: list[str]) -> int:
+    """Measure a model. Takes a training config, so that a run's config.yaml can be passed."""
+    config = read_config(GrpoConfig, argv, "rlsloth eval")
+    from rlsloth.evaluate import run_eval
+
+    run_eval(config)
+    return 0
+
+
+def rewards(argv: list[str]) -> int:
+    """List the rewards, or run one on its examples or on a data file."""
+    actions = {"list": _rewards_list, "test": _rewards_test}
+    action, rest = (argv[0], argv[1:]) if argv else ("", [])
+    if action in ("-h", "--help"):
+        print("usage: rlsloth rewards list")
+        print("       rlsloth rewards test SPEC [--data FILE] [--limit N]")
+        return 0
+    if action not in actions:
+        raise UserError(
+            f"rlsloth rewards {action}: no such action{nearest(action, list(actions))} "
+            "(rlsloth rewards list, or rlsloth rewards test SPEC)"
+        )
+    return actions[action](rest)
+
+
+def _rewards_list(argv: list[str]) -> int:
+    def options() -> None:
+        """List the rewards that ship with rlsloth."""
+
+    _options(options, argv, "rlsloth rewards list")
+    from rlsloth.scoring.inspect_rewards import list_rewards
+
+    list_rewards()
+    return 0
+
+
+def _rewards_test(argv: list[str]) -> int:
+    def options(
+        spec: tyro.conf.Positional[str], data: Path | None = None, limit: int = 100
+    ) -> tuple[str, Path | None, int]:
+        """Score a reward's own examples, or the rows of a file.
+
+        Args:
+            spec: Name (math_verify), dotted path (pkg.module:function) or file (./mine.py:reward).
+            data: File with rows to score; default: the reward's examples.
+            limit: Rows read from the file at most.
+        """
+        return spec, data, limit
+
+    chosen = _options(options, argv, "rlsloth rewards test")
+    from rlsloth.scoring.inspect_rewards import test_reward
+
+    return test_reward(*chosen)
+
+
+def doctor(argv: list[str]) -> int:
+    """Say what this machine has, and what it lacks."""
+
+    def options(json: bool = False) -> bool:
+        """Versions, GPU, memory, disk; exit status 1 when training cannot run here.
+
+        Args:
+            json: Print JSON instead of a table.
+        """
+        return json
+
+    as_json = _options(options, argv, "rlsloth doctor")
+    from rlsloth.doctor import run_doctor
+
+    return run_doctor(as_json)
+
+
+def _options(function: Callable[..., Parsed], argv: list[str], prog: str) -> Parsed:
+    return tyro.cli(function, args=argv, prog=prog, config=(tyro.conf.FlagCreatePairsOff,))

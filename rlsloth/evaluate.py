@@ -1,0 +1,152 @@
+"""Evaluation on held-out prompts: avg@k, pass@k, maj@k with 95 % intervals clustered by question."""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+from rlsloth.config import GrpoConfig
+from rlsloth.evaluate_stats import (
+    Estimate,
+    avg_at_k,
+    difference_estimate,
+    maj_at_k,
+    mean_estimate,
+    pass_at_k,
+)
+from rlsloth.records import Group, Rollout, UserError
+
+_ANSWER_TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+_BOXED = re.compile(r"\\boxed\{([^{}]*)\}")
+_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+
+
+@dataclass(frozen=True, slots=True)
+class EvalResult:
+    """One policy on one set of problems."""
+
+    problems: int
+    samples: int
+    """k: completions per problem."""
+    avg: Estimate
+    """Share of samples that are correct; one cut off by the length limit is wrong."""
+    passed: Estimate
+    """pass@k: problems solved by at least one of k samples."""
+    majority: Estimate
+    """maj@k: problems whose most frequent answer is correct."""
+    truncated: float
+    """Share of samples cut off by the length limit."""
+    mean_length: float
+    """Sampled tokens."""
+    scores: tuple[float, ...]
+    """[problems] each problem's own avg@k, for paired comparisons."""
+
+    def metrics(self) -> dict[str, float]:
+        """Flat figures for the log."""
+        named = {"avg": self.avg, "pass": self.passed, "maj": self.majority}
+        row: dict[str, float] = {}
+        for name, estimate in named.items():
+            key = f"{name}@{self.samples}"
+            row[key] = estimate.value
+            row[f"{key}_low"], row[f"{key}_high"] = estimate.low, estimate.high
+        return row | {"clipped_ratio": self.truncated, "mean_length": self.mean_length}
+
+
+def assess(groups: Sequence[Group], reward: int, correct_at: float) -> EvalResult:
+    """Figures of scored groups, one per problem; ``reward`` is the index of the deciding score.
+
+    Raises:
+        UserError: the deciding reward gave no verdict on some rollout: it failed or does not apply.
+    """
+    verdicts = [[_correct(r, reward, correct_at) for r in g.rollouts] for g in groups]
+    answers = [[_answer(r) for r in g.rollouts] for g in groups]
+    samples = len(groups[0].rollouts)
+    rollouts = [r for g in groups for r in g.rollouts]
+    scores = tuple(avg_at_k(v) for v in verdicts)
+    return EvalResult(
+        problems=len(groups),
+        samples=samples,
+        avg=mean_estimate(scores),
+        passed=mean_estimate([pass_at_k(samples, sum(v), samples) for v in verdicts]),
+        majority=mean_estimate([maj_at_k(a, v) for a, v in zip(answers, verdicts, strict=True)]),
+        truncated=statistics.fmean(r.truncated for r in rollouts),
+        mean_length=statistics.fmean(r.length for r in rollouts),
+        scores=scores,
+    )
+
+
+def _correct(rollout: Rollout, reward: int, correct_at: float) -> bool:
+    score = rollout.scores[reward]
+    if rollout.truncated:
+        return False
+    if score.failure is not None:
+        return False  # counted and named by the scorer's report
+    if score.value is None:
+        raise UserError(
+            f"evaluation: reward {score.name} does not apply to a held-out problem, so it cannot "
+            "decide what is correct; name another with --eval.reward"
+        )
+    return score.value >= correct_at
+
+
+def _answer(rollout: Rollout) -> str | None:
+    """What a rollout votes for: its boxed or tagged answer, else its last number, else its text."""
+    if rollout.truncated:
+        return None
+    for pattern in (_ANSWER_TAG, _BOXED, _NUMBER):
+        found: list[str] = pattern.findall(rollout.text)
+        if found:
+            return found[-1].strip().replace(",", "")
+    return rollout.text.strip() or None
+
+
+def reward_index(cfg: GrpoConfig, names: Sequence[str]) -> int:
+    """Position of the reward that decides what is correct. Raises UserError for an unknown name."""
+    if cfg.eval.reward is None:
+        return 0
+    if cfg.eval.reward not in names:
+        raise UserError(
+            f"--eval.reward {cfg.eval.reward!r} is not among --rewards {' '.join(names)}"
+        )
+    return list(names).index(cfg.eval.reward)
+
+
+def describe(result: EvalResult) -> str:
+    """One line: ``avg@8 0.61 [0.55, 0.67]  pass@8 …``."""
+    k = result.samples
+    parts = [
+        f"{name}@{k} {e.value:.3f} [{e.low:.3f}, {e.high:.3f}]"
+        for name, e in (("avg", result.avg), ("pass", result.passed), ("maj", result.majority))
+    ]
+    cut = f"cut off {result.truncated:.0%}, {result.mean_length:.0f} tokens"
+    return "  ".join(parts) + f"  ({result.problems} problems, {cut})"
+
+
+def run_eval(cfg: GrpoConfig) -> None:
+    """``rlsloth eval``: the base model and, if one is named, the adapter, on the same problems.
+
+    Writes eval.json and samples into the run folder.
+    """
+    from rlsloth.assembly import Assembly
+
+    with ExitStack() as stack:
+        parts = Assembly.open(cfg, stack)
+        base = parts.evaluate(0, name="base", base=True)
+        figures: dict[str, object] = {"base": base.metrics()}
+        if cfg.model.adapter is not None:
+            adapter = parts.evaluate(0, name="adapter")
+            gain = difference_estimate(base.scores, adapter.scores)
+            parts.run.say(
+                f"adapter - base: {gain.value:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}] "
+                f"avg@{base.samples}, paired by problem"
+            )
+            figures |= {
+                "adapter": adapter.metrics(),
+                "difference": [gain.value, gain.low, gain.high],
+            }
+        (parts.run.dir / "eval.json").write_text(json.dumps(figures, indent=1))
+        parts.run.finish({"problems": base.problems, "samples": base.samples, **figures})

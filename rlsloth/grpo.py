@@ -1,0 +1,192 @@
+"""GRPO: sample groups, score them, follow the group-relative policy gradient. The loop, top to bottom."""
+
+from __future__ import annotations
+
+import time
+from contextlib import ExitStack
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+
+from rlsloth.advantages import assign_advantages, overlong_penalty
+from rlsloth.assembly import Assembly
+from rlsloth.config import GrpoConfig
+from rlsloth.losses import normalizer, policy_loss
+from rlsloth.packing import pack, to_device
+from rlsloth.policy.lora import save_adapter
+from rlsloth.policy.policy import Policy
+from rlsloth.records import Group, LossStats, MicroBatch, PackedBatch, UserError
+from rlsloth.rollout.collect import collect
+from rlsloth.run.diagnosis import Watch
+from rlsloth.run.metrics import UpdateFigures, count_tokens, rollout_metrics, update_metrics
+from rlsloth.run.run import Run
+
+
+def train(cfg: GrpoConfig) -> Path:
+    """Run GRPO as configured; returns the run folder.
+
+    Raises:
+        UserError: bad input, said before the first step where it can be known by then.
+    """
+    started = time.monotonic()
+    with ExitStack() as stack:
+        parts = Assembly.open(cfg, stack)
+        run, policy, scorer = parts.run, parts.policy, parts.scorer
+        at = parts.resume()
+        if at.before is None and cfg.eval.at_start:
+            at.before = parts.evaluate(at.next_step - 1)
+        watch = Watch(scorer.names, cfg.loss.mask_truncated, run.history())
+        skips = _Skips(cfg.optim.max_skipped)
+        for step in run.steps(at.next_step, cfg.steps):
+            torch.manual_seed((cfg.seed << 32) + step)  # dropout; sampling has its own generator
+            with run.timed("rollout"):
+                groups = collect(
+                    parts.engine,
+                    parts.renderer,
+                    parts.env,
+                    parts.prompts.take(cfg.prompts_per_step),
+                    cfg.group_size,
+                    parts.sampling(step),
+                    cfg.env.max_turns,
+                )
+            with run.timed("reward"):
+                report = scorer.score(groups, step=step)
+                shape_overlong(groups, cfg)
+            assign_advantages(groups, cfg.advantage)
+            batch = pack(
+                groups,
+                cfg.tokens_per_microbatch,
+                mask_truncated=cfg.loss.mask_truncated,
+                keep_zero_advantage=cfg.loss.beta > 0,
+            )
+            with run.timed("update"):
+                updates = update(policy, batch, cfg)
+                parts.engine.load(policy.adapter())
+            at.num_tokens += count_tokens(groups)
+            at.next_step = step + 1
+            metrics = {
+                **rollout_metrics(groups, scorer.names, num_tokens=at.num_tokens),
+                **update_metrics(updates, loss_name=cfg.loss.name, beta=cfg.loss.beta),
+                **report.metrics,
+            }
+            run.log(step, metrics)
+            run.log_samples(step, groups, scorer.names)
+            for sentence in watch.step(groups, metrics):
+                run.warn(sentence)
+            for sentence in watch.explain(metrics):
+                run.say(sentence)
+            skips.check(updates, batch, run, step)
+            if cfg.eval.every and step % cfg.eval.every == 0 and step < cfg.steps:
+                parts.evaluate(step)
+            if step == cfg.steps or (cfg.run.save_every and step % cfg.run.save_every == 0):
+                with run.timed("checkpoint"):
+                    parts.save(at)
+        save_adapter(policy.model, run.dir / "adapter")
+        after = parts.evaluate(cfg.steps) if cfg.eval.at_end else None
+        run.finish(parts.summary(at.before, after, time.monotonic() - started))
+        return run.dir
+
+
+def update(policy: Policy, batch: PackedBatch, cfg: GrpoConfig) -> list[UpdateFigures]:
+    """``updates_per_rollout`` optimizer updates on one step's rollouts.
+
+    The first is exactly on-policy: its ratio is 1 by construction and needs no old log-probs. Later ones
+    compare with the log-probs the first one computed, so no separate pass for them exists either.
+    """
+    norm = normalizer(batch, cfg.loss, max_tokens=cfg.rollout.max_tokens)
+    old: list[torch.Tensor] = []
+    reference: list[torch.Tensor] = []
+    figures = []
+    for round_ in range(cfg.updates_per_rollout):
+        total = entropy = gap = gap_max = 0.0
+        stats = LossStats()
+        for i, micro in enumerate(batch.microbatches):
+            micro = to_device(micro, policy.device)
+            if round_ == 0 and cfg.loss.beta > 0:
+                reference.append(policy.reference_logprobs(micro))
+            out = policy.logprobs(micro)
+            if round_ == 0:
+                old.append(out.logprobs.detach())
+            loss = policy_loss(
+                out.logprobs,
+                micro,
+                cfg.loss,
+                old_logprobs_N=old[i] if round_ else None,
+                reference_logprobs_N=reference[i] if reference else None,
+            )
+            (loss.total / norm).backward()
+            difference = (old[i] - micro.rollout_logprobs).abs().nan_to_num()
+            sums = torch.stack(
+                [loss.total.detach(), out.entropy.sum(), difference.sum(), difference.max()]
+            )
+            a, b, c, d = sums.tolist()
+            total, entropy, gap, gap_max = total + a, entropy + b, gap + c, max(gap_max, d)
+            _add(stats, loss.stats)
+        step = policy.step()
+        figures.append(
+            UpdateFigures(
+                loss=total / norm,
+                normalizer=norm,
+                stats=stats,
+                entropy=entropy,
+                logp_gap=gap,
+                logp_gap_max=gap_max,
+                scored_tokens=batch.scored_tokens,
+                step=step,
+            )
+        )
+    return figures
+
+
+def _add(sums: LossStats, more: LossStats) -> None:
+    for field in fields(LossStats):
+        setattr(sums, field.name, getattr(sums, field.name) + getattr(more, field.name))
+
+
+def shape_overlong(groups: list[Group], cfg: GrpoConfig) -> None:
+    """Add DAPO's soft overlong punishment to the rewards."""
+    if not cfg.loss.overlong_buffer:
+        return
+    for rollout in (r for group in groups for r in group.rollouts):
+        if rollout.reward is not None:
+            rollout.reward += overlong_penalty(
+                rollout.length, cfg.rollout.max_tokens, cfg.loss.overlong_buffer
+            )
+
+
+class _Skips:
+    """Counts updates skipped in a row, keeps their batches for inspection, and ends a hopeless run."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._in_a_row = 0
+
+    def check(self, updates: list[UpdateFigures], batch: PackedBatch, run: Run, step: int) -> None:
+        if not any(u.step.skipped for u in updates):
+            self._in_a_row = 0
+            return
+        self._in_a_row += 1
+        path = dump_batch(batch, run.dir / "skipped" / f"step_{step:05d}.safetensors")
+        run.warn(f"step {step}: gradient not finite, nothing was updated; its batch is in {path}")
+        if self._in_a_row >= self._limit:
+            raise UserError(
+                f"{self._in_a_row} updates in a row were not finite; lower --optim.lr, or look at {path}"
+            )
+
+
+def dump_batch(batch: PackedBatch, path: Path) -> Path:
+    """Write a step's micro-batches as safetensors, names ``<micro-batch>.<field>``."""
+    from safetensors.torch import save_file
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(
+        {
+            f"{i}.{field}": value
+            for i, micro in enumerate(batch.microbatches)
+            for field in MicroBatch.__slots__
+            if isinstance(value := getattr(micro, field), torch.Tensor)
+        },
+        path,
+    )
+    return path

@@ -1,0 +1,129 @@
+"""Model calls of the embedded engine: prefill, and one decoding step, replayed as a CUDA graph on a GPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlsloth.records import UserError
+from rlsloth.rollout.slot_cache import PromptCache, SlotCache
+
+COLUMNS = 128
+"""Graphs are captured for multiples of this many visible columns."""
+
+
+class Decoder:
+    """Runs a transformers causal LM over a SlotCache."""
+
+    def __init__(self, model: Any, device: torch.device, *, cuda_graphs: bool) -> None:
+        """``model``: a causal LM, PEFT-wrapped or not, with the ``rlsloth`` attention."""
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self._base = base
+        self._layers = base.get_decoder()
+        self._head = base.get_output_embeddings()
+        self._device = device
+        self._graphed = cuda_graphs and device.type == "cuda"
+        self._graphs: dict[Any, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self._pool: Any = None
+        self._cache: SlotCache | None = None
+        # Whether the adapter is on is baked into a graph, so it is part of the graph's key.
+        self._adapted = next((m for m in model.modules() if hasattr(m, "disable_adapters")), None)
+
+    def cache(self, rows: int, length: int) -> SlotCache:
+        """A cache of at least this size; on a GPU the same one again while it is large enough."""
+        if not self._graphed:
+            return SlotCache(rows, length, self._device)
+        kept = self._cache
+        if kept is None or kept.rows < rows or kept.length < length:
+            self._graphs.clear()
+            rows = max(rows, kept.rows if kept else 0)
+            length = max(_round_up(length, COLUMNS), kept.length if kept else 0)
+            self._cache = kept = None  # before the new one is made: both need not fit
+            self._cache = SlotCache(rows, length, self._device)
+        assert self._cache is not None
+        return self._cache
+
+    def prefill(self, prompts: list[list[int]]) -> tuple[PromptCache, Tensor]:
+        """Keys and values of a batch of prompts, and [prompts, V] float32 logits after each."""
+        lengths = [len(p) for p in prompts]
+        width = max(lengths)
+        padded = torch.tensor([p + [0] * (width - len(p)) for p in prompts], device=self._device)
+        order = torch.arange(width, device=self._device)
+        # Right padding: real rows never look right, and what padding computes is thrown away.
+        causal = (order[:, None] >= order[None, :])[None, None]
+        prompt = PromptCache(lengths)
+        hidden = self._layers(
+            input_ids=padded,
+            position_ids=order.expand(len(prompts), width),
+            attention_mask=causal.expand(len(prompts), 1, width, width),
+            past_key_values=prompt,
+            use_cache=True,
+        ).last_hidden_state
+        last = torch.tensor(lengths, device=self._device) - 1
+        rows = torch.arange(len(prompts), device=self._device)
+        return prompt, self._logits(hidden[rows, last])
+
+    def step(self, cache: SlotCache, tokens: list[int]) -> Tensor:
+        """Feed each running row its last token; [active, V] float32 logits for the next, to overwrite."""
+        cache.set_tokens(tokens)
+        visible = max(cache.lengths[: cache.active])
+        if not self._graphed:
+            return self._forward(cache, cache.active, visible)
+        rows = min(1 << (cache.active - 1).bit_length(), cache.rows)
+        return self._replay(cache, rows, _round_up(visible, COLUMNS))[: cache.active]
+
+    def _forward(self, cache: SlotCache, rows: int, visible: int) -> Tensor:
+        cache.begin(rows, visible)
+        at = cache.at[:rows]
+        seen = torch.arange(visible, device=self._device)[None, :] <= at[:, None]
+        hidden = self._layers(
+            input_ids=cache.last[:rows, None],
+            position_ids=at[:, None],
+            attention_mask=seen[:, None, None, :],
+            past_key_values=cache,
+            use_cache=True,
+        ).last_hidden_state
+        return self._logits(hidden[:, -1])
+
+    def _replay(self, cache: SlotCache, rows: int, visible: int) -> Tensor:
+        layer = self._adapted
+        adapter = layer and (layer.disable_adapters, *layer.active_adapters)
+        key = (rows, visible, adapter)
+        if key not in self._graphs:
+            # A first run outside the graph loads kernels; it writes the very values that the replay
+            # will write again.
+            self._forward(cache, rows, visible)
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            try:
+                with torch.cuda.graph(graph, pool=self._pool):
+                    logits = self._forward(cache, rows, visible)
+            except RuntimeError as error:
+                first = str(error).strip().split("\n")[0][:200]
+                raise UserError(
+                    f"this model's decoding step cannot be captured as a CUDA graph ({first}); "
+                    "pass --rollout.cuda-graphs false"
+                ) from error
+            self._pool = graph.pool()
+            self._graphs[key] = (graph, logits)
+        graph, logits = self._graphs[key]
+        graph.replay()
+        return logits
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        """The model's own head on [rows, H], with its scaling and soft-cap, in float32."""
+        logits: Tensor = self._head(hidden).float()
+        config = self._base.config.get_text_config()
+        if scale := getattr(config, "logit_scale", None):  # Cohere
+            logits *= scale
+        if scaling := getattr(config, "logits_scaling", None):  # Granite
+            logits /= scaling
+        if cap := getattr(config, "final_logit_softcapping", None):  # Gemma 2
+            logits = torch.tanh(logits / cap) * cap
+        return logits
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple

@@ -1,0 +1,157 @@
+"""Rows of datasets: JSON lines, JSON, parquet, folders of them, and the hub."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rlsloth.plugins import nearest
+from rlsloth.records import UserError
+
+Row = dict[str, Any]
+FILES = (".jsonl", ".json", ".parquet")
+SPLITS = {"train", "training", "validation", "valid", "val", "dev", "test", "testing", "eval"}
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_PASS_A_FILE = "pass a file with --env.train FILE.jsonl"
+
+
+def load_rows(source: str, split: str = "train", limit: int | None = None) -> list[Row]:
+    """Rows of a dataset.
+
+    Args:
+        source: a .jsonl, .json or .parquet file, a folder of them, or a hub id, ``id[:config]``.
+        split: for hub datasets, and for folders whose files are named after splits (train.jsonl).
+        limit: stop after this many rows.
+
+    Raises:
+        UserError: nothing there, a malformed row (file and line are named), or no rows.
+    """
+    path = Path(source).expanduser()
+    rows: Iterator[Row]
+    if path.is_dir():
+        rows = itertools.chain.from_iterable(map(_read_file, _files_of(path, split)))
+    elif path.suffix in FILES or source.startswith((".", "/", "~")):
+        rows = _read_file(path)
+    else:
+        rows = _read_hub(source, split)
+    found = list(itertools.islice(rows, limit))
+    if not found:
+        raise UserError(f"dataset {source!r} has no rows")
+    return found
+
+
+def _files_of(folder: Path, split: str) -> list[Path]:
+    """The folder's data files; if files are named after splits (train-00.parquet), the split's."""
+    files = sorted(p for p in folder.iterdir() if p.suffix in FILES)
+    if not files:
+        raise UserError(f"no {', '.join(FILES)} file in folder {folder}")
+    split_of = {p: re.split(r"[-_.]", p.name)[0] for p in files}
+    if not SPLITS & set(split_of.values()):
+        return files
+    chosen = [p for p in files if split_of[p] == split]
+    if not chosen:
+        raise UserError(
+            f"no file for split {split!r} in {folder}{nearest(split, list(split_of.values()))} "
+            f"(there: {', '.join(p.name for p in files)})"
+        )
+    return chosen
+
+
+def _read_file(path: Path) -> Iterator[Row]:
+    if not path.is_file():
+        beside = [p.name for p in path.parent.glob("*") if p.suffix in FILES]
+        raise UserError(
+            f"no data file {path}{nearest(path.name, beside)} (looked from {Path.cwd()})"
+        )
+    if path.suffix == ".parquet":
+        return _read_parquet(path)
+    if path.suffix not in FILES:
+        raise UserError(f"{path}: expected a file that ends in {', '.join(FILES)}")
+    with path.open("rb") as file:
+        is_array = (
+            path.suffix == ".json"
+            and file.read(4096).lstrip(_BYTE_ORDER_MARK + b" \t\r\n")[:1] == b"["
+        )
+    return _read_json_array(path) if is_array else _read_json_lines(path)
+
+
+def _read_json_lines(path: Path) -> Iterator[Row]:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            text = line.removeprefix(_BYTE_ORDER_MARK) if number == 1 else line
+            if text.strip():
+                yield _row(parse_json(text, f"{path} line {number}"), f"{path} line {number}")
+
+
+def _read_json_array(path: Path) -> Iterator[Row]:
+    rows = parse_json(path.read_bytes().removeprefix(_BYTE_ORDER_MARK), str(path))
+    for number, row in enumerate(rows, 1):
+        yield _row(row, f"{path} row {number}")
+
+
+def _read_parquet(path: Path) -> Iterator[Row]:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        with parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches():
+                yield from batch.to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(f"{path}: not a readable parquet file: {_first_line(error)}") from error
+
+
+def _read_hub(source: str, split: str) -> Iterator[Row]:
+    import datasets
+    import huggingface_hub
+
+    name, _, config = source.partition(":")
+    try:
+        # Without a network load_dataset retries for half a minute; one request tells at once.
+        if not _cached(name, Path(datasets.config.HF_DATASETS_CACHE)):
+            huggingface_hub.HfApi().dataset_info(name, timeout=10)
+        data = datasets.load_dataset(name, config or None, split=split)
+    except huggingface_hub.errors.RepositoryNotFoundError:
+        raise UserError(
+            f"no dataset {name!r} on the hub (or it needs a login): {_PASS_A_FILE}"
+        ) from None
+    except ValueError as error:  # not a hub id, no such config or split: the text lists them
+        raise UserError(f"dataset {source!r}, split {split!r}: {_first_line(error)}") from error
+    except Exception as error:  # the hub's HTTP library has errors of its own, and changes
+        raise UserError(
+            f"cannot load dataset {source!r} (no network? {_first_line(error)}): {_PASS_A_FILE}"
+        ) from error
+    return iter(data)
+
+
+def _cached(name: str, cache: Path) -> bool:
+    """Whether ``datasets`` has built this dataset, in a folder owner___name_in_snake_case."""
+    plain = name.replace("/", "").replace("_", "").lower()
+    return any(p.name.replace("_", "").lower() == plain for p in cache.glob("*"))
+
+
+def parse_json(text: bytes, where: str) -> Any:
+    """The JSON value in ``text``; UserError names ``where`` and the place in it."""
+    try:
+        return json.loads(text.decode())
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where}: not UTF-8 at byte {error.start}") from None
+    except json.JSONDecodeError as error:
+        place = f"column {error.colno}" if error.lineno == 1 else f"line {error.lineno}"
+        raise UserError(f"{where}: not JSON ({error.msg}, {place})") from None
+    except (RecursionError, ValueError) as error:  # nested too deeply, or a number too long
+        raise UserError(f"{where}: {error}") from None
+
+
+def _row(value: Any, where: str) -> Row:
+    if not isinstance(value, dict):
+        raise UserError(f"{where}: a row is a JSON object, this is a {type(value).__name__}")
+    return value
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

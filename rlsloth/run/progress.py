@@ -1,0 +1,112 @@
+"""Progress on the console: a live bar on a terminal, one plain line a step elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from datetime import timedelta
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.text import Text
+
+from rlsloth.run.metrics import is_number
+
+_SHOWN = (
+    ("reward", "reward", "{:.3f}"),
+    ("completions/mean_length", "length", "{:.0f}"),
+    ("completions/clipped_ratio", "cut", "{:.0%}"),
+    ("step_time", "step", "{:.1f}s"),
+)
+
+
+class Display:
+    """What the person at the console sees. All text is plain: markup and control characters do
+    nothing."""
+
+    def __init__(self, total: int, console: Console | None = None) -> None:
+        self._console = console or Console(highlight=False, soft_wrap=True)
+        self._total = total
+        self._done_here = 0
+        self._began = 0.0
+        self._stepping = False
+        self._figures = ""
+        self._bar: Progress | None = None
+        if self._console.is_terminal:
+            self._bar = Progress(
+                TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+                BarColumn(bar_width=None),
+                TextColumn("{task.fields[figures]}", markup=False),
+                TextColumn("{task.fields[eta]}", markup=False, style="cyan"),
+                TextColumn("{task.fields[phase]}", markup=False, style="dim"),
+                console=self._console,
+                refresh_per_second=2,
+                expand=True,
+            )
+            self._task = self._bar.add_task("", total=total, figures="", eta="", phase="")
+
+    def begin(self, first: int, total: int) -> None:
+        """Steps first to total follow; the time left is estimated from these alone."""
+        self._total, self._done_here, self._began = total, 0, time.monotonic()
+        self._stepping = True
+        if self._bar is not None:
+            self._bar.update(self._task, completed=first - 1, total=total)
+            self._bar.start()
+
+    def phase(self, name: str) -> None:
+        """Show what is going on; an empty name when nothing is."""
+        if self._bar is not None:
+            self._bar.start()
+            self._bar.update(self._task, phase=name)
+        elif (
+            name and not self._stepping
+        ):  # a long wait before or after the steps is not left in silence
+            self._print(f"{name} ...")
+
+    def step(self, step: int, metrics: Mapping[str, float]) -> None:
+        """A step's figures are known."""
+        shown = [
+            f"{label} {form.format(metrics[name])}"
+            for name, label, form in _SHOWN
+            if is_number(metrics.get(name))
+        ]
+        self._figures = "  ".join(shown)
+        if self._bar is None:
+            eta = self._eta(step, self._done_here + 1)
+            self._print(f"step {step}/{self._total}  {self._figures}  {eta}")
+        else:
+            self._bar.update(self._task, figures=self._figures)
+
+    def step_done(self, step: int) -> None:
+        """A step is over, its evaluation and checkpoint included."""
+        self._done_here += 1
+        if self._bar is not None:
+            eta = self._eta(step, self._done_here)
+            self._bar.update(self._task, completed=step, phase="", eta=eta)
+
+    def _eta(self, step: int, done_here: int) -> str:
+        left = (time.monotonic() - self._began) / done_here * (self._total - step)
+        return f"eta {timedelta(seconds=round(left))}"
+
+    def say(self, text: str, style: str = "") -> None:
+        """Print a text above the bar."""
+        self._print(text, style)
+
+    def stop(self) -> None:
+        """No step runs any more: the bar stays as it is."""
+        self._stepping = False
+        if self._bar is not None:
+            self._bar.stop()
+
+    def _print(self, text: str, style: str = "") -> None:
+        encoding = self._console.encoding
+        safe = text.encode(encoding, "backslashreplace").decode(encoding)
+        self._console.print(Text(printable(safe), style=style))
+
+
+def printable(text: str) -> str:
+    """The text without control characters: sampled text must not move the cursor or recolour the
+    terminal."""
+    return "".join(
+        c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text
+    )

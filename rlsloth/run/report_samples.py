@@ -1,0 +1,80 @@
+"""The samples that a report carries with it: a part of them, evenly chosen, since the page has to
+open on a phone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from rlsloth.run.folder import sample_files
+from rlsloth.run.samples import FIXED_COLUMNS
+
+MAX_STEPS = 60
+MAX_ROWS = 8
+"""Samples a step."""
+MAX_CHARACTERS = 4000
+"""Of a prompt and of a completion; the middle is left out, since the answer tends to stand at the
+end."""
+
+
+def embedded_samples(folder: Path) -> dict[str, Any]:
+    """Evenly spaced steps and rows, whatever their rewards, for the page's script.
+
+    Returns:
+        ``steps_total``, ``max_steps``, ``max_rows`` and ``steps``: step, total, reward names and
+        rows.
+    """
+    paths = list(sample_files(folder).items())
+    chosen = [paths[index] for index in evenly(len(paths), MAX_STEPS)]
+    return {
+        "steps_total": len(paths),
+        "max_steps": MAX_STEPS,
+        "max_rows": MAX_ROWS,
+        "steps": [_step(step, path) for step, path in chosen],
+    }
+
+
+def evenly(count: int, limit: int) -> list[int]:
+    """At most ``limit`` indices below ``count``, evenly spaced, the first and the last among
+    them."""
+    if count <= limit:
+        return list(range(count))
+    return [round(i * (count - 1) / (limit - 1)) for i in range(limit)]
+
+
+def _step(step: int, path: Path) -> dict[str, Any]:
+    table = pq.read_table(path)
+    names = [name for name in table.column_names if name not in FIXED_COLUMNS]
+    rows = table.take(evenly(table.num_rows, MAX_ROWS)).to_pylist()
+    return {
+        "step": step,
+        "total": table.num_rows,
+        "rewards": names,
+        "rows": [_row(row, names) for row in rows],
+    }
+
+
+def _row(row: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    return {
+        "prompt": _cut(row["prompt"]),
+        "completion": _cut(row["completion"]),
+        "scores": [row[name] for name in names],
+        "reward": row["weighted_reward"],
+        "advantage": row["advantage"],
+        "finish": row["finish"],
+        "tokens": row["tokens"],
+        "index": row["prompt_index"],
+        "failure": _cut(row["failure"]),
+    }
+
+
+def _cut(text: str) -> str:
+    if len(text) <= MAX_CHARACTERS:
+        return text
+    head, tail = MAX_CHARACTERS * 2 // 3, MAX_CHARACTERS // 3
+    return (
+        f"{text[:head]}\n\n[… {len(text) - head - tail:,} characters left out …]\n\n{text[-tail:]}"
+    )

@@ -1,0 +1,258 @@
+"""A run: its folder, its clock, its console and its records, behind the few calls that a loop
+makes."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Self
+
+from rlsloth.records import Group
+from rlsloth.run import folder as files
+from rlsloth.run.environment import write_environment
+from rlsloth.run.metrics import is_number
+from rlsloth.run.progress import Display
+from rlsloth.run.report import write_report
+from rlsloth.run.samples import as_text, completion_text, write_samples
+from rlsloth.run.trackers import Tracker, open_trackers
+
+_SHOWN_CHARACTERS = 400
+
+
+class Run:
+    """One training run. Use it as a context manager: whatever happens, the report is written and
+    the lock given back.
+
+    Example:
+        with Run.start(cfg) as run:
+            for step in run.steps(1, cfg.steps):
+                with run.timed("rollout"): ...
+                run.log(step, metrics)
+            run.finish({"accuracy_after": 0.6})
+    """
+
+    def __init__(self, folder: Path, lock: IO[str], show_samples: int, steps: int) -> None:
+        """Use `start`."""
+        self.dir = folder
+        self._lock = lock
+        self._show_samples = show_samples
+        self._display = Display(steps)
+        self._clock = _Clock()
+        self._trackers: list[Tracker] = []
+
+    @classmethod
+    def start(cls, cfg: files.TrainingConfig, root: Path | None = None) -> Run:
+        """Make or reopen the run folder, lock it, and write config.yaml and environment.json.
+
+        Args:
+            cfg: a loop's configuration.
+            root: where new folders are made when ``run.dir`` is not given; ``runs`` by default.
+
+        Raises:
+            UserError: the folder holds a run and resume is off, another process writes to it, there
+                is nothing to resume, or a tracker's package is missing.
+        """
+        folder, lock = files.open_folder(cfg.run, cfg.model, root or Path("runs"))
+        run = cls(folder, lock, cfg.run.show_samples, cfg.steps)
+        try:
+            # First, since a missing package must not leave a folder that counts as a run.
+            run._trackers = open_trackers(cfg.run.trackers, folder, cfg.model_dump(mode="json"))
+            changes = files.write_config(folder, cfg)
+            write_environment(folder)
+        except BaseException:
+            lock.close()
+            raise
+        run.say(f"run folder {folder}")
+        for change in changes:
+            run.say(f"resumed with a changed setting, {change}")
+        return run
+
+    def steps(self, first: int, total: int) -> Iterator[int]:
+        """Step numbers from first to total (steps count from 1), with progress and the time
+        left."""
+        self._display.begin(first, total)
+        self._clock.restart()
+        try:
+            for step in range(first, total + 1):
+                yield step
+                self._display.step_done(step)
+        finally:
+            self._display.stop()
+
+    @contextlib.contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        """Name what is going on and count its seconds; a phase within a phase is taken out of the
+        outer one."""
+        self._clock.enter(phase)
+        self._display.phase(phase)
+        try:
+            yield
+        finally:
+            self._display.phase(self._clock.leave())
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Record a step, once: its metrics, ``time/<phase>`` and ``step_time``, all in seconds.
+
+        The times are those since the line before; what runs after this call (a checkpoint) is in
+        the next line.
+        """
+        seconds = self._clock.take()
+        times = {f"time/{phase}": spent for phase, spent in seconds.items()}
+        row = {**metrics, "step_time": sum(seconds.values()), **times}
+        self._write(step, row)
+        self._display.step(step, row)
+
+    def log_eval(self, step: int, name: str, results: Mapping[str, float]) -> None:
+        """Record an evaluation in a line of its own, as ``eval_<name>_<key>`` (``eval_<key>`` if
+        name is empty).
+
+        The report draws ``<key>_low`` and ``<key>_high`` as the interval of ``<key>``. Seconds
+        spent in the phase ``eval`` go here, as ``eval_runtime``, and not to a step.
+        """
+        prefix = f"eval_{name}_" if name else "eval_"
+        row = {f"{prefix}{key}": value for key, value in results.items()}
+        self._write(step, row | {f"{prefix}runtime": self._clock.take_phase("eval")})
+
+    def _write(self, step: int, metrics: Mapping[str, float]) -> None:
+        row = {name: float(value) for name, value in metrics.items()}
+        files.append_row(self.dir / files.METRICS, {"step": step, **row})
+        known = {name: value for name, value in row.items() if is_number(value)}
+        for tracker in list(self._trackers):
+            try:
+                tracker.log(step, known)
+            except Exception as error:  # a tracker's outage must not end a training run
+                self._trackers.remove(tracker)
+                self.warn(
+                    f"{tracker.name} failed and is off from here on ({error}); "
+                    "metrics.jsonl goes on"
+                )
+
+    def log_samples(self, step: int, groups: Sequence[Group], reward_names: Sequence[str]) -> None:
+        """Keep all of a step's rollouts as parquet, and print the first few, one a prompt."""
+        write_samples(files.sample_file(self.dir, step), step, groups, reward_names)
+        for group in groups[: self._show_samples]:
+            rollout = group.rollouts[0]
+            prompt = _line(as_text(group.prompt.messages)[-_SHOWN_CHARACTERS:])
+            completion = _line(completion_text(rollout)[:_SHOWN_CHARACTERS])
+            reward = "none" if rollout.reward is None else f"{rollout.reward:.3g}"
+            self._display.say(
+                f"  {prompt}\n  > {completion}\n    reward {reward}, {rollout.finish}", "dim"
+            )
+
+    def history(self) -> list[dict[str, Any]]:
+        """The rows of metrics.jsonl so far."""
+        return files.read_rows(self.dir)
+
+    def say(self, text: str) -> None:
+        """Tell the user one line, above the progress bar, and keep it in log.txt."""
+        self._display.say(_line(text))
+        self._keep("", text)
+
+    def warn(self, text: str) -> None:
+        """As `say`, for what needs attention."""
+        self._display.say(f"warning: {_line(text)}", "yellow")
+        self._keep("warning: ", text)
+
+    def _keep(self, kind: str, text: str) -> None:
+        line = f"{datetime.now():%Y-%m-%d %H:%M:%S} {kind}{_line(text)}\n"
+        with open(self.dir / files.LOG, "a", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(line)
+
+    def truncate_after(self, step: int) -> None:
+        """Forget what came after a checkpoint's step, so that a resumed run has each step once.
+
+        Call it on every resume, with 0 when there is no checkpoint: it also drops a line that a
+        crash tore.
+        """
+        rows = [row for row in self.history() if row["step"] <= step]
+        files.rewrite_rows(self.dir, rows)
+        (self.dir / files.SUMMARY).unlink(missing_ok=True)
+        for at, path in files.sample_files(self.dir).items():
+            if at > step:
+                path.unlink()
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        """Write summary.json and report.html, close the trackers and give the folder free."""
+        try:
+            files.write_json(self.dir / files.SUMMARY, summary)
+            report = write_report(self.dir)
+            self.say(f"report in {report}")
+        finally:
+            self._close()
+
+    def _close(self) -> None:
+        self._display.stop()
+        for tracker in self._trackers:
+            try:
+                tracker.close()
+            except Exception as error:
+                self.warn(f"{tracker.name} did not close ({error})")
+        self._trackers = []
+        self._lock.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._lock.closed:  # finish() was called
+            return
+        try:
+            if kind is not None:
+                self.warn(f"stopped by {kind.__name__}{f': {error}' if str(error) else ''}")
+            write_report(self.dir)
+        except Exception as fault:
+            self.warn(f"could not write the report ({type(fault).__name__}: {fault})")
+        finally:
+            self._close()
+
+
+def _line(text: str) -> str:
+    return " ".join(text.split())
+
+
+class _Clock:
+    """Seconds by phase; time outside any phase is ``other``, so the sum is all the time there
+    was."""
+
+    def __init__(self) -> None:
+        self._phases: list[str] = []
+        self.restart()
+
+    def restart(self) -> None:
+        self._seconds: dict[str, float] = {}
+        self._mark = time.monotonic()
+
+    def _settle(self) -> None:
+        now = time.monotonic()
+        phase = self._phases[-1] if self._phases else "other"
+        self._seconds[phase] = self._seconds.get(phase, 0.0) + now - self._mark
+        self._mark = now
+
+    def enter(self, phase: str) -> None:
+        self._settle()
+        self._phases.append(phase)
+
+    def leave(self) -> str:
+        """End the current phase; the outer one, or an empty string."""
+        self._settle()
+        self._phases.pop()
+        return self._phases[-1] if self._phases else ""
+
+    def take(self) -> dict[str, float]:
+        """Seconds by phase since the last call."""
+        self._settle()
+        taken, self._seconds = self._seconds, {}
+        return taken
+
+    def take_phase(self, phase: str) -> float:
+        self._settle()
+        return self._seconds.pop(phase, 0.0)

@@ -1,0 +1,112 @@
+"""Samples of a step as a parquet file with TRL's columns: step, prompt, completion, one a reward,
+advantage.
+
+Ours after them: ``weighted_reward``, ``finish``, ``tokens`` (sampled), ``prompt_index``,
+``failure``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from rlsloth.records import Group, Message, Rollout
+from rlsloth.run.folder import atomic_write
+
+_BEFORE = (("step", pa.int64()), ("prompt", pa.large_string()), ("completion", pa.large_string()))
+_AFTER = (
+    ("advantage", pa.float64()),
+    ("weighted_reward", pa.float64()),
+    ("finish", pa.string()),
+    ("tokens", pa.int64()),
+    ("prompt_index", pa.int64()),
+    ("failure", pa.large_string()),
+)
+FIXED_COLUMNS = tuple(name for name, _ in _BEFORE + _AFTER)
+"""Every column that is not a reward's."""
+
+
+def write_samples(
+    path: Path, step: int, groups: Sequence[Group], reward_names: Sequence[str]
+) -> None:
+    """Write all of a step's rollouts, one a row, atomically.
+
+    A reward that does not apply or failed is null; ``failure`` then says what happened, else it is
+    empty. A reward named like one of the other columns is found under ``rewards/<name>``. Chat
+    turns stand in one text.
+
+    Raises:
+        OSError: the file could not be written; an old one stays.
+    """
+    rows = [(group, rollout) for group in groups for rollout in group.rollouts]
+    columns: dict[str, list[Any]] = {
+        "step": [step] * len(rows),
+        "prompt": [clean(as_text(group.prompt.messages)) for group, _ in rows],
+        "completion": [clean(completion_text(rollout)) for _, rollout in rows],
+    }
+    reward_columns = [column_of(name) for name in reward_names]
+    for index, column in enumerate(reward_columns):
+        columns[column] = [rollout.scores[index].value for _, rollout in rows]
+    columns |= {
+        "advantage": [rollout.advantage for _, rollout in rows],
+        "weighted_reward": [rollout.reward for _, rollout in rows],
+        "finish": [rollout.finish for _, rollout in rows],
+        "tokens": [rollout.length for _, rollout in rows],
+        "prompt_index": [group.prompt.index for group, _ in rows],
+        "failure": [clean(failure_text(rollout)) for _, rollout in rows],
+    }
+    fields = [*_BEFORE, *((column, pa.float64()) for column in reward_columns), *_AFTER]
+    table = pa.table(columns, schema=pa.schema(fields))
+    buffer = pa.BufferOutputStream()
+    pq.write_table(table, buffer, compression="zstd")
+    path.parent.mkdir(exist_ok=True)
+    atomic_write(path, buffer.getvalue().to_pybytes())
+
+
+def column_of(reward_name: str) -> str:
+    """The column a reward is found in."""
+    return f"rewards/{reward_name}" if reward_name in FIXED_COLUMNS else reward_name
+
+
+def as_text(messages: str | Sequence[Message]) -> str:
+    """A prompt or conversation as one text: a single message is its content, more are headed by
+    their roles."""
+    if isinstance(messages, str):
+        return messages
+    if len(messages) == 1:
+        return _content(messages[0])
+    return "\n\n".join(f"[{message.get('role')}]\n{_content(message)}" for message in messages)
+
+
+def _content(message: Message) -> str:
+    content = message.get("content") or ""
+    text = content if isinstance(content, str) else json.dumps(content, default=str)
+    calls = message.get("tool_calls")
+    if not calls:
+        return text
+    return f"{text}\n{json.dumps(calls, default=str)}".strip()
+
+
+def completion_text(rollout: Rollout) -> str:
+    """What followed the prompt: the sampled text, or all turns where there were several."""
+    return as_text(rollout.messages) if len(rollout.messages) > 1 else rollout.text
+
+
+def failure_text(rollout: Rollout) -> str:
+    """Failures of a rollout's rewards in words; empty when there are none."""
+    return "\n".join(
+        f"{score.name}: {score.failure} {score.detail}".rstrip()
+        for score in rollout.scores
+        if score.failure is not None
+    )
+
+
+def clean(text: str) -> str:
+    """Text that UTF-8 can hold: lone surrogates, which a tokenizer or a dataset may bring, are
+    spelt out."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")

@@ -1,0 +1,236 @@
+"""``rlsloth rewards list`` and ``rlsloth rewards test``."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import json
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from rlsloth import plugins
+from rlsloth.config import RewardConfig
+from rlsloth.records import FinishReason, Group, Prompt, Rollout, Score, UserError
+from rlsloth.scoring.example import Example
+from rlsloth.scoring.report import ScoringReport
+from rlsloth.scoring.scorer import Scorer
+
+REWARDS = "rlsloth.rewards"
+SHOWN_CHARACTERS = 60
+
+
+@dataclass(frozen=True, slots=True)
+class RewardSummary:
+    """What a built-in reward's source says of it."""
+
+    name: str
+    summary: str
+    columns: tuple[str, ...]
+    """Arguments, dataset columns among them."""
+    parameters: dict[str, str]
+    """Settings under reward.params.<name>, with their defaults."""
+
+
+def summarize_rewards() -> list[RewardSummary]:
+    """The built-in rewards, read from their source: importing them takes seconds."""
+    folder = next(iter(importlib.import_module(REWARDS).__path__))
+    return [_summary(name, Path(folder)) for name in plugins.builtin_names(REWARDS)]
+
+
+def _summary(name: str, folder: Path) -> RewardSummary:
+    tree = ast.parse((folder / f"{name}.py").read_text(encoding="utf-8"))
+    function = next(n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == name)
+    arguments = function.args
+    defaults = zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True)
+    return RewardSummary(
+        name=name,
+        summary=(ast.get_docstring(function) or "").partition("\n")[0].replace("``", ""),
+        columns=tuple(argument.arg for argument in arguments.args),
+        parameters={a.arg: ast.unparse(default) for a, default in defaults if default is not None},
+    )
+
+
+def list_rewards() -> None:
+    """Print the built-in rewards with what they take."""
+    table = Table("reward", "what it gives", "takes")
+    table.add_column("reward.params", overflow="fold")
+    for reward in summarize_rewards():
+        settings = "\n".join(f"{key}={value}" for key, value in reward.parameters.items())
+        table.add_row(reward.name, reward.summary, "\n".join(reward.columns), settings)
+    Console().print(table)
+
+
+def test_reward(spec: str, data: Path | None, limit: int) -> int:
+    """Score a reward's own EXAMPLES, or the rows of a JSONL file, and print the results.
+
+    A row is an object with ``completion``, and ``prompt``, ``completion_ids`` and ``finish_reason``
+    where they matter; all its other keys are columns.
+
+    Returns:
+        The exit code: 0 if all went as expected, 1 after a failure or an unexpected score.
+
+    Raises:
+        UserError: no such reward, no examples, or a file that cannot be read.
+    """
+    if data is None:
+        return _test_examples(spec)
+    return _test_rows(spec, data, limit)
+
+
+# pytest would collect it wherever it is imported.
+test_reward.__test__ = False  # type: ignore[attr-defined]
+
+
+def _test_examples(spec: str) -> int:
+    examples = load_examples(spec)
+    if not examples:
+        raise UserError(f"reward {spec!r} ships no EXAMPLES: pass --data FILE.jsonl")
+    table = Table("example", "completion", "expected", "got")
+    groups = [example_group(example, index) for index, example in enumerate(examples)]
+    with Scorer([spec], RewardConfig(workers=1)) as scorer:
+        report = scorer.score(groups)
+    surprises = 0
+    for example, group in zip(examples, groups, strict=True):
+        score = group.rollouts[0].scores[0]
+        right = is_expected(example, score)
+        surprises += not right
+        words = _short(example.completion)
+        style = None if right else "bold red"
+        table.add_row(example.note, words, _value(example.expected), _said(score), style=style)
+    console = Console()
+    console.print(table)
+    _print_failures(console, report)
+    console.print(f"{len(examples) - surprises} of {len(examples)} examples as expected")
+    return int(surprises > 0)
+
+
+def _test_rows(spec: str, data: Path, limit: int) -> int:
+    table = Table("row", "completion", "score", "ms")
+    values: list[float] = []
+    seconds: list[float] = []
+    failures = 0
+    console = Console()
+    with Scorer([spec], RewardConfig(workers=1)) as scorer:
+        scorer.wait_ready()
+        for line, group in _read_rows(data, limit):
+            report = scorer.score([group])
+            score = group.rollouts[0].scores[0]
+            seconds.append(report.rewards[0].wall_seconds)
+            failures += score.failure is not None
+            if score.value is not None:
+                values.append(score.value)
+            style = "bold red" if score.failure else None
+            milliseconds = f"{seconds[-1] * 1e3:.1f}"
+            words = _short(group.rollouts[0].text)
+            table.add_row(str(line), words, _said(score), milliseconds, style=style)
+            _print_failures(console, report)
+    if not seconds:
+        raise UserError(f"{data} has no rows")
+    console.print(table)
+    mean = f"{sum(values) / len(values):.3f}" if values else "-"
+    console.print(
+        f"{len(seconds)} rows: {len(values)} scored (mean {mean}), {failures} failed, "
+        f"{len(seconds) - len(values) - failures} not applicable; "
+        f"{sum(seconds) / len(seconds) * 1e3:.1f} ms a row, slowest {max(seconds) * 1e3:.1f} ms"
+    )
+    return int(failures > 0)
+
+
+def load_examples(spec: str) -> Sequence[Example]:
+    """The EXAMPLES of the module that a reward stands in; empty if it has none."""
+    function = plugins.load(spec, REWARDS)
+    module = sys.modules[function.__module__]
+    examples: Sequence[Example] = getattr(module, "EXAMPLES", ())
+    return examples
+
+
+def example_group(example: Example, index: int) -> Group:
+    """An example as a group of one rollout."""
+    ids = list(example.completion_ids)
+    return _group(index, "", example.completion, example.columns, ids, example.finish)
+
+
+def is_expected(example: Example, score: Score) -> bool:
+    """Whether a score is the one that the example names."""
+    if score.failure is not None or score.value is None or example.expected is None:
+        return score.failure is None and score.value is example.expected
+    return math.isclose(score.value, example.expected, abs_tol=1e-9)
+
+
+def _read_rows(path: Path, limit: int) -> Iterator[tuple[int, Group]]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path}: {error}") from error
+    filled = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    for number, line in filled[:limit]:
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise UserError(f"{path}, line {number}: not JSON ({error})") from error
+        if not isinstance(row, dict) or "completion" not in row:
+            raise UserError(f"{path}, line {number}: not an object with a key 'completion'")
+        yield number, _row_group(number, row)
+
+
+def _row_group(number: int, row: dict[str, Any]) -> Group:
+    completion = row.pop("completion")
+    prompt = row.pop("prompt", "")
+    ids = row.pop("completion_ids", [])
+    finish: FinishReason = row.pop("finish_reason", "stop")
+    return _group(number, prompt, completion, row, ids, finish)
+
+
+def _group(
+    index: int, prompt: Any, completion: Any, columns: Any, ids: list[int], finish: FinishReason
+) -> Group:
+    """Chat messages as prompt or completion make the row conversational."""
+    messages = (
+        completion
+        if isinstance(completion, list)
+        else [{"role": "assistant", "content": completion}]
+    )
+    conversational = isinstance(completion, list) or isinstance(prompt, list)
+    rollout = Rollout(
+        token_ids=ids,
+        loss_mask=[True] * len(ids),
+        logprobs=[0.0] * len(ids),
+        policy_version=[0] * len(ids),
+        finish=finish,
+        text=str(messages[-1].get("content", "")) if messages else "",
+        messages=messages,
+    )
+    if conversational and isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}]
+    asked = Prompt(index, tuple(prompt) if conversational else prompt, columns)
+    return Group(prompt=asked, prompt_ids=[], rollouts=[rollout])
+
+
+def _print_failures(console: Console, report: ScoringReport) -> None:
+    for failure in report.details:
+        console.print(
+            f"row {failure.prompt_index}: {failure.kind}: {failure.detail}",
+            style="red",
+            markup=False,
+        )
+
+
+def _value(value: float | None) -> str:
+    return "not applicable" if value is None else f"{value:g}"
+
+
+def _said(score: Score) -> str:
+    return score.failure or _value(score.value)
+
+
+def _short(text: str) -> str:
+    line = " ".join(text.split())
+    shown = line if len(line) <= SHOWN_CHARACTERS else line[: SHOWN_CHARACTERS - 1] + "…"
+    return shown.replace("[", r"\[")  # rich's markup

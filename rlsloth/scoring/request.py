@@ -1,0 +1,87 @@
+"""From a group to the call that a worker gets; its data is checked against the signature here."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from rlsloth.plugins import nearest
+from rlsloth.records import Group, UserError
+from rlsloth.scoring.protocol import Call, RewardInfo
+
+RESERVED = (
+    "prompts",
+    "completions",
+    "completion_ids",
+    "finish_reasons",
+    "trainer_state",
+    "log_extra",
+    "log_metric",
+)
+"""Arguments that do not come from the row's columns."""
+
+
+def group_call(group: Group, reward: int, name: str, info: RewardInfo, step: int) -> Call:
+    """The call for a whole group, with the columns that the reward accepts.
+
+    Raises:
+        UserError: see ``Scorer.score``.
+    """
+    columns = group.prompt.columns
+    for column in columns:
+        if column in RESERVED:
+            raise UserError(
+                f"column {column!r} of the data has the name of a reward argument: rename it"
+            )
+        if column in info["parameters"]:
+            raise UserError(
+                f"column {column!r} of the data has the name of a parameter of reward {name!r}: "
+                f"rename the column, or set reward.params.{name}.{column}"
+            )
+    missing = [key for key in info["required"] if key not in columns and key not in RESERVED]
+    if missing:
+        raise UserError(
+            f"reward {name!r} needs a column {missing[0]!r}{nearest(missing[0], list(columns))} "
+            f"(row {group.prompt.index} has: {', '.join(sorted(columns)) or 'none'})"
+        )
+    accepts = info["accepts"]
+    accepted = {k: v for k, v in columns.items() if accepts is None or k in accepts}
+    for column, value in accepted.items():
+        _check_json(column, value, name)
+    messages = group.prompt.messages
+    wants_ids = accepts is None or "completion_ids" in accepts
+    return Call(
+        reward=reward,
+        step=step,
+        cpu_seconds=0.0,
+        prompt=messages,
+        completions=[r.text if isinstance(messages, str) else r.messages for r in group.rollouts],
+        completion_ids=[r.token_ids if wants_ids else [] for r in group.rollouts],
+        finish_reasons=[r.finish for r in group.rollouts],
+        columns=accepted,
+    )
+
+
+def _check_json(column: str, value: Any, name: str) -> None:
+    try:
+        json.dumps(value)
+        key = _odd_key(value)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise UserError(
+            f"column {column!r} cannot be passed to reward {name!r} as JSON ({error}): "
+            "drop it, or let the reward name the columns that it wants instead of **kwargs"
+        ) from None
+    if key is not None:
+        raise UserError(f"column {column!r} has a dict with the key {key!r}: JSON keys are strings")
+
+
+def _odd_key(value: Any) -> Any:
+    """A dict key that is not a string (JSON would turn it into one unseen), or None."""
+    if isinstance(value, dict):
+        for key in value:
+            if not isinstance(key, str):
+                return key
+        value = list(value.values())
+    if isinstance(value, (list, tuple)):
+        return next((key for item in value if (key := _odd_key(item)) is not None), None)
+    return None

@@ -1,0 +1,165 @@
+"""Scores groups with reward plugins that run in worker processes.
+
+A reward is called with all completions of one prompt, so that it may compare them. When that call
+fails in whatever way, it is called again with one completion at a time: only the culprit is marked
+as failed.
+"""
+
+from __future__ import annotations
+
+import queue
+import time
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+
+from rlsloth.config import RewardConfig
+from rlsloth.plugins import builtin_names, nearest
+from rlsloth.records import Group, Rollout, UserError
+from rlsloth.scoring.process import WorkerProcess
+from rlsloth.scoring.protocol import Call, Reply, RewardSetup, Setup
+from rlsloth.scoring.report import Outcome, ScoringReport, assign_scores
+from rlsloth.scoring.request import group_call
+
+
+class Scorer:
+    """Runs the configured rewards over groups of rollouts.
+
+    Workers start in the background; the first ``score`` (or ``wait_ready``) waits for them. Use it
+    as a context manager, or call ``close``.
+
+    Raises:
+        UserError: no rewards, an unknown one, two of one name, or parameters for one not in use.
+    """
+
+    def __init__(self, rewards: Sequence[str], cfg: RewardConfig) -> None:
+        self.names = tuple(_name(spec) for spec in rewards)
+        _check_names(self.names, cfg)
+        self._cfg = cfg
+        self._weights = cfg.weights if cfg.weights is not None else [1.0] * len(self.names)
+        setup = Setup(
+            rewards=[
+                RewardSetup(spec=spec, name=name, params=dict(cfg.params.get(name, {})))
+                for spec, name in zip(rewards, self.names, strict=True)
+            ],
+            memory_bytes=int(cfg.memory_gb * 2**30),
+        )
+        self._workers = [WorkerProcess(setup) for _ in range(cfg.workers)]
+        self._idle: queue.SimpleQueue[WorkerProcess] = queue.SimpleQueue()
+        for worker in self._workers:
+            self._idle.put(worker)
+        self._threads = ThreadPoolExecutor(cfg.workers, thread_name_prefix="scorer")
+
+    def wait_ready(self) -> None:
+        """Wait until the workers have imported the rewards; for use before the first ``score``.
+
+        Raises:
+            UserError: a reward cannot be found or imported, or takes no such parameter.
+        """
+        for worker in self._workers:
+            worker.rewards()
+
+    def score(self, groups: Sequence[Group], *, step: int = 0) -> ScoringReport:
+        """Fill ``scores`` and ``reward`` of every rollout. ``step`` is trainer_state.global_step.
+
+        Raises:
+            UserError: a reward cannot be imported or raised UserError itself; a column is missing,
+                has the name of an argument, or cannot be written as JSON.
+        """
+        jobs = [(group, reward) for group in groups for reward in range(len(self.names))]
+        outcomes = list(self._threads.map(lambda job: self._score(job[0], job[1], step), jobs))
+        width = len(self.names)
+        by_group = [outcomes[i : i + width] for i in range(0, len(outcomes), width)]
+        report = assign_scores(groups, self.names, by_group)
+        for group in groups:
+            for rollout in group.rollouts:
+                rollout.reward = self._weighted_sum(rollout)
+        return report
+
+    def _weighted_sum(self, rollout: Rollout) -> float | None:
+        pairs = zip(self._weights, rollout.scores, strict=True)
+        terms = [weight * score.value for weight, score in pairs if score.value is not None]
+        if not terms or any(score.failure is not None for score in rollout.scores):
+            return None
+        return sum(terms)
+
+    def _score(self, group: Group, reward: int, step: int) -> Outcome:
+        start = time.monotonic()
+        worker = self._idle.get()
+        try:
+            rows = len(group.rollouts)
+            call = group_call(group, reward, self.names[reward], worker.rewards()[reward], step)
+            replies = [self._ask(worker, call, 0, rows)]
+            if replies[0]["error"] is not None and rows > 1:
+                replies += [self._ask(worker, call, row, row + 1) for row in range(rows)]
+        finally:
+            self._idle.put(worker)
+        return Outcome(replies, time.monotonic() - start)
+
+    def _ask(self, worker: WorkerProcess, call: Call, start: int, stop: int) -> Reply:
+        part = call.copy()
+        part["completions"] = call["completions"][start:stop]
+        part["completion_ids"] = call["completion_ids"][start:stop]
+        part["finish_reasons"] = call["finish_reasons"][start:stop]
+        part["cpu_seconds"] = self._cfg.cpu_seconds * (stop - start)
+        reply = worker.call(part, self._cfg.wall_seconds * (stop - start))
+        if reply["user_error"] is not None:
+            raise UserError(reply["user_error"])
+        return reply
+
+    def close(self) -> None:
+        """Kill the workers and all that they started."""
+        for worker in self._workers:
+            worker.stop()
+        self._threads.shutdown(cancel_futures=True)
+        for worker in self._workers:
+            worker.kill()
+
+    def __enter__(self) -> Scorer:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def _name(spec: str) -> str:
+    """A reward's name in metrics and configuration: that of its function.
+
+    Raises:
+        UserError: a built-in or a file that is not there. Modules are looked up by the workers.
+    """
+    place, _, attribute = spec.partition(":")
+    if place.endswith(".py"):
+        if not attribute:
+            raise UserError(f"reward {spec!r}: name the function, as in {spec}:reward")
+        if not Path(place).is_file():
+            raise UserError(f"reward {spec!r}: no file {place} (looked from {Path.cwd()})")
+    elif not (attribute and "." in place):
+        names = builtin_names("rlsloth.rewards")
+        if place not in names:
+            raise UserError(
+                f"unknown reward {spec!r}{nearest(place, names)} "
+                f"(built in: {', '.join(names)}; or pkg.module:name, or ./file.py:name)"
+            )
+    return attribute or place
+
+
+def _check_names(names: tuple[str, ...], cfg: RewardConfig) -> None:
+    if not names:
+        raise UserError("no rewards: name at least one, e.g. --rewards math_verify")
+    for name, count in Counter(names).items():
+        if count > 1:
+            raise UserError(f"{count} rewards are called {name!r}: rename one of the functions")
+    if cfg.weights is not None and len(cfg.weights) != len(names):
+        raise UserError(f"reward.weights has {len(cfg.weights)} numbers for {len(names)} rewards")
+    for name in cfg.params:
+        if name not in names:
+            hint = nearest(name, list(names))
+            raise UserError(f"reward.params is for {name!r}, which is not among the rewards{hint}")

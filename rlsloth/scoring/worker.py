@@ -1,0 +1,291 @@
+"""A process that runs rewards: ``python -m rlsloth.scoring.worker FD``, a socket to the scorer.
+
+The process splits in two before anything is loaded. The child loads the rewards and answers calls.
+The parent of the two, the supervisor, runs no foreign code: it tells the scorer when the child has
+died, and when the scorer itself is gone, however it ended, it kills the whole process group, so
+that neither a busy reward nor anything that a reward started outlives the run.
+
+CPU time is budgeted by two kernel timers. ITIMER_PROF raises CpuBudgetExceeded in Python code,
+which costs nothing but the call. A loop inside a C extension (a huge integer power) never sees a
+Python signal, so ITIMER_VIRTUAL, left at its default action, kills the process a moment later. Both
+count this process's own CPU time, so a busy machine changes no verdict; the scorer adds a
+wall-clock backstop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import copy
+import inspect
+import json
+import os
+import resource
+import select
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from types import FrameType, SimpleNamespace
+from typing import Any
+
+from rlsloth.records import UserError
+from rlsloth.scoring.protocol import (
+    Call,
+    Died,
+    Ready,
+    Reply,
+    RewardInfo,
+    RewardSetup,
+    Setup,
+    failed,
+)
+from rlsloth.scoring.validate import InvalidReturnError, validate
+
+KILL_GRACE_SECONDS = 0.25
+"""CPU time between the exception and the kill, for a reward that swallows the exception."""
+DETAIL_LIMIT = 300
+
+
+class CpuBudgetExceeded(BaseException):
+    """Not an Exception: rewards and sympy catch those broadly."""
+
+
+@dataclass(slots=True)
+class Reward:
+    """A loaded reward function."""
+
+    setup: RewardSetup
+    function: Callable[..., Any]
+    info: RewardInfo
+
+
+@dataclass(slots=True)
+class Log:
+    """What a reward hands over through log_metric and log_extra."""
+
+    rows: int
+    metrics: list[tuple[str, float]] = field(default_factory=list)
+    extras: dict[str, list[Any]] = field(default_factory=dict)
+
+    def metric(self, name: str, value: float) -> None:
+        self.metrics.append((str(name), float(value)))
+
+    def extra(self, column: str, values: list[Any]) -> None:
+        if len(values) != self.rows:
+            raise ValueError(
+                f"log_extra({column!r}): {len(values)} values for {self.rows} completions"
+            )
+        json.dumps(values)  # raises inside the reward, where the mistake is
+        self.extras[column] = list(values)
+
+
+def main() -> None:
+    fd = int(sys.argv[1])
+    os.set_inheritable(fd, False)
+    _supervise(fd)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    # A forked child of a reward must neither answer in the worker's stead nor hold its socket open.
+    os.register_at_fork(after_in_child=lambda: os.close(fd))
+    own_pid = os.getpid()
+    lines = os.fdopen(fd, "rb", closefd=False)
+    setup: Setup = json.loads(lines.readline())
+    _limit_memory(setup["memory_bytes"])
+    try:
+        rewards = [_load(reward) for reward in setup["rewards"]]
+    except UserError as error:
+        _send(fd, Ready(rewards=[], error=str(error)))
+        return
+    _send(fd, Ready(rewards=[reward.info for reward in rewards], error=None))
+    for line in lines:
+        call: Call = json.loads(line)
+        reply = answer(rewards[call["reward"]], call)
+        if os.getpid() != own_pid:
+            os._exit(0)
+        _send(fd, reply)
+        if reply["retire"]:
+            return
+
+
+def _supervise(fd: int) -> None:
+    """Fork; returns in the child only. The parent waits for either end, then clears the group."""
+    scorer_gone = select.poll()
+    scorer_gone.register(fd, 0)  # POLLHUP is always reported, and no data is taken from the child
+
+    def child_changed(signum: int, frame: FrameType | None) -> None:
+        pid, status = os.waitpid(-1, os.WNOHANG)
+        if pid == 0:  # stopped or continued, not dead
+            return
+        # The newline ends a reply that death cut short.
+        channel = socket.socket(fileno=fd)
+        with contextlib.suppress(OSError):
+            died = Died(died=os.waitstatus_to_exitcode(status))
+            channel.sendall(b"\n" + json.dumps(died).encode() + b"\n")
+        os.killpg(0, signal.SIGKILL)
+
+    signal.signal(signal.SIGCHLD, child_changed)
+    if os.fork() == 0:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        return
+    scorer_gone.poll()
+    os.killpg(0, signal.SIGKILL)
+
+
+def _limit_memory(size: int) -> None:
+    if sys.platform != "linux":  # macOS refuses address-space limits
+        return
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    if hard == resource.RLIM_INFINITY or size < hard:
+        resource.setrlimit(resource.RLIMIT_AS, (size, size))
+
+
+def _send(fd: int, message: Ready | Reply) -> None:
+    data = memoryview(json.dumps(message).encode() + b"\n")
+    while data:
+        data = data[os.write(fd, data) :]
+
+
+def _load(setup: RewardSetup) -> Reward:
+    # Late, so that the supervisor stays small.
+    from rlsloth import plugins
+
+    name = setup["name"]
+    function = plugins.load(setup["spec"], "rlsloth.rewards")
+    if not callable(function):
+        raise UserError(f"reward {name!r} is {type(function).__name__}, not a function")
+    parameters = inspect.signature(function).parameters.values()
+    named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    unknown = [key for key in setup["params"] if key not in {p.name for p in named}]
+    if unknown and not takes_all:
+        known = [p.name for p in named]
+        hint = plugins.nearest(unknown[0], known)
+        raise UserError(f"reward {name!r} has no parameter {unknown[0]!r}{hint}")
+    free = [p for p in named if p.name not in setup["params"]]
+    info = RewardInfo(
+        accepts=None if takes_all else [p.name for p in free],
+        required=[p.name for p in free if p.default is p.empty],
+        parameters=[p.name for p in free if p.kind is p.KEYWORD_ONLY and p.default is not p.empty],
+    )
+    reward = Reward(setup, function, info)
+    _warm_up(reward)
+    return reward
+
+
+def _warm_up(reward: Reward) -> None:
+    """Run the module's first example, so that no completion is billed for imports and caches."""
+    module = sys.modules.get(getattr(reward.function, "__module__", ""))
+    for example in getattr(module, "EXAMPLES", ())[:1]:
+        arguments = _arguments(
+            reward,
+            Call(
+                reward=0,
+                step=0,
+                cpu_seconds=0.0,
+                prompt="",
+                completions=[example.completion],
+                completion_ids=[list(example.completion_ids)],
+                finish_reasons=[example.finish],
+                columns=dict(example.columns),
+            ),
+            Log(rows=1),
+        )
+        with contextlib.suppress(Exception):  # the first real call tells it with a name and a row
+            _run(reward.function, arguments)
+
+
+def answer(reward: Reward, call: Call) -> Reply:
+    """Call the reward under its CPU budget; every way it can fail becomes a reply."""
+    rows = len(call["completions"])
+    log = Log(rows)
+    arguments = _arguments(reward, call, log)
+    start = time.process_time()
+    try:
+        with _cpu_budget(call["cpu_seconds"]):
+            result = _run(reward.function, arguments)
+            values, row_failures = validate(result, rows)
+        reply = Reply(
+            values=values,
+            row_failures=row_failures,
+            error=None,
+            user_error=None,
+            cpu_seconds=0.0,
+            metrics=log.metrics,
+            extras=log.extras,
+            retire=False,
+        )
+    except CpuBudgetExceeded:
+        reply = failed("timeout", f"more than {call['cpu_seconds']:g} s of CPU time")
+    except InvalidReturnError as error:
+        reply = failed(error.kind, str(error))
+    except UserError as error:
+        reply = failed("raised", str(error))
+        reply["user_error"] = str(error)
+    except BaseException as error:
+        reply = failed("raised", _words(error))
+        reply["retire"] = isinstance(error, MemoryError)
+    reply["cpu_seconds"] = time.process_time() - start
+    return reply
+
+
+def _run(function: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+    result = function(**arguments)
+    if inspect.isawaitable(result):
+        result = asyncio.run(_await(result))
+    return result
+
+
+async def _await(result: Any) -> Any:
+    return await result
+
+
+@contextlib.contextmanager
+def _cpu_budget(seconds: float) -> Iterator[None]:
+    def exceeded(signum: int, frame: FrameType | None) -> None:
+        raise CpuBudgetExceeded
+
+    signal.signal(signal.SIGPROF, exceeded)
+    signal.setitimer(signal.ITIMER_VIRTUAL, seconds + KILL_GRACE_SECONDS)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+
+
+def _arguments(reward: Reward, call: Call, log: Log) -> dict[str, Any]:
+    """Everything the reward accepts, by name; each completion's values are its own copies."""
+    rows = len(call["completions"])
+    offered = {
+        "prompts": _repeat(call["prompt"], rows),
+        "completions": call["completions"],
+        "completion_ids": call["completion_ids"],
+        "finish_reasons": call["finish_reasons"],
+        "trainer_state": SimpleNamespace(global_step=call["step"]),
+        "log_extra": log.extra,
+        "log_metric": log.metric,
+        **{name: _repeat(value, rows) for name, value in call["columns"].items()},
+    }
+    accepts = reward.info["accepts"]
+    if accepts is not None:
+        offered = {name: value for name, value in offered.items() if name in accepts}
+    return {**offered, **reward.setup["params"]}
+
+
+def _repeat(value: Any, rows: int) -> list[Any]:
+    return [copy.deepcopy(value) for _ in range(rows)]
+
+
+def _words(error: BaseException) -> str:
+    """``ValueError: no digits (mine.py:12)``: the error and the line that raised it."""
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f" ({os.path.basename(frames[-1].filename)}:{frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}: {error}"[:DETAIL_LIMIT] + place
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,520 @@
+"""The run folder: locking, resuming, what is logged, and what survives a crash."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from rich.console import Console
+
+from rlsloth.config import GrpoConfig
+from rlsloth.records import (
+    Group,
+    LossStats,
+    Prompt,
+    Rollout,
+    Score,
+    StepStats,
+    UserError,
+)
+from rlsloth.run import folder as files
+from rlsloth.run import run as run_module
+from rlsloth.run.metrics import UpdateFigures, count_tokens, rollout_metrics, update_metrics
+from rlsloth.run.progress import Display, printable
+from rlsloth.run.run import Run
+
+NAMES = ["correct", "tags"]
+
+
+def make_rollout(correct, tags, *, length=3, finish="stop", failure=None, text="4", tools=()):
+    scores = (
+        Score("correct", correct, failure, "over budget" if failure else ""),
+        Score("tags", tags),
+    )
+    reward = None if failure else sum(value or 0.0 for value in (correct, tags))
+    return Rollout(
+        token_ids=[1] * (length + 1),
+        loss_mask=[True] * length + [False],
+        logprobs=[-0.5] * (length + 1),
+        policy_version=[0] * length + [-1],
+        finish=finish,
+        text=text,
+        messages=[{"role": "assistant", "content": text}],
+        tool_calls=tools[0] if tools else 0,
+        tool_failures=tools[1] if tools else 0,
+        scores=scores,
+        reward=reward,
+        advantage=0.5,
+    )
+
+
+def make_group(*rollouts, index=0, messages="2 + 2 =", tools=()):
+    return Group(Prompt(index, messages, {}, tools), [7, 8], list(rollouts))
+
+
+def config(folder: Path | None, **run):
+    return GrpoConfig(steps=3, rewards=NAMES, run={"dir": folder, "show_samples": 0, **run})
+
+
+def rows(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+# --- starting
+
+
+def test_start_writes_a_config_that_loads_again(tmp_path):
+    cfg = config(tmp_path / "run")
+    with Run.start(cfg) as run:
+        saved = yaml.safe_load((run.dir / "config.yaml").read_text())
+        assert GrpoConfig(**saved) == cfg
+        environment = json.loads((run.dir / "environment.json").read_text())
+    assert environment["command"] == sys.argv
+    assert environment["versions"]["torch"]
+    assert environment["device"]["name"]
+
+
+def test_new_folders_are_named_after_the_model_and_never_clash(tmp_path):
+    runs = [Run.start(config(None), root=tmp_path) for _ in range(3)]
+    assert len({run.dir for run in runs}) == 3
+    assert all("SmolLM2-360M-Instruct" in run.dir.name for run in runs)
+    for run in runs:
+        saved = yaml.safe_load((run.dir / "config.yaml").read_text())
+        assert saved["run"]["dir"] == str(run.dir)  # so that the saved file can be resumed
+        run.finish({})
+
+
+def test_existing_run_needs_resume(tmp_path):
+    Run.start(config(tmp_path / "run")).finish({})
+    with pytest.raises(UserError, match=r"--run\.resume true.*--run\.dir"):
+        Run.start(config(tmp_path / "run"))
+    Run.start(config(tmp_path / "run", resume=True)).finish({})
+
+
+def test_resume_needs_a_run(tmp_path):
+    with pytest.raises(UserError, match=r"no run in .* leave out --run\.resume"):
+        Run.start(config(tmp_path / "none", resume=True))
+    with pytest.raises(UserError, match=r"needs --run\.dir"):
+        Run.start(config(None, resume=True))
+
+
+def test_folder_in_use_names_the_process(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    code = (
+        "import sys; from pathlib import Path; from rlsloth.config import RunConfig, ModelConfig\n"
+        "from rlsloth.run.folder import open_folder\n"
+        f"held = open_folder(RunConfig(dir=Path({str(folder)!r})), ModelConfig(), Path('.'))\n"
+        "print('held', flush=True); sys.stdin.read()"
+    )
+    pipe = subprocess.PIPE
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdin=pipe, stdout=pipe, text=True
+    ) as holder:
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(UserError, match=f"in use by process {holder.pid};"):
+            Run.start(config(folder))
+        holder.kill()
+        holder.wait()
+    Run.start(config(folder)).finish({})  # a killed process does not leave the folder locked
+
+
+def test_a_changed_setting_is_named_on_resume(tmp_path, capsys):
+    Run.start(config(tmp_path / "run")).finish({})
+    cfg = config(tmp_path / "run", resume=True).model_copy(update={"steps": 9})
+    Run.start(cfg).finish({})
+    assert "steps: 3 -> 9" in capsys.readouterr().out
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["steps"] == 9
+
+
+# --- logging
+
+
+def test_each_step_is_one_json_line_with_its_times(tmp_path, capsys):
+    run = Run.start(config(tmp_path / "run"))
+    for step in run.steps(1, 3):
+        with run.timed("rollout"), run.timed("reward"):
+            pass
+        run.log(step, {"reward": 0.25, "grad_norm": math.nan, "loss": math.inf})
+        with run.timed("eval"):
+            pass
+        run.log_eval(step, "held", {"accuracy": 0.5, "accuracy_low": 0.4, "accuracy_high": 0.6})
+    run.finish({"accuracy_after": math.nan})
+    logged = rows(run.dir)
+    assert [row["step"] for row in logged] == [1, 1, 2, 2, 3, 3]
+    assert logged[0]["reward"] == 0.25
+    assert logged[0]["grad_norm"] is None
+    assert logged[0]["loss"] is None
+    times = {key: value for key, value in logged[2].items() if key.startswith("time/")}
+    assert set(times) == {"time/rollout", "time/reward", "time/other"}
+    assert logged[2]["step_time"] == pytest.approx(sum(times.values()))
+    assert logged[1]["eval_held_accuracy"] == 0.5
+    assert logged[1]["eval_held_runtime"] >= 0
+    assert json.loads((run.dir / "summary.json").read_text()) == {"accuracy_after": None}
+    printed = capsys.readouterr().out
+    assert [line for line in printed.splitlines() if line.startswith("step ")][2].startswith(
+        "step 3/3"
+    )
+
+
+def test_phases_are_exclusive_and_sum_to_the_step(monkeypatch, tmp_path):
+    run = Run.start(config(tmp_path / "run"))
+    now = [100.0]
+    monkeypatch.setattr(run_module.time, "monotonic", lambda: now[0])
+    for step in run.steps(1, 1):
+        with run.timed("rollout"):
+            now[0] += 5
+            with run.timed("checkpoint"):
+                now[0] += 2
+            now[0] += 1
+        now[0] += 0.5
+        run.log(step, {})
+    monkeypatch.undo()
+    run.finish({})
+    (row,) = rows(run.dir)
+    assert row["time/rollout"] == 6
+    assert row["time/checkpoint"] == 2
+    assert row["time/other"] == 0.5
+    assert row["step_time"] == 8.5
+
+
+def test_resume_keeps_each_step_once(tmp_path):
+    run = Run.start(config(tmp_path / "run"))
+    for step in run.steps(1, 3):
+        run.log(step, {"reward": float(step)})
+        run.log_samples(step, [make_group(make_rollout(1.0, 0.0))], NAMES)
+    run.finish({"done": True})
+    with open(run.dir / "metrics.jsonl", "a") as file:
+        file.write('{"step": 4, "rew')  # torn by a crash
+
+    run = Run.start(config(tmp_path / "run", resume=True))
+    run.truncate_after(2)
+    assert [row["step"] for row in rows(run.dir)] == [1, 2]
+    assert list(files.sample_files(run.dir)) == [1, 2]
+    assert not (run.dir / "summary.json").exists()
+    for step in run.steps(3, 3):
+        run.log(step, {"reward": 30.0})
+    run.finish({})
+    assert [(row["step"], row["reward"]) for row in run.history()] == [(1, 1), (2, 2), (3, 30)]
+
+
+def test_an_exception_leaves_a_report_and_a_free_folder(tmp_path):
+    folder = tmp_path / "run"
+
+    def train():
+        with Run.start(config(folder)) as run:
+            for step in run.steps(1, 3):
+                run.log(step, {"reward": 0.5})
+                raise KeyError("boom")
+
+    with pytest.raises(KeyError, match="boom"):
+        train()
+    assert "stopped by KeyError" in (folder / "log.txt").read_text()
+    report = (folder / "report.html").read_text()
+    assert "not finished" in report
+    assert "stopped by KeyError" in report
+    Run.start(config(folder, resume=True)).finish({})
+
+
+def test_say_and_warn_stay_one_line_and_harmless(tmp_path, capsys):
+    with Run.start(config(tmp_path / "run")) as run:
+        run.say("two\nlines [red]not markup[/red] \ud800")
+        run.warn("careful \x1b[2J")
+    lines = (run.dir / "log.txt").read_text().splitlines()
+    assert lines[1].endswith("two lines [red]not markup[/red] \\ud800")
+    assert "warning: careful" in lines[2]
+    printed = capsys.readouterr().out
+    assert "[red]not markup[/red]" in printed
+    assert "\x1b" not in printed
+    assert printable("a\tb\x00") == "a\tb\N{REPLACEMENT CHARACTER}"
+
+
+def test_a_terminal_shows_a_bar_with_phase_and_time_left():
+    console = Console(force_terminal=True, width=120, file=io.StringIO())
+    display = Display(10, console)
+    display.begin(5, 10)
+    display.phase("rollout")
+    display.step(5, {"reward": 0.25, "completions/clipped_ratio": 0.5})
+    display.say("[bold]in between[/bold] \x1b[2J")
+    display.step_done(5)
+    display.phase("update")
+    display.stop()
+    shown = console.file.getvalue()
+    for part in ("4/10", "5/10", "update", "reward 0.250", "cut 50%", "eta 0:00:00"):
+        assert part in shown, part
+    assert "[bold]in between[/bold]" in shown
+    assert "\x1b[2J" not in shown
+
+
+# --- files
+
+
+def test_a_failing_write_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "summary.json"
+    files.atomic_write(path, b"old")
+    for call in ("fsync", "replace"):
+        with monkeypatch.context() as patch:
+
+            def no_space(*_):
+                raise OSError(28, "No space left on device")
+
+            patch.setattr(os, call, no_space)
+            with pytest.raises(OSError, match="No space left"):
+                files.atomic_write(path, b"new")
+        assert path.read_bytes() == b"old"
+        assert os.listdir(tmp_path) == ["summary.json"]
+    files.atomic_write(path, b"new")
+    assert path.read_bytes() == b"new"
+
+
+def test_samples_have_trl_columns_and_hold_odd_text(tmp_path):
+    odd = "lone \ud800 nul \x00 " + "x" * 2_000_000
+    chat = ({"role": "system", "content": "Be brief."}, {"role": "user", "content": "2 + 2 ="})
+    groups = [
+        make_group(
+            make_rollout(1.0, 0.0, text=odd),
+            make_rollout(None, None, failure="timeout", finish="length"),
+            index=41,
+            messages=chat,
+        )
+    ]
+    with Run.start(config(tmp_path / "run")) as run:
+        run.log_samples(5, groups, NAMES)
+    table = pq.read_table(run.dir / "samples" / "step_00005.parquet")
+    assert table.column_names[:6] == [
+        "step",
+        "prompt",
+        "completion",
+        "correct",
+        "tags",
+        "advantage",
+    ]
+    first, second = table.to_pylist()
+    assert first["step"] == 5
+    assert first["completion"] == odd.replace("\ud800", "\\ud800")
+    assert first["prompt"] == "[system]\nBe brief.\n\n[user]\n2 + 2 ="
+    assert (first["correct"], first["tokens"], first["prompt_index"]) == (1.0, 3, 41)
+    assert (second["correct"], second["finish"]) == (None, "length")
+    assert second["failure"] == "correct: timeout over budget"
+
+
+def test_a_reward_named_like_a_column_gets_its_own(tmp_path):
+    with Run.start(config(tmp_path / "run")) as run:
+        run.log_samples(1, [make_group(make_rollout(1.0, 0.5))], ["finish", "length"])
+    (row,) = pq.read_table(files.sample_file(run.dir, 1)).to_pylist()
+    assert (row["finish"], row["rewards/finish"], row["length"]) == ("stop", 1.0, 0.5)
+
+
+# --- metrics
+
+
+def test_rollout_metrics_equal_hand_computed_figures():
+    groups = [
+        make_group(
+            make_rollout(1.0, 0.5, length=2),
+            make_rollout(0.0, 0.5, length=4),
+            make_rollout(0.0, None, length=9, finish="length"),
+            make_rollout(None, 1.0, failure="timeout", length=5),
+        ),
+        make_group(*(make_rollout(1.0, 0.0, length=4) for _ in range(4))),
+    ]
+    metrics = rollout_metrics(groups, NAMES, num_tokens=count_tokens(groups))
+    # rewards: 1.5 0.5 0 - 1 1 1 1; correct: 1 0 0 - 1 1 1 1; tags: 0.5 0.5 - 1 0 0 0 0
+    assert metrics["reward"] == pytest.approx(6 / 7)
+    squares = sum((reward - 6 / 7) ** 2 for reward in (1.5, 0.5, 0, 1, 1, 1, 1))
+    assert metrics["reward_std"] == pytest.approx(math.sqrt(squares / 6))
+    assert metrics["frac_reward_zero_std"] == 0.5
+    assert metrics["rewards/correct/mean"] == pytest.approx(5 / 7)
+    assert metrics["rewards/correct/failures"] == 1
+    assert metrics["rewards/correct/not_applicable"] == 0
+    assert metrics["rewards/tags/mean"] == pytest.approx(2 / 7)
+    assert metrics["rewards/tags/not_applicable"] == 1
+    assert metrics["completions/mean_length"] == (2 + 4 + 9 + 5 + 16) / 8
+    assert metrics["completions/max_length"] == 9
+    assert metrics["completions/max_terminated_length"] == 5
+    assert metrics["completions/mean_terminated_length"] == pytest.approx(27 / 7)
+    assert metrics["completions/clipped_ratio"] == 1 / 8
+    assert metrics["num_tokens"] == 8 * 2 + 36
+    assert "tools/call_frequency" not in metrics
+
+
+def test_reward_figures_agree_with_trl():
+    torch = pytest.importorskip("torch")
+    utils = pytest.importorskip("trl.trainer.utils")
+    groups = [
+        make_group(make_rollout(1.0, 0.25), make_rollout(0.0, None), make_rollout(0.5, 1.0)),
+        make_group(make_rollout(1.0, 0.0), make_rollout(1.0, 0.0), make_rollout(None, None)),
+    ]
+    metrics = rollout_metrics(groups, NAMES, num_tokens=0)
+    per_reward = torch.tensor(
+        [
+            [math.nan if score.value is None else score.value for score in rollout.scores]
+            for group in groups
+            for rollout in group.rollouts
+        ],
+        dtype=torch.float64,
+    )
+    assert metrics["rewards/tags/std"] == pytest.approx(utils.nanstd(per_reward[:, 1]).item())
+    assert metrics["reward_std"] == pytest.approx(utils.nanstd(per_reward.nansum(1)).item())
+    assert metrics["frac_reward_zero_std"] == 0.0  # 1, 1 and an inapplicable 0 differ
+
+
+def test_nothing_scored_and_nothing_terminated():
+    groups = [make_group(*(make_rollout(None, None, failure="crashed", finish="length"),) * 2)]
+    metrics = rollout_metrics(groups, NAMES, num_tokens=1)
+    assert math.isnan(metrics["reward"])
+    assert math.isnan(metrics["rewards/correct/mean"])
+    assert metrics["completions/mean_terminated_length"] == 0  # as TRL logs it
+    assert metrics["completions/clipped_ratio"] == 1
+
+
+def test_tool_figures():
+    tool = ({"type": "function"},)
+    group = make_group(
+        make_rollout(1.0, 0.0, tools=(3, 1)), make_rollout(0.0, 0.0, tools=(1, 0)), tools=tool
+    )
+    metrics = rollout_metrics([group], NAMES, num_tokens=0)
+    assert metrics["tools/call_frequency"] == 2
+    assert metrics["tools/failure_frequency"] == 0.25
+
+
+def figures(**changes):
+    stats = LossStats(
+        tokens=100,
+        policy=-20.0,
+        kl=4.0,
+        clipped_low=5.0,
+        clipped_high=10.0,
+        ratio=101.0,
+        correction=99.0,
+        corrected=2,
+    )
+    values = {
+        "loss": -0.1,
+        "normalizer": 200.0,
+        "stats": stats,
+        "entropy": 50.0,
+        "logp_gap": 0.7,
+        "logp_gap_max": 0.3,
+        "scored_tokens": 125,
+        "step": StepStats(2.0, 1e-5, False),
+    }
+    return UpdateFigures(**(values | changes))
+
+
+def test_update_metrics_equal_hand_computed_figures():
+    metrics = update_metrics([figures()], loss_name="dapo", beta=0.1)
+    assert metrics == pytest.approx(
+        {
+            "loss": -0.1,
+            "policy_loss": -0.1,
+            "kl": 0.04,
+            "entropy": 0.5,
+            "clip_ratio/low_mean": 0.04,
+            "clip_ratio/high_mean": 0.08,
+            "clip_ratio/region_mean": 0.12,
+            "importance_ratio/mean": 1.01,
+            "sampling/sampling_logp_difference/mean": 0.007,
+            "sampling/sampling_logp_difference/max": 0.3,
+            "sampling/importance_sampling_ratio/mean": 0.99,
+            "sampling/corrected_ratio": 0.02,
+            "grad_norm": 2.0,
+            "learning_rate": 1e-5,
+            "skipped_updates": 0.0,
+        }
+    )
+
+
+def test_updates_are_averaged_and_skips_counted():
+    skipped = figures(logp_gap_max=0.9, loss=0.3, step=StepStats(math.nan, 1e-5, True))
+    metrics = update_metrics([figures(), skipped], loss_name="cispo", beta=0.0)
+    assert metrics["loss"] == pytest.approx(0.1)
+    assert metrics["sampling/sampling_logp_difference/max"] == 0.9
+    assert metrics["skipped_updates"] == 1
+    assert math.isnan(metrics["grad_norm"])
+    assert metrics["cispo_clip_ratio"] == 0.08
+    assert "kl" not in metrics
+    assert "clip_ratio/low_mean" not in metrics
+
+
+def test_an_update_without_tokens_has_no_means():
+    nothing = figures(stats=LossStats(), entropy=0.0, logp_gap=0.0)
+    metrics = update_metrics([nothing], loss_name="grpo", beta=0.0)
+    assert math.isnan(metrics["entropy"])
+    assert metrics["clip_ratio/low_mean"] == 0
+
+
+# --- trackers
+
+
+def test_a_missing_tracker_says_how_to_install_it(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match="pip install wandb"):
+        Run.start(config(tmp_path / "run", trackers=["wandb"]))
+    # The failed start gave the lock back and left no run behind.
+    Run.start(config(tmp_path / "run")).finish({})
+
+
+def test_trackers_get_finite_values_and_may_fail(tmp_path, monkeypatch):
+    logged = []
+
+    class FakeRun:
+        def log(self, metrics, step):
+            if step == 2:
+                raise ConnectionError("no route")
+            logged.append((step, metrics))
+
+        def finish(self):
+            logged.append("finished")
+
+    fake = types.ModuleType("wandb")
+    fake.init = lambda **kwargs: FakeRun()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    run = Run.start(config(tmp_path / "run", trackers=["wandb"]))
+    for step in run.steps(1, 3):
+        run.log(step, {"reward": 0.5, "grad_norm": math.nan})
+    run.finish({})
+    assert len(logged) == 1
+    assert logged[0][0] == 1
+    assert logged[0][1]["reward"] == 0.5
+    assert "grad_norm" not in logged[0][1]
+    assert "wandb failed and is off from here on (no route)" in (run.dir / "log.txt").read_text()
+    assert len(rows(run.dir)) == 3
+
+
+def test_mlflow_resumes_its_run_and_renames_metrics(tmp_path, monkeypatch):
+    calls = []
+    fake = types.ModuleType("mlflow")
+    fake.set_experiment = lambda name: calls.append(("experiment", name))
+    fake.log_params = lambda params: calls.append(("params", params["loss.name"]))
+    fake.log_metrics = lambda metrics, step: calls.append((step, metrics["eval_pass_8"]))
+    fake.end_run = lambda: calls.append("end")
+
+    def start_run(run_id, run_name):
+        calls.append(("start", run_id, run_name))
+        return types.SimpleNamespace(info=types.SimpleNamespace(run_id="abc"))
+
+    fake.start_run = start_run
+    monkeypatch.setitem(sys.modules, "mlflow", fake)
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "mine")
+    run = Run.start(config(tmp_path / "run", trackers=["mlflow"]))
+    run.log_eval(0, "", {"pass@8": 0.25})
+    run.finish({})
+    Run.start(config(tmp_path / "run", trackers=["mlflow"], resume=True)).finish({})
+    assert calls == [
+        ("start", None, "run"),
+        ("params", "dapo"),
+        (0, 0.25),
+        "end",
+        ("start", "abc", None),
+        "end",
+    ]
