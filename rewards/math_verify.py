@@ -7,7 +7,7 @@ from fractions import Fraction
 from functools import lru_cache
 from typing import Any
 
-import sympy  # type: ignore[import-untyped]
+import sympy
 from math_verify import parse, verify
 
 from rlsloth.records import UserError

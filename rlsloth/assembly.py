@@ -17,7 +17,7 @@ from rlsloth.environment import Environment, load_environment
 from rlsloth.evaluate import EvalResult, assess, describe, reward_index
 from rlsloth.evaluate_stats import Estimate
 from rlsloth.policy.policy import Policy
-from rlsloth.records import Prompt, SamplingParams, UserError
+from rlsloth.records import Group, Prompt, SamplingParams, UserError
 from rlsloth.rollout.collect import collect
 from rlsloth.rollout.engine import Engine
 from rlsloth.rollout.transformers_engine import TransformersEngine
@@ -50,6 +50,8 @@ class Assembly:
     renderer: Renderer
     engine: Engine
     prompts: PromptSampler
+    longest_prompt: int
+    """Tokens of the longest training prompt."""
 
     @classmethod
     def open(cls, cfg: GrpoConfig, stack: ExitStack) -> Assembly:
@@ -66,6 +68,7 @@ class Assembly:
         run = stack.enter_context(Run.start(cfg))
         scorer.wait_ready()
         run.say(f"loading {cfg.model.path}")
+        torch.manual_seed(cfg.seed)  # the adapter's starting weights
         policy = Policy.load(
             cfg.model,
             cfg.lora,
@@ -75,7 +78,8 @@ class Assembly:
         )
         renderer = Renderer(policy.tokenizer, cfg.env, policy.eos_token_ids)
         renderer.check([*env.train, *env.heldout])
-        _check_lengths(renderer, env.train, policy.context)
+        longest = _longest(renderer, env.train, policy.context)
+        _longest(renderer, env.heldout[: cfg.eval.problems], policy.context)
         engine = TransformersEngine(
             policy.model,
             policy.tokenizer,
@@ -90,7 +94,30 @@ class Assembly:
             f"{len(env.train)} training prompts, {len(env.heldout)} held out; rewards: "
             f"{', '.join(scorer.names)}; {policy.device}, attention {policy.backend}"
         )
-        return cls(cfg, env, scorer, run, policy, renderer, engine, prompts)
+        return cls(cfg, env, scorer, run, policy, renderer, engine, prompts, longest)
+
+    def check_training(self) -> None:
+        """Refuse before the first step what training would stumble over later. Raises UserError."""
+        cfg = self.cfg
+        if cfg.eval.at_start or cfg.eval.every or cfg.eval.at_end:
+            self.problems()
+        total = min(self.longest_prompt + cfg.rollout.max_tokens, self.policy.context)
+        if total > cfg.tokens_per_microbatch:
+            raise UserError(
+                f"a prompt of {self.longest_prompt} tokens with --rollout.max_tokens "
+                f"{cfg.rollout.max_tokens} may not fit --tokens-per-microbatch "
+                f"{cfg.tokens_per_microbatch}; raise it to {total}, or lower --rollout.max-tokens"
+            )
+
+    def problems(self) -> Sequence[Prompt]:
+        """Held-out prompts to evaluate on. Raises UserError when there are none."""
+        problems = self.env.heldout[: self.cfg.eval.problems]
+        if not problems:
+            raise UserError(
+                "no held-out problems to evaluate on: pass --env.validation FILE, raise "
+                "--env.heldout, or switch evaluation off: --eval.at-start false --eval.at-end false"
+            )
+        return problems
 
     def sampling(self, step: int) -> SamplingParams:
         """Training's sampling parameters; a step's random numbers depend on seed and step alone."""
@@ -105,30 +132,30 @@ class Assembly:
             seed=(self.cfg.seed << 32) + step,
         )
 
+    def collect(self, prompts: Sequence[Prompt], n: int, sampling: SamplingParams) -> list[Group]:
+        """``n`` rollouts of each prompt, unscored."""
+        return collect(
+            self.engine,
+            self.renderer,
+            self.env,
+            prompts,
+            n,
+            sampling,
+            max_turns=self.cfg.env.max_turns,
+            context=self.policy.context,
+        )
+
     def evaluate(self, step: int, *, name: str = "", base: bool = False) -> EvalResult:
         """Evaluate the policy (or, with ``base``, the model without any adapter) and log it."""
         cfg = self.cfg.eval
-        problems = self.env.heldout[: cfg.problems]
-        if not problems:
-            raise UserError(
-                "no held-out problems to evaluate on: pass --env.validation FILE, raise --env.heldout, "
-                "or switch evaluation off with --eval.at-start false --eval.at-end false"
-            )
+        problems = self.problems()
         sampling = replace(
             self.sampling(EVAL_SEED),
             temperature=cfg.temperature,
             max_tokens=cfg.max_tokens or self.cfg.rollout.max_tokens,
         )
         with self.run.timed("eval"), self.policy.base_model() if base else nullcontext():
-            groups = collect(
-                self.engine,
-                self.renderer,
-                self.env,
-                problems,
-                cfg.samples,
-                sampling,
-                self.cfg.env.max_turns,
-            )
+            groups = self.collect(problems, cfg.samples, sampling)
             report = self.scorer.score(groups, step=step)
         for reward in report.rewards:
             for kind, count in reward.failures.items():
@@ -202,12 +229,15 @@ def _result(row: Mapping[str, Any]) -> EvalResult:
     return EvalResult(**{**row, **estimates, "scores": tuple(row["scores"])})
 
 
-def _check_lengths(renderer: Renderer, prompts: Sequence[Prompt], context: int) -> None:
-    """Refuse prompts that fill the context before any compute is spent on the others."""
+def _longest(renderer: Renderer, prompts: Sequence[Prompt], context: int) -> int:
+    """Tokens of the longest prompt; refuses one that fills the context. Raises UserError."""
+    longest = 0
     for prompt in prompts:
         length = len(renderer.prompt_ids(prompt))
         if length >= context:
             raise UserError(
-                f"training row {prompt.index}: its prompt has {length} tokens and leaves no room in "
-                f"the model's context of {context}; drop it or raise --model.max-context"
+                f"prompt {prompt.index + 1} has {length} tokens and leaves no room in the model's "
+                f"context of {context}; drop it or raise --model.max-context"
             )
+        longest = max(longest, length)
+    return longest

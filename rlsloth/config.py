@@ -1,4 +1,4 @@
-"""Configuration: pydantic models, the only home of defaults. YAML files and flags are read in cli_config."""
+"""Configuration: pydantic models, the only home of defaults. cli_config reads files and flags."""
 
 from __future__ import annotations
 
@@ -28,13 +28,15 @@ class ModelConfig(Section):
     adapter: Path | None = None
     """PEFT adapter folder to continue from; it is also the reference of the KL term."""
     precision: Literal["auto", "nf4", "bf16", "fp32"] = "auto"
-    """Weights of the frozen base. auto: bf16 on a GPU, fp32 on a CPU. nf4: 4 bits through bitsandbytes."""
+    """Weights of the frozen base. auto: bf16 on a GPU, fp32 on a CPU. nf4: 4 bits through
+    bitsandbytes."""
     device: str = "auto"
     """auto: the first GPU if there is one, else the CPU."""
     attention: Literal["auto", "fa4", "cudnn", "varlen", "flex", "sdpa"] = "auto"
     """Attention of the packed training forward. auto: the fastest that this machine has."""
     gradient_checkpointing: bool = True
-    """Recompute layers in the backward pass: less memory, a third more time. Off pays on small models."""
+    """Recompute layers in the backward pass: less memory, a third more time. Off pays on small
+    models."""
     max_context: int | None = Field(None, ge=1)
     """Longest prompt plus completion in tokens; default is the model's own limit."""
     trust_remote_code: bool = False
@@ -60,7 +62,8 @@ class EnvConfig(Section):
     params: Params = {}
     """The environment's own parameters, e.g. those of the reasoning-gym task."""
     train: str = "openai/gsm8k:main"
-    """Dataset environments: a .jsonl, .json or .parquet file, a folder of them, or a hub id (id[:config])."""
+    """Dataset environments: a .jsonl, .json or .parquet file, a folder of them, or a hub id
+    (id[:config])."""
     train_split: str = "train"
     """Split, for hub datasets."""
     validation: str | None = None
@@ -69,7 +72,8 @@ class EnvConfig(Section):
     limit: int | None = Field(None, ge=1)
     """Use only the first rows of train."""
     heldout: int = Field(100, ge=0)
-    """Questions withheld from training for evaluation, by their text, when there is no validation data."""
+    """Questions withheld from training for evaluation, by their text, when there is no validation
+    data."""
     prompt_column: str | None = None
     """Column with the prompt. Default: the first of prompt, question, problem, messages that
     exists."""
@@ -120,8 +124,8 @@ class AdvantageConfig(Section):
     """From rewards to advantages."""
 
     normalize: Literal["group", "batch", "none", "leave_one_out"] = "group"
-    """group: (r - mean) / std of the group (GRPO). batch: group mean, std of the step. none: r - mean
-    (Dr. GRPO). leave_one_out: r - mean of the others (RLOO)."""
+    """group: (r - mean) / std of the group (GRPO). batch: group mean, std of the step. none: r -
+    mean (Dr. GRPO). leave_one_out: r - mean of the others (RLOO)."""
 
 
 class LossConfig(Section):
@@ -132,10 +136,11 @@ class LossConfig(Section):
     """Importance ratio per token or per sequence; default is the loss's own (sequence for gspo)."""
     epsilon_low: float = Field(0.2, ge=0)
     epsilon_high: float | None = Field(None, ge=0)
-    """Upper clip; default epsilon_low. Higher (0.28) is DAPO's clip-higher. cispo: the cap of the ratio
-    itself, default 5. gspo's sequence ratios move little: try 3e-4 and 4e-4."""
+    """Upper clip; default epsilon_low. Higher (0.28) is DAPO's clip-higher. cispo: the cap of the
+    ratio itself, default 5. gspo's sequence ratios move little: try 3e-4 and 4e-4."""
     delta: float | None = Field(None, gt=0)
-    """Two-sided clipping: cap of the unclipped ratio, which bounds the loss where advantages are negative."""
+    """Two-sided clipping: cap of the unclipped ratio, which bounds the loss where advantages are
+    negative."""
     beta: float = Field(0.0, ge=0)
     """Weight of the KL term to the starting policy; 0 skips the reference pass."""
     kl: Literal["k1", "k2", "k3"] = "k3"
@@ -145,7 +150,8 @@ class LossConfig(Section):
     correction: Literal[
         "none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"
     ] = "none"
-    """Weight tokens by exp(trainer - rollout log-prob), per token or per sequence, truncated or masked."""
+    """Weight tokens by exp(trainer - rollout log-prob), per token or per sequence, truncated or
+    masked."""
     correction_max: float = Field(3.0, gt=0)
     correction_min: float | None = Field(None, ge=0)
     """Lower bound; default none."""
@@ -161,7 +167,7 @@ class LossConfig(Section):
         if low is not None and low > high:
             raise ValueError(f"correction_min {low} exceeds correction_max {high}")
         if self.delta is not None and self.name == "cispo":
-            raise ValueError("delta has no effect with cispo, whose ratio epsilon_high caps; leave it out")
+            raise ValueError("delta has no effect with cispo; epsilon_high caps its ratio")
         upper = 1 + (self.epsilon_low if self.epsilon_high is None else self.epsilon_high)
         if self.delta is not None and self.delta <= upper:
             raise ValueError(f"delta {self.delta} must exceed 1 + epsilon_high = {upper:g}")

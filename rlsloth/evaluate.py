@@ -1,4 +1,4 @@
-"""Evaluation on held-out prompts: avg@k, pass@k, maj@k with 95 % intervals clustered by question."""
+"""Evaluation on held-out prompts: avg@k, pass@k, maj@k with 95 % intervals by question."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import statistics
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+
+import yaml
 
 from rlsloth.config import GrpoConfig
 from rlsloth.evaluate_stats import (
@@ -19,6 +21,7 @@ from rlsloth.evaluate_stats import (
     pass_at_k,
 )
 from rlsloth.records import Group, Rollout, UserError
+from rlsloth.run.folder import CONFIG
 
 _ANSWER_TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 _BOXED = re.compile(r"\\boxed\{([^{}]*)\}")
@@ -129,10 +132,12 @@ def describe(result: EvalResult) -> str:
 def run_eval(cfg: GrpoConfig) -> None:
     """``rlsloth eval``: the base model and, if one is named, the adapter, on the same problems.
 
-    Writes eval.json and samples into the run folder.
+    Given the config.yaml of a training run, the adapter is the one it trained. Writes eval.json
+    into a run folder of its own.
     """
     from rlsloth.assembly import Assembly
 
+    cfg = _with_trained_adapter(cfg)
     with ExitStack() as stack:
         parts = Assembly.open(cfg, stack)
         base = parts.evaluate(0, name="base", base=True)
@@ -150,3 +155,24 @@ def run_eval(cfg: GrpoConfig) -> None:
             }
         (parts.run.dir / "eval.json").write_text(json.dumps(figures, indent=1))
         parts.run.finish({"problems": base.problems, "samples": base.samples, **figures})
+
+
+def _with_trained_adapter(cfg: GrpoConfig) -> GrpoConfig:
+    """Of the configuration of a training run: evaluate its adapter, and leave its folder alone.
+
+    An adapter other than the one the run started from was asked for, and stays.
+    """
+    folder = cfg.run.dir
+    if folder is None or not (folder / CONFIG).is_file():
+        return cfg
+    run = cfg.run.model_copy(update={"dir": None, "resume": False})
+    started_from = yaml.safe_load((folder / CONFIG).read_text())["model"]["adapter"]
+    model = cfg.model
+    if started_from == (str(model.adapter) if model.adapter else None):
+        if not (folder / "adapter").is_dir():
+            raise UserError(
+                f"{folder} has no adapter yet: let the run finish (rlsloth grpo {folder / CONFIG} "
+                "--run.resume), or name an adapter with --model.adapter"
+            )
+        model = model.model_copy(update={"adapter": folder / "adapter"})
+    return cfg.model_copy(update={"model": model, "run": run})

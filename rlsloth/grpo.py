@@ -1,4 +1,4 @@
-"""GRPO: sample groups, score them, follow the group-relative policy gradient. The loop, top to bottom."""
+"""GRPO: sample groups, score them, follow the group-relative policy gradient."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from rlsloth.packing import pack, to_device
 from rlsloth.policy.lora import save_adapter
 from rlsloth.policy.policy import Policy
 from rlsloth.records import Group, LossStats, MicroBatch, PackedBatch, UserError
-from rlsloth.rollout.collect import collect
 from rlsloth.run.diagnosis import Watch
 from rlsloth.run.metrics import UpdateFigures, count_tokens, rollout_metrics, update_metrics
 from rlsloth.run.run import Run
@@ -32,6 +31,7 @@ def train(cfg: GrpoConfig) -> Path:
     started = time.monotonic()
     with ExitStack() as stack:
         parts = Assembly.open(cfg, stack)
+        parts.check_training()
         run, policy, scorer = parts.run, parts.policy, parts.scorer
         at = parts.resume()
         if at.before is None and cfg.eval.at_start:
@@ -41,15 +41,8 @@ def train(cfg: GrpoConfig) -> Path:
         for step in run.steps(at.next_step, cfg.steps):
             torch.manual_seed((cfg.seed << 32) + step)  # dropout; sampling has its own generator
             with run.timed("rollout"):
-                groups = collect(
-                    parts.engine,
-                    parts.renderer,
-                    parts.env,
-                    parts.prompts.take(cfg.prompts_per_step),
-                    cfg.group_size,
-                    parts.sampling(step),
-                    cfg.env.max_turns,
-                )
+                prompts = parts.prompts.take(cfg.prompts_per_step)
+                groups = parts.collect(prompts, cfg.group_size, parts.sampling(step))
             with run.timed("reward"):
                 report = scorer.score(groups, step=step)
                 shape_overlong(groups, cfg)
@@ -76,6 +69,8 @@ def train(cfg: GrpoConfig) -> Path:
                 run.warn(sentence)
             for sentence in watch.explain(metrics):
                 run.say(sentence)
+            for sentence in watch.explain(metrics):
+                run.say(sentence)
             skips.check(updates, batch, run, step)
             if cfg.eval.every and step % cfg.eval.every == 0 and step < cfg.steps:
                 parts.evaluate(step)
@@ -91,8 +86,9 @@ def train(cfg: GrpoConfig) -> Path:
 def update(policy: Policy, batch: PackedBatch, cfg: GrpoConfig) -> list[UpdateFigures]:
     """``updates_per_rollout`` optimizer updates on one step's rollouts.
 
-    The first is exactly on-policy: its ratio is 1 by construction and needs no old log-probs. Later ones
-    compare with the log-probs the first one computed, so no separate pass for them exists either.
+    The first is exactly on-policy: its ratio is 1 by construction and needs no old log-probs. Later
+    ones compare with the log-probs the first one computed, so no separate pass for them exists
+    either.
     """
     norm = normalizer(batch, cfg.loss, max_tokens=cfg.rollout.max_tokens)
     old: list[torch.Tensor] = []
@@ -115,7 +111,7 @@ def update(policy: Policy, batch: PackedBatch, cfg: GrpoConfig) -> list[UpdateFi
                 old_logprobs_N=old[i] if round_ else None,
                 reference_logprobs_N=reference[i] if reference else None,
             )
-            (loss.total / norm).backward()
+            torch.autograd.backward(loss.total / norm)
             difference = (old[i] - micro.rollout_logprobs).abs().nan_to_num()
             sums = torch.stack(
                 [loss.total.detach(), out.entropy.sum(), difference.sum(), difference.max()]
@@ -156,7 +152,7 @@ def shape_overlong(groups: list[Group], cfg: GrpoConfig) -> None:
 
 
 class _Skips:
-    """Counts updates skipped in a row, keeps their batches for inspection, and ends a hopeless run."""
+    """Counts updates skipped in a row, keeps their batches, and ends a hopeless run."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
@@ -171,7 +167,8 @@ class _Skips:
         run.warn(f"step {step}: gradient not finite, nothing was updated; its batch is in {path}")
         if self._in_a_row >= self._limit:
             raise UserError(
-                f"{self._in_a_row} updates in a row were not finite; lower --optim.lr, or look at {path}"
+                f"{self._in_a_row} updates in a row were not finite; lower --optim.lr, or look at "
+                f"{path}"
             )
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -28,9 +29,10 @@ def pack(
 ) -> PackedBatch:
     """Cut a step's rollouts into micro-batches of at most ``tokens_per_microbatch`` stream tokens.
 
-    A group's prompt stands once per micro-batch that holds some of its rollouts. Rollouts whose loss is
-    zero by construction are counted but not packed: those masked out (``mask_truncated``) and, unless
-    ``keep_zero_advantage`` (a KL term has gradient at advantage 0 too), those with advantage 0.
+    A group's prompt stands once per micro-batch that holds some of its rollouts. Rollouts whose
+    loss is zero by construction are counted but not packed: those masked out (``mask_truncated``)
+    and, unless ``keep_zero_advantage`` (a KL term has gradient at advantage 0 too), those with
+    advantage 0.
 
     Raises:
         UserError: one prompt with one rollout exceeds the budget.
@@ -97,7 +99,9 @@ def _first_fit(trees: list[_Tree], budget: int) -> list[list[_Tree]]:
 def _microbatch(groups: Sequence[Group], trees: list[_Tree]) -> MicroBatch:
     tokens: list[int] = []
     positions: list[int] = []
-    cu_q, cu_k, kv_index, tree_of = [0], [0], [], []
+    cu_q, cu_k = [0], [0]
+    kv_index: list[int] = []
+    tree_of: list[int] = []
     score_index: list[int] = []
     targets: list[int] = []
     rollout_of: list[int] = []
@@ -157,9 +161,9 @@ def to_device(micro: MicroBatch, device: torch.device) -> MicroBatch:
     """The same micro-batch with its tensors on ``device``."""
     if device.type == "cpu":
         return micro
-    moved = {
-        name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+    moved: dict[str, Any] = {
+        name: value.to(device, non_blocking=True)
         for name in MicroBatch.__slots__
-        for value in (getattr(micro, name),)
+        if isinstance(value := getattr(micro, name), torch.Tensor)
     }
-    return MicroBatch(**moved)
+    return replace(micro, **moved)

@@ -19,7 +19,8 @@ from rlsloth.records import UserError
 
 
 def builtin_names(package: str) -> list[str]:
-    """Names of the plugins that ship in a package such as ``rlsloth.rewards``, one a file, sorted."""
+    """Names of the plugins that ship in a package such as ``rlsloth.rewards``, one a file,
+    sorted."""
     paths = importlib.import_module(package).__path__
     return sorted(m.name for m in pkgutil.iter_modules(paths) if not m.name.startswith("_"))
 
@@ -67,7 +68,8 @@ def _module_from_file(path: Path, spec: str) -> Any:
     if name in sys.modules:
         return sys.modules[name]
     source = importlib.util.spec_from_file_location(name, path)
-    assert source is not None and source.loader is not None
+    assert source is not None
+    assert source.loader is not None
     module = importlib.util.module_from_spec(source)
     sys.modules[name] = module
     try:

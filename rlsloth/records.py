@@ -1,7 +1,8 @@
 """The types that flow: Prompt -> Rollout -> Group -> PackedBatch -> per-token log-probs -> loss.
 
 Shape letters: T tokens of a packed stream, N scored tokens (those that carry loss), R rollouts of a
-micro-batch, S attention segments, V vocabulary, H hidden size. Log-probs are natural logarithms, float32.
+micro-batch, S attention segments, V vocabulary, H hidden size. Log-probs are natural logarithms,
+float32.
 """
 
 from __future__ import annotations
@@ -14,14 +15,17 @@ if TYPE_CHECKING:  # records are imported by everybody, rewards included, which 
     from torch import Tensor
 
 Message = dict[str, Any]
-"""One chat message: ``role``, ``content`` and, where tools are used, ``tool_calls`` (TRL's format)."""
+"""One chat message: ``role``, ``content`` and, where tools are used, ``tool_calls`` (TRL's
+format)."""
 
 FinishReason = Literal["stop", "length", "error"]
-"""Why a rollout ended: an end-of-sequence or stop string, the length limit, or an environment's failure."""
+"""Why a rollout ended: an end-of-sequence or stop string, the length limit, or an environment's
+failure."""
 
 
 class UserError(Exception):
-    """Bad input that the user can mend: what is wrong, where, what to do. The CLI prints it and exits with 2."""
+    """Bad input that the user can mend: what is wrong, where, what to do. The CLI prints it and
+    exits with 2."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,9 +35,11 @@ class Prompt:
     index: int
     """Row in the environment's own order; stable between runs, used by sampling and by resume."""
     messages: str | tuple[Message, ...]
-    """A plain string (standard format) or chat messages (conversational format), without the answer."""
+    """A plain string (standard format) or chat messages (conversational format), without the
+    answer."""
     columns: Mapping[str, Any]
-    """The row's other columns (gold answer, metadata), passed to rewards by name. JSON-serialisable."""
+    """The row's other columns (gold answer, metadata), passed to rewards by name.
+    JSON-serialisable."""
     tools: tuple[Any, ...] = ()
     """JSON schemas of the tools offered to the model; empty for single-turn tasks."""
 
@@ -51,9 +57,11 @@ class SamplingParams:
     """0 keeps the whole vocabulary."""
     min_p: float = 0.0
     stop: tuple[str, ...] = ()
-    """Strings that end a completion; the matching tokens are kept, as vLLM does with include_stop_str."""
+    """Strings that end a completion; the matching tokens are kept, as vLLM does with
+    include_stop_str."""
     seed: int = 0
-    """Seed of the engine's private generator for this call: same seed, same prompts, same samples."""
+    """Seed of the engine's private generator for this call: same seed, same prompts, same
+    samples."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,8 +86,8 @@ class Score:
     value: float | None
     """None: the reward does not apply to this row, or it failed."""
     failure: str | None = None
-    """None, or the kind of failure: ``raised``, ``timeout``, ``crashed``, ``not finite``, ``wrong length``,
-    ``wrong type``. A failure is never a zero."""
+    """None, or the kind of failure: ``raised``, ``timeout``, ``crashed``, ``not finite``, ``wrong
+    length``, ``wrong type``. A failure is never a zero."""
     detail: str = ""
     """The failure in words (exception text, budget), for the log."""
 
@@ -90,7 +98,8 @@ class Rollout:
 
     token_ids: list[int]
     loss_mask: list[bool]
-    """[len(token_ids)] True for tokens the policy sampled, False for tool output and template glue."""
+    """[len(token_ids)] True for tokens the policy sampled, False for tool output and template
+    glue."""
     logprobs: list[float]
     """[len(token_ids)] sampling log-probs; 0.0 where loss_mask is False."""
     policy_version: list[int]
@@ -133,8 +142,9 @@ class Group:
 class MicroBatch:
     """A padding-free stream of whole rollouts that fits the token budget.
 
-    A prompt shared by a group stands once, followed by its rollouts. Each piece is an attention segment;
-    a rollout's segment also sees its prompt's keys, so every token's context is the one it was sampled in.
+    A prompt shared by a group stands once, followed by its rollouts. Each piece is an attention
+    segment; a rollout's segment also sees its prompt's keys, so every token's context is the one it
+    was sampled in.
     """
 
     token_ids: Tensor
@@ -144,17 +154,20 @@ class MicroBatch:
     cu_seqlens_q: Tensor
     """[S + 1] int32: segment boundaries in the stream."""
     kv_index: Tensor
-    """[T_kv] int64: stream positions of each segment's keys, segment after segment (prompt, then own)."""
+    """[T_kv] int64: stream positions of each segment's keys, segment after segment (prompt, then
+    own)."""
     cu_seqlens_k: Tensor
     """[S + 1] int32: segment boundaries in kv_index. Causal masks align at the end of q and k."""
     tree_of: Tensor
-    """[S] int64: which prompt tree a segment belongs to (a prompt and its rollouts are one tree)."""
+    """[S] int64: which prompt tree a segment belongs to (a prompt and its rollouts are one
+    tree)."""
     score_index: Tensor
     """[N] int64: stream position whose hidden state predicts scored token n."""
     target_ids: Tensor
     """[N] int64: the scored tokens."""
     rollout_of: Tensor
-    """[N] int64 in [0, R): the rollout a scored token belongs to; rollouts are contiguous and whole."""
+    """[N] int64 in [0, R): the rollout a scored token belongs to; rollouts are contiguous and
+    whole."""
     advantages: Tensor
     """[N] float32: the rollout's advantage at each of its tokens."""
     rollout_logprobs: Tensor
@@ -169,15 +182,18 @@ class MicroBatch:
 
 @dataclass(frozen=True, slots=True)
 class PackedBatch:
-    """All of a step's micro-batches and the counts that fix the loss's normaliser over the whole step."""
+    """All of a step's micro-batches and the counts that fix the loss's normaliser over the whole
+    step."""
 
     microbatches: tuple[MicroBatch, ...]
     rollouts: int
     """Rollouts in the step, those without loss (masked, zero advantage) included."""
     scored_tokens: int
-    """Sampled tokens of all rollouts that are not masked out, those with zero advantage included."""
+    """Sampled tokens of all rollouts that are not masked out, those with zero advantage
+    included."""
     trained_tokens: int
-    """Tokens in the streams' N summed: rollouts whose gradient is zero by construction are not packed."""
+    """Tokens in the streams' N summed: rollouts whose gradient is zero by construction are not
+    packed."""
 
 
 @dataclass(slots=True)
@@ -214,7 +230,8 @@ class LossStats:
     ratio: float = 0.0
     """Sum over tokens of the importance ratio."""
     correction: float = 0.0
-    """Sum over tokens of the rollout-trainer correction weight; equals ``tokens`` when it is off."""
+    """Sum over tokens of the rollout-trainer correction weight; equals ``tokens`` when it is
+    off."""
     corrected: int = 0
     """Tokens whose correction was truncated or masked."""
 

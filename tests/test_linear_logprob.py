@@ -316,5 +316,30 @@ def test_triton_kernel_in_its_interpreter():
     assert "the Triton kernel agrees" in ran.stdout
 
 
+@pytest.mark.parametrize("direction", ["*fp32", "*bf16", "*fp16"])
+def test_triton_kernels_compile_for_a_gpu(direction, tmp_path, monkeypatch):
+    """Down to machine code for sm_90, without a GPU: the interpreter takes more than the compiler."""
+    pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    from rlsloth.kernels.linear_logprob import triton
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    types = {"logits_ptr": "*fp32", "direction_ptr": direction, "target_ptr": "*i64"}
+    types |= {"stats_ptr": "*fp32", "slope": "fp32", "ceiling": "fp32"}
+    constants = {"VOCABULARY": 50257, "BLOCK": triton.BLOCK, "SOFTCAP": True}
+    for kernel in (triton._statistics_kernel, triton._direction_kernel):
+        signature = {
+            name: "constexpr" if name in constants else types.get(name, "i32")
+            for name in kernel.arg_names
+        }
+        source = ASTSource(kernel, signature, constexprs=constants)
+        built = compile(
+            source, target=GPUTarget("cuda", 90, 32), options={"num_warps": triton.WARPS}
+        )
+        assert built.asm["cubin"]
+
+
 if __name__ == "__main__":
     check_triton_in_interpreter()

@@ -1,4 +1,5 @@
-"""The packed forward against the model's own one-by-one forward, and its independence of the split."""
+"""The packed forward against the model's own one-by-one forward, and its independence of the
+split."""
 
 from __future__ import annotations
 
@@ -78,7 +79,8 @@ def one_by_one(policy: Policy, group: Group, rollout: Rollout, temperature: floa
     logits = policy.model(ids).logits[0].float() / temperature
     base.set_attn_implementation(attention.NAME)
     at = [len(group.prompt_ids) + j - 1 for j, on in enumerate(rollout.loss_mask) if on]
-    targets = torch.tensor([t for t, on in zip(rollout.token_ids, rollout.loss_mask, strict=True) if on])
+    scored = zip(rollout.token_ids, rollout.loss_mask, strict=True)
+    targets = torch.tensor([t for t, on in scored if on])
     return logits[at].log_softmax(-1).gather(-1, targets[:, None])[:, 0]
 
 
@@ -101,7 +103,9 @@ def test_packed_equals_one_by_one(temperature, tree_limit, monkeypatch):
     assert seen == sum(len(g.rollouts) for g in groups)
 
 
-def gradient(policy: Policy, groups: list[Group], budget: int, cfg: LossConfig) -> dict[str, torch.Tensor]:
+def gradient(
+    policy: Policy, groups: list[Group], budget: int, cfg: LossConfig
+) -> dict[str, torch.Tensor]:
     batch = pack(groups, budget, mask_truncated=False, keep_zero_advantage=cfg.beta > 0)
     norm = normalizer(batch, cfg, max_tokens=12)
     for micro in batch.microbatches:
@@ -187,7 +191,8 @@ def test_state_round_trip_continues_bit_exactly():
 
 def test_reference_is_the_policy_before_training():
     policy = make_policy()
-    (micro,) = pack(make_groups(6), 1000, mask_truncated=False, keep_zero_advantage=True).microbatches
+    batch = pack(make_groups(6), 1000, mask_truncated=False, keep_zero_advantage=True)
+    (micro,) = batch.microbatches
     base = policy.reference_logprobs(micro)
     with policy.model.disable_adapter():
         want = policy.logprobs(micro).logprobs

@@ -1,8 +1,8 @@
 """Attention over a packed stream in which rollouts share their prompt's keys.
 
-One function is registered with transformers under the name ``rlsloth``. With a PackedLayout among the
-model's keyword arguments it attends over the stream; without one (decoding with a cache) it is plain SDPA
-with the given mask. The backend is picked once, in ``choose_backend``.
+One function is registered with transformers under the name ``rlsloth``. With a PackedLayout among
+the model's keyword arguments it attends over the stream; without one (decoding with a cache) it is
+plain SDPA with the given mask. The backend is picked once, in ``choose_backend``.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
 
 from rlsloth.records import MicroBatch, UserError
 
@@ -27,7 +27,8 @@ TREE_LIMIT = 2048
 
 @dataclass(frozen=True, slots=True)
 class PackedLayout:
-    """Where the segments of a stream lie, in the form the chosen backend wants. Made once per micro-batch."""
+    """Where the segments of a stream lie, in the form the chosen backend wants. Made once per
+    micro-batch."""
 
     backend: str
     cu_q: Tensor
@@ -145,7 +146,8 @@ def _trees(micro: MicroBatch) -> tuple[Tensor, Tensor, Tensor]:
     mask = (padded[:, :, None] == padded[:, None, :]) | prompt[:, None, :]
     order = torch.arange(longest, device=segment.device)
     mask &= order[:, None] >= order[None, :]
-    # Padding rows see themselves: a row that sees nothing is NaN, and NaN * 0 poisons the backward pass.
+    # Padding rows see themselves: a row that sees nothing is NaN, and NaN * 0 poisons the backward
+    # pass.
     mask |= torch.eye(longest, dtype=torch.bool, device=segment.device)
     return index.view(len(sizes), longest), mask[:, None], rows
 
@@ -186,13 +188,14 @@ def packed_attention(
     s_aux: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention interface: query [B, heads, L, D], key and value [B, kv_heads, L_k, D].
+    """transformers' attention interface: query [B, heads, L, D], key and value [B, kv_heads, L_k,
+    D].
 
     Returns [B, L, heads, D] and None. Grouped-query heads are passed on as they are.
     """
     if softcap is not None or s_aux is not None:
         raise UserError(
-            f"{type(module).__name__}: attention with logit soft-capping or sinks is not supported yet"
+            f"{type(module).__name__}: attention with soft-capping or sinks is not supported yet"
         )
     if packed is None:
         out = scaled_dot_product_attention(
@@ -202,7 +205,7 @@ def packed_attention(
     if sliding_window is not None and packed.max_k > sliding_window:
         raise UserError(
             f"sequences of {packed.max_k} tokens exceed the model's sliding window of "
-            f"{sliding_window}, which packed training does not support yet; lower rollout.max_tokens"
+            f"{sliding_window}, which packed training lacks so far; lower --rollout.max-tokens"
         )
     out = _BACKENDS[packed.backend](query[0], key[0], value[0], packed, scaling)
     return out[None], None
@@ -257,7 +260,8 @@ def _attend_varlen(
 ) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    # torch 2.11 spells causality is_causal; later releases window_size=(-1, 0). Both align at the end.
+    # torch 2.11 spells causality is_causal; later releases window_size=(-1, 0). Both align at the
+    # end.
     known = inspect.signature(varlen_attn).parameters
     causal: dict[str, Any] = (
         {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
@@ -271,7 +275,7 @@ def _attend_varlen(
         causal["scale"] = scale
     elif scale is not None:
         q = q * (scale * q.shape[-1] ** 0.5)
-    out = varlen_attn(
+    out: Any = varlen_attn(
         _stream(q),
         _stream(k, packed.kv_index),
         _stream(v, packed.kv_index),
@@ -281,7 +285,8 @@ def _attend_varlen(
         packed.max_k,
         **causal,
     )
-    return out
+    attended: Tensor = out
+    return attended
 
 
 def _attend_fa4(
@@ -300,7 +305,8 @@ def _attend_fa4(
         softmax_scale=scale,
         causal=True,
     )
-    return out[0] if isinstance(out, tuple) else out
+    attended: Tensor = out[0] if isinstance(out, tuple) else out
+    return attended
 
 
 _compiled_flex: Callable[..., Tensor] | None = None

@@ -1,5 +1,8 @@
-"""GGUF files name their pre-tokenizer; transformers (5.16 - 5.19) drops it for byte-level BPE, which
-changes token ids (SmolLM2 splits numbers into digits). It is put back here, by llama.cpp's names."""
+"""The pre-tokenizer that a GGUF file names, put back.
+
+transformers (5.16 - 5.19) drops it for byte-level BPE, which changes token ids: SmolLM2 splits
+numbers into digits. The names are llama.cpp's.
+"""
 
 from __future__ import annotations
 
@@ -59,7 +62,7 @@ def restore_pretokenizer(tokenizer: Any, path: Path) -> None:
         tokenizer.backend_tokenizer.pre_tokenizer = _split(_QWEN2)
     else:
         raise UserError(
-            f"{path}: unknown GGUF pre-tokenizer {name!r}; pass the model's folder or hub id instead"
+            f"{path}: unknown GGUF pre-tokenizer {name!r}; pass the model's folder or hub id"
         )
 
 

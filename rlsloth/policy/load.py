@@ -115,8 +115,8 @@ def _tokenizer(cfg: ModelConfig) -> Any:
     names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
     if path.is_dir() and not any((path / name).exists() for name in names):
         raise UserError(
-            f"{path} holds no tokenizer (none of {', '.join(names)}); copy the tokenizer files of the "
-            "base model there"
+            f"{path} holds no tokenizer (none of {', '.join(names)}); copy the tokenizer files of "
+            "the base model there"
         )
     try:
         return AutoTokenizer.from_pretrained(

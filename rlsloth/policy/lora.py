@@ -18,10 +18,12 @@ REFERENCE = "reference"
 def add_adapter(model: Any, lora: LoraConfig, source: ModelConfig) -> Any:
     """Wrap ``model`` with a trainable adapter; PEFT keeps its weights in float32.
 
-    A starting adapter (``source.adapter``) is loaded twice: once to train, once frozen as the reference.
+    A starting adapter (``source.adapter``) is loaded twice: once to train, once frozen as the
+    reference.
 
     Raises:
-        UserError: the adapter folder is missing or does not fit the model; a target matches no module.
+        UserError: the adapter folder is missing or does not fit the model; a target matches no
+        module.
     """
     import peft
 

@@ -15,7 +15,8 @@ from rlsloth.config import OptimConfig
 def make_optimizer(
     parameters: Iterable[Parameter], cfg: OptimConfig, device: torch.device, total_steps: int
 ) -> tuple[torch.optim.Optimizer, Any]:
-    """An optimizer over ``parameters`` and its learning-rate schedule over ``total_steps`` updates."""
+    """An optimizer over ``parameters`` and its learning-rate schedule over ``total_steps``
+    updates."""
     from transformers import get_scheduler
 
     name = cfg.name

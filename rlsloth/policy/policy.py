@@ -77,7 +77,8 @@ class Policy:
         )
 
     def logprobs(self, micro: MicroBatch) -> TokenLogprobs:
-        """Log-probs [N] of a micro-batch's scored tokens at the sampling temperature, differentiable.
+        """Log-probs [N] of a micro-batch's scored tokens at the sampling temperature,
+        differentiable.
 
         One packed forward; the head goes through linear_logprob, so [N, V] never exists.
         """
@@ -107,7 +108,8 @@ class Policy:
 
     @torch.no_grad()
     def reference_logprobs(self, micro: MicroBatch) -> Tensor:
-        """Log-probs [N] under the starting policy: adapter off if it was fresh, else the frozen copy."""
+        """Log-probs [N] under the starting policy: adapter off if it was fresh, else the frozen
+        copy."""
         with self.starting_policy():
             return self.logprobs(micro).logprobs
 

@@ -1,11 +1,11 @@
-"""From prompts to unscored groups: one turn, or turns with tools until the policy answers without calling one."""
+"""From prompts to unscored groups: one turn, or turns with tools until an answer calls none."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from rlsloth.chat import Renderer, assistant_message, tool_message
+from rlsloth.chat import Renderer, ToolCall
 from rlsloth.environment import Environment, Session
 from rlsloth.records import (
     Completion,
@@ -17,6 +17,9 @@ from rlsloth.records import (
     SamplingParams,
 )
 from rlsloth.rollout.engine import Engine
+
+TURN_SEEDS = 1 << 20
+"""Distance between the seeds of a rollout's turns: more than steps, whose seeds are consecutive."""
 
 
 @dataclass(slots=True)
@@ -82,12 +85,15 @@ def collect(
     prompts: Sequence[Prompt],
     n: int,
     sampling: SamplingParams,
+    *,
     max_turns: int,
+    context: int,
 ) -> list[Group]:
     """``n`` rollouts of each prompt, in order, unscored.
 
-    ``sampling.max_tokens`` bounds what the policy samples over all turns of a rollout. A rollout that
-    still calls tools at ``max_turns`` finishes as ``length``.
+    ``sampling.max_tokens`` bounds what the policy samples over all turns of a rollout. A rollout
+    finishes as ``length`` when it still calls tools with no turn or token left, or when the tools'
+    answers leave no room in the model's ``context``.
     """
     prefixes = [renderer.prompt_ids(prompt) for prompt in prompts]
     trajectories: list[_Trajectory] = []
@@ -98,7 +104,8 @@ def collect(
             trajectories.append(trajectory)
     pending = [t for t in trajectories if t.session is not None and t.finish == "stop"]
     for turn in range(1, max_turns + 1):
-        pending = [t for t in pending if _answer_tools(t, renderer, sampling, turn == max_turns)]
+        last = turn == max_turns
+        pending = [t for t in pending if _answer_tools(t, renderer, sampling, context, last)]
         if not pending:
             break
         _continue(engine, renderer, pending, sampling, turn)
@@ -110,7 +117,7 @@ def collect(
 
 
 def _answer_tools(
-    trajectory: _Trajectory, renderer: Renderer, sampling: SamplingParams, last: bool
+    trajectory: _Trajectory, renderer: Renderer, sampling: SamplingParams, context: int, last: bool
 ) -> bool:
     """Run the tools the last turn called; True when the rollout goes on."""
     calls = renderer.parse_tool_calls(trajectory.text)
@@ -130,11 +137,20 @@ def _answer_tools(
         except Exception as error:  # a tool is foreign code: its failure is the model's to read
             trajectory.tool_failures += 1
             output = f"error: {error}"
-        results.append(tool_message(call, output))
-    trajectory.messages[-1] = assistant_message(trajectory.text, calls)
+        results.append({"role": "tool", "name": call.name, "content": output})
+    trajectory.messages[-1]["tool_calls"] = [_as_data(call) for call in calls]
     trajectory.messages += results
-    trajectory.add_context(renderer.tool_turn_ids(trajectory.turn_ids, results))
+    glue = renderer.tool_turn_ids(trajectory.turn_ids, results)
+    if len(trajectory.prompt_ids) + len(trajectory.token_ids) + len(glue) >= context:
+        trajectory.finish = "length"
+        return False
+    trajectory.add_context(glue)
     return True
+
+
+def _as_data(call: ToolCall) -> Message:
+    """A call in TRL's form; the assistant's content keeps the text it was read from."""
+    return {"type": "function", "function": {"name": call.name, "arguments": call.arguments}}
 
 
 def _continue(
@@ -148,7 +164,7 @@ def _continue(
     completions = engine.generate(
         [t.prompt_ids + t.token_ids for t in pending],
         1,
-        replace(sampling, seed=sampling.seed + turn),
+        replace(sampling, seed=sampling.seed + turn * TURN_SEEDS),
         limits=[sampling.max_tokens - t.sampled for t in pending],
     )
     for trajectory, (completion,) in zip(pending, completions, strict=True):

@@ -1,4 +1,5 @@
-"""Model calls of the embedded engine: prefill, and one decoding step, replayed as a CUDA graph on a GPU."""
+"""Model calls of the embedded engine: prefill, and one decoding step, replayed as a CUDA graph on a
+GPU."""
 
 from __future__ import annotations
 
@@ -66,7 +67,8 @@ class Decoder:
         return prompt, self._logits(hidden[rows, last])
 
     def step(self, cache: SlotCache, tokens: list[int]) -> Tensor:
-        """Feed each running row its last token; [active, V] float32 logits for the next, to overwrite."""
+        """Feed each running row its last token; [active, V] float32 logits for the next, to
+        overwrite."""
         cache.set_tokens(tokens)
         visible = max(cache.lengths[: cache.active])
         if not self._graphed:

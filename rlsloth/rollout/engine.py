@@ -23,10 +23,10 @@ class Engine(Protocol):
     ) -> list[list[Completion]]:
         """``n`` continuations of each token prefix, in the order given.
 
-        A prefix is computed once for its ``n`` continuations. The same seed, prefixes and weights give the
-        same tokens. A continuation never exceeds ``sampling.max_tokens``; one that reaches it without an
-        end token or stop string finishes as ``length``. ``limits`` gives each prefix a cap of its own, at
-        most ``sampling.max_tokens``.
+        A prefix is computed once for its ``n`` continuations. The same seed, prefixes and weights
+        give the same tokens. A continuation never exceeds ``sampling.max_tokens``; one that reaches
+        it without an end token or stop string finishes as ``length``. ``limits`` gives each prefix
+        a cap of its own, at most ``sampling.max_tokens``.
 
         Raises:
             UserError: a prefix leaves no room in the model's context.

@@ -13,11 +13,13 @@ def draw(logits_BV: Tensor, uniform_B: Tensor, sampling: SamplingParams) -> tupl
 
     Args:
         logits_BV: float32, overwritten.
-        uniform_B: numbers in [0, 1), one a row: each sequence has its own stream of them, so its tokens
+        uniform_B: numbers in [0, 1), one a row: each sequence has its own stream of them, so its
+        tokens
             do not depend on which other sequences happen to run beside it.
 
     Returns:
-        tokens [B] int64, log-probs [B] float32 after temperature and truncation (``processed_logprobs``).
+        tokens [B] int64, log-probs [B] float32 after temperature and truncation
+        (``processed_logprobs``).
     """
     if sampling.temperature == 0.0:
         tokens = logits_BV.argmax(-1)

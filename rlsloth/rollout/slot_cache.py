@@ -27,7 +27,8 @@ class PromptCache:
 
 
 class SlotCache:
-    """Keys and values of up to ``rows`` sequences of up to ``length`` tokens, for a transformers model.
+    """Keys and values of up to ``rows`` sequences of up to ``length`` tokens, for a transformers
+    model.
 
     Layer l holds [rows, kv_heads, length, head_dim]. Rows [0, active) are running; a finished row's
     place is taken by the last running one, so that a step reads views and never gathers the cache.
@@ -41,7 +42,8 @@ class SlotCache:
         self.lengths = [0] * rows
         """Tokens each row holds."""
         self.at = torch.zeros(rows, dtype=torch.long, device=device)
-        """[rows] where each row's next token goes; 0 for rows at rest, whose content is never read."""
+        """[rows] where each row's next token goes; 0 for rows at rest, whose content is never
+        read."""
         self.last = torch.zeros(rows, dtype=torch.long, device=device)
         """[rows] each row's last token, not yet in the cache."""
         self._device = device

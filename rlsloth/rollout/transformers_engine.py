@@ -126,8 +126,8 @@ class TransformersEngine:
     ) -> list[list[_Sequence]]:
         """Take the waiting groups that fit into the free rows of one prefill.
 
-        A group is taken whole, so that its prefix is computed once, unless the batch would otherwise
-        run more than a quarter empty.
+        A group is taken whole, so that its prefix is computed once, unless the batch would
+        otherwise run more than a quarter empty.
         """
         groups: list[list[_Sequence]] = []
         free = min(cache.rows, self._max_sequences) - cache.active

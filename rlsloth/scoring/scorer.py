@@ -103,8 +103,12 @@ class Scorer:
         part["completions"] = call["completions"][start:stop]
         part["completion_ids"] = call["completion_ids"][start:stop]
         part["finish_reasons"] = call["finish_reasons"][start:stop]
-        part["cpu_seconds"] = self._cfg.cpu_seconds * (stop - start)
-        reply = worker.call(part, self._cfg.wall_seconds * (stop - start))
+        # A group's common call may take as long as two completions: one that hangs then costs
+        # little, and a reward too slow for that is called one completion at a time, each with a
+        # full budget.
+        share = min(stop - start, 2)
+        part["cpu_seconds"] = self._cfg.cpu_seconds * share
+        reply = worker.call(part, self._cfg.wall_seconds * share)
         if reply["user_error"] is not None:
             raise UserError(reply["user_error"])
         return reply
