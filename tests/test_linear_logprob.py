@@ -214,9 +214,9 @@ def test_peak_memory_does_not_grow_with_rows(dtype):
     small, large = overhead(4 * rows), overhead(32 * rows)
     # What does grow: [N] vectors, a few hundred bytes a row. A row of logits is 80,000.
     assert large - small < 28 * rows * 256
-    # The chunk, the row pass's two tiles (16 rows each), the upcast block of a 16-bit weight.
+    # The chunk's logits and exponentials, and the upcast block of a 16-bit weight.
     upcast = 0 if dtype == torch.float32 else 4 * width * vocabulary
-    assert rows * vocabulary * 4 < large < 3 * rows * vocabulary * 4 + upcast + 2**18
+    assert rows * vocabulary * 4 < large < 2 * rows * vocabulary * 4 + upcast + 2**18
 
 
 def test_a_graph_is_differentiated_once():
@@ -241,7 +241,7 @@ def test_default_chunk_stays_within_its_scratch():
     for vocabulary in (2, 50257, 128256, 262144, 10**9):
         cpu = op.default_chunk_rows(vocabulary, torch.device("cpu"))
         gpu = op.default_chunk_rows(vocabulary, torch.device("cuda"))
-        assert cpu == 1 or 4 * cpu * vocabulary <= op.CPU_SCRATCH_BYTES
+        assert cpu == 1 or 8 * cpu * vocabulary <= op.CPU_SCRATCH_BYTES
         assert gpu == 128 or 4 * gpu * vocabulary <= op.GPU_SCRATCH_BYTES
         assert gpu % 128 == 0
 
@@ -318,7 +318,7 @@ def test_triton_kernel_in_its_interpreter():
 
 @pytest.mark.parametrize("direction", ["*fp32", "*bf16", "*fp16"])
 def test_triton_kernels_compile_for_a_gpu(direction, tmp_path, monkeypatch):
-    """Down to machine code for sm_90, without a GPU: the interpreter takes more than the compiler."""
+    """To machine code for sm_90, without a GPU: the interpreter takes more than the compiler."""
     pytest.importorskip("triton")
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import tiny_llama, tiny_tokenizer
 
+from rlsloth import checkpoint
 from rlsloth.config import LoraConfig, LossConfig, ModelConfig, OptimConfig
 from rlsloth.losses import normalizer, policy_loss
 from rlsloth.packing import pack
@@ -22,7 +23,12 @@ from rlsloth.records import Group, Prompt, Rollout
 VOCAB = 97
 
 
-def make_policy(temperature: float = 1.0, checkpointing: bool = False) -> Policy:
+def make_policy(
+    temperature: float = 1.0,
+    checkpointing: bool = False,
+    optimizer: str = "adamw",
+    rank: int = 4,
+) -> Policy:
     torch.manual_seed(0)
     attention.register()
     model = tiny_llama(VOCAB)
@@ -32,8 +38,8 @@ def make_policy(temperature: float = 1.0, checkpointing: bool = False) -> Policy
     policy = Policy(
         loaded,
         ModelConfig(gradient_checkpointing=checkpointing),
-        LoraConfig(rank=4),
-        OptimConfig(),
+        LoraConfig(rank=rank),
+        OptimConfig(name=optimizer),
         temperature=temperature,
         total_updates=10,
     )
@@ -170,9 +176,11 @@ def test_non_finite_gradient_updates_nothing():
         assert p.grad is None
 
 
-def test_state_round_trip_continues_bit_exactly():
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit"])
+def test_state_round_trip_continues_bit_exactly(optimizer, tmp_path):
     groups = make_groups(5)
-    one, two = make_policy(), make_policy()
+    # Rank 128: bitsandbytes keeps tensors below 4,096 elements in 32 bits.
+    one, two = (make_policy(optimizer=optimizer, rank=128) for _ in range(2))
 
     def update(policy: Policy) -> None:
         for n, g in gradient(policy, groups, 100, LossConfig()).items():
@@ -180,8 +188,9 @@ def test_state_round_trip_continues_bit_exactly():
         policy.step()
 
     update(one)
-    tensors, json = one.state()
-    two.restore(tensors, json)
+    checkpoint.save(tmp_path, 1, *one.state(), keep=1)
+    saved = checkpoint.load_latest(tmp_path)
+    two.restore(saved.tensors, saved.state)
     update(one)
     update(two)
     assert one.version == two.version == 2

@@ -28,7 +28,6 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CPU_ROWS = 256  # from here on the products run at the speed of whole ones
 CPU_SCRATCH_BYTES = 256 << 20
 GPU_SCRATCH_BYTES = 512 << 20
-TILE_ROWS = 16  # rows that the CPU's row pass keeps in cache at a time
 FLOOR = -3.0e38  # finite: exp gives 0, and 0 * FLOOR is 0 where 0 * -inf is NaN
 
 
@@ -105,7 +104,7 @@ def linear_logprob(
 def default_chunk_rows(vocabulary: int, device: torch.device) -> int:
     """Rows per chunk, from nothing that changes between calls: log-probs would change with it."""
     if device.type == "cpu":
-        return max(1, min(CPU_ROWS, CPU_SCRATCH_BYTES // (4 * vocabulary)))
+        return max(1, min(CPU_ROWS, CPU_SCRATCH_BYTES // (8 * vocabulary)))
     rows = GPU_SCRATCH_BYTES // (4 * vocabulary)
     return min(4096, max(128, rows // 128 * 128))
 
@@ -195,72 +194,74 @@ def _chunks(
 ) -> Iterator[tuple[slice, Tensor]]:
     """Fill ``stats_4N`` chunk by chunk; yield each chunk's rows and, with ``write``, its direction.
 
-    The direction lies in the one scratch: it is gone once the next chunk is asked for.
+    The direction lies in the scratch: it is gone once the next chunk is asked for, and without
+    ``write`` means nothing.
     """
     count, vocabulary = target_N.shape[0], head.weight_VH.shape[0]
     scratch_RV = torch.empty(
         min(head.chunk_rows, count), vocabulary, dtype=torch.float32, device=hidden_NH.device
     )
+    # TRITON_INTERPRET is Triton's own switch: kernels then run on CPU tensors.
+    by_triton = hidden_NH.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
+    spare_RV = scratch_RV if by_triton else torch.empty_like(scratch_RV)
     for start in range(0, count, head.chunk_rows):
         rows = slice(start, min(start + head.chunk_rows, count))
         logits_RV = scratch_RV[: rows.stop - rows.start]
         project(hidden_NH[rows], head.weight_VH, out_RV=logits_RV)
         if head.bias_V is not None:
             logits_RV.add_(head.bias_V)
-        args = logits_RV, target_N[rows], stats_4N[:, rows], head.slope, head.ceiling
-        # TRITON_INTERPRET is Triton's own switch: kernels then run on CPU tensors.
-        if hidden_NH.is_cuda or os.environ.get("TRITON_INTERPRET") == "1":
+        args = target_N[rows], stats_4N[:, rows], head.slope, head.ceiling
+        if by_triton:
             from rlsloth.kernels.linear_logprob import triton
 
-            direction_RV = triton.row_pass(*args, hidden_NH.dtype if write else None)
+            direction_RV = triton.row_pass(logits_RV, *args, hidden_NH.dtype if write else None)
         else:
-            direction_RV = row_pass_torch(*args, write)
-        yield rows, logits_RV if direction_RV is None else direction_RV
+            direction_RV = row_pass_torch(logits_RV, spare_RV[: len(logits_RV)], *args, write)
+        yield rows, direction_RV
 
 
 def row_pass_torch(
     logits_RV: Tensor,
+    spare_RV: Tensor,
     target_R: Tensor,
     stats_4R: Tensor,
     slope: float,
     ceiling: float | None,
     write: bool,
 ) -> Tensor:
-    """Row statistics of raw float32 logits; the logits are overwritten.
+    """Row statistics of raw float32 logits and, with ``write``, their direction, in ``spare_RV``.
 
     With z the scaled and capped logits and p the softmax over the tokens other than the target,
     ``stats_4R`` receives, over those other tokens, ``top = max(z)``, ``total = sum(exp(z - top))``
-    and ``mean = sum(p * (z - top))``, then the target's own z. With ``write`` the logits become the
-    direction ``(p - onehot(target)) * (1 - (z / ceiling)**2)``, which is ``-dlogp/dlogits / slope /
-    (1 - exp(logp))``.
+    and ``mean = sum(p * (z - top))``, then the target's own z. The direction is
+    ``(p - onehot(target)) * (1 - (z / ceiling)**2)``, that is ``-dlogp/dlogits / slope / (1 -
+    exp(logp))``.
+
+    Few, large, in-place passes: each is a barrier between threads, and memory taken anew is slower
+    than the arithmetic. Not torch.softmax: on a CPU its running sum is off by 1e-5 at V = 150,000.
     """
-    for start in range(0, logits_RV.shape[0], TILE_ROWS):
-        rows = slice(start, start + TILE_ROWS)
-        z = logits_RV[rows]
-        target_R1 = target_R[rows, None]
-        if slope != 1.0:
-            z.mul_(slope)
-        if ceiling is not None:
-            z.div_(ceiling).tanh_().mul_(ceiling)
-        z_target_R1 = z.gather(1, target_R1)
-        z.scatter_(1, target_R1, FLOOR)
-        top_R1 = z.amax(1, keepdim=True)
-        e = z.sub_(top_R1).exp()
-        # Not torch.softmax: on a CPU its running sum is off by 1e-5 at V = 150,000.
-        total_R1 = e.sum(1, keepdim=True)
-        stats_4R[0, rows] = top_R1[:, 0]
-        stats_4R[1, rows] = total_R1[:, 0]
-        stats_4R[2, rows] = torch.linalg.vecdot(e, z) / total_R1[:, 0]
-        stats_4R[3, rows] = z_target_R1[:, 0]
-        if not write:
-            continue
-        p = e.div_(total_R1)
-        slope_target_R1 = torch.ones_like(z_target_R1)
-        if ceiling is not None:
-            p.addcmul_(p, z.add_(top_R1).div_(ceiling).square_(), value=-1)
-            slope_target_R1 -= (z_target_R1 / ceiling).square()
-        z.copy_(p).scatter_(1, target_R1, -slope_target_R1)
-    return logits_RV
+    z, target_R1 = logits_RV, target_R[:, None]
+    if slope != 1.0:
+        z.mul_(slope)
+    cap_slope_RV = None
+    if ceiling is not None:
+        z.div_(ceiling).tanh_()
+        cap_slope_RV = 1 - z.square() if write else None
+        z.mul_(ceiling)
+    z_target_R1 = z.gather(1, target_R1)
+    z.scatter_(1, target_R1, FLOOR)
+    top_R1 = z.amax(1, keepdim=True)
+    e = torch.exp(z.sub_(top_R1), out=spare_RV)
+    total_R = e.sum(1)
+    stats_4R[0] = top_R1[:, 0]
+    stats_4R[1] = total_R
+    stats_4R[2] = z.mul_(e).sum(1) / total_R
+    stats_4R[3] = z_target_R1[:, 0]
+    if write:
+        e.div_(total_R[:, None]).scatter_(1, target_R1, -1.0)
+        if cap_slope_RV is not None:
+            e.mul_(cap_slope_RV)
+    return e
 
 
 def _outputs(stats_4N: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -17,10 +17,10 @@ def row_pass(
     slope: float,
     ceiling: float | None,
     direction_dtype: torch.dtype | None,
-) -> Tensor | None:
+) -> Tensor:
     """What ``op.row_pass_torch`` does, on a GPU or in Triton's interpreter.
 
-    The direction is a view of the logits' own storage in ``direction_dtype``; None leaves it out.
+    The direction is a view of the logits' own storage in ``direction_dtype``. None leaves it out.
     """
     rows, vocabulary = logits_RV.shape
     shared = (target_R, stats_4R, stats_4R.stride(0), slope, ceiling or 1.0)
@@ -36,7 +36,7 @@ def row_pass(
         # and one kernel with a switch is compiled into two that add in different orders.
         _statistics_kernel[(rows,)](logits_RV, logits_RV.stride(0), *shared, **options)
         if direction_dtype is None:
-            return None
+            return logits_RV
         direction_RV = logits_RV.view(direction_dtype)[:, :vocabulary]
         _direction_kernel[(rows,)](
             logits_RV,

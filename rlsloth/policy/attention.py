@@ -197,6 +197,9 @@ def packed_attention(
         raise UserError(
             f"{type(module).__name__}: attention with soft-capping or sinks is not supported yet"
         )
+    if packed is None and query.shape[2] == 1 and query.is_cuda and attention_mask is not None:
+        out = _attend_one(query, key, value, attention_mask, scaling or query.shape[3] ** -0.5)
+        return out.transpose(1, 2), None
     if packed is None:
         out = scaled_dot_product_attention(
             query, key, value, attn_mask=attention_mask, scale=scaling, enable_gqa=True
@@ -209,6 +212,24 @@ def packed_attention(
         )
     out = _BACKENDS[packed.backend](query[0], key[0], value[0], packed, scaling)
     return out[None], None
+
+
+def _attend_one(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """Decoding's one row a sequence: two batched products, each reading the cache once.
+
+    SDPA with a mask would first copy the cache out to as many heads as the queries have.
+    """
+    batch, heads, _, width = query.shape
+    kv_heads = key.shape[1]
+    grouped = query.reshape(batch * kv_heads, heads // kv_heads, width)
+    columns = key.flatten(0, 1).transpose(1, 2)
+    if query.dtype == torch.float32:
+        scores = torch.bmm(grouped, columns)
+    else:
+        scores = torch.bmm(grouped, columns, out_dtype=torch.float32)
+    scores = scores.view(batch, kv_heads, -1, key.shape[2]) * scale
+    weights = scores.masked_fill_(~mask, -torch.inf).softmax(-1).to(value.dtype)
+    return torch.bmm(weights.flatten(0, 1), value.flatten(0, 1)).view(batch, heads, 1, -1)
 
 
 def _attend_trees(
@@ -245,7 +266,9 @@ def _attend_sequences(
 def _attend_cudnn(
     q: Tensor, k: Tensor, v: Tensor, packed: PackedLayout, scale: float | None
 ) -> Tensor:
-    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+    # cuDNN refuses a single key; such sequences go to the next one.
+    backends = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
+    with sdpa_kernel(backends, set_priority=True):
         return _attend_sequences(q, k, v, packed, scale)
 
 
@@ -319,7 +342,7 @@ def _attend_flex(
     from torch.nn.attention.flex_attention import flex_attention
 
     if _compiled_flex is None:
-        _compiled_flex = torch.compile(flex_attention, dynamic=True)
+        _compiled_flex = torch.compile(flex_attention)
     out = _compiled_flex(
         q[None], k[None], v[None], block_mask=packed.block_mask, scale=scale, enable_gqa=True
     )

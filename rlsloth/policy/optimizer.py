@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -44,27 +44,35 @@ def make_optimizer(
 
 def flatten_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The optimizer's state as named tensors (``<parameter>.<key>``) and JSON, for a checkpoint."""
-    state = optimizer.state_dict()["state"]
     tensors: dict[str, Tensor] = {}
     scalars: dict[str, Any] = {}
-    for index, entries in state.items():
-        for key, value in entries.items():
-            if isinstance(value, Tensor):
-                tensors[f"{index}.{key}"] = value.detach().cpu().contiguous()
-            else:
-                scalars[f"{index}.{key}"] = value
+    for path, value in _leaves(optimizer.state_dict()["state"]):
+        if isinstance(value, Tensor):
+            tensors[path] = value.detach()
+        else:
+            scalars[path] = value
     return tensors, scalars
+
+
+def _leaves(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted paths of a nested mapping (bitsandbytes keeps its 8-bit state one level down)."""
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def restore_state(
     optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], scalars: Mapping[str, Any]
 ) -> None:
     """Undo ``flatten_state`` on an optimizer over the same parameters."""
-    state: dict[int, dict[str, Any]] = {}
-    for name, value in [*tensors.items(), *scalars.items()]:
-        index, key = name.split(".", 1)
+    state: dict[int, Any] = {}
+    for path, value in [*tensors.items(), *scalars.items()]:
+        index, *keys, last = path.split(".")
+        branch = state.setdefault(int(index), {})
+        for key in keys:
+            branch = branch.setdefault(key, {})
         # A copy: the optimizer updates its state in place.
-        state.setdefault(int(index), {})[key] = (
-            value.clone() if isinstance(value, Tensor) else value
-        )
+        branch[last] = value.clone() if isinstance(value, Tensor) else value
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})

@@ -149,9 +149,9 @@ class Policy:
         return Adapter(self.version, {n: p for n, p in named if p.requires_grad})
 
     def state(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-        """Everything a checkpoint needs, as named tensors by file and JSON."""
+        """Everything a checkpoint needs, as named tensors by file (live, to be written now) and JSON."""
         tensors, scalars = flatten_state(self.optimizer)
-        weights = {n: p.detach().cpu().contiguous() for n, p in self.adapter().tensors.items()}
+        weights = {n: p.detach() for n, p in self.adapter().tensors.items()}
         schedule = self.scheduler.state_dict()
         json = {
             "version": self.version,

@@ -6,8 +6,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 
+from rlsloth.kernels.linear_logprob.products import project
 from rlsloth.records import UserError
 from rlsloth.rollout.slot_cache import PromptCache, SlotCache
 
@@ -29,8 +31,8 @@ class Decoder:
         self._graphs: dict[Any, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self._pool: Any = None
         self._cache: SlotCache | None = None
-        # Whether the adapter is on is baked into a graph, so it is part of the graph's key.
-        self._adapted = next((m for m in model.modules() if hasattr(m, "disable_adapters")), None)
+        # Which adapter is on is baked into a graph, so it is part of the graph's key.
+        self._adapted = next((m for m in model.modules() if isinstance(m, BaseTunerLayer)), None)
 
     def cache(self, rows: int, length: int) -> SlotCache:
         """A cache of at least this size; on a GPU the same one again while it is large enough."""
@@ -39,6 +41,7 @@ class Decoder:
         kept = self._cache
         if kept is None or kept.rows < rows or kept.length < length:
             self._graphs.clear()
+            self._pool = None  # a pool dies with its last graph
             rows = max(rows, kept.rows if kept else 0)
             length = max(_round_up(length, COLUMNS), kept.length if kept else 0)
             self._cache = kept = None  # before the new one is made: both need not fit
@@ -91,7 +94,7 @@ class Decoder:
 
     def _replay(self, cache: SlotCache, rows: int, visible: int) -> Tensor:
         layer = self._adapted
-        adapter = layer and (layer.disable_adapters, *layer.active_adapters)
+        adapter = () if layer is None else (layer.disable_adapters, *layer.active_adapters)
         key = (rows, visible, adapter)
         if key not in self._graphs:
             # A first run outside the graph loads kernels; it writes the very values that the replay
@@ -116,7 +119,12 @@ class Decoder:
 
     def _logits(self, hidden: Tensor) -> Tensor:
         """The model's own head on [rows, H], with its scaling and soft-cap, in float32."""
-        logits: Tensor = self._head(hidden).float()
+        # In float32 as in training: rounding logits to 16 bits would move log-probs by a few per cent.
+        weight = self._head.weight
+        logits = torch.empty(len(hidden), len(weight), device=self._device)
+        project(hidden, weight, logits)
+        if self._head.bias is not None:
+            logits += self._head.bias
         config = self._base.config.get_text_config()
         if scale := getattr(config, "logit_scale", None):  # Cohere
             logits *= scale

@@ -1,0 +1,82 @@
+"""Where a GRPO step's time goes: model, sampling, optimizer, and everything else.
+
+    python examples/profile_step.py configs/demo.yaml --model.path FOLDER_OR_GGUF --steps 4
+
+Takes the arguments of `rlsloth grpo`; evaluations are left out, and the first step, which warms up.
+Times are those of Python's profiler, which slows Python code but not the model, so the share of
+"everything else" is an upper bound.
+"""
+
+from __future__ import annotations
+
+import cProfile
+import pstats
+import sys
+import tempfile
+from pathlib import Path
+
+from rlsloth import grpo
+from rlsloth.cli_config import read_config
+from rlsloth.config import GrpoConfig
+
+MODEL = {
+    "rollout: prefill": ("decode.py", "prefill"),
+    "rollout: decoding": ("decode.py", "step"),
+    "rollout: sampling": ("sampling.py", "draw"),
+    "update: forward": ("policy.py", "logprobs"),
+    "update: backward": ("graph.py", "_engine_run_backward"),
+    "update: optimizer": ("policy.py", "step"),
+}
+STEP = {("collect.py", "collect"), ("scorer.py", "score"), ("advantages.py", "assign_advantages"),
+        ("packing.py", "pack"), ("grpo.py", "update"), ("metrics.py", "rollout_metrics"),
+        ("metrics.py", "update_metrics"), ("run.py", "log"), ("run.py", "log_samples"),
+        ("diagnosis.py", "step"), ("data.py", "take")}  # fmt: skip
+
+
+def main(argv: list[str]) -> None:
+    """Train as told, profile the steps after the first, print the table."""
+    quiet = ["--eval.at-start", "false", "--eval.at-end", "false"]
+    with tempfile.TemporaryDirectory() as folder:
+        config = read_config(
+            GrpoConfig, [*argv, *quiet, "--run.dir", str(Path(folder) / "run")], "profile_step"
+        )
+        profiler = cProfile.Profile()
+        plain_pack = grpo.pack
+        seen = 0
+
+        def pack_and_watch(*args, **kwargs):
+            nonlocal seen
+            seen += 1
+            return plain_pack(*args, **kwargs)
+
+        plain_log = grpo.Run.log_samples
+
+        def log_and_start(self, *args, **kwargs):
+            plain_log(self, *args, **kwargs)
+            if seen == 1:  # the first step is over
+                profiler.enable()
+
+        grpo.pack = pack_and_watch
+        grpo.Run.log_samples = log_and_start
+        grpo.train(config)
+        profiler.disable()
+    report(pstats.Stats(profiler))
+
+
+def report(stats: pstats.Stats) -> None:
+    """Print each part's seconds and share of the profiled steps."""
+    seconds: dict[tuple[str, str], float] = {}
+    for (file, _, function), (_, _, _, cumulative, _) in stats.stats.items():  # type: ignore[attr-defined]
+        key = (Path(file).name, function)
+        seconds[key] = max(seconds.get(key, 0.0), cumulative)
+    total = sum(seconds.get(part, 0.0) for part in STEP)
+    named = {name: seconds.get(part, 0.0) for name, part in MODEL.items()}
+    named["everything else"] = total - sum(named.values())
+    print(f"\n{'part':20} {'seconds':>9} {'share':>7}")
+    for name, spent in named.items():
+        print(f"{name:20} {spent:9.2f} {spent / total:7.1%}")
+    print(f"{'steps':20} {total:9.2f}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
