@@ -26,7 +26,12 @@ _PROSE = re.compile(r"(?<![\\{A-Za-z])[A-Za-z]{2,} [A-Za-z]{2,}")
 
 
 def math_verify(
-    completions: list[Any], solution: list[Any] | None = None, answer: list[Any] | None = None
+    completions: list[Any],
+    finish_reasons: list[str],
+    solution: list[Any] | None = None,
+    answer: list[Any] | None = None,
+    *,
+    finished_only: bool = True,
 ) -> list[float | None]:
     r"""1 if the final answer equals the gold one mathematically, else 0.
 
@@ -35,20 +40,28 @@ def math_verify(
     marks, or what math-verify finds. Rational numbers are compared exactly; where an irrational one
     meets a decimal, math-verify's six digits decide. None: the gold cannot be read.
 
+    Args:
+        finished_only: A completion cut off by the length limit scores 0. Without it a policy is
+        paid
+            for the numbers it passes on the way and drifts to answers that never end.
+
     Raises:
         UserError: the data has neither column.
     """
     if solution is None and answer is None:
         raise UserError("reward 'math_verify' needs a column 'solution' or 'answer' with the gold")
     absent = [None] * len(completions)
-    rows = zip(completions, solution or absent, answer or absent, strict=True)
+    rows = zip(completions, finish_reasons, solution or absent, answer or absent, strict=True)
     return [
-        _score(completion_text(completion), first if first is not None else second)
-        for completion, first, second in rows
+        _score(
+            None if finished_only and finish == "length" else completion_text(completion),
+            second if first is None else first,
+        )
+        for completion, finish, first, second in rows
     ]
 
 
-def _score(text: str, gold: Any) -> float | None:
+def _score(text: str | None, gold: Any) -> float | None:
     if not isinstance(gold, (str, int, float)):
         return None
     gold_text, bare = _gold_text(str(gold))
@@ -56,6 +69,8 @@ def _score(text: str, gold: Any) -> float | None:
     gold_parsed = () if gold_number is not None else _parse(gold_text)
     if gold_number is None and not gold_parsed:
         return None
+    if text is None:
+        return 0.0
     text = plain(text)
     if bare:
         text = re.sub(r"\\?%", "", text)
@@ -131,6 +146,7 @@ EXAMPLES = (
     Example(r"\boxed{1,234.50}", 1.0, "thousands separator", {"answer": "1234.5"}),
     Example(r"\boxed{0.1000001}", 0.0, "no rounding", {"answer": "0.1"}),
     Example(r"\boxed{10}", 0.0, "10% is 1/10", {"answer": r"10\%"}),
+    Example(r"\boxed{72}, or else 7", 0.0, "cut off", {"answer": "72"}, finish="length"),
     Example("I do not know.", 0.0, "no answer", {"answer": "5"}),
     Example(r"\boxed{5}", None, "no gold", {"answer": ""}),
 )

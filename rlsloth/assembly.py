@@ -21,6 +21,7 @@ from rlsloth.records import Group, Prompt, SamplingParams, UserError
 from rlsloth.rollout.collect import collect
 from rlsloth.rollout.engine import Engine
 from rlsloth.rollout.transformers_engine import TransformersEngine
+from rlsloth.run.folder import SUMMARY
 from rlsloth.run.run import Run
 from rlsloth.scoring.scorer import Scorer
 
@@ -68,6 +69,8 @@ class Assembly:
         run = stack.enter_context(Run.start(cfg))
         scorer.wait_ready()
         run.say(f"loading {cfg.model.path}")
+        if cfg.model.adapter is not None:
+            run.say(f"continuing {cfg.model.adapter}: its rank, alpha and targets, not --lora.*")
         torch.manual_seed(cfg.seed)  # the adapter's starting weights
         policy = Policy.load(
             cfg.model,
@@ -189,6 +192,10 @@ class Assembly:
             self.run.truncate_after(-1)
             self.run.say("no checkpoint yet: starting at step 1")
             return Progress(1, 0, None)
+        if found.step >= self.cfg.steps and (self.run.dir / SUMMARY).exists():
+            raise UserError(
+                f"{self.run.dir} has finished its {found.step} steps; raise --steps to train on"
+            )
         for warning in found.warnings:
             self.run.warn(warning)
         self.policy.restore(found.tensors, found.state["policy"])

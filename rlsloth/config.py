@@ -237,7 +237,8 @@ class GrpoConfig(Section):
     """Optimizer updates on each step's rollouts; 1 is exactly on-policy."""
     tokens_per_microbatch: int = Field(8192, ge=1)
     """Token budget of one packed forward; does not change the gradient."""
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**31)
+    """Same seed, same machine: same run."""
     rewards: list[str] = []
     """Names (math_verify), dotted paths (pkg.module:function) or files (./mine.py:reward)."""
     model: ModelConfig = ModelConfig()

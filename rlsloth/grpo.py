@@ -16,7 +16,7 @@ from rlsloth.losses import normalizer, policy_loss
 from rlsloth.packing import pack, to_device
 from rlsloth.policy.lora import save_adapter
 from rlsloth.policy.policy import Policy
-from rlsloth.records import Group, LossStats, MicroBatch, PackedBatch, UserError
+from rlsloth.records import Group, LossStats, MicroBatch, PackedBatch, StepStats, UserError
 from rlsloth.run.diagnosis import Watch
 from rlsloth.run.metrics import UpdateFigures, count_tokens, rollout_metrics, update_metrics
 from rlsloth.run.run import Run
@@ -69,8 +69,6 @@ def train(cfg: GrpoConfig) -> Path:
                 run.warn(sentence)
             for sentence in watch.explain(metrics):
                 run.say(sentence)
-            for sentence in watch.explain(metrics):
-                run.say(sentence)
             skips.check(updates, batch, run, step)
             if cfg.eval.every and step % cfg.eval.every == 0 and step < cfg.steps:
                 parts.evaluate(step)
@@ -91,6 +89,9 @@ def update(policy: Policy, batch: PackedBatch, cfg: GrpoConfig) -> list[UpdateFi
     either.
     """
     norm = normalizer(batch, cfg.loss, max_tokens=cfg.rollout.max_tokens)
+    if not batch.microbatches:  # every gradient is zero by construction
+        idle = StepStats(0.0, policy.learning_rate, skipped=False)
+        return [UpdateFigures(0.0, norm, LossStats(), 0.0, 0.0, 0.0, batch.scored_tokens, idle)]
     old: list[torch.Tensor] = []
     reference: list[torch.Tensor] = []
     figures = []

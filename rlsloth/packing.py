@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from rlsloth.records import Group, MicroBatch, PackedBatch, Rollout, UserError
+from rlsloth.records import Group, MicroBatch, PackedBatch, Rollout
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,8 +34,7 @@ def pack(
     and, unless ``keep_zero_advantage`` (a KL term has gradient at advantage 0 too), those with
     advantage 0.
 
-    Raises:
-        UserError: one prompt with one rollout exceeds the budget.
+    A rollout that exceeds the budget even alone gets a micro-batch of its own.
     """
     trees: list[_Tree] = []
     rollouts = scored = 0
@@ -66,11 +65,6 @@ def _split(g: int, group: Group, packed: list[int], budget: int) -> list[_Tree]:
     tokens = prompt
     for r in packed:
         length = _stream_length(group.rollouts[r])
-        if prompt + length > budget:
-            raise UserError(
-                f"a prompt of {prompt} tokens with a completion of {length} does not fit "
-                f"--tokens-per-microbatch {budget}; raise it to at least {prompt + length}"
-            )
         if run and tokens + length > budget:
             trees.append(_Tree(g, tuple(run), tokens))
             run, tokens = [], prompt

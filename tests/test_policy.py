@@ -15,7 +15,7 @@ from rlsloth import checkpoint
 from rlsloth.config import LoraConfig, LossConfig, ModelConfig, OptimConfig
 from rlsloth.losses import normalizer, policy_loss
 from rlsloth.packing import pack
-from rlsloth.policy import attention
+from rlsloth.policy import attention, packed_layout
 from rlsloth.policy.load import LoadedModel
 from rlsloth.policy.policy import Policy
 from rlsloth.records import Group, Prompt, Rollout
@@ -91,9 +91,9 @@ def one_by_one(policy: Policy, group: Group, rollout: Rollout, temperature: floa
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-@pytest.mark.parametrize("tree_limit", [attention.TREE_LIMIT, 0], ids=["trees", "sequences"])
+@pytest.mark.parametrize("tree_limit", [packed_layout.TREE_LIMIT, 0], ids=["trees", "sequences"])
 def test_packed_equals_one_by_one(temperature, tree_limit, monkeypatch):
-    monkeypatch.setattr(attention, "TREE_LIMIT", tree_limit)
+    monkeypatch.setattr(packed_layout, "TREE_LIMIT", tree_limit)
     policy = make_policy(temperature)
     groups = make_groups(1)
     batch = pack(groups, 64, mask_truncated=False, keep_zero_advantage=True)

@@ -109,7 +109,7 @@ MATH_CORPUS = [
 @pytest.mark.parametrize("template", [r"So \boxed{%s}.", "The final answer is $%s$."])
 @pytest.mark.parametrize(("gold", "answer", "expected"), MATH_CORPUS)
 def test_math_corpus(gold: str, answer: str, expected: float, template: str) -> None:
-    assert math_verify(completions=[template % answer], answer=[gold]) == [expected]
+    assert math_verify([template % answer], ["stop"], answer=[gold]) == [expected]
 
 
 @pytest.mark.parametrize(
@@ -132,14 +132,16 @@ def test_math_corpus(gold: str, answer: str, expected: float, template: str) -> 
     ],
 )
 def test_math_answers_are_found(completion: str, gold: Any, expected: float | None) -> None:
-    assert math_verify(completions=[completion], answer=[gold]) == [expected]
+    assert math_verify([completion], ["stop"], answer=[gold]) == [expected]
 
 
 def test_math_gold_columns() -> None:
     chat = [[{"role": "assistant", "content": r"\boxed{7}"}]] * 2
-    assert math_verify(completions=chat, solution=[r"\boxed{7}", None], answer=["8", "8"]) == [1, 0]
+    assert math_verify(
+        chat, ["stop", "stop"], solution=[r"\boxed{7}", None], answer=["8", "8"]
+    ) == [1, 0]
     with pytest.raises(UserError, match="'solution' or 'answer'"):
-        math_verify(completions=["7"])
+        math_verify(["7"], ["stop"])
 
 
 @pytest.mark.parametrize(

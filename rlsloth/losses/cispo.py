@@ -11,7 +11,6 @@ from torch import Tensor
 from rlsloth.config import LossConfig
 from rlsloth.losses.base import PolicyLoss, scored_tokens, sum_of_tokens
 from rlsloth.losses.ratio import Surrogate
-from rlsloth.records import UserError
 
 DEFAULT_CAP = 5.0
 """ScaleRL (arXiv:2510.13786) and TRL's documentation recommend it. TRL's own default falls back to
@@ -25,12 +24,7 @@ def capped_reinforce(
 
     epsilon_high caps the ratio itself, as in TRL, not its excess over 1; there is no lower clip.
     Tokens of both signs of advantage are capped, and counted when they are.
-
-    Raises:
-        UserError: ``loss.delta`` is set.
     """
-    if cfg.delta is not None:
-        raise UserError("loss.delta does nothing for cispo: leave it out, or cap with epsilon_high")
     cap = DEFAULT_CAP if cfg.epsilon_high is None else cfg.epsilon_high
     ratio_N = ratio_N.detach()
     return Surrogate(

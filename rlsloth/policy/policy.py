@@ -11,10 +11,11 @@ from torch import Tensor
 
 from rlsloth.config import LoraConfig, ModelConfig, OptimConfig
 from rlsloth.kernels.linear_logprob.op import linear_logprob
-from rlsloth.policy.attention import choose_backend, make_layout
+from rlsloth.policy.attention import choose_backend
 from rlsloth.policy.load import LoadedModel, load_model
 from rlsloth.policy.lora import REFERENCE, TRAINED, add_adapter
 from rlsloth.policy.optimizer import flatten_state, make_optimizer, restore_state
+from rlsloth.policy.packed_layout import PackedLayout
 from rlsloth.records import Adapter, MicroBatch, StepStats, TokenLogprobs
 
 
@@ -43,7 +44,9 @@ class Policy:
         self.config = base.config.get_text_config()
         self.context = model.max_context or int(self.config.max_position_embeddings)
         ends = base.generation_config.eos_token_id
-        self.eos_token_ids: list[int] = ends if isinstance(ends, list) else [ends] if ends else []
+        if ends is None:
+            ends = []
+        self.eos_token_ids: list[int] = ends if isinstance(ends, list) else [ends]
         self._decoder = base.get_decoder()
         self._head = base.get_output_embeddings()
         self._temperature = temperature or 1.0
@@ -83,7 +86,10 @@ class Policy:
         One packed forward; the head goes through linear_logprob, so [N, V] never exists.
         """
         self.model.train()
-        layout = make_layout(micro, self.backend)
+        return self._score(micro)
+
+    def _score(self, micro: MicroBatch) -> TokenLogprobs:
+        layout = PackedLayout(micro, self.backend)
         hidden_TH = self._decoder(
             input_ids=micro.token_ids[None],
             position_ids=micro.positions[None],
@@ -110,8 +116,9 @@ class Policy:
     def reference_logprobs(self, micro: MicroBatch) -> Tensor:
         """Log-probs [N] under the starting policy: adapter off if it was fresh, else the frozen
         copy."""
+        self.model.eval()  # no dropout: the reference is a fixed distribution
         with self.starting_policy():
-            return self.logprobs(micro).logprobs
+            return self._score(micro).logprobs
 
     @contextmanager
     def starting_policy(self) -> Iterator[None]:
@@ -134,7 +141,7 @@ class Policy:
     def step(self) -> StepStats:
         """Clip, update and clear the gradients. A non-finite gradient updates nothing."""
         norm = float(torch.nn.utils.clip_grad_norm_(self._trained, self._max_grad_norm))
-        lr = float(self.scheduler.get_last_lr()[0])
+        lr = self.learning_rate
         skipped = not torch.isfinite(torch.tensor(norm)).item()
         if not skipped:
             self.optimizer.step()
@@ -143,13 +150,19 @@ class Policy:
         self.optimizer.zero_grad(set_to_none=True)
         return StepStats(norm, lr, skipped)
 
+    @property
+    def learning_rate(self) -> float:
+        """Of the next update."""
+        return float(self.scheduler.get_last_lr()[0])
+
     def adapter(self) -> Adapter:
         """The live LoRA weights under the current version."""
         named = self.model.named_parameters()
         return Adapter(self.version, {n: p for n, p in named if p.requires_grad})
 
     def state(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-        """Everything a checkpoint needs, as named tensors by file (live, to be written now) and JSON."""
+        """Everything a checkpoint needs, as named tensors by file (live, to be written now) and
+        JSON."""
         tensors, scalars = flatten_state(self.optimizer)
         weights = {n: p.detach() for n, p in self.adapter().tensors.items()}
         schedule = self.scheduler.state_dict()

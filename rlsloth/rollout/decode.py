@@ -119,7 +119,8 @@ class Decoder:
 
     def _logits(self, hidden: Tensor) -> Tensor:
         """The model's own head on [rows, H], with its scaling and soft-cap, in float32."""
-        # In float32 as in training: rounding logits to 16 bits would move log-probs by a few per cent.
+        # In float32 as in training: rounding logits to 16 bits would move log-probs by a few per
+        # cent.
         weight = self._head.weight
         logits = torch.empty(len(hidden), len(weight), device=self._device)
         project(hidden, weight, logits)

@@ -29,6 +29,9 @@ def draw(logits_BV: Tensor, uniform_B: Tensor, sampling: SamplingParams) -> tupl
         _truncate(logits_BV, sampling)
     normalizer = logits_BV.logsumexp(-1, keepdim=True)
     cumulative = (logits_BV - normalizer).exp_().cumsum(-1)
+    if cumulative.is_cuda:
+        # A parallel sum in float32 may dip by a rounding error, which binary search must not meet.
+        cumulative = cumulative.cummax(-1).values
     # Scaling by the last entry absorbs rounding in the sum: a draw can never run off the end.
     target = uniform_B[:, None] * cumulative[:, -1:]
     tokens = torch.searchsorted(cumulative, target, right=True).squeeze(-1)

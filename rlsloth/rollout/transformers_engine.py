@@ -182,7 +182,7 @@ class TransformersEngine:
             return False
         # A token holds at least one byte, so a stop string ends within its last len(bytes) tokens.
         tail = sequence.token_ids[-(max(len(s.encode()) for s in stop) + 1) :]
-        text = self._tokenizer.decode(tail)
+        text = self._tokenizer.decode(tail, clean_up_tokenization_spaces=False)
         return any(s in text for s in stop)
 
     def _retire(self, running: list[_Sequence], cache: SlotCache) -> None:

@@ -149,7 +149,8 @@ def open_folder(run: RunConfig, model: ModelConfig, root: Path) -> tuple[Path, I
         raise UserError(f"no run in {folder} to resume; leave out --run.resume to start one there")
     folder.mkdir(parents=True, exist_ok=True)
     lock = _lock(folder)
-    if not run.resume and (folder / CONFIG).exists():
+    # A start that failed before its first figure leaves nothing worth keeping, and may be repeated.
+    if not run.resume and (folder / METRICS).exists():
         lock.close()
         raise UserError(
             f"{folder} already holds a run; continue it with --run.resume true, "

@@ -1,0 +1,123 @@
+"""Packed attention backends: q [heads, T, D], k and v [kv_heads, T, D] to [T, heads, D]."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+from rlsloth.policy.packed_layout import PackedLayout
+
+
+def _trees(q: Tensor, k: Tensor, v: Tensor, packed: PackedLayout, scale: float) -> Tensor:
+    """One masked square a tree, all in one call."""
+    index, mask, rows = packed.trees
+    q, k, v = (x[:, index].transpose(0, 1) for x in (q, k, v))
+    out = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True)
+    return out.transpose(1, 2).flatten(0, 1)[rows]
+
+
+def _sequences(q: Tensor, k: Tensor, v: Tensor, packed: PackedLayout, scale: float) -> Tensor:
+    """One call a sequence; a rollout's goes over its prompt again, in attention only."""
+    pieces = []
+    for rows, keep in packed.sequences:
+        square = scaled_dot_product_attention(
+            q[None, :, rows],
+            k[None, :, rows],
+            v[None, :, rows],
+            is_causal=True,
+            scale=scale,
+            enable_gqa=True,
+        )
+        pieces.append(square[0, :, -keep:].transpose(0, 1))
+    return torch.cat(pieces)
+
+
+def _cudnn(q: Tensor, k: Tensor, v: Tensor, packed: PackedLayout, scale: float) -> Tensor:
+    # cuDNN refuses a single key; such sequences go to the next one.
+    backends = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
+    with sdpa_kernel(backends, set_priority=True):
+        return _sequences(q, k, v, packed, scale)
+
+
+def _stream(q: Tensor, k: Tensor, v: Tensor, packed: PackedLayout) -> tuple[Tensor, Tensor, Tensor]:
+    """[T, heads, D] queries, and [T_kv, kv_heads, D] keys and values with prompts laid out
+    again."""
+    keys, values = (x.transpose(0, 1)[packed.kv_index] for x in (k, v))
+    return q.transpose(0, 1).contiguous(), keys, values
+
+
+def _varlen(q: Tensor, k: Tensor, v: Tensor, packed: PackedLayout, scale: float) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    # torch 2.11 spells causality is_causal; later releases window_size. Both align at the end.
+    known = inspect.signature(varlen_attn).parameters
+    options: dict[str, Any] = (
+        {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
+    )
+    if "enable_gqa" in known:
+        options["enable_gqa"] = True
+    else:
+        k, v = (x.repeat_interleave(q.shape[0] // x.shape[0], 0) for x in (k, v))
+    if "scale" in known:
+        options["scale"] = scale
+    else:
+        q = q * (scale * q.shape[-1] ** 0.5)
+    out: Any = varlen_attn(
+        *_stream(q, k, v, packed), packed.cu_q, packed.cu_k, packed.max_q, packed.max_k, **options
+    )
+    attended: Tensor = out
+    return attended
+
+
+def _fa4(q: Tensor, k: Tensor, v: Tensor, packed: PackedLayout, scale: float) -> Tensor:
+    from flash_attn.cute import flash_attn_varlen_func
+
+    out = flash_attn_varlen_func(
+        *_stream(q, k, v, packed),
+        cu_seqlens_q=packed.cu_q,
+        cu_seqlens_k=packed.cu_k,
+        max_seqlen_q=packed.max_q,
+        max_seqlen_k=packed.max_k,
+        softmax_scale=scale,
+        causal=True,
+    )
+    attended: Tensor = out[0] if isinstance(out, tuple) else out
+    return attended
+
+
+@cache
+def _compiled_flex() -> Callable[..., Tensor]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention)
+
+
+def _flex(q: Tensor, k: Tensor, v: Tensor, packed: PackedLayout, scale: float) -> Tensor:
+    out = _compiled_flex()(
+        q[None],
+        k[None],
+        v[None],
+        block_mask=packed.block_mask,
+        scale=scale,
+        enable_gqa=True,
+        # Below 128 rows torch 2.11 would pick its decoding kernel and find no configuration for it.
+        kernel_options={"FORCE_USE_FLEX_ATTENTION": True},
+    )
+    return out[0].transpose(0, 1)
+
+
+BACKENDS: dict[str, Callable[[Tensor, Tensor, Tensor, PackedLayout, float], Tensor]] = {
+    "sdpa": _trees,
+    "sequences": _sequences,
+    "cudnn": _cudnn,
+    "varlen": _varlen,
+    "fa4": _fa4,
+    "flex": _flex,
+}
