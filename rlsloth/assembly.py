@@ -16,6 +16,7 @@ from rlsloth.data import PromptSampler
 from rlsloth.environment import Environment, load_environment
 from rlsloth.evaluate import EvalResult, assess, describe, reward_index
 from rlsloth.evaluate_stats import Estimate
+from rlsloth.memory.oom import advise
 from rlsloth.policy.policy import Policy
 from rlsloth.records import Group, Prompt, SamplingParams, UserError
 from rlsloth.rollout.collect import collect
@@ -157,7 +158,8 @@ class Assembly:
             temperature=cfg.temperature,
             max_tokens=cfg.max_tokens or self.cfg.rollout.max_tokens,
         )
-        with self.run.timed("eval"), self.policy.base_model() if base else nullcontext():
+        policy = self.policy.base_model() if base else nullcontext()
+        with self.run.timed("eval"), advise("rollout"), policy:
             groups = self.collect(problems, cfg.samples, sampling)
             report = self.scorer.score(groups, step=step)
         for reward in report.rewards:

@@ -71,10 +71,11 @@ def grpo(argv: list[str]) -> int:
     try:
         train(config)
     except KeyboardInterrupt:
-        folder = config.run.dir or "RUN_FOLDER"
+        folder = config.run.dir or "FOLDER"
+        where = "" if config.run.dir else " (FOLDER: the run folder named in the first line)"
         print(
             "interrupted; to continue from the last checkpoint: "
-            f"rlsloth grpo {folder}/config.yaml --run.dir {folder} --run.resume",
+            f"rlsloth grpo {folder}/config.yaml --run.dir {folder} --run.resume{where}",
             file=sys.stderr,
         )
         return 130

@@ -13,6 +13,7 @@ from rlsloth.advantages import assign_advantages, overlong_penalty
 from rlsloth.assembly import Assembly
 from rlsloth.config import GrpoConfig
 from rlsloth.losses import normalizer, policy_loss
+from rlsloth.memory.oom import advise
 from rlsloth.packing import pack, to_device
 from rlsloth.policy.lora import save_adapter
 from rlsloth.policy.policy import Policy
@@ -40,7 +41,7 @@ def train(cfg: GrpoConfig) -> Path:
         skips = _Skips(cfg.optim.max_skipped)
         for step in run.steps(at.next_step, cfg.steps):
             torch.manual_seed((cfg.seed << 32) + step)  # dropout; sampling has its own generator
-            with run.timed("rollout"):
+            with run.timed("rollout"), advise("rollout"):
                 prompts = parts.prompts.take(cfg.prompts_per_step)
                 groups = parts.collect(prompts, cfg.group_size, parts.sampling(step))
             with run.timed("reward"):
@@ -53,7 +54,7 @@ def train(cfg: GrpoConfig) -> Path:
                 mask_truncated=cfg.loss.mask_truncated,
                 keep_zero_advantage=cfg.loss.beta > 0,
             )
-            with run.timed("update"):
+            with run.timed("update"), advise("update"):
                 updates = update(policy, batch, cfg)
                 parts.engine.load(policy.adapter())
             at.num_tokens += count_tokens(groups)

@@ -94,10 +94,18 @@ def test_new_folders_are_named_after_the_model_and_never_clash(tmp_path):
 
 
 def test_existing_run_needs_resume(tmp_path):
-    Run.start(config(tmp_path / "run")).finish({})
+    run = Run.start(config(tmp_path / "run"))
+    run.log(1, {"reward": 0.5})
+    run.finish({})
     with pytest.raises(UserError, match=r"--run\.resume true.*--run\.dir"):
         Run.start(config(tmp_path / "run"))
     Run.start(config(tmp_path / "run", resume=True)).finish({})
+
+
+def test_a_start_that_failed_may_be_repeated(tmp_path):
+    with pytest.raises(RuntimeError), Run.start(config(tmp_path / "run")):
+        raise RuntimeError("the model did not load")
+    Run.start(config(tmp_path / "run")).finish({})
 
 
 def test_resume_needs_a_run(tmp_path):

@@ -66,6 +66,11 @@ def load_model(cfg: ModelConfig) -> LoadedModel:
         tokenizer = _tokenizer(cfg)
         model = _pretrained(cfg, dtype, precision == "nf4", device)
     model.requires_grad_(False)
+    for module in model.modules():
+        # On CPUs with bf16 instructions bitsandbytes 0.50 rewrites the weights for bf16 products at
+        # the first evaluation, and training would go on with those.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     model.set_attn_implementation(NAME)
     if not getattr(model, "_supports_attention_backend", False):
         raise UserError(

@@ -6,7 +6,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 
 from rlsloth.kernels.linear_logprob.products import project
@@ -31,6 +30,8 @@ class Decoder:
         self._graphs: dict[Any, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self._pool: Any = None
         self._cache: SlotCache | None = None
+        from peft.tuners.tuners_utils import BaseTunerLayer  # slow to import
+
         # Which adapter is on is baked into a graph, so it is part of the graph's key.
         self._adapted = next((m for m in model.modules() if isinstance(m, BaseTunerLayer)), None)
 

