@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from rlsloth.evaluate import EvalResult, assess, describe, reward_index
 from rlsloth.evaluate_stats import Estimate
 from rlsloth.memory.oom import advise
 from rlsloth.policy.policy import Policy
+from rlsloth.probe import probe
 from rlsloth.records import Group, Prompt, SamplingParams, UserError
 from rlsloth.rollout.collect import collect
 from rlsloth.rollout.engine import Engine
@@ -25,9 +26,7 @@ from rlsloth.rollout.transformers_engine import TransformersEngine
 from rlsloth.run.folder import SUMMARY
 from rlsloth.run.run import Run
 from rlsloth.scoring.scorer import Scorer
-
-EVAL_SEED = 1_000_003
-"""Keeps evaluation's random numbers apart from every training step's."""
+from rlsloth.seeding import derive_seed
 
 
 @dataclass(slots=True)
@@ -87,12 +86,14 @@ class Assembly:
         engine = TransformersEngine(
             policy.model,
             policy.tokenizer,
+            transform=policy.logit_transform,
             stop_ids=renderer.stop_ids,
             context=policy.context,
             max_sequences=cfg.rollout.max_sequences,
             device=policy.device,
             cuda_graphs=cfg.rollout.cuda_graphs,
         )
+        probe(policy, engine)
         prompts = PromptSampler(env.train, cfg.seed)
         run.say(
             f"{len(env.train)} training prompts, {len(env.heldout)} held out; rewards: "
@@ -123,8 +124,9 @@ class Assembly:
             )
         return problems
 
-    def sampling(self, step: int) -> SamplingParams:
-        """Training's sampling parameters; a step's random numbers depend on seed and step alone."""
+    def sampling(self, *use: int | str) -> SamplingParams:
+        """Training's sampling parameters; random numbers depend on the run's seed and the use
+        alone."""
         cfg = self.cfg.rollout
         return SamplingParams(
             max_tokens=cfg.max_tokens,
@@ -133,7 +135,7 @@ class Assembly:
             top_k=cfg.top_k,
             min_p=cfg.min_p,
             stop=tuple(cfg.stop),
-            seed=(self.cfg.seed << 32) + step,
+            seed=derive_seed(self.cfg.seed, *use),
         )
 
     def collect(self, prompts: Sequence[Prompt], n: int, sampling: SamplingParams) -> list[Group]:
@@ -154,7 +156,7 @@ class Assembly:
         cfg = self.cfg.eval
         problems = self.problems()
         sampling = replace(
-            self.sampling(EVAL_SEED),
+            self.sampling("evaluation"),
             temperature=cfg.temperature,
             max_tokens=cfg.max_tokens or self.cfg.rollout.max_tokens,
         )
@@ -227,15 +229,15 @@ class Assembly:
 
 def _plain(result: EvalResult) -> dict[str, Any]:
     row = {name: getattr(result, name) for name in EvalResult.__slots__}
-    for name in ("avg", "passed", "majority"):
-        estimate: Estimate = row[name]
-        row[name] = [estimate.value, estimate.low, estimate.high]
-    return row | {"scores": list(result.scores)}
+    for name in ("avg", "majority"):
+        row[name] = astuple(row[name])
+    return row | {"passed": [(j, astuple(e)) for j, e in result.passed]}
 
 
 def _result(row: Mapping[str, Any]) -> EvalResult:
-    estimates = {name: Estimate(*row[name]) for name in ("avg", "passed", "majority")}
-    return EvalResult(**{**row, **estimates, "scores": tuple(row["scores"])})
+    estimates = {name: Estimate(*row[name]) for name in ("avg", "majority")}
+    passed = tuple((j, Estimate(*e)) for j, e in row["passed"])
+    return EvalResult(**{**row, **estimates, "passed": passed, "scores": tuple(row["scores"])})
 
 
 def _longest(renderer: Renderer, prompts: Sequence[Prompt], context: int) -> int:

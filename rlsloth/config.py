@@ -186,7 +186,7 @@ class OptimConfig(Section):
     warmup_steps: int = Field(0, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
     max_skipped: int = Field(5, ge=1)
-    """Stop after this many non-finite updates in a row."""
+    """Stop after this many steps in a row with a non-finite gradient."""
 
 
 class EvalConfig(Section):
@@ -258,6 +258,12 @@ class GrpoConfig(Section):
         if weights is not None and len(weights) != len(self.rewards):
             raise ValueError(
                 f"reward.weights has {len(weights)} numbers for {len(self.rewards)} rewards"
+            )
+        cut = self.rollout.top_p < 1 or self.rollout.top_k or self.rollout.min_p
+        if cut and self.loss.correction != "none":
+            raise ValueError(
+                "loss.correction compares whole distributions: with it, leave rollout.top_p, top_k "
+                "and min_p off"
             )
         if self.loss.overlong_buffer > self.rollout.max_tokens:
             raise ValueError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import statistics
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -21,11 +20,8 @@ from rlsloth.evaluate_stats import (
     pass_at_k,
 )
 from rlsloth.records import Group, Rollout, UserError
+from rlsloth.rewards._answers import exact_number, marked_answer, numbers_in
 from rlsloth.run.folder import CONFIG
-
-_ANSWER_TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
-_BOXED = re.compile(r"\\boxed\{([^{}]*)\}")
-_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +33,8 @@ class EvalResult:
     """k: completions per problem."""
     avg: Estimate
     """Share of samples that are correct; one cut off by the length limit is wrong."""
-    passed: Estimate
-    """pass@k: problems solved by at least one of k samples."""
+    passed: tuple[tuple[int, Estimate], ...]
+    """pass@j for j = 2, 4, ... and k: problems solved by at least one of j samples, unbiased."""
     majority: Estimate
     """maj@k: problems whose most frequent answer is correct."""
     truncated: float
@@ -48,12 +44,16 @@ class EvalResult:
     scores: tuple[float, ...]
     """[problems] each problem's own avg@k, for paired comparisons."""
 
+    def named(self) -> list[tuple[str, Estimate]]:
+        """The estimates under their usual names."""
+        k = self.samples
+        passed = [(f"pass@{j}", estimate) for j, estimate in self.passed]
+        return [(f"avg@{k}", self.avg), *passed, (f"maj@{k}", self.majority)]
+
     def metrics(self) -> dict[str, float]:
         """Flat figures for the log."""
-        named = {"avg": self.avg, "pass": self.passed, "maj": self.majority}
         row: dict[str, float] = {}
-        for name, estimate in named.items():
-            key = f"{name}@{self.samples}"
+        for key, estimate in self.named():
             row[key] = estimate.value
             row[f"{key}_low"], row[f"{key}_high"] = estimate.low, estimate.high
         return row | {"clipped_ratio": self.truncated, "mean_length": self.mean_length}
@@ -74,7 +74,10 @@ def assess(groups: Sequence[Group], reward: int, correct_at: float) -> EvalResul
         problems=len(groups),
         samples=samples,
         avg=mean_estimate(scores),
-        passed=mean_estimate([pass_at_k(samples, sum(v), samples) for v in verdicts]),
+        passed=tuple(
+            (j, mean_estimate([pass_at_k(samples, sum(v), j) for v in verdicts]))
+            for j in _draws(samples)
+        ),
         majority=mean_estimate([maj_at_k(a, v) for a, v in zip(answers, verdicts, strict=True)]),
         truncated=statistics.fmean(r.truncated for r in rollouts),
         mean_length=statistics.fmean(r.length for r in rollouts),
@@ -96,15 +99,25 @@ def _correct(rollout: Rollout, reward: int, correct_at: float) -> bool:
     return score.value >= correct_at
 
 
+def _draws(samples: int) -> list[int]:
+    """2, 4, 8, ... below ``samples``, and ``samples``: the j of pass@j (pass@1 is avg@k)."""
+    powers = [2**i for i in range(1, samples.bit_length()) if 2**i < samples]
+    return [*powers, samples]
+
+
 def _answer(rollout: Rollout) -> str | None:
-    """What a rollout votes for: its boxed or tagged answer, else its last number, else its text."""
+    """What a rollout votes for: its marked answer (box, tag, ####), else its last number, else all.
+
+    Numbers vote by value: 12 and 12.0 are one answer.
+    """
     if rollout.truncated:
         return None
-    for pattern in (_ANSWER_TAG, _BOXED, _NUMBER):
-        found: list[str] = pattern.findall(rollout.text)
-        if found:
-            return found[-1].strip().replace(",", "")
-    return rollout.text.strip() or None
+    answer = marked_answer(rollout.text)
+    if answer is None:
+        numbers = numbers_in(rollout.text)
+        answer = numbers[-1] if numbers else rollout.text
+    value = exact_number(answer)
+    return str(value) if value is not None else answer.strip() or None
 
 
 def reward_index(cfg: GrpoConfig, names: Sequence[str]) -> int:
@@ -120,10 +133,9 @@ def reward_index(cfg: GrpoConfig, names: Sequence[str]) -> int:
 
 def describe(result: EvalResult) -> str:
     """One line: ``avg@8 0.61 [0.55, 0.67]  pass@8 …``."""
-    k = result.samples
+    first, *_, most, majority = result.named()
     parts = [
-        f"{name}@{k} {e.value:.3f} [{e.low:.3f}, {e.high:.3f}]"
-        for name, e in (("avg", result.avg), ("pass", result.passed), ("maj", result.majority))
+        f"{name} {e.value:.3f} [{e.low:.3f}, {e.high:.3f}]" for name, e in (first, most, majority)
     ]
     cut = f"cut off {result.truncated:.0%}, {result.mean_length:.0f} tokens"
     return "  ".join(parts) + f"  ({result.problems} problems, {cut})"
@@ -165,6 +177,8 @@ def _with_trained_adapter(cfg: GrpoConfig) -> GrpoConfig:
     folder = cfg.run.dir
     if folder is None or not (folder / CONFIG).is_file():
         return cfg
+    if (folder / "eval.json").exists():
+        raise UserError(f"{folder} holds an evaluation; give another folder with --run.dir")
     run = cfg.run.model_copy(update={"dir": None, "resume": False})
     started_from = yaml.safe_load((folder / CONFIG).read_text())["model"]["adapter"]
     model = cfg.model

@@ -17,10 +17,11 @@ from rlsloth.memory.oom import advise
 from rlsloth.packing import pack, to_device
 from rlsloth.policy.lora import save_adapter
 from rlsloth.policy.policy import Policy
-from rlsloth.records import Group, LossStats, MicroBatch, PackedBatch, StepStats, UserError
+from rlsloth.records import Group, LossStats, MicroBatch, PackedBatch, UserError
 from rlsloth.run.diagnosis import Watch
 from rlsloth.run.metrics import UpdateFigures, count_tokens, rollout_metrics, update_metrics
 from rlsloth.run.run import Run
+from rlsloth.seeding import derive_seed
 
 
 def train(cfg: GrpoConfig) -> Path:
@@ -35,15 +36,17 @@ def train(cfg: GrpoConfig) -> Path:
         parts.check_training()
         run, policy, scorer = parts.run, parts.policy, parts.scorer
         at = parts.resume()
-        if at.before is None and cfg.eval.at_start:
+        if at.next_step == 1 and cfg.eval.at_start:
             at.before = parts.evaluate(at.next_step - 1)
         watch = Watch(scorer.names, cfg.loss.mask_truncated, run.history())
         skips = _Skips(cfg.optim.max_skipped)
         for step in run.steps(at.next_step, cfg.steps):
-            torch.manual_seed((cfg.seed << 32) + step)  # dropout; sampling has its own generator
+            torch.manual_seed(
+                derive_seed(cfg.seed, "dropout", step)
+            )  # dropout; sampling has its own generator
             with run.timed("rollout"), advise("rollout"):
                 prompts = parts.prompts.take(cfg.prompts_per_step)
-                groups = parts.collect(prompts, cfg.group_size, parts.sampling(step))
+                groups = parts.collect(prompts, cfg.group_size, parts.sampling("rollout", step))
             with run.timed("reward"):
                 report = scorer.score(groups, step=step)
                 shape_overlong(groups, cfg)
@@ -62,6 +65,7 @@ def train(cfg: GrpoConfig) -> Path:
             metrics = {
                 **rollout_metrics(groups, scorer.names, num_tokens=at.num_tokens),
                 **update_metrics(updates, loss_name=cfg.loss.name, beta=cfg.loss.beta),
+                "trained_tokens": float(batch.trained_tokens),
                 **report.metrics,
             }
             run.log(step, metrics)
@@ -90,9 +94,12 @@ def update(policy: Policy, batch: PackedBatch, cfg: GrpoConfig) -> list[UpdateFi
     either.
     """
     norm = normalizer(batch, cfg.loss, max_tokens=cfg.rollout.max_tokens)
+    _check_version(batch, policy.version)
     if not batch.microbatches:  # every gradient is zero by construction
-        idle = StepStats(0.0, policy.learning_rate, skipped=False)
-        return [UpdateFigures(0.0, norm, LossStats(), 0.0, 0.0, 0.0, batch.scored_tokens, idle)]
+        return [
+            UpdateFigures(0.0, norm, LossStats(), 0.0, 0.0, 0.0, batch.scored_tokens, policy.idle())
+            for _ in range(cfg.updates_per_rollout)
+        ]
     old: list[torch.Tensor] = []
     reference: list[torch.Tensor] = []
     figures = []
@@ -114,7 +121,7 @@ def update(policy: Policy, batch: PackedBatch, cfg: GrpoConfig) -> list[UpdateFi
                 reference_logprobs_N=reference[i] if reference else None,
             )
             torch.autograd.backward(loss.total / norm)
-            difference = (old[i] - micro.rollout_logprobs).abs().nan_to_num()
+            difference = (old[i] - micro.rollout_logprobs).abs().nan_to_num(nan=0.0, posinf=0.0)
             sums = torch.stack(
                 [loss.total.detach(), out.entropy.sum(), difference.sum(), difference.max()]
             )
@@ -137,6 +144,14 @@ def update(policy: Policy, batch: PackedBatch, cfg: GrpoConfig) -> list[UpdateFi
     return figures
 
 
+def _check_version(batch: PackedBatch, version: int) -> None:
+    """The ratio counts as exactly 1, which holds only for tokens of the very policy that is
+    updated."""
+    for micro in batch.microbatches:
+        if stale := sorted(set(micro.policy_version.tolist()) - {version}):
+            raise RuntimeError(f"rollouts of policy version {stale} met an update of {version}")
+
+
 def _add(sums: LossStats, more: LossStats) -> None:
     for field in fields(LossStats):
         setattr(sums, field.name, getattr(sums, field.name) + getattr(more, field.name))
@@ -154,7 +169,7 @@ def shape_overlong(groups: list[Group], cfg: GrpoConfig) -> None:
 
 
 class _Skips:
-    """Counts updates skipped in a row, keeps their batches, and ends a hopeless run."""
+    """Counts steps skipped in a row, keeps their batches, and ends a hopeless run."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
@@ -169,7 +184,7 @@ class _Skips:
         run.warn(f"step {step}: gradient not finite, nothing was updated; its batch is in {path}")
         if self._in_a_row >= self._limit:
             raise UserError(
-                f"{self._in_a_row} updates in a row were not finite; lower --optim.lr, or look at "
+                f"{self._in_a_row} steps in a row were not finite; lower --optim.lr, or look at "
                 f"{path}"
             )
 

@@ -18,9 +18,8 @@ Message = dict[str, Any]
 """One chat message: ``role``, ``content`` and, where tools are used, ``tool_calls`` (TRL's
 format)."""
 
-FinishReason = Literal["stop", "length", "error"]
-"""Why a rollout ended: an end-of-sequence or stop string, the length limit, or an environment's
-failure."""
+FinishReason = Literal["stop", "length"]
+"""Why a rollout ended: an end-of-sequence token or stop string, or a limit of length or turns."""
 
 
 class UserError(Exception):
@@ -33,7 +32,7 @@ class Prompt:
     """One task put to the policy."""
 
     index: int
-    """Row in the environment's own order; stable between runs, used by sampling and by resume."""
+    """Row in the environment's own order; stable between runs. Messages count it from 1."""
     messages: str | tuple[Message, ...]
     """A plain string (standard format) or chat messages (conversational format), without the
     answer."""
@@ -241,10 +240,19 @@ class StepStats:
     """What one optimizer update did."""
 
     grad_norm: float
-    """Global L2 norm before clipping; nan or inf when the step was skipped."""
+    """Global L2 norm before clipping; nan or inf when the step was skipped, 0 without gradient."""
     learning_rate: float
     skipped: bool
-    """True when loss or gradient was not finite: nothing was updated."""
+    """True when the gradient was not finite: nothing was updated."""
+
+
+@dataclass(frozen=True, slots=True)
+class LogitTransform:
+    """What a model does to its logits: ``softcap * tanh(scale * logits / softcap)``."""
+
+    scale: float = 1.0
+    softcap: float | None = None
+    """None: no tanh."""
 
 
 @dataclass(frozen=True, slots=True)

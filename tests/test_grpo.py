@@ -483,6 +483,6 @@ def test_too_many_skips_in_a_row_end_the_run(train: Train, spoil, capsys) -> Non
     assert [row["skipped_updates"] for row in rows(folder)] == [1, 0, 1, 1]
     assert len(list((folder / "skipped").iterdir())) == 3
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: 2 updates in a row were not finite; lower --optim.lr")
+    assert line.startswith("error: 2 steps in a row were not finite; lower --optim.lr")
     assert not (folder / "summary.json").exists()
     assert (folder / "report.html").exists()

@@ -20,11 +20,12 @@ FOLDERS = ("rlsloth", *LINKED, "configs", "tests", "examples", "docs")
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 80
 
-FOUNDATION = {"records", "config", "kernels"}
+FOUNDATION = {"records", "config", "kernels", "seeding"}
 MAY_IMPORT: dict[str, set[str]] = {
     "records": set(),
     "config": set(),
     "plugins": {"records"},
+    "seeding": set(),
     "kernels": set(),
     "losses": FOUNDATION,
     "advantages": FOUNDATION,

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from rlsloth.config import LoraConfig, ModelConfig, OptimConfig
 from rlsloth.packing import pack
-from rlsloth.policy import attention
+from rlsloth.policy import attention, packed_layout
 from rlsloth.policy.load import LoadedModel
 from rlsloth.policy.policy import Policy
 from rlsloth.records import SamplingParams
@@ -78,7 +78,7 @@ def test_engine_equals_generate(family):
     prompts = [[5, 6, 7], [8] * 11, [9, 10]]
     engine = TransformersEngine(
         policy.model, policy.tokenizer, stop_ids=[1], context=128, max_sequences=4,
-        device=policy.device,
+        device=policy.device, transform=policy.logit_transform,
     )  # fmt: skip
     got = engine.generate(prompts, 1, SamplingParams(max_tokens=12, temperature=0.0))
     base = policy.model.get_base_model()
@@ -90,3 +90,25 @@ def test_engine_equals_generate(family):
         )[0, len(prompt) :].tolist()
         assert completion.token_ids == want[: len(completion.token_ids)]
         assert len(completion.token_ids) == len(want)
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gpt_oss", "llama"])
+def test_long_sequences_are_exact_too(family, monkeypatch):
+    """Trees over the limit go sequence by sequence, special attention in recomputed blocks."""
+    monkeypatch.setattr(packed_layout, "TREE_LIMIT", 20)
+    monkeypatch.setattr(attention, "BLOCK_ROWS", 3)
+    policy = family_policy(family)
+    groups = make_groups(1)
+    batch = pack(groups, 10_000, mask_truncated=False, keep_zero_advantage=True)
+    (micro,) = batch.microbatches
+    out = policy.logprobs(micro).logprobs
+    out.sum().backward()
+    blocked = {n: p.grad.clone() for n, p in policy.adapter().tensors.items()}
+    for r, (g, i) in enumerate(micro.source):
+        want = one_by_one(policy, groups[g], groups[g].rollouts[i], 1.0)
+        assert (out[micro.rollout_of == r] - want).abs().max() <= 1e-5
+    monkeypatch.undo()
+    policy.optimizer.zero_grad()
+    policy.logprobs(micro).logprobs.sum().backward()
+    for n, p in policy.adapter().tensors.items():
+        torch.testing.assert_close(blocked[n], p.grad, rtol=1e-4, atol=1e-5)

@@ -10,17 +10,22 @@ three.
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
+from torch.utils.checkpoint import checkpoint
 
 from rlsloth.policy.packed_backends import BACKENDS
 from rlsloth.policy.packed_layout import PackedLayout
 from rlsloth.records import UserError
 
 NAME = "rlsloth"
+BLOCK_ROWS = 512
+"""Rows of a long sequence whose scores exist at once on the plain path."""
 
 
 def available_backends() -> list[str]:
@@ -76,32 +81,63 @@ def attend(
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: query [B, heads, L, D]; others [B, kv_heads, L_k, D].
 
-    Without ``packed``, ``attention_mask`` is [B, 1, L, L_k] bool and causal, True where a row may
-    look. Returns [B, L, heads, D] and None.
+    Without ``packed``, ``attention_mask`` is a causal [B, 1, L, L_k] bool, True where a row may
+    look, or None for the square causal one. Returns [B, L, heads, D] and None.
     """
     scale = scaling if scaling is not None else query.shape[3] ** -0.5
+    longest = packed.max_k if packed is not None else key.shape[2]
+    window = sliding_window if sliding_window and longest > sliding_window else None
+    special = window is not None or softcap or s_aux is not None
     if packed is not None:
-        window = sliding_window if sliding_window and packed.max_k > sliding_window else 0
-        if not (window or softcap or s_aux is not None):
+        if not special:
             return BACKENDS[packed.backend](query[0], key[0], value[0], packed, scale)[None], None
-        index, mask, rows = packed.trees
-        if window:
-            position = packed.positions[index]
-            mask = mask & (position[:, None, :, None] - position[:, None, None, :] < window)
-        q, k, v = (x[0][:, index].transpose(0, 1) for x in (query, key, value))
-        return _plain(q, k, v, mask, scale, softcap, s_aux).flatten(0, 1)[rows][None], None
-    assert attention_mask is not None, "the engine always gives a mask"
-    if sliding_window is not None and key.shape[2] > sliding_window:
+        plain = partial(_plain, scale=scale, window=window, softcap=softcap, sinks=s_aux)
+        return _plain_packed(plain, query[0], key[0], value[0], packed)[None], None
+    if special or (query.shape[2] == 1 and query.is_cuda and attention_mask is not None):
+        if attention_mask is None:
+            rows = torch.arange(query.shape[2], device=query.device)
+            attention_mask = (rows[:, None] >= rows[None, :])[None, None]
         # In a causal mask, row i sees i + 1 columns up to its own.
-        own = attention_mask.sum(-1, keepdim=True) - 1
-        column = torch.arange(key.shape[2], device=key.device)
-        attention_mask = attention_mask & (column > own - sliding_window)
-    if softcap or s_aux is not None or (query.shape[2] == 1 and query.is_cuda):
-        return _plain(query, key, value, attention_mask, scale, softcap, s_aux), None
+        at = attention_mask.sum(-1) - 1
+        columns = torch.arange(key.shape[2], device=key.device)
+        return _plain(
+            query, key, value, attention_mask, at, columns, scale, window, softcap, s_aux
+        ), None
     out = scaled_dot_product_attention(
-        query, key, value, attn_mask=attention_mask, scale=scale, enable_gqa=True
+        query,
+        key,
+        value,
+        attn_mask=attention_mask,
+        is_causal=attention_mask is None,
+        scale=scale,
+        enable_gqa=True,
     )
     return out.transpose(1, 2), None
+
+
+def _plain_packed(
+    plain: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, packed: PackedLayout
+) -> Tensor:
+    """The plain path over a stream: small trees whole, long sequences in blocks of rows.
+
+    Blocks are recomputed in the backward pass, so that no more than one block's scores exist.
+    """
+    pieces = []
+    for bucket in packed.buckets:
+        at = packed.positions[bucket.index][:, None]
+        square = (x[:, bucket.index].transpose(0, 1) for x in (q, k, v))
+        pieces.append(
+            plain(*square, bucket.mask, at, at[..., None, :]).flatten(0, 1)[bucket.places]
+        )
+    for rows, keep in packed.long_sequences:
+        keys, values, at = k[None, :, rows], v[None, :, rows], packed.positions[rows]
+        for own in range(len(rows) - keep, len(rows), BLOCK_ROWS):
+            block = slice(own, min(own + BLOCK_ROWS, len(rows)))
+            mask = (at[block, None] >= at[None, :])[None, None]
+            queries = q[None, :, rows[block]]
+            out = checkpoint(plain, queries, keys, values, mask, at[block], at, use_reentrant=False)
+            pieces.append(out[0])
+    return torch.cat(pieces)[packed.back]
 
 
 def _plain(
@@ -109,7 +145,10 @@ def _plain(
     key: Tensor,
     value: Tensor,
     mask: Tensor,
+    row_at: Tensor,
+    column_at: Tensor,
     scale: float,
+    window: int | None,
     softcap: float | None,
     sinks: Tensor | None,
 ) -> Tensor:
@@ -117,10 +156,13 @@ def _plain(
 
     Query heads of one key head are folded into rows, so that each product reads the cache once;
     SDPA with a mask would first copy it out to as many heads as the queries have. That is what
-    makes it the fast way for a decoding step, too.
+    makes it the fast way for a decoding step, too. ``row_at`` and ``column_at`` are positions,
+    which a window compares.
     """
     batch, heads, rows, width = query.shape
     kv_heads, columns = key.shape[1], key.shape[2]
+    if window is not None:
+        mask = mask & (row_at[..., None] - column_at < window)
     folded = query.reshape(batch * kv_heads, heads // kv_heads * rows, width)
     across = key.flatten(0, 1).transpose(1, 2)
     if query.is_cuda and query.dtype != torch.float32 and not torch.is_grad_enabled():
@@ -138,7 +180,7 @@ def _plain(
         weights = torch.cat([scores, sink], -1).softmax(-1)[..., :-1]
     folded = weights.to(value.dtype).reshape(batch * kv_heads, -1, columns)
     out = torch.bmm(folded, value.flatten(0, 1))
-    return out.view(batch, heads, rows, width).transpose(1, 2)
+    return out.view(batch, heads, rows, value.shape[-1]).transpose(1, 2)
 
 
 def register() -> None:

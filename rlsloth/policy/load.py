@@ -53,6 +53,8 @@ def load_model(cfg: ModelConfig) -> LoadedModel:
     register()
     _quiet()
     device = pick_device(cfg.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # graphs are captured on the current device
     precision = cfg.precision
     if precision == "auto":
         precision = "bf16" if device.type == "cuda" else "fp32"
@@ -67,6 +69,9 @@ def load_model(cfg: ModelConfig) -> LoadedModel:
         model = _pretrained(cfg, dtype, precision == "nf4", device)
     model.requires_grad_(False)
     for module in model.modules():
+        # A dropout of the base would make the trained distribution another than the sampled one.
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
         # On CPUs with bf16 instructions bitsandbytes 0.50 rewrites the weights for bf16 products at
         # the first evaluation, and training would go on with those.
         if hasattr(module, "support_avx512bf16_for_cpu"):

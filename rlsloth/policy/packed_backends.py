@@ -15,18 +15,29 @@ from torch.nn.functional import scaled_dot_product_attention
 from rlsloth.policy.packed_layout import PackedLayout
 
 
-def _trees(q: Tensor, k: Tensor, v: Tensor, packed: PackedLayout, scale: float) -> Tensor:
-    """One masked square a tree, all in one call."""
-    index, mask, rows = packed.trees
-    q, k, v = (x[:, index].transpose(0, 1) for x in (q, k, v))
-    out = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True)
-    return out.transpose(1, 2).flatten(0, 1)[rows]
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, packed: PackedLayout, scale: float) -> Tensor:
+    """A masked square for each small tree, one call a sequence for the rest."""
+    pieces = []
+    for bucket in packed.buckets:
+        square = scaled_dot_product_attention(
+            q[:, bucket.index].transpose(0, 1),
+            k[:, bucket.index].transpose(0, 1),
+            v[:, bucket.index].transpose(0, 1),
+            attn_mask=bucket.mask,
+            scale=scale,
+            enable_gqa=True,
+        )
+        pieces.append(square.transpose(1, 2).flatten(0, 1)[bucket.places])
+    pieces += _causal_squares(q, k, v, packed.long_sequences, scale)
+    return torch.cat(pieces)[packed.back]
 
 
-def _sequences(q: Tensor, k: Tensor, v: Tensor, packed: PackedLayout, scale: float) -> Tensor:
+def _causal_squares(
+    q: Tensor, k: Tensor, v: Tensor, squares: tuple[tuple[Tensor, int], ...], scale: float
+) -> list[Tensor]:
     """One call a sequence; a rollout's goes over its prompt again, in attention only."""
     pieces = []
-    for rows, keep in packed.sequences:
+    for rows, keep in squares:
         square = scaled_dot_product_attention(
             q[None, :, rows],
             k[None, :, rows],
@@ -36,14 +47,14 @@ def _sequences(q: Tensor, k: Tensor, v: Tensor, packed: PackedLayout, scale: flo
             enable_gqa=True,
         )
         pieces.append(square[0, :, -keep:].transpose(0, 1))
-    return torch.cat(pieces)
+    return pieces
 
 
 def _cudnn(q: Tensor, k: Tensor, v: Tensor, packed: PackedLayout, scale: float) -> Tensor:
     # cuDNN refuses a single key; such sequences go to the next one.
     backends = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
     with sdpa_kernel(backends, set_priority=True):
-        return _sequences(q, k, v, packed, scale)
+        return torch.cat(_causal_squares(q, k, v, packed.sequences, scale))
 
 
 def _stream(q: Tensor, k: Tensor, v: Tensor, packed: PackedLayout) -> tuple[Tensor, Tensor, Tensor]:
@@ -114,8 +125,7 @@ def _flex(q: Tensor, k: Tensor, v: Tensor, packed: PackedLayout, scale: float) -
 
 
 BACKENDS: dict[str, Callable[[Tensor, Tensor, Tensor, PackedLayout, float], Tensor]] = {
-    "sdpa": _trees,
-    "sequences": _sequences,
+    "sdpa": _sdpa,
     "cudnn": _cudnn,
     "varlen": _varlen,
     "fa4": _fa4,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -10,31 +11,34 @@ from torch import Tensor
 
 from rlsloth.records import MicroBatch
 
-TREE_LIMIT = 2048
-"""Longest tree that SDPA takes as one masked square; longer ones go sequence by sequence."""
+TREE_LIMIT = 1024
+"""Longest tree that is taken as one masked square; longer ones go sequence by sequence."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bucket:
+    """Trees of similar length, each a masked square of width L."""
+
+    index: Tensor
+    """[B, L] stream rows of each tree, padded with 0."""
+    mask: Tensor
+    """[B, 1, L, L] bool: True where a row may see a column."""
+    places: Tensor
+    """[n] positions in the flattened [B, L] that are not padding."""
 
 
 class PackedLayout:
-    """A micro-batch's segments, on its device. Each form is made when a backend first asks for
-    it."""
+    """A micro-batch's segments, on its device; each form is made when first asked for."""
 
     def __init__(self, micro: MicroBatch, backend: str) -> None:
-        self._micro = micro
+        self.backend = backend
         self.cu_q = micro.cu_seqlens_q
         self.cu_k = micro.cu_seqlens_k
         self.kv_index = micro.kv_index
         self.positions = micro.positions
         self.max_q = int(self.cu_q.diff().max())
         self.max_k = int(self.cu_k.diff().max())
-        long = backend == "sdpa" and int(self._tree_sizes.max()) > TREE_LIMIT
-        self.backend = "sequences" if long else backend
-
-    @cached_property
-    def _tree_sizes(self) -> Tensor:
-        tree_of = self._micro.tree_of
-        lengths = self.cu_q.diff().long()
-        sizes = torch.zeros(int(tree_of[-1]) + 1, dtype=torch.long, device=lengths.device)
-        return sizes.index_add_(0, tree_of, lengths)
+        self._tree_of = micro.tree_of
 
     @cached_property
     def _segment(self) -> Tensor:
@@ -45,45 +49,59 @@ class PackedLayout:
     @cached_property
     def _is_prompt(self) -> Tensor:
         """[S] True for each tree's first segment."""
-        tree_of = self._micro.tree_of
-        first = torch.ones_like(tree_of, dtype=torch.bool)
-        first[1:] = tree_of[1:] != tree_of[:-1]
+        first = torch.ones_like(self._tree_of, dtype=torch.bool)
+        first[1:] = self._tree_of[1:] != self._tree_of[:-1]
         return first
 
     @cached_property
-    def trees(self) -> tuple[Tensor, Tensor, Tensor]:
-        """One masked square a tree, padded to the longest of B.
+    def _tree_sizes(self) -> Tensor:
+        lengths = self.cu_q.diff().long()
+        sizes = torch.zeros(int(self._tree_of[-1]) + 1, dtype=torch.long, device=lengths.device)
+        return sizes.index_add_(0, self._tree_of, lengths)
 
-        Returns:
-            [B, L] stream rows of each tree (padding: 0); [B, 1, L, L] bool, True where a row may
-            see a column; [T] place of each stream row in the flattened [B, L].
-        """
-        sizes, segment = self._tree_sizes, self._segment
-        count, longest = len(sizes), int(sizes.max())
-        tree = self._micro.tree_of[segment]
-        start = sizes.cumsum(0) - sizes
-        order = torch.arange(len(segment), device=segment.device)
-        rows = tree * longest + order - start[tree]
-        index = torch.zeros(count * longest, dtype=torch.long, device=segment.device)
-        index[rows] = order
-        padded = torch.full((count * longest,), -1, device=segment.device)
-        padded[rows] = segment
-        padded = padded.view(count, longest)
-        prompt = self._is_prompt[padded.clamp(min=0)] & (padded >= 0)
-        mask = (padded[:, :, None] == padded[:, None, :]) | prompt[:, None, :]
-        column = torch.arange(longest, device=segment.device)
+    @cached_property
+    def buckets(self) -> tuple[Bucket, ...]:
+        """The trees up to TREE_LIMIT, those within a power of two of each other in one bucket."""
+        width = 2 ** torch.log2(self._tree_sizes.double().clamp(min=32)).ceil().long()
+        width[self._tree_sizes > TREE_LIMIT] = 0
+        widths = sorted(set(width.tolist()) - {0})
+        return tuple(self._bucket((width == w).nonzero()[:, 0]) for w in widths)
+
+    def _bucket(self, trees: Tensor) -> Bucket:
+        sizes = self._tree_sizes[trees]
+        start = (self._tree_sizes.cumsum(0) - self._tree_sizes)[trees]
+        column = torch.arange(int(sizes.max()), device=trees.device)
+        real = column[None, :] < sizes[:, None]
+        index = torch.where(real, start[:, None] + column[None, :], 0)
+        segment = torch.where(real, self._segment[index], -1)
+        prompt = self._is_prompt[segment] & real
+        mask = (segment[:, :, None] == segment[:, None, :]) | prompt[:, None, :]
         mask &= column[:, None] >= column[None, :]
-        # Padding sees itself: a row that sees nothing is NaN, and NaN * 0 poisons the backward
-        # pass.
-        mask |= torch.eye(longest, dtype=torch.bool, device=segment.device)
-        return index.view(count, longest), mask[:, None], rows
+        # Padding sees itself: a row that sees nothing is NaN, and NaN * 0 poisons the backward.
+        mask |= torch.eye(len(column), dtype=torch.bool, device=trees.device)
+        return Bucket(index, mask[:, None], real.flatten().nonzero()[:, 0])
 
     @cached_property
     def sequences(self) -> tuple[tuple[Tensor, int], ...]:
-        """Each segment as a square over prompt and own rows: (stream rows, how many last ones to
-        keep)."""
+        """Each segment as a square over prompt and own rows: (stream rows, last ones to keep)."""
+        return self._squares(range(len(self._tree_of)))
+
+    @cached_property
+    def long_sequences(self) -> tuple[tuple[Tensor, int], ...]:
+        """The sequences of trees over TREE_LIMIT, which are in no bucket."""
+        long = (self._tree_sizes > TREE_LIMIT)[self._tree_of]
+        return self._squares(long.nonzero()[:, 0].tolist())
+
+    def _squares(self, segments: Any) -> tuple[tuple[Tensor, int], ...]:
         q, k = self.cu_q.tolist(), self.cu_k.tolist()
-        return tuple((self.kv_index[k[s] : k[s + 1]], q[s + 1] - q[s]) for s in range(len(q) - 1))
+        return tuple((self.kv_index[k[s] : k[s + 1]], q[s + 1] - q[s]) for s in segments)
+
+    @cached_property
+    def back(self) -> Tensor:
+        """[T] puts the outputs of buckets, then of long_sequences, into the stream's order."""
+        rows = [b.index.flatten()[b.places] for b in self.buckets]
+        rows += [square[len(square) - keep :] for square, keep in self.long_sequences]
+        return torch.cat(rows).argsort()
 
     @cached_property
     def block_mask(self) -> Any:
@@ -91,7 +109,7 @@ class PackedLayout:
         from torch.nn.attention.flex_attention import create_block_mask
 
         segment = self._segment
-        tree = self._micro.tree_of[segment]
+        tree = self._tree_of[segment]
         prompt = self._is_prompt[segment]
 
         def visible(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:

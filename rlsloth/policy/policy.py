@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -11,12 +13,19 @@ from torch import Tensor
 
 from rlsloth.config import LoraConfig, ModelConfig, OptimConfig
 from rlsloth.kernels.linear_logprob.op import linear_logprob
-from rlsloth.policy.attention import choose_backend
+from rlsloth.policy.attention import NAME, choose_backend
 from rlsloth.policy.load import LoadedModel, load_model
 from rlsloth.policy.lora import REFERENCE, TRAINED, add_adapter
 from rlsloth.policy.optimizer import flatten_state, make_optimizer, restore_state
 from rlsloth.policy.packed_layout import PackedLayout
-from rlsloth.records import Adapter, MicroBatch, StepStats, TokenLogprobs
+from rlsloth.records import (
+    Adapter,
+    LogitTransform,
+    MicroBatch,
+    StepStats,
+    TokenLogprobs,
+    UserError,
+)
 
 
 class Policy:
@@ -37,19 +46,22 @@ class Policy:
     ) -> None:
         self.tokenizer = loaded.tokenizer
         self.device = loaded.device
+        self.dtype = loaded.dtype
         self.backend = choose_backend(model.attention, loaded.device, loaded.dtype)
         self.model = add_adapter(loaded.model, lora, model)
         self._fresh = model.adapter is None
         base = self.model.get_base_model()
         self.config = base.config.get_text_config()
-        self.context = model.max_context or int(self.config.max_position_embeddings)
+        self.context = _context(model, int(self.config.max_position_embeddings))
         ends = base.generation_config.eos_token_id
         if ends is None:
             ends = []
         self.eos_token_ids: list[int] = ends if isinstance(ends, list) else [ends]
         self._decoder = base.get_decoder()
         self._head = base.get_output_embeddings()
-        self._temperature = temperature or 1.0
+        self.logit_transform = _logit_transform(self.config)
+        _refuse_adapted_head(self._head)
+        self.temperature = temperature or 1.0
         self._max_grad_norm = optim.max_grad_norm
         if model.gradient_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -101,24 +113,24 @@ class Policy:
             self._head.weight,
             micro.target_ids,
             bias_V=self._head.bias,
-            temperature=self._temperature,
-            softcap=getattr(self.config, "final_logit_softcapping", None),
-            logit_scale=self._logit_scale(),
+            temperature=self.temperature,
+            softcap=self.logit_transform.softcap,
+            logit_scale=self.logit_transform.scale,
         )
         return TokenLogprobs(out.logprob_N, out.entropy_N)
-
-    def _logit_scale(self) -> float:
-        """Cohere multiplies its logits, Granite divides them."""
-        scale = getattr(self.config, "logit_scale", None) or 1.0
-        return float(scale) / float(getattr(self.config, "logits_scaling", None) or 1.0)
 
     @torch.no_grad()
     def reference_logprobs(self, micro: MicroBatch) -> Tensor:
         """Log-probs [N] under the starting policy: adapter off if it was fresh, else the frozen
         copy."""
-        self.model.eval()  # no dropout: the reference is a fixed distribution
         with self.starting_policy():
-            return self._score(micro).logprobs
+            return self.eval_logprobs(micro)
+
+    @torch.no_grad()
+    def eval_logprobs(self, micro: MicroBatch) -> Tensor:
+        """``logprobs`` without dropout and without gradient."""
+        self.model.eval()
+        return self._score(micro).logprobs
 
     @contextmanager
     def starting_policy(self) -> Iterator[None]:
@@ -133,6 +145,20 @@ class Policy:
         finally:
             self.model.set_adapter(TRAINED)
 
+    @torch.no_grad()
+    def plain_logprobs(self, prompt_ids: list[int], token_ids: list[int]) -> Tensor:
+        """[len(token_ids)] log-probs by the model's own forward: the yardstick."""
+        self.model.eval()
+        base = self.model.get_base_model()
+        base.set_attn_implementation("eager")
+        try:
+            ids = torch.tensor([prompt_ids + token_ids], device=self.device)
+            logits = self.model(input_ids=ids, use_cache=False).logits[0].float().cpu()
+        finally:
+            base.set_attn_implementation(NAME)
+        logprobs: Tensor = (logits[len(prompt_ids) - 1 : -1] / self.temperature).log_softmax(-1)
+        return logprobs.gather(-1, torch.tensor(token_ids)[:, None])[:, 0]
+
     def base_model(self) -> AbstractContextManager[None]:
         """The base without any adapter."""
         context: AbstractContextManager[None] = self.model.disable_adapter()
@@ -142,13 +168,25 @@ class Policy:
         """Clip, update and clear the gradients. A non-finite gradient updates nothing."""
         norm = float(torch.nn.utils.clip_grad_norm_(self._trained, self._max_grad_norm))
         lr = self.learning_rate
-        skipped = not torch.isfinite(torch.tensor(norm)).item()
+        skipped = not math.isfinite(norm)
         if not skipped:
             self.optimizer.step()
-            self.scheduler.step()
             self.version += 1
+        self._advance_schedule()
         self.optimizer.zero_grad(set_to_none=True)
         return StepStats(norm, lr, skipped)
+
+    def idle(self) -> StepStats:
+        """An update without any gradient: only the schedule moves on."""
+        stats = StepStats(0.0, self.learning_rate, skipped=False)
+        self._advance_schedule()
+        return stats
+
+    def _advance_schedule(self) -> None:
+        """The schedule counts planned updates, so that it ends where the run does."""
+        with warnings.catch_warnings():  # torch expects every planned update to take place
+            warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
+            self.scheduler.step()
 
     @property
     def learning_rate(self) -> float:
@@ -186,3 +224,28 @@ class Policy:
             self.optimizer.param_groups, json["scheduler"]["_last_lr"], strict=True
         ):
             group["lr"] = lr
+
+
+def _context(model: ModelConfig, limit: int) -> int:
+    if model.max_context is not None and model.max_context > limit:
+        raise UserError(
+            f"--model.max-context {model.max_context} exceeds the model's own limit of {limit}"
+        )
+    return model.max_context or limit
+
+
+def _logit_transform(config: Any) -> LogitTransform:
+    """Cohere multiplies its logits, Granite divides them, Gemma 2 caps them."""
+    scale = float(getattr(config, "logit_scale", None) or 1.0)
+    scale /= float(getattr(config, "logits_scaling", None) or 1.0)
+    return LogitTransform(scale, getattr(config, "final_logit_softcapping", None))
+
+
+def _refuse_adapted_head(head: Any) -> None:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    if isinstance(head, BaseTunerLayer):
+        raise UserError(
+            "an adapter on the output head cannot be trained: leave it out of --lora.targets, or "
+            "start from an adapter without it"
+        )

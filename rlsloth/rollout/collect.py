@@ -17,9 +17,7 @@ from rlsloth.records import (
     SamplingParams,
 )
 from rlsloth.rollout.engine import Engine
-
-TURN_SEEDS = 1 << 20
-"""Distance between the seeds of a rollout's turns: more than steps, whose seeds are consecutive."""
+from rlsloth.seeding import derive_seed
 
 
 @dataclass(slots=True)
@@ -164,7 +162,7 @@ def _continue(
     completions = engine.generate(
         [t.prompt_ids + t.token_ids for t in pending],
         1,
-        replace(sampling, seed=sampling.seed + turn * TURN_SEEDS),
+        replace(sampling, seed=derive_seed(sampling.seed, "turn", turn)),
         limits=[sampling.max_tokens - t.sampled for t in pending],
     )
     for trajectory, (completion,) in zip(pending, completions, strict=True):

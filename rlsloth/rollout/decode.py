@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rlsloth.kernels.linear_logprob.products import project
-from rlsloth.records import UserError
+from rlsloth.records import LogitTransform, UserError
 from rlsloth.rollout.slot_cache import PromptCache, SlotCache
 
 COLUMNS = 128
@@ -19,15 +19,19 @@ COLUMNS = 128
 class Decoder:
     """Runs a transformers causal LM over a SlotCache."""
 
-    def __init__(self, model: Any, device: torch.device, *, cuda_graphs: bool) -> None:
+    def __init__(
+        self, model: Any, transform: LogitTransform, device: torch.device, *, cuda_graphs: bool
+    ) -> None:
         """``model``: a causal LM, PEFT-wrapped or not, with the ``rlsloth`` attention."""
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
-        self._base = base
+        self._transform = transform
         self._layers = base.get_decoder()
         self._head = base.get_output_embeddings()
         self._device = device
         self._graphed = cuda_graphs and device.type == "cuda"
-        self._graphs: dict[Any, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self._graphs: dict[Any, torch.cuda.CUDAGraph] = {}
+        self._logits_out: Tensor | None = None
+        """[cache rows, V]: one output for all graphs, which would else keep one each."""
         self._pool: Any = None
         self._cache: SlotCache | None = None
         from peft.tuners.tuners_utils import BaseTunerLayer  # slow to import
@@ -43,10 +47,12 @@ class Decoder:
         if kept is None or kept.rows < rows or kept.length < length:
             self._graphs.clear()
             self._pool = None  # a pool dies with its last graph
-            rows = max(rows, kept.rows if kept else 0)
+            # A power of two, so that a step's shapes do not depend on what the cache was made for.
+            rows = max(1 << (rows - 1).bit_length(), kept.rows if kept else 0)
             length = max(_round_up(length, COLUMNS), kept.length if kept else 0)
-            self._cache = kept = None  # before the new one is made: both need not fit
+            self._cache = self._logits_out = kept = None  # before the new ones: both need not fit
             self._cache = SlotCache(rows, length, self._device)
+            self._logits_out = torch.empty(rows, len(self._head.weight), device=self._device)
         assert self._cache is not None
         return self._cache
 
@@ -56,13 +62,12 @@ class Decoder:
         width = max(lengths)
         padded = torch.tensor([p + [0] * (width - len(p)) for p in prompts], device=self._device)
         order = torch.arange(width, device=self._device)
-        # Right padding: real rows never look right, and what padding computes is thrown away.
-        causal = (order[:, None] >= order[None, :])[None, None]
+        # Right padding without a mask: attention is causal, real rows never look right, and what
+        # padding computes is thrown away.
         prompt = PromptCache(lengths)
         hidden = self._layers(
             input_ids=padded,
             position_ids=order.expand(len(prompts), width),
-            attention_mask=causal.expand(len(prompts), 1, width, width),
             past_key_values=prompt,
             use_cache=True,
         ).last_hidden_state
@@ -76,11 +81,11 @@ class Decoder:
         cache.set_tokens(tokens)
         visible = max(cache.lengths[: cache.active])
         if not self._graphed:
-            return self._forward(cache, cache.active, visible)
+            return self._logits(self._hidden(cache, cache.active, visible))
         rows = min(1 << (cache.active - 1).bit_length(), cache.rows)
         return self._replay(cache, rows, _round_up(visible, COLUMNS))[: cache.active]
 
-    def _forward(self, cache: SlotCache, rows: int, visible: int) -> Tensor:
+    def _hidden(self, cache: SlotCache, rows: int, visible: int) -> Tensor:
         cache.begin(rows, visible)
         at = cache.at[:rows]
         seen = torch.arange(visible, device=self._device)[None, :] <= at[:, None]
@@ -91,21 +96,26 @@ class Decoder:
             past_key_values=cache,
             use_cache=True,
         ).last_hidden_state
-        return self._logits(hidden[:, -1])
+        last: Tensor = hidden[:, -1]
+        return last
 
     def _replay(self, cache: SlotCache, rows: int, visible: int) -> Tensor:
         layer = self._adapted
         adapter = () if layer is None else (layer.disable_adapters, *layer.active_adapters)
         key = (rows, visible, adapter)
+        assert self._logits_out is not None
+        out = self._logits_out[:rows]
         if key not in self._graphs:
             # A first run outside the graph loads kernels; it writes the very values that the replay
             # will write again.
-            self._forward(cache, rows, visible)
+            self._logits(self._hidden(cache, rows, visible), out)
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
             try:
                 with torch.cuda.graph(graph, pool=self._pool):
-                    logits = self._forward(cache, rows, visible)
+                    self._logits(self._hidden(cache, rows, visible), out)
+            except torch.OutOfMemoryError:
+                raise
             except RuntimeError as error:
                 first = str(error).strip().split("\n")[0][:200]
                 raise UserError(
@@ -113,28 +123,25 @@ class Decoder:
                     "pass --rollout.cuda-graphs false"
                 ) from error
             self._pool = graph.pool()
-            self._graphs[key] = (graph, logits)
-        graph, logits = self._graphs[key]
-        graph.replay()
-        return logits
+            self._graphs[key] = graph
+        self._graphs[key].replay()
+        return out
 
-    def _logits(self, hidden: Tensor) -> Tensor:
-        """The model's own head on [rows, H], with its scaling and soft-cap, in float32."""
-        # In float32 as in training: rounding logits to 16 bits would move log-probs by a few per
-        # cent.
-        weight = self._head.weight
-        logits = torch.empty(len(hidden), len(weight), device=self._device)
-        project(hidden, weight, logits)
+    def _logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
+        """The model's own head on [rows, H], in float32 as in training.
+
+        16-bit logits would move log-probs by a few per cent.
+        """
+        if out is None:
+            out = torch.empty(len(hidden), len(self._head.weight), device=self._device)
+        project(hidden, self._head.weight, out)
         if self._head.bias is not None:
-            logits += self._head.bias
-        config = self._base.config.get_text_config()
-        if scale := getattr(config, "logit_scale", None):  # Cohere
-            logits *= scale
-        if scaling := getattr(config, "logits_scaling", None):  # Granite
-            logits /= scaling
-        if cap := getattr(config, "final_logit_softcapping", None):  # Gemma 2
-            logits = torch.tanh(logits / cap) * cap
-        return logits
+            out += self._head.bias
+        if self._transform.scale != 1.0:
+            out *= self._transform.scale
+        if cap := self._transform.softcap:
+            out.div_(cap).tanh_().mul_(cap)
+        return out
 
 
 def _round_up(value: int, multiple: int) -> int:

@@ -10,11 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlsloth.records import Adapter, Completion, FinishReason, SamplingParams, UserError
+from rlsloth.records import (
+    Adapter,
+    Completion,
+    FinishReason,
+    LogitTransform,
+    SamplingParams,
+    UserError,
+)
 from rlsloth.rollout.decode import Decoder
 from rlsloth.rollout.sampling import draw
 from rlsloth.rollout.slot_cache import SlotCache
 
+UNCHANGED = LogitTransform()
 PREFILL_TOKENS = 8192
 """Padded prompt tokens computed in one prefill; bounds its activations."""
 
@@ -53,11 +61,12 @@ class TransformersEngine:
         context: int,
         max_sequences: int,
         device: torch.device,
+        transform: LogitTransform = UNCHANGED,
         cuda_graphs: bool = True,
     ) -> None:
         """``model``: a causal LM, PEFT-wrapped or not, with the ``rlsloth`` attention."""
         self._model = model
-        self._decoder = Decoder(model, device, cuda_graphs=cuda_graphs)
+        self._decoder = Decoder(model, transform, device, cuda_graphs=cuda_graphs)
         self._tokenizer = tokenizer
         self._stop_ids = frozenset(stop_ids)
         self._context = context

@@ -1,0 +1,66 @@
+"""Before training: do the packed forward and the engine compute what the model itself computes?
+
+Architectures differ in ways no flag tells (recurrent layers, logits scaled one way or the other),
+and a wrong log-prob trains silently. Two short made-up rollouts settle it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rlsloth.packing import pack, to_device
+from rlsloth.policy.policy import Policy
+from rlsloth.records import Group, Prompt, Rollout, SamplingParams, UserError
+from rlsloth.rollout.engine import Engine
+
+PROMPT_TOKENS = 7
+SAMPLED_TOKENS = 5
+TOLERANCE = {torch.float32: 1e-3}
+"""Mean |difference of log-probs| in nats. 16 bits scatter by about 0.03 on the smallest models."""
+TOLERANCE_16_BITS = 0.1
+
+
+@torch.no_grad()
+def probe(policy: Policy, engine: Engine) -> None:
+    """Compare three ways to the same log-probs; the temperature is the run's.
+
+    Raises:
+        UserError: an architecture that packed training or the engine does not support.
+    """
+    name = type(policy.model.get_base_model()).__name__
+    vocabulary = policy.config.vocab_size
+    generator = torch.Generator().manual_seed(0)
+    prompt = torch.randint(vocabulary, (PROMPT_TOKENS,), generator=generator).tolist()
+    sampling = SamplingParams(SAMPLED_TOKENS, temperature=policy.temperature)
+    try:
+        completions = engine.generate([prompt], 2, sampling)[0]
+        n = [len(c.token_ids) for c in completions]
+        rollouts = [
+            Rollout(c.token_ids, [True] * k, c.logprobs, [0] * k, c.finish, "", [])
+            for c, k in zip(completions, n, strict=True)
+        ]
+        group = Group(Prompt(0, "", {}), prompt, rollouts)
+        batch = pack([group], 10_000, mask_truncated=False, keep_zero_advantage=True)
+        micro = to_device(batch.microbatches[0], policy.device)
+        packed = policy.eval_logprobs(micro).cpu()
+        own = torch.cat([policy.plain_logprobs(prompt, c.token_ids) for c in completions])
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(
+            f"{name} is not supported: {type(error).__name__} in a trial step ({error})"
+        ) from error
+    sampled = torch.tensor([x for c in completions for x in c.logprobs])
+    _compare(f"packed training of {name}", packed, own, policy.dtype)
+    _compare(f"sampling from {name}", sampled, own, policy.dtype)
+
+
+def _compare(what: str, got: Tensor, own: Tensor, dtype: torch.dtype) -> None:
+    gap = float((got - own).abs().mean())
+    limit = TOLERANCE.get(dtype, TOLERANCE_16_BITS)
+    if not gap <= limit:
+        raise UserError(
+            f"{what} gives other log-probs than the model itself ({gap:.3g} nats a token, "
+            f"{limit:g} allowed): this architecture is not supported"
+        )

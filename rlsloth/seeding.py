@@ -1,0 +1,15 @@
+"""Seeds for every use, from the run's one seed."""
+
+from __future__ import annotations
+
+import hashlib
+
+
+def derive_seed(seed: int, *use: int | str) -> int:
+    """A 32-bit seed that differs for each use, such as ``(0, "rollout", step)``.
+
+    Hashed, because torch's CPU generator reads the low 32 bits only: sums and shifts of seed and
+    step would collide or vanish.
+    """
+    digest = hashlib.blake2b(repr((seed, *use)).encode(), digest_size=4).digest()
+    return int.from_bytes(digest, "little")
