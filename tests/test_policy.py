@@ -18,7 +18,7 @@ from rlsloth.packing import pack
 from rlsloth.policy import attention, packed_layout
 from rlsloth.policy.load import LoadedModel
 from rlsloth.policy.policy import Policy
-from rlsloth.records import Group, Prompt, Rollout
+from rlsloth.records import Group, Prompt, Rollout, UserError
 
 VOCAB = 97
 
@@ -28,6 +28,8 @@ def make_policy(
     checkpointing: bool = False,
     optimizer: str = "adamw",
     rank: int = 4,
+    schedule: str = "constant",
+    targets: list[str] | None = None,
 ) -> Policy:
     torch.manual_seed(0)
     attention.register()
@@ -38,8 +40,8 @@ def make_policy(
     policy = Policy(
         loaded,
         ModelConfig(gradient_checkpointing=checkpointing),
-        LoraConfig(rank=rank),
-        OptimConfig(name=optimizer),
+        LoraConfig(rank=rank, targets=targets or ["all-linear"]),
+        OptimConfig(name=optimizer, schedule=schedule),
         temperature=temperature,
         total_updates=10,
     )
@@ -207,3 +209,35 @@ def test_reference_is_the_policy_before_training():
         want = policy.logprobs(micro).logprobs
     assert torch.equal(base, want)
     assert not torch.equal(policy.logprobs(micro).logprobs, base)
+
+
+def test_the_schedule_counts_planned_updates():
+    policy = make_policy(schedule="linear")
+    rates = []
+    for idle in (True, True, False, True):
+        if idle:
+            rates.append(policy.idle().learning_rate)
+        else:
+            for p in policy.adapter().tensors.values():
+                p.grad = torch.ones_like(p)
+            rates.append(policy.step().learning_rate)
+    assert policy.version == 1
+    assert rates == pytest.approx([2e-5 * (1 - i / 10) for i in range(4)])
+
+
+def test_an_adapter_on_the_head_is_refused():
+    with pytest.raises(UserError, match=r"output head .* --lora\.targets"):
+        make_policy(targets=["q_proj", "lm_head"])
+
+
+def test_squares_hold_little_padding():
+    """One long tree among many short ones must not pad them all to its length."""
+    groups = make_groups(7, groups=20)
+    long = groups[0].rollouts[0]
+    long.token_ids, long.logprobs = [5] * 600, [0.0] * 600
+    long.loss_mask, long.policy_version = [True] * 600, [0] * 600
+    (micro,) = pack(groups, 10**6, mask_truncated=False, keep_zero_advantage=True).microbatches
+    layout = packed_layout.PackedLayout(micro, "sdpa")
+    sizes = [len(g.prompt_ids) + sum(len(r.token_ids) - 1 for r in g.rollouts) for g in groups]
+    squares = sum(b.mask.numel() for b in layout.buckets)
+    assert squares <= 4 * sum(max(size, 16) ** 2 for size in sizes)

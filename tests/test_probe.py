@@ -39,7 +39,9 @@ def test_wrong_logits_are_refused_in_training_and_in_sampling():
         policy.model.get_base_model().get_output_embeddings().weight.mul_(20)
     probe(policy, engine)
     policy.logit_transform = LogitTransform(scale=2.0)
-    with pytest.raises(UserError, match="packed training of LlamaForCausalLM gives other log-probs"):
+    with pytest.raises(
+        UserError, match="packed training of LlamaForCausalLM gives other log-probs"
+    ):
         probe(policy, engine)
     policy.logit_transform = LogitTransform()
     engine._decoder._transform = LogitTransform(softcap=1.0)

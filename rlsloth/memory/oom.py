@@ -11,7 +11,8 @@ from rlsloth.records import UserError
 
 ADVICE = {
     "rollout": "lower --rollout.max-sequences or --rollout.max-tokens",
-    "update": "lower --tokens-per-microbatch (the gradient stays the same), or leave "
+    "update": "lower --tokens-per-microbatch (the gradient stays the same) or "
+    "--rollout.max-sequences (its key-value cache stays allocated), leave "
     "--model.gradient-checkpointing on",
 }
 
