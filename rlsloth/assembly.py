@@ -167,10 +167,22 @@ class Assembly:
         for reward in report.rewards:
             for kind, count in reward.failures.items():
                 self.run.warn(f"evaluation: reward {reward.name} failed on {count} ({kind})")
+        self._warn_unreachable(groups)
         result = assess(groups, reward_index(self.cfg, self.scorer.names), cfg.correct_at)
         self.run.log_eval(step, name, result.metrics())
         self.run.say(f"evaluation {name or f'after step {step}'}: {describe(result)}")
         return result
+
+    def _warn_unreachable(self, groups: Sequence[Group]) -> None:
+        """A reward whose best is below ``eval.correct_at`` would read as accuracy 0 for ever."""
+        index = reward_index(self.cfg, self.scorer.names)
+        values = [r.scores[index].value for g in groups for r in g.rollouts]
+        best = max((value for value in values if value is not None), default=0.0)
+        if 0 < best < self.cfg.eval.correct_at:
+            self.run.warn(
+                f"no answer scored more than {best:g}, which is below --eval.correct-at "
+                f"{self.cfg.eval.correct_at:g}: none counts as correct"
+            )
 
     def save(self, progress: Progress) -> None:
         """Write a checkpoint from which ``resume`` continues to the same next step."""

@@ -97,12 +97,12 @@ def attend(
         if attention_mask is None:
             rows = torch.arange(query.shape[2], device=query.device)
             attention_mask = (rows[:, None] >= rows[None, :])[None, None]
-        # In a causal mask, row i sees i + 1 columns up to its own.
-        at = attention_mask.sum(-1) - 1
-        columns = torch.arange(key.shape[2], device=key.device)
-        return _plain(
-            query, key, value, attention_mask, at, columns, scale, window, softcap, s_aux
-        ), None
+        at = columns = None
+        if window is not None:  # in a causal mask, row i sees i + 1 columns up to its own
+            at = attention_mask.sum(-1) - 1
+            columns = torch.arange(key.shape[2], device=key.device)
+        options = (scale, window, softcap, s_aux)
+        return _plain(query, key, value, attention_mask, at, columns, *options), None
     out = scaled_dot_product_attention(
         query,
         key,
@@ -145,8 +145,8 @@ def _plain(
     key: Tensor,
     value: Tensor,
     mask: Tensor,
-    row_at: Tensor,
-    column_at: Tensor,
+    row_at: Tensor | None,
+    column_at: Tensor | None,
     scale: float,
     window: int | None,
     softcap: float | None,
@@ -156,12 +156,14 @@ def _plain(
 
     Query heads of one key head are folded into rows, so that each product reads the cache once;
     SDPA with a mask would first copy it out to as many heads as the queries have. That is what
-    makes it the fast way for a decoding step, too. ``row_at`` and ``column_at`` are positions,
-    which a window compares.
+    makes it the fast way for a decoding step, too. A window compares the positions
+    ``row_at`` and ``column_at``.
     """
     batch, heads, rows, width = query.shape
     kv_heads, columns = key.shape[1], key.shape[2]
     if window is not None:
+        assert row_at is not None
+        assert column_at is not None
         mask = mask & (row_at[..., None] - column_at < window)
     folded = query.reshape(batch * kv_heads, heads // kv_heads * rows, width)
     across = key.flatten(0, 1).transpose(1, 2)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import io
 import logging
 import os
+import struct
 from contextlib import redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from rlsloth.config import ModelConfig
 from rlsloth.policy.attention import NAME, register
@@ -118,6 +120,8 @@ def _tokenizer(cfg: ModelConfig) -> Any:
     from transformers import AutoTokenizer
 
     path = Path(cfg.path).expanduser()
+    if cfg.path.startswith(("/", "./", "../", "~")) and not path.exists():
+        raise UserError(f"--model.path {cfg.path}: no such folder or file")
     if path.exists() and not path.is_dir():
         raise UserError(
             f"--model.path {cfg.path} is a file; pass a folder, a .gguf file or a hub id"
@@ -140,8 +144,9 @@ def _pretrained(cfg: ModelConfig, dtype: torch.dtype, nf4: bool, device: torch.d
     from transformers import AutoModelForCausalLM
 
     try:
-        return AutoModelForCausalLM.from_pretrained(
+        model, found = AutoModelForCausalLM.from_pretrained(
             cfg.path,
+            output_loading_info=True,
             revision=cfg.revision,
             trust_remote_code=cfg.trust_remote_code,
             dtype=dtype,
@@ -149,8 +154,18 @@ def _pretrained(cfg: ModelConfig, dtype: torch.dtype, nf4: bool, device: torch.d
             use_safetensors=True,  # never unpickle
             quantization_config=_quantization(dtype) if nf4 else None,
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise UserError(
+                f"{cfg.path} does not fit the GPU; try --model.precision nf4"
+            ) from error
         raise _hub_hint(cfg, error) from error
+    if missing := sorted(found["missing_keys"]):
+        raise UserError(
+            f"{cfg.path}: its files lack {len(missing)} tensors ({missing[0]}, ...), which would "
+            "start at random; fetch the model again"
+        )
+    return model
 
 
 def _from_gguf(path: Path, dtype: torch.dtype, nf4: bool, device: torch.device) -> tuple[Any, Any]:
@@ -164,7 +179,7 @@ def _from_gguf(path: Path, dtype: torch.dtype, nf4: bool, device: torch.device) 
         with redirect_stderr(io.StringIO()):  # a progress bar with no switch of its own
             tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
             model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=dtype)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, struct.error) as error:
         first = str(error).strip().split("\n")[0][:200]
         raise UserError(
             f"--model.path {path}: transformers cannot read this GGUF file: {first}"

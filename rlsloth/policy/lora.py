@@ -8,6 +8,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from rlsloth.config import LoraConfig, ModelConfig
 from rlsloth.records import UserError
 
@@ -72,5 +74,7 @@ def save_adapter(model: Any, folder: Path) -> None:
         (temporary / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(temporary, folder)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot write the adapter to {folder}: {error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -76,3 +76,18 @@ def restore_state(
         # A copy: the optimizer updates its state in place.
         branch[last] = value.clone() if isinstance(value, Tensor) else value
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+
+
+def resume_schedule(scheduler: Any, updates: int) -> None:
+    """Put a fresh schedule behind ``updates`` planned updates.
+
+    The rate follows from the schedule as configured now, so that a resumed run may change it.
+    """
+    scheduler.last_epoch = updates
+    rates = [
+        base * factor(updates)
+        for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+    ]
+    for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    scheduler._last_lr = rates

@@ -16,7 +16,12 @@ from rlsloth.kernels.linear_logprob.op import linear_logprob
 from rlsloth.policy.attention import NAME, choose_backend
 from rlsloth.policy.load import LoadedModel, load_model
 from rlsloth.policy.lora import REFERENCE, TRAINED, add_adapter
-from rlsloth.policy.optimizer import flatten_state, make_optimizer, restore_state
+from rlsloth.policy.optimizer import (
+    flatten_state,
+    make_optimizer,
+    restore_state,
+    resume_schedule,
+)
 from rlsloth.policy.packed_layout import PackedLayout
 from rlsloth.records import (
     Adapter,
@@ -203,11 +208,10 @@ class Policy:
         JSON."""
         tensors, scalars = flatten_state(self.optimizer)
         weights = {n: p.detach() for n, p in self.adapter().tensors.items()}
-        schedule = self.scheduler.state_dict()
         json = {
             "version": self.version,
             "optimizer": scalars,
-            "scheduler": {k: schedule[k] for k in ("last_epoch", "_step_count", "_last_lr")},
+            "planned_updates": self.scheduler.last_epoch,
         }
         return {"adapter": weights, "optimizer": tensors}, json
 
@@ -219,11 +223,7 @@ class Policy:
                 live[name].copy_(value)
         restore_state(self.optimizer, tensors["optimizer"], json["optimizer"])
         self.version = int(json["version"])
-        self.scheduler.load_state_dict({**self.scheduler.state_dict(), **json["scheduler"]})
-        for group, lr in zip(
-            self.optimizer.param_groups, json["scheduler"]["_last_lr"], strict=True
-        ):
-            group["lr"] = lr
+        resume_schedule(self.scheduler, int(json["planned_updates"]))
 
 
 def _context(model: ModelConfig, limit: int) -> int:

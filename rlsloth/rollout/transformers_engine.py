@@ -179,6 +179,11 @@ class TransformersEngine:
         """Draw the next token of each sequence."""
         at = torch.tensor([(s.number, len(s.token_ids)) for s in sequences], device=self._device)
         tokens, logprobs = draw(logits, uniform[at[:, 0], at[:, 1]], sampling)
+        if not logprobs.isfinite().all():
+            raise UserError(
+                f"the model's log-probs are not finite (policy version {self.version}): its weights "
+                "are damaged, or the policy has diverged; lower --optim.lr"
+            )
         drawn = zip(sequences, tokens.tolist(), logprobs.tolist(), strict=True)
         for sequence, token, logprob in drawn:
             sequence.token_ids.append(token)
