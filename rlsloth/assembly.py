@@ -13,7 +13,7 @@ from rlsloth import checkpoint
 from rlsloth.chat import Renderer
 from rlsloth.config import GrpoConfig
 from rlsloth.data import PromptSampler
-from rlsloth.environment import Environment, load_environment
+from rlsloth.environment import Environment, load_environment, overlap_warning
 from rlsloth.evaluate import EvalResult, assess, describe, reward_index
 from rlsloth.evaluate_stats import Estimate
 from rlsloth.memory.oom import advise
@@ -66,8 +66,12 @@ class Assembly:
             )
         scorer = stack.enter_context(Scorer(rewards, cfg.reward))
         reward_index(cfg, scorer.names)
-        run = stack.enter_context(Run.start(cfg))
         scorer.wait_ready()
+        scorer.check([*env.train, *env.heldout])
+        run = stack.enter_context(Run.start(cfg))
+        _refuse_changes(run)
+        if text := overlap_warning(env):
+            run.warn(text)
         run.say(f"loading {cfg.model.path}")
         if cfg.model.adapter is not None:
             run.say(f"continuing {cfg.model.adapter}: its rank, alpha and targets, not --lora.*")
@@ -109,7 +113,7 @@ class Assembly:
         total = min(self.longest_prompt + cfg.rollout.max_tokens, self.policy.context)
         if total > cfg.tokens_per_microbatch:
             raise UserError(
-                f"a prompt of {self.longest_prompt} tokens with --rollout.max_tokens "
+                f"a prompt of {self.longest_prompt} tokens with --rollout.max-tokens "
                 f"{cfg.rollout.max_tokens} may not fit --tokens-per-microbatch "
                 f"{cfg.tokens_per_microbatch}; raise it to {total}, or lower --rollout.max-tokens"
             )
@@ -206,6 +210,7 @@ class Assembly:
         found = checkpoint.load_latest(self.run.dir / "checkpoints")
         if found is None:
             self.run.truncate_after(-1)
+            self.run.accept_config(self.cfg)
             self.run.say("no checkpoint yet: starting at step 1")
             return Progress(1, 0, None)
         if found.step >= self.cfg.steps and (self.run.dir / SUMMARY).exists():
@@ -218,6 +223,7 @@ class Assembly:
         self.engine.load(self.policy.adapter())
         self.prompts.restore(found.state["prompts"])
         self.run.truncate_after(found.step)
+        self.run.accept_config(self.cfg)
         self.run.say(f"resumed from {found.path} after step {found.step}")
         before = found.state["before"]
         return Progress(
@@ -237,6 +243,17 @@ class Assembly:
         device = self.policy.device
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
         return row | {"steps": self.cfg.steps, "seconds": round(seconds, 1), "device": name}
+
+
+def _refuse_changes(run: Run) -> None:
+    """What a checkpoint's tensors and cursors are made of cannot change on resume."""
+    fixed = ("seed", "model.path", "model.revision", "model.adapter", "lora.", "optim.name", "env.")
+    for key, (old, new) in run.changes.items():
+        if key.startswith(fixed):
+            raise UserError(
+                f"{run.dir} was made with {key} {old}, which cannot become {new} on resume; start "
+                "another run (--model.adapter continues from this one's adapter)"
+            )
 
 
 def _plain(result: EvalResult) -> dict[str, Any]:

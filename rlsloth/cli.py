@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import select
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -35,8 +37,32 @@ options:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command. Returns the exit status: 0, 1 a failed check, 2 bad input, 130 interrupted."""
-    args = list(sys.argv[1:] if argv is None else argv)
+    """Run a command.
+
+    Returns the exit status: 0, 1 a failed check, 2 bad input or a file that cannot be read or
+    written, 130 interrupted, 141 nobody reads the output.
+    """
+    try:
+        try:
+            return _main(list(sys.argv[1:] if argv is None else argv))
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        if not _unread():
+            raise
+        # What is still buffered would be flushed at exit, and fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def _unread() -> bool:
+    """Whether stdout is a pipe that has lost its reader (``| head``): other pipes are bugs."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
+def _main(args: list[str]) -> int:
     if not args:
         print(HELP, end="", file=sys.stderr)
         return 2
@@ -51,9 +77,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print("error: " + str(error).replace("\n", "\nerror: "), file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        raise
+    except _file_errors() as error:
+        print(f"error: {_said(error)}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+
+
+def _file_errors() -> tuple[type[Exception], ...]:
+    """What goes wrong with files; safetensors has an exception of its own, once it is imported."""
+    safetensors = sys.modules.get("safetensors")
+    return (OSError, safetensors.SafetensorError) if safetensors else (OSError,)
+
+
+def _said(error: Exception) -> str:
+    """One line: the file, where it is known, and what the system said."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _command(name: str) -> Callable[[list[str]], int]:
@@ -84,7 +128,11 @@ def grpo(argv: list[str]) -> int:
 
 def evaluate(argv: list[str]) -> int:
     """Measure a model. Takes a training config, so that a run's config.yaml can be passed."""
-    config = read_config(GrpoConfig, argv, "rlsloth eval")
+    about = (
+        "Measure avg@k, pass@k and maj@k of a model, and of the adapter of a run, on held-out "
+        "problems.\n\nThe options are those of training: pass a run's config.yaml."
+    )
+    config = read_config(GrpoConfig, argv, "rlsloth eval", about)
     from rlsloth.evaluate import run_eval
 
     run_eval(config)

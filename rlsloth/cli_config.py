@@ -16,6 +16,7 @@ from pydantic_core import ErrorDetails
 
 from rlsloth.config import Section
 from rlsloth.records import UserError
+from rlsloth.run.folder import CONFIG, METRICS
 
 Config = TypeVar("Config", bound=Section)
 KeyPath = tuple[str, ...]
@@ -26,26 +27,32 @@ _YAML_SUFFIXES = (".yaml", ".yml")
 _BOOLEANS = {"true", "false", "yes", "no", "on", "off", "1", "0"}
 
 
-def read_config(model: type[Config], argv: Sequence[str], prog: str = "rlsloth") -> Config:
+def read_config(
+    model: type[Config], argv: Sequence[str], prog: str = "rlsloth", about: str | None = None
+) -> Config:
     """Merge the YAML files named in ``argv``, then its flags, over the model's defaults.
 
     Files (``*.yaml``, anywhere) merge deeply from left to right. Flags come after all files:
     ``--section.key value`` or ``--section.key=value``. Lists take several values
     (``--rewards a b``). ``--env.params min_terms 2 max_terms 2`` sets the whole mapping, and
-    ``--env.params.min_terms 2`` one key of it.
+    ``--env.params.min_terms 2`` one key of it. The config.yaml of a run means the folder it lies
+    in, wherever that was moved. ``about`` heads the help; default: the model's docstring.
 
     Raises:
         UserError: one line for every problem: where it stands, the key, the value, what is allowed.
         SystemExit: 0, after ``--help``.
     """
     if {"-h", "--help"} & set(argv):
-        _print_help(model, prog)
+        _print_help(model, prog, about or model.__doc__)
     problems: list[str] = []
     merged: dict[str, Any] = {}
     origins: Origins = {}
     files, flags = _split(argv, model, problems)
     for file in files:
-        _merge(merged, _read_yaml(file, model, problems), file, origins)
+        data = _read_yaml(file, model, problems)
+        _merge(merged, data, file, origins)
+        if _names_its_folder(Path(file), data):
+            merged["run"]["dir"] = str(Path(file).parent)
     for path, value, flag in flags:
         _assign(merged, path, value, flag, origins)
     config = None
@@ -58,12 +65,12 @@ def read_config(model: type[Config], argv: Sequence[str], prog: str = "rlsloth")
     return config
 
 
-def _print_help(model: type[Section], prog: str) -> None:
+def _print_help(model: type[Section], prog: str, about: str | None) -> None:
     tyro.cli(
         model,
         args=["--help"],
         prog=f"{prog} [FILE.yaml ...]",
-        description=f"{model.__doc__}\n\nFiles merge from left to right, flags win over files.",
+        description=f"{about}\n\nFiles merge from left to right, flags win over files.",
         config=(tyro.conf.FlagConversionOff,),
     )
 
@@ -115,6 +122,14 @@ def _read_yaml(file: str, model: type[Section], problems: list[str]) -> dict[str
         return {}
     # A section whose keys are all commented out reads as null.
     return {k: v for k, v in data.items() if v is not None or not _is_section(_kind(model, [k]))}
+
+
+def _names_its_folder(file: Path, data: Mapping[str, Any]) -> bool:
+    """Whether this is the saved configuration of a run, which names the folder it was written to:
+    from where the command ran, and before the folder was moved."""
+    run = data.get("run")
+    in_run = file.name == CONFIG and (file.parent / METRICS).exists()
+    return in_run and isinstance(run, Mapping) and isinstance(run.get("dir"), str)
 
 
 def _merge(
@@ -275,15 +290,18 @@ def _explain(
         is_flag = source.startswith("--")
         item = items[0]
         if item["type"] == "extra_forbidden" and is_flag:
-            hint = _did_you_mean(source[2:].replace("-", "_"), options, "--")
+            spelt = [name.replace("_", "-") for name in options]
+            hint = _did_you_mean(source[2:].replace("_", "-"), spelt, "--")
             yield f"{source}: unknown option{hint or f' (see {more})'}"
         elif item["type"] == "extra_forbidden":
             yield f"{source}: unknown key {key}{_did_you_mean(key, known) or f' (see {more})'}"
         elif not path:
             yield item["msg"].removeprefix("Value error, ")
         else:
-            shown = f"{source} {_short(item['input'])}" if is_flag else f"{source}: {key} = "
-            shown += "" if is_flag else _short(repr(item["input"]))
+            value = item["input"]
+            shown = f"{source}: {key} = {_short(repr(value))}"
+            if is_flag:
+                shown = f"{source} {_short(value if value != '' else repr(value))}"
             wanted = " or ".join(dict.fromkeys(_wanted(i) for i in items))
             yield f"{shown}: {wanted}{_reason(model, path)}"
 

@@ -3,19 +3,60 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+
+
+def _not_empty(value: Any) -> Any:
+    if value == "":
+        raise ValueError("must not be empty")
+    return value
+
 
 Params = dict[str, bool | int | float | str]
+Text = Annotated[str, BeforeValidator(_not_empty)]
+Folder = Annotated[Path, BeforeValidator(_not_empty)]
+"""Path("") would be the working directory."""
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Section(BaseModel):
     """Unknown keys are errors; a config never changes once made."""
 
     model_config = ConfigDict(
-        extra="forbid", frozen=True, protected_namespaces=(), use_attribute_docstrings=True
+        extra="forbid",
+        frozen=True,
+        allow_inf_nan=False,
+        protected_namespaces=(),
+        use_attribute_docstrings=True,
     )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        assert info.field_name is not None
+        given = value if isinstance(value, list | tuple) else [value]
+        if _is_number(cls.model_fields[info.field_name].annotation):
+            for item in given:
+                if isinstance(item, bool):
+                    raise ValueError(f"must be a number, not {str(item).lower()}")
+        return value
+
+
+def _is_number(kind: Any) -> bool:
+    """Of an annotation: a number, or several of them."""
+    if get_origin(kind) is dict:
+        return False
+    return kind in (int, float) or any(_is_number(inner) for inner in get_args(kind))
 
 
 class ModelConfig(Section):
@@ -25,7 +66,7 @@ class ModelConfig(Section):
     """Hub id, folder, or GGUF file of a causal language model."""
     revision: str | None = None
     """Branch, tag or commit on the hub."""
-    adapter: Path | None = None
+    adapter: Folder | None = None
     """PEFT adapter folder to continue from; it is also the reference of the KL term."""
     precision: Literal["auto", "nf4", "bf16", "fp32"] = "auto"
     """Weights of the frozen base. auto: bf16 on a GPU, fp32 on a CPU. nf4: 4 bits through
@@ -95,7 +136,7 @@ class RolloutConfig(Section):
     top_p: float = Field(1.0, gt=0, le=1)
     top_k: int = Field(0, ge=0)
     min_p: float = Field(0.0, ge=0, le=1)
-    stop: list[str] = []
+    stop: list[Text] = []
     """Strings that end a completion."""
     max_sequences: int = Field(256, ge=1)
     """Completions decoded at once."""
@@ -112,11 +153,11 @@ class RewardConfig(Section):
     """Keyword arguments by reward name, e.g. {length: {target: 200}}."""
     workers: int = Field(2, ge=1)
     """Processes that score at the same time."""
-    cpu_seconds: float = Field(5.0, gt=0)
+    cpu_seconds: float = Field(5.0, gt=0, le=86400)
     """CPU time one completion may take; then its worker is killed and the failure counted."""
-    wall_seconds: float = Field(60.0, gt=0)
+    wall_seconds: float = Field(60.0, gt=0, le=86400)
     """Wall-clock backstop for one completion (a reward that sleeps or waits)."""
-    memory_gb: float = Field(4.0, gt=0)
+    memory_gb: float = Field(4.0, gt=0, le=65536)
     """Address space a worker may take."""
 
 
@@ -180,7 +221,7 @@ class OptimConfig(Section):
     name: Literal["auto", "adamw", "adamw_8bit"] = "auto"
     """auto: adamw_8bit (bitsandbytes) on a GPU, torch's AdamW on a CPU."""
     lr: float = Field(2e-5, gt=0)
-    betas: tuple[float, float] = (0.9, 0.99)
+    betas: tuple[Beta, Beta] = (0.9, 0.99)
     weight_decay: float = Field(0.0, ge=0)
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     warmup_steps: int = Field(0, ge=0)
@@ -211,7 +252,7 @@ class EvalConfig(Section):
 class RunConfig(Section):
     """Where results go."""
 
-    dir: Path | None = None
+    dir: Folder | None = None
     """Run folder; default runs/<date>-<time>-<model>. An existing run needs --run.resume."""
     resume: bool = False
     """Continue the run in dir from its newest sound checkpoint."""

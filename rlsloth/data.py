@@ -7,7 +7,6 @@ import decimal
 import hashlib
 import itertools
 import json
-import logging
 import random
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypedDict
@@ -16,8 +15,6 @@ from rlsloth.config import EnvConfig
 from rlsloth.plugins import nearest
 from rlsloth.records import Message, Prompt, UserError
 from rlsloth.rows import Row, load_rows, parse_json
-
-log = logging.getLogger(__name__)
 
 PROMPT_COLUMNS = ("prompt", "question", "problem", "messages")
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -75,12 +72,7 @@ def load_prompts(
     train = make(load_rows(cfg.train, cfg.train_split, cfg.limit), cfg.train)
     if cfg.validation is None:
         return split_heldout(train, cfg.heldout, seed)
-    heldout = make(load_rows(cfg.validation, cfg.validation_split), cfg.validation)
-    asked = set(map(question_text, heldout))
-    shared = sum(question_text(prompt) in asked for prompt in train)
-    if shared:
-        log.warning("%d rows of %s ask what %s asks too", shared, cfg.train, cfg.validation)
-    return train, heldout
+    return train, make(load_rows(cfg.validation, cfg.validation_split), cfg.validation)
 
 
 def question_text(prompt: Prompt) -> str:

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from rlsloth import plugins
 from rlsloth.config import EnvConfig
-from rlsloth.data import load_prompts, make_prompts, split_heldout
+from rlsloth.data import load_prompts, make_prompts, question_text, split_heldout
 from rlsloth.records import Message, Prompt, UserError
 from rlsloth.rows import Row
 
@@ -82,9 +82,9 @@ class ToolEnvironment:
         """A fresh instance, reset with the prompt's columns.
 
         Raises:
-            UserError: reset raised, or returned another text than when the prompt was made.
+            UserError: the class or its reset raised, or reset returned another text than before.
         """
-        instance = self.factory()
+        instance = _instance(self.factory, self.name)
         text = _reset(instance, prompt, self.name)
         if not _last(prompt)["content"].endswith(text):
             raise UserError(f"environment {self.name}: reset must return the same text for a row")
@@ -122,12 +122,67 @@ def load_environment(cfg: EnvConfig, seed: int) -> Environment:
     """
     place = cfg.name.partition(":")[0]
     # What follows the colon of a built-in name is the environment's own to read.
-    builtin = place in plugins.builtin_names(PACKAGE)
-    found = plugins.load(place if builtin else cfg.name, PACKAGE)
-    if inspect.isclass(found) and hasattr(found, "reset"):
-        return tool_environment(cfg.name, found, cfg, seed)
-    environment: Environment = found(cfg, seed)
+    if place in plugins.builtin_names(PACKAGE):
+        environment: Environment = plugins.load(place, PACKAGE)(cfg, seed)
+        return environment
+    found = plugins.load(cfg.name, PACKAGE)
+    if not inspect.isclass(found):
+        return _own_environment(cfg.name, found, cfg, seed)
+    if not hasattr(found, "reset"):
+        raise UserError(
+            f"environment {cfg.name}: a class of tools has a method reset (see envs/README.md)"
+        )
+    return tool_environment(cfg.name, found, cfg, seed)
+
+
+def overlap_warning(env: Environment) -> str | None:
+    """Says how many training prompts ask what a held-out one asks; None when none does."""
+    asked = set(map(question_text, env.heldout))
+    shared = sum(question_text(prompt) in asked for prompt in env.train)
+    if not shared:
+        return None
+    return (
+        f"{shared} of {len(env.train)} training prompts ask a held-out question: "
+        "held-out accuracy rewards memory, too"
+    )
+
+
+def _own_environment(name: str, make: Any, cfg: EnvConfig, seed: int) -> Environment:
+    """What a user's function returns, checked for what would fail in the middle of a run."""
+    if not callable(make):
+        raise UserError(f"environment {name} is a {type(make).__name__}, not a class or function")
+    signature = inspect.signature(make)
+    try:
+        signature.bind(cfg, seed)
+    except TypeError as error:
+        raise UserError(
+            f"environment {name} is called with (cfg, seed): {error}; it takes {signature}"
+        ) from None
+    try:
+        environment: Environment = make(cfg, seed)
+    except UserError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise UserError(f"environment {name} raised {plugins.describe(error)}") from error
+    for member in ("name", "train", "heldout", "default_rewards", "start"):
+        if not hasattr(environment, member):
+            raise UserError(
+                f"environment {name} returned a {type(environment).__name__} without {member!r}: "
+                "return a rlsloth.environment.Environment, for example a SingleTurn"
+            )
+    for member in ("train", "heldout"):
+        _check_prompts(getattr(environment, member), f"environment {name}: {member}")
     return environment
+
+
+def _check_prompts(prompts: Any, what: str) -> None:
+    if not isinstance(prompts, Sequence):
+        raise UserError(f"{what} is a list of prompts, not a {type(prompts).__name__}")
+    for index, prompt in enumerate(prompts):
+        if not isinstance(prompt, Prompt):
+            raise UserError(
+                f"{what}[{index}] is a {type(prompt).__name__}, not a rlsloth.records.Prompt"
+            )
 
 
 def tool_environment(
@@ -151,13 +206,13 @@ def tool_environment(
     if rows is None:
         _check_params(name, factory, cfg)
         factory = partial(factory, **cfg.params)
-    probe = factory()
+    probe = _instance(factory, name)
     names = _tool_names(probe, name)
     schemas = [_schema(getattr(probe, tool), name) for tool in names]
 
     def make(rows: list[Row], source: str) -> list[Prompt]:
         prompts = make_prompts(rows, cfg, source, schemas, conversational=True)
-        return [_observed(factory(), prompt, name) for prompt in prompts]
+        return [_observed(_instance(factory, name), prompt, name) for prompt in prompts]
 
     if rows is None:
         train, heldout = load_prompts(cfg, seed, make)
@@ -175,6 +230,15 @@ def _check_params(name: str, factory: Callable[..., Any], cfg: EnvConfig) -> Non
             f"environment {name} with --env.params {dict(cfg.params)}: {error}; "
             f"it takes {signature}"
         ) from None
+
+
+def _instance(factory: Callable[[], Any], name: str) -> Any:
+    try:
+        return factory()
+    except (Exception, SystemExit) as error:
+        raise UserError(
+            f"environment {name}: its class raised {plugins.describe(error)}"
+        ) from error
 
 
 def _tool_names(instance: Any, name: str) -> tuple[str, ...]:
@@ -212,10 +276,10 @@ def _reset(instance: Any, prompt: Prompt, name: str) -> str:
     """What reset says of the prompt's row; empty for None."""
     try:
         text = instance.reset(**prompt.columns)
-    except Exception as error:
-        problem = f"{type(error).__name__} on row {prompt.index + 1}: {error}"
-        raise UserError(f"environment {name}: reset raised {problem}") from error
-    if isinstance(text, list) and all(part.get("type") == "text" for part in text):
+    except (Exception, SystemExit) as error:
+        problem = f"on row {prompt.index + 1} raised {plugins.describe(error)}"
+        raise UserError(f"environment {name}: reset {problem}") from error
+    if isinstance(text, list) and all(isinstance(part, dict) and "text" in part for part in text):
         text = "".join(part["text"] for part in text)
     if not isinstance(text, str | None):
         raise UserError(

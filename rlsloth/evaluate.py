@@ -154,6 +154,8 @@ def run_eval(cfg: GrpoConfig) -> None:
         parts = Assembly.open(cfg, stack)
         base = parts.evaluate(0, name="base", base=True)
         figures: dict[str, object] = {"base": base.metrics()}
+        if cfg.model.adapter is None:
+            parts.run.say("no --model.adapter: the base alone was evaluated")
         if cfg.model.adapter is not None:
             adapter = parts.evaluate(0, name="adapter")
             gain = difference_estimate(base.scores, adapter.scores)

@@ -10,12 +10,18 @@ from __future__ import annotations
 import difflib
 import importlib
 import importlib.util
+import os
 import pkgutil
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
 from rlsloth.records import UserError
+
+KINDS = {"rewards": "reward", "envs": "environment"}
+"""What a plugin of a package is called in messages."""
+DETAIL_LIMIT = 300
 
 
 def builtin_names(package: str) -> list[str]:
@@ -31,38 +37,48 @@ def nearest(word: str, known: list[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
+def describe(error: BaseException) -> str:
+    """``ValueError: no digits (mine.py:12)``: what foreign code raised, and the line, in one
+    line."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = frames and not frames[-1].filename.startswith("<")  # <frozen importlib...>
+    place = f" ({os.path.basename(frames[-1].filename)}:{frames[-1].lineno})" if own else ""
+    words = " ".join([f"{type(error).__name__}:", *str(error).split()])
+    return words[:DETAIL_LIMIT].removesuffix(":") + place
+
+
 def load(spec: str, package: str) -> Any:
     """The object a plugin spec names.
 
     Raises:
         UserError: no such plugin, file, module or attribute; the message says where it looked.
     """
+    kind = KINDS[package.rsplit(".", 1)[-1]]
+    what = f"{kind} {spec!r}"
     place, _, attribute = spec.partition(":")
     if place.endswith(".py"):
-        return _attribute(_module_from_file(Path(place), spec), attribute, spec)
+        return _attribute(_module_from_file(Path(place), what), attribute, place, what)
     if attribute and "." in place:
-        return _attribute(_import(place, spec), attribute, spec)
+        return _attribute(_import(place, what), attribute, place, what)
     names = builtin_names(package)
     if place not in names:
-        kind = package.rsplit(".", 1)[-1]
         raise UserError(
-            f"no plugin {spec!r} in {kind}{nearest(place, names)} "
+            f"unknown {what}{nearest(place, names)} "
             f"(built in: {', '.join(names)}; or pkg.module:name, or ./file.py:name)"
         )
-    module = _import(f"{package}.{place}", spec)
-    return _attribute(module, attribute or place, spec)
+    return _attribute(_import(f"{package}.{place}", what), attribute or place, place, what)
 
 
-def _import(name: str, spec: str) -> Any:
+def _import(name: str, what: str) -> Any:
     try:
         return importlib.import_module(name)
-    except ImportError as error:
-        raise UserError(f"plugin {spec!r}: cannot import {name}: {error}") from error
+    except (Exception, SystemExit) as error:
+        raise UserError(f"{what}: cannot import {name}: {describe(error)}") from error
 
 
-def _module_from_file(path: Path, spec: str) -> Any:
+def _module_from_file(path: Path, what: str) -> Any:
     if not path.is_file():
-        raise UserError(f"plugin {spec!r}: no file {path} (looked from {Path.cwd()})")
+        raise UserError(f"{what}: no file {path} (looked from {Path.cwd()})")
     # A name of its own: a user's rewards.py must not shadow an importable module of that name.
     name = f"rlsloth_plugin_{path.stem}_{abs(hash(str(path.resolve()))):x}"
     if name in sys.modules:
@@ -74,21 +90,17 @@ def _module_from_file(path: Path, spec: str) -> Any:
     sys.modules[name] = module
     try:
         source.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         del sys.modules[name]
-        raise UserError(
-            f"plugin {spec!r}: {path} raised {type(error).__name__}: {error}"
-        ) from error
+        raise UserError(f"{what}: {path} raised {describe(error)}") from error
     return module
 
 
-def _attribute(module: Any, name: str, spec: str) -> Any:
+def _attribute(module: Any, name: str, place: str, what: str) -> Any:
     if not name:
-        raise UserError(f"plugin {spec!r}: name what to use, as in {spec}:reward")
+        raise UserError(f"{what}: name what to use, as in {place}:NAME")
     try:
         return getattr(module, name)
     except AttributeError:
         public = [n for n in vars(module) if not n.startswith("_") and callable(getattr(module, n))]
-        raise UserError(
-            f"plugin {spec!r}: {module.__name__} has no {name!r}{nearest(name, public)}"
-        ) from None
+        raise UserError(f"{what}: {place} has no {name!r}{nearest(name, public)}") from None

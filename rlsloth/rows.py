@@ -14,6 +14,8 @@ from rlsloth.records import UserError
 
 Row = dict[str, Any]
 FILES = (".jsonl", ".json", ".parquet")
+OTHER_FILES = (".arrow", ".csv", ".gz", ".tsv", ".txt", ".xlsx", ".yaml", ".zip", ".zst")
+"""Files that cannot be read, so that they are not taken for hub ids."""
 SPLITS = {"train", "training", "validation", "valid", "val", "dev", "test", "testing", "eval"}
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _PASS_A_FILE = "pass a file with --env.train FILE.jsonl"
@@ -34,7 +36,7 @@ def load_rows(source: str, split: str = "train", limit: int | None = None) -> li
     rows: Iterator[Row]
     if path.is_dir():
         rows = itertools.chain.from_iterable(map(_read_file, _files_of(path, split)))
-    elif path.suffix in FILES or source.startswith((".", "/", "~")):
+    elif path.suffix in FILES + OTHER_FILES or source.startswith((".", "/", "~")) or path.is_file():
         rows = _read_file(path)
     else:
         rows = _read_hub(source, split)
@@ -62,6 +64,8 @@ def _files_of(folder: Path, split: str) -> list[Path]:
 
 
 def _read_file(path: Path) -> Iterator[Row]:
+    if path.suffix not in FILES:
+        raise UserError(f"{path}: expected a file that ends in {', '.join(FILES)}")
     if not path.is_file():
         beside = [p.name for p in path.parent.glob("*") if p.suffix in FILES]
         raise UserError(
@@ -69,14 +73,33 @@ def _read_file(path: Path) -> Iterator[Row]:
         )
     if path.suffix == ".parquet":
         return _read_parquet(path)
-    if path.suffix not in FILES:
-        raise UserError(f"{path}: expected a file that ends in {', '.join(FILES)}")
+    return _read_json(path) if path.suffix == ".json" else _read_json_lines(path)
+
+
+def _read_json(path: Path) -> Iterator[Row]:
+    """An array of rows, ``{"data": [...]}``, or JSON lines under this name."""
     with path.open("rb") as file:
-        is_array = (
-            path.suffix == ".json"
-            and file.read(4096).lstrip(_BYTE_ORDER_MARK + b" \t\r\n")[:1] == b"["
+        filled = (line for line in file if line.strip())
+        first, second = next(filled, b""), next(filled, b"")
+    row = _object(first.removeprefix(_BYTE_ORDER_MARK))
+    if not first or (row is not None and (second or not isinstance(row.get("data"), list))):
+        return _read_json_lines(path)
+    value = parse_json(path.read_bytes().removeprefix(_BYTE_ORDER_MARK), str(path))
+    rows = value.get("data") if isinstance(value, dict) else value
+    if not isinstance(rows, list):
+        raise UserError(
+            f'{path}: expected an array of rows, {{"data": [...]}}, or one object a line'
         )
-    return _read_json_array(path) if is_array else _read_json_lines(path)
+    return (_row(row, f"{path} row {number}") for number, row in enumerate(rows, 1))
+
+
+def _object(line: bytes) -> Row | None:
+    """The JSON object that is all of the line, or None."""
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
 
 
 def _read_json_lines(path: Path) -> Iterator[Row]:
@@ -85,12 +108,6 @@ def _read_json_lines(path: Path) -> Iterator[Row]:
             text = line.removeprefix(_BYTE_ORDER_MARK) if number == 1 else line
             if text.strip():
                 yield _row(parse_json(text, f"{path} line {number}"), f"{path} line {number}")
-
-
-def _read_json_array(path: Path) -> Iterator[Row]:
-    rows = parse_json(path.read_bytes().removeprefix(_BYTE_ORDER_MARK), str(path))
-    for number, row in enumerate(rows, 1):
-        yield _row(row, f"{path} row {number}")
 
 
 def _read_parquet(path: Path) -> Iterator[Row]:

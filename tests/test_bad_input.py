@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -70,7 +69,7 @@ def refused(workplace: Path, capfd: pytest.CaptureFixture[str]) -> Callable[...,
         assert line.startswith("error: ")
         for word in words:
             assert word in line
-        shutil.rmtree("refused", ignore_errors=True)
+        assert not Path("refused").exists()  # made by the start that failed
 
     return check
 
@@ -282,7 +281,7 @@ def test_group_size_1(refused) -> None:
 
 def test_typo_in_a_flag(refused) -> None:
     refused("grpo --optim.learning_rat 1", "--optim.learning_rat")
-    refused("grpo --optim.warmup_step 1", "did you mean '--optim.warmup_steps'?")
+    refused("grpo --optim.warmup_step 1", "did you mean '--optim.warmup-steps'?")
 
 
 def test_typo_in_a_yaml_key(refused) -> None:
@@ -295,6 +294,43 @@ def test_value_of_the_wrong_kind(refused) -> None:
 
 
 # Run folder
+
+
+def test_a_folder_that_was_there_stays(workplace: Path, capfd) -> None:
+    Path("mine").mkdir()
+    Path("mine/notes.txt").write_text("keep")
+    assert cli.main(["grpo", "config.yaml", "--run.dir", "mine", "--model.path", "./modle"]) == 2
+    assert Path("mine/notes.txt").read_text() == "keep"
+    assert "stopped by UserError" in Path("mine/log.txt").read_text()
+    printed = capfd.readouterr()
+    assert (printed.out + printed.err).count("modle:") <= 1
+    assert "stopped by" not in printed.out
+
+
+def test_files_in_the_way(refused, workplace: Path) -> None:
+    Path("file").write_text("")
+    refused("grpo --run.dir file", "run folder file is a file", new=False)
+    refused("grpo --run.dir file/in", "file/in: Not a directory", new=False)
+    refused(f"grpo --run.dir {'n' * 300}", "File name too long", new=False)
+
+
+def test_damaged_files_of_a_run(refused, workplace: Path) -> None:
+    assert cli.main(["grpo", "config.yaml", "--run.dir", "hurt"]) == 0
+    saved = Path("hurt/config.yaml").read_bytes()
+    command = "grpo --run.dir hurt --run.resume --steps 2"
+    for damage in (b"", b"steps: [", b"\xff", b"steps: 0"):
+        Path("hurt/config.yaml").write_bytes(damage)
+        refused(command, "hurt/config.yaml is not the configuration of a run", new=False)
+        assert Path("hurt/config.yaml").read_bytes() == damage
+    Path("hurt/config.yaml").write_bytes(saved)
+    metrics = Path("hurt/metrics.jsonl").read_bytes()
+    for damage in (b"{", b"3", b'{"reward": 1}', b"\xff"):
+        Path("hurt/metrics.jsonl").write_bytes(metrics + damage + b"\n" + metrics)
+        refused(command, "hurt/metrics.jsonl line 2 is damaged", new=False)
+    Path("hurt/metrics.jsonl").write_bytes(metrics)
+    Path("hurt/samples/step_x.parquet").write_text("stray")
+    Path("hurt/samples/step_00001.parquet").write_text("damaged")
+    assert cli.main(["grpo", "config.yaml", *command.split()[1:]]) == 0
 
 
 def test_folder_with_a_run(refused, workplace: Path) -> None:
@@ -339,3 +375,11 @@ def test_eval_of_an_unfinished_run(refused, workplace: Path) -> None:
     Path("half").mkdir()
     Path("half/config.yaml").write_text(yaml.safe_dump({**CONFIG, "model": {"adapter": None}}))
     refused("eval --run.dir half", "half has no adapter yet", "--model.adapter", new=False)
+
+
+def test_eval_of_a_run_that_was_moved(workplace: Path, capfd) -> None:
+    assert cli.main(["grpo", "config.yaml", "--run.dir", "first"]) == 0
+    Path("first").rename("moved")
+    command = ["eval", "moved/config.yaml", "--eval.problems", "1", "--eval.samples", "2"]
+    assert cli.main(command) == 0
+    assert "continuing moved/adapter" in capfd.readouterr().out

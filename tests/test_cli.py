@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 from packaging.requirements import Requirement
+from safetensors import SafetensorError
 
 from rlsloth import __version__, cli, doctor
 from rlsloth.config import GrpoConfig
@@ -114,6 +115,56 @@ def test_user_errors_have_no_traceback(module: Callable[..., None], capsys: Outp
     printed = capsys.readouterr()
     assert printed.out == ""
     assert printed.err == "error: runs/x is in use: pass --run.resume\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (OSError(28, "No space left on device"), "No space left on device"),
+        (OSError(30, "Read-only file system", "runs/x"), "runs/x: Read-only file system"),
+        (OSError("cannot reach\nthe hub"), "cannot reach the hub"),
+        (SafetensorError("I/O error: disk full"), "I/O error: disk full"),
+    ],
+)
+def test_file_errors_have_no_traceback(
+    module: Callable[..., None], capsys: Output, error: Exception, line: str
+) -> None:
+    def train(config: GrpoConfig) -> None:
+        raise error
+
+    module("rlsloth.grpo", train=train)
+    assert cli.main(["grpo"]) == 2
+    assert capsys.readouterr().err == f"error: {line}\n"
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["grpo", "--help"]])
+def test_a_reader_that_leaves_early_gets_no_traceback(argv: list[str]) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    run = subprocess.run(
+        [sys.executable, "-m", "rlsloth", *argv], stdout=write, stderr=subprocess.PIPE, timeout=60
+    )
+    os.close(write)
+    assert (run.returncode, run.stderr) == (141, b"")
+
+
+def test_a_broken_pipe_that_is_not_the_output_is_a_bug() -> None:
+    code = (
+        "import sys, types, rlsloth.cli\n"
+        "def train(config): raise BrokenPipeError(32, 'worker')\n"
+        "sys.modules['rlsloth.grpo'] = types.SimpleNamespace(train=train)\n"
+        "rlsloth.cli.main(['grpo'])"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert run.stderr.endswith("BrokenPipeError: [Errno 32] worker\n")
+
+
+def test_the_help_of_eval_is_its_own(capsys: Output) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["eval", "--help"])
+    printed = capsys.readouterr().out
+    assert "Measure avg@k" in printed
+    assert "Reinforcement learning" not in printed
 
 
 def test_bugs_keep_their_traceback(module: Callable[..., None]) -> None:

@@ -141,6 +141,22 @@ def test_exponents_in_yaml_are_numbers(yaml_file: Path) -> None:
     assert config.env.params == {"p": 1e-3, "q": -2e4, "r": "e5", "s": 1.5e3}
 
 
+def test_the_saved_config_of_a_run_means_its_folder(
+    yaml_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("moved").mkdir()
+    saved = Path("moved/config.yaml")
+    saved.write_text("run: {dir: runs/x}")
+    assert read("moved/config.yaml").run.dir == Path("runs/x"), "no run lies there"
+    Path("moved/metrics.jsonl").touch()
+    assert read("moved/config.yaml").run.dir == Path("moved")
+    assert read("moved/config.yaml", "--run.dir", "runs/y").run.dir == Path("runs/y")
+    Path("moved/next.yaml").write_text("run: {dir: runs/z}")
+    assert read("moved/config.yaml", "moved/next.yaml").run.dir == Path("runs/z")
+    monkeypatch.chdir("moved")
+    assert read("config.yaml").run.dir == Path()
+
+
 def test_sections_with_everything_commented_out(yaml_file: Path) -> None:
     yaml_file.write_text("optim:\n  # lr: 3e-5\nsteps: 4\n")
     assert read("run.yaml").steps == 4
@@ -164,9 +180,17 @@ def test_sections_with_everything_commented_out(yaml_file: Path) -> None:
             "--steps abc: must be a valid integer, unable to parse string as an integer",
         ),
         ("--optim.lr -3", "--optim.lr -3: must be greater than 0"),
+        ("--optim.lr nan", "--optim.lr nan: must be a finite number"),
+        ("--eval.correct-at=-inf", "--eval.correct-at -inf: must be a finite number"),
+        ("--optim.betas 0.9 1", "--optim.betas 1: must be less than 1"),
+        ("--reward.wall-seconds 1e9", "must be less than or equal to 86400"),
+        ("--reward.memory-gb 1e9", "must be less than or equal to 65536"),
+        ("--rollout.stop=", "--rollout.stop '': must not be empty"),
+        ("--run.dir=", "--run.dir '': must not be empty"),
+        ("--warmup_steps 3", "did you mean '--optim.warmup-steps'?"),
         ("--loss.name grop", "; did you mean 'grpo'?"),
         ("--loss.name grop", "--loss.name grop: must be 'grpo', 'dr_grpo', 'bnpo', "),
-        ("--optim.betas 1", "--optim.betas ['1']: has too few values"),
+        ("--optim.betas 0.9", "--optim.betas ['0.9']: has too few values"),
         ("--steps", "--steps needs a value"),
         ("--steps --seed 3", "--steps needs a value"),
         ("--steps 3 4", "unexpected argument '4'"),
@@ -191,6 +215,11 @@ def test_mistakes_in_flags(argv: str, line: str) -> None:
         ("temperature: 3", "did you mean 'rollout.temperature' or 'eval.temperature'?"),
         ("groupsize: 4", "run.yaml: unknown key groupsize; did you mean 'group_size'?"),
         ("steps: 0", "run.yaml: steps = 0: must be greater than or equal to 1"),
+        ("steps: true", "run.yaml: steps = True: must be a number, not true"),
+        ("optim: {lr: yes}", "run.yaml: optim.lr = True: must be a number, not true"),
+        ("optim: {betas: [off, 0.9]}", "must be a number, not false"),
+        ("optim: {lr: .inf}", "run.yaml: optim.lr = inf: must be a finite number"),
+        ("run: {dir: ''}", "run.yaml: run.dir = '': must not be empty"),
         ("steps: [1]", "run.yaml: steps = [1]: must be a valid integer"),
         ("optim: 3", "run.yaml: optim = 3: must be a section, with its keys indented below it"),
         ("rewards: math_verify", "run.yaml: rewards = 'math_verify': must be a valid list"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import json
-import logging
 from pathlib import Path
 
 import pyarrow
@@ -95,6 +94,44 @@ def test_malformed_json_array_and_parquet(tmp_path: Path) -> None:
     (tmp_path / "a.parquet").write_bytes(b"PAR1 no such thing")
     with pytest.raises(UserError, match=r"a\.parquet: not a readable parquet file"):
         load_rows(str(tmp_path / "a.parquet"))
+
+
+@pytest.mark.parametrize(
+    ("text", "rows"),
+    [
+        ('{"data": [{"q": 1}, {"q": 2}]}', [{"q": 1}, {"q": 2}]),
+        ('\ufeff{\n  "data": [\n    {"q": 1}\n  ]\n}\n', [{"q": 1}]),
+        ('[\n{"q": 1},\n{"q": 2}\n]', [{"q": 1}, {"q": 2}]),
+        ('{"q": 1}', [{"q": 1}]),
+        ('{"data": [1]}\n{"data": [2]}', [{"data": [1]}, {"data": [2]}]),
+    ],
+)
+def test_shapes_of_json(tmp_path: Path, text: str, rows: list[Row]) -> None:
+    (tmp_path / "a.json").write_text(text)
+    assert load_rows(str(tmp_path / "a.json")) == rows
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('{\n  "q": 1\n}', r'a\.json: expected an array of rows, {"data": \[\.\.\.\]}'),
+        ('{"data": [\n 1]}', r"a\.json row 1: a row is a JSON object"),
+        ('{"q": 1}\n{"q": }', r"a\.json line 2: not JSON"),
+        ("", "has no rows"),
+    ],
+)
+def test_other_shapes_of_json(tmp_path: Path, text: str, said: str) -> None:
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(UserError, match=said):
+        load_rows(str(tmp_path / "a.json"))
+
+
+def test_unknown_file_types_are_no_hub_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("rows.data").write_text("q\n1\n")
+    for name in ("x.csv", "rows.data"):
+        with pytest.raises(UserError, match=rf"{name}: expected .* \.jsonl, \.json, \.parquet"):
+            load_rows(name)
 
 
 def test_missing_file_and_folder_without_data(tmp_path: Path) -> None:
@@ -273,9 +310,7 @@ def test_split_that_leaves_nothing() -> None:
     assert split_heldout(questions("a"), 0, 0)[1] == []
 
 
-def test_validation_data_replaces_the_split(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_validation_data_replaces_the_split(tmp_path: Path) -> None:
     cfg = EnvConfig(
         train=lines(
             tmp_path / "a.jsonl", [{"question": "x"}, {"question": "y"}, {"question": "z"}]
@@ -283,11 +318,9 @@ def test_validation_data_replaces_the_split(
         validation=lines(tmp_path / "b.jsonl", [{"question": "y "}]),
         limit=2,
     )
-    with caplog.at_level(logging.WARNING):
-        train, heldout = load_prompts(cfg, 0, lambda rows, where: make_prompts(rows, cfg, where))
+    train, heldout = load_prompts(cfg, 0, lambda rows, where: make_prompts(rows, cfg, where))
     assert [question_text(p) for p in train] == ["user: x", "user: y"]
     assert [question_text(p) for p in heldout] == ["user: y"]
-    assert "1 rows of" in caplog.text
 
 
 # Sampling

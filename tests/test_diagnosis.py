@@ -90,7 +90,7 @@ def test_all_truncated_and_masked():
     group = make_group([(1.0, 0.0), (0.0, 0.0)], truncated=(0, 1))
     text = only([group], mask_truncated=True)
     assert "all 2 completions hit the length limit and are masked" in text
-    assert "--rollout.max_tokens" in text
+    assert "--rollout.max-tokens" in text
 
 
 def test_all_truncated_but_not_masked_is_a_warning_only():

@@ -14,7 +14,12 @@ import pytest
 
 from rlsloth.config import EnvConfig
 from rlsloth.data import question_text
-from rlsloth.environment import Environment, ToolEnvironment, load_environment
+from rlsloth.environment import (
+    Environment,
+    ToolEnvironment,
+    load_environment,
+    overlap_warning,
+)
 from rlsloth.envs.calculator import Calculator, evaluate, show
 from rlsloth.envs.reasoning_gym import generate
 from rlsloth.records import UserError
@@ -62,8 +67,19 @@ def test_dataset(rows: str) -> None:
 
 
 def test_unknown_environment() -> None:
-    with pytest.raises(UserError, match="did you mean 'calculator'"):
+    with pytest.raises(UserError, match="unknown environment 'calculater'; did you mean 'calcul"):
         load("calculater")
+    with pytest.raises(UserError, match=r"name what to use, as in envs/dataset\.py:NAME"):
+        load("envs/dataset.py:")
+
+
+def test_overlap_of_validation_and_training_is_told(rows: str, tmp_path: Path) -> None:
+    other = tmp_path / "other.jsonl"
+    other.write_text('{"question": " q1"}\n{"question": "new"}\n')
+    said = overlap_warning(load("dataset", train=rows, validation=str(other)))
+    assert said is not None
+    assert said.startswith("1 of 5 training prompts ask a held-out question")
+    assert overlap_warning(load("dataset", train=rows, heldout=2)) is None
 
 
 # reasoning_gym
@@ -254,6 +270,13 @@ def test_own_class_in_trls_convention(rows: str, plugin: Callable[[str], str]) -
     assert json.loads(other.call("price", {"item": "tea"}))["price"] == env.train[1].columns["k"]
 
 
+SINGLE = """
+from rlsloth.environment import SingleTurn
+def Mine(cfg, seed):
+    return SingleTurn(cfg.name, %s, %s)
+"""
+
+
 @pytest.mark.parametrize(
     ("body", "said"),
     [
@@ -261,15 +284,29 @@ def test_own_class_in_trls_convention(rows: str, plugin: Callable[[str], str]) -
         (SHOP.replace("def price", "async def price"), "tool price is async"),
         (SHOP.replace("def price", "def _price"), "no public method besides reset"),
         (SHOP.replace("_private", "get_reward"), "get_reward is not called here"),
-        (SHOP.replace("self.k = k", "1 / 0"), "reset raised ZeroDivisionError on row 1"),
+        (SHOP.replace("self.k = k", "1 / 0"), "reset on row 1 raised ZeroDivisionError"),
+        (SHOP.replace("self.currency =", "1 / 0 #"), r"class raised ZeroDivisionError.*mine\.py:4"),
+        (SHOP.replace("def reset", "def rest"), "a class of tools has a method reset"),
         (SHOP.replace('return f" Shelf {k}."', "return 3"), "text or None, not int"),
         ("raise RuntimeError('broken')", "raised RuntimeError: broken"),
-        ("class Other: pass", "has no 'Mine'"),
+        ("import sys\nsys.exit()", r"mine\.py raised SystemExit"),
+        ("class Miner: pass", r"/mine\.py has no 'Mine'; did you mean 'Miner'"),
+        ("Mine = {}", "is a dict, not a class or function"),
+        ("def Mine(): pass", r"called with \(cfg, seed\): too many .*it takes \(\)"),
+        (
+            "def Mine(cfg, seed): return 1 / 0",
+            r"ZeroDivisionError: division by zero \(mine\.py:1\)",
+        ),
+        ("def Mine(cfg, seed): pass", "a NoneType without 'name'"),
+        (SINGLE % ("{}", "[]"), "train is a list of prompts, not a dict"),
+        (SINGLE % ("[]", "['q']"), r"heldout\[0\] is a str, not a rlsloth.records.Prompt"),
     ],
 )
 def test_own_class_refused(rows: str, plugin: Callable[[str], str], body: str, said: str) -> None:
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=said) as refused:
         load(plugin(body), train=rows, heldout=1)
+    assert "rlsloth_plugin" not in str(refused.value)
+    assert "\n" not in str(refused.value)
 
 
 def test_own_class_with_an_unknown_parameter(rows: str, plugin: Callable[[str], str]) -> None:

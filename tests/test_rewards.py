@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from rlsloth.config import RewardConfig
 from rlsloth.plugins import builtin_names
 from rlsloth.records import UserError
 from rlsloth.rewards._answers import exact_number, last_boxed, last_tag, numbers_in
@@ -243,6 +244,37 @@ def test_list_shows_parameters(capsys: pytest.CaptureFixture[str]) -> None:
     list_rewards()
     out = capsys.readouterr().out
     assert all(name in out for name in BUILT_IN)
+
+
+def test_a_reward_that_times_out_is_given_up(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def quick(**cfg: Any) -> RewardConfig:
+        return RewardConfig(cpu_seconds=0.05, **cfg)
+
+    monkeypatch.setattr("rlsloth.scoring.inspect_rewards.RewardConfig", quick)
+    reward = tmp_path / "mine.py"
+    reward.write_text(
+        "def slow(completions):\n    while 'loop' in completions: pass\n    return [1]"
+    )
+    data = tmp_path / "rows.jsonl"
+    words = ["loop", "loop", "fine", *["loop"] * 9]
+    data.write_text("".join(json.dumps({"completion": word}) + "\n" for word in words))
+    assert test_reward(f"{reward}:slow", data, limit=100) == 1
+    out = capsys.readouterr().out
+    assert "row 6: timeout" in out
+    assert "stopped after 3 timeouts in a row" in out
+    assert "6 rows: 1 scored" in out
+
+
+def test_readme_reward_reaches_one() -> None:
+    readme = Path(__file__).parents[1] / "README.md"
+    block = next(b for b in readme.read_text().split("```") if "def short_and_right" in b)
+    scope: dict[str, Any] = {}
+    exec(block.removeprefix("python"), scope)
+    texts = ["It is 7.", "I am quite sure that it is 7.", "8", ""]
+    completions = [[{"role": "assistant", "content": text}] for text in texts]
+    assert scope["short_and_right"](completions, ["7"] * 4) == [1, pytest.approx(0.97), 0, 0]
 
 
 def test_scoring_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

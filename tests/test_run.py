@@ -97,7 +97,7 @@ def test_existing_run_needs_resume(tmp_path):
     run = Run.start(config(tmp_path / "run"))
     run.log(1, {"reward": 0.5})
     run.finish({})
-    with pytest.raises(UserError, match=r"--run\.resume true.*--run\.dir"):
+    with pytest.raises(UserError, match=r"--run\.resume, .*--run\.dir"):
         Run.start(config(tmp_path / "run"))
     Run.start(config(tmp_path / "run", resume=True)).finish({})
 
@@ -139,9 +139,53 @@ def test_folder_in_use_names_the_process(tmp_path):
 def test_a_changed_setting_is_named_on_resume(tmp_path, capsys):
     Run.start(config(tmp_path / "run")).finish({})
     cfg = config(tmp_path / "run", resume=True).model_copy(update={"steps": 9})
-    Run.start(cfg).finish({})
+    with Run.start(cfg) as run:
+        assert run.changes == {"steps": (3, 9)}
+        run.accept_config(cfg)
     assert "steps: 3 -> 9" in capsys.readouterr().out
     assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["steps"] == 9
+
+
+def test_a_refused_resume_leaves_the_saved_files(tmp_path):
+    Run.start(config(tmp_path / "run")).finish({})
+    saved = {name: (tmp_path / "run" / name) for name in ("config.yaml", "environment.json")}
+    before = {name: path.read_bytes() for name, path in saved.items()}
+    cfg = config(tmp_path / "run", resume=True).model_copy(update={"seed": 9})
+    with pytest.raises(UserError), Run.start(cfg) as run:
+        raise UserError(f"cannot change {list(run.changes)}")
+    assert {name: path.read_bytes() for name, path in saved.items()} == before
+
+
+def test_changes_are_those_of_values_and_not_of_the_folder(tmp_path):
+    Run.start(config(tmp_path / "run")).finish({})
+    saved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    del saved["eval"]["samples"]  # written by a version that did not have it
+    (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(saved))
+    (tmp_path / "run").rename(tmp_path / "moved")
+    cfg = config(tmp_path / "moved", resume=True)
+    cfg = cfg.model_copy(update={"env": cfg.env.model_copy(update={"params": {"digits": 2}})})
+    with Run.start(cfg) as run:
+        assert run.changes == {"env.params.digits": (None, 2)}
+
+
+def test_a_refused_start_leaves_no_folder_of_its_own(tmp_path, capsys):
+    with pytest.raises(UserError), Run.start(config(tmp_path / "run")):
+        raise UserError("no such model")
+    assert not (tmp_path / "run").exists()
+    assert "no such model" not in capsys.readouterr().out  # the command says it
+
+    def train():
+        with Run.start(config(tmp_path / "run")) as run:
+            run.log(1, {"reward": 0.5})
+            raise UserError("too many skipped steps")
+
+    with pytest.raises(UserError, match="too many"):
+        train()
+    assert "stopped by UserError: too many" in (tmp_path / "run" / "log.txt").read_text()
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(UserError), Run.start(config(tmp_path / "mine")):
+        raise UserError("no such model")
+    assert (tmp_path / "mine" / "log.txt").exists()
 
 
 # --- logging

@@ -67,6 +67,7 @@ def mutate(prompts, completions, tags, entry, **columns):
     return scores
 
 def short(completions): return [1.0] * (len(completions) - 1)
+def always_one(completions): return [1.0]
 def scalar(completions): return 1.0
 def above_mean(completions):
     mean = sum(map(len, completions)) / len(completions)
@@ -212,7 +213,8 @@ def test_contract(contract: Scorer) -> None:
     failures = {reward.name: dict(reward.failures) for reward in report.rewards}
     assert failures["short"] == {"wrong length": 3}
     assert failures["scalar"] == {"wrong type": 3}
-    assert report.rewards[1].retried_groups == 1
+    assert report.rewards[1].retried_groups == 0
+    assert report.rewards[2].retried_groups == 1
     assert report.extras == {"letters": [2, 3, 4]}
     assert report.metrics == {"longest": 3.5}
     assert [r.reward for g in groups for r in g.rollouts] == [
@@ -234,6 +236,8 @@ def test_weights_and_chat_messages(hostile_file: str) -> None:
 def test_bad_names_fail_at_once(hostile_file: str) -> None:
     with pytest.raises(UserError, match="did you mean 'math_verify'"):
         Scorer(["math_verfy"], RewardConfig())
+    with pytest.raises(UserError, match=r"name the function, as in \./r\.py:reward$"):
+        Scorer(["./r.py:"], RewardConfig())
     with pytest.raises(UserError, match="no file"):
         Scorer(["./nowhere.py:reward"], RewardConfig())
     with pytest.raises(UserError, match="2 rewards are called 'hostile'"):
@@ -248,7 +252,7 @@ def test_bad_names_fail_at_once(hostile_file: str) -> None:
     ("spec", "params", "message"),
     [
         ("{file}:hostil", {}, "did you mean 'hostile'"),
-        ("{file}:HOSTILE", {}, "has no 'HOSTILE'"),
+        ("{file}:HOSTILE", {}, r"hostile\.py has no 'HOSTILE'"),
         ("no_such_pkg.rewards:tidy", {}, "cannot import no_such_pkg"),
         ("length", {"length": {"tolerence": 1}}, "did you mean 'tolerance'"),
     ],
@@ -281,6 +285,38 @@ def test_bad_columns(hostile_file: str) -> None:
         pytest.raises(UserError, match=r"set reward\.params\.length\.target"),
     ):
         scorer.score([make_group("ok", target=3)])
+
+
+def test_wrong_length_is_not_hidden_by_a_retry(hostile_file: str) -> None:
+    group = make_group("a", "b", "c")
+    with Scorer([f"{hostile_file}:always_one"], RewardConfig(workers=1)) as scorer:
+        report = scorer.score([group])
+    assert [rollout.scores[0].failure for rollout in group.rollouts] == ["wrong length"] * 3
+    assert report.rewards[0].failures == {"wrong length": 3}
+    assert "returned 1 scores for 3 completions" in report.details[0].detail
+
+
+def test_check_refuses_data_before_any_score(hostile_file: str) -> None:
+    def prompts(*columns: dict[str, Any]) -> list[Prompt]:
+        return [Prompt(index, "q", row) for index, row in enumerate(columns)]
+
+    with Scorer(["length", f"{hostile_file}:needs"], RewardConfig(workers=1)) as scorer:
+        scorer.check(prompts({"anser": 1}, {"anser": 2}))
+        with pytest.raises(UserError, match=r"'needs' needs a column 'anser'.*\(row 2 has: b\)"):
+            scorer.check(prompts({"anser": 1}, {"b": 2}))
+        with pytest.raises(UserError, match="row 2, column 'anser' cannot be passed to reward"):
+            scorer.check(prompts({"anser": 1}, {"anser": object()}))
+        with pytest.raises(UserError, match=r"'prompts' .*has the name of a reward argument"):
+            scorer.check(prompts({"anser": 1, "prompts": 2}))
+    # A reward that says itself what it misses; and one that an empty answer breaks.
+    with (
+        Scorer(["math_verify"], RewardConfig(workers=1)) as scorer,
+        pytest.raises(UserError, match="needs a column 'solution' or 'answer'"),
+    ):
+        scorer.check(prompts({"gold": "1"}))
+    with Scorer([f"{hostile_file}:above_mean"], RewardConfig(workers=1)) as scorer:
+        scorer.check([Prompt(0, ({"role": "user", "content": "q"},), {})])
+        scorer.check([])
 
 
 def _alive(pid: int) -> bool:

@@ -132,7 +132,8 @@ def _answer_tools(
             if call.error:
                 raise ValueError(call.error)
             output = trajectory.session.call(call.name, call.arguments)
-        except Exception as error:  # a tool is foreign code: its failure is the model's to read
+        # A tool is foreign code: its failure, even an exit, is the model's to read.
+        except (Exception, SystemExit) as error:
             trajectory.tool_failures += 1
             output = f"error: {error}"
         results.append({"role": "tool", "name": call.name, "content": output})

@@ -181,8 +181,8 @@ class TransformersEngine:
         tokens, logprobs = draw(logits, uniform[at[:, 0], at[:, 1]], sampling)
         if not logprobs.isfinite().all():
             raise UserError(
-                f"the model's log-probs are not finite (policy version {self.version}): its weights "
-                "are damaged, or the policy has diverged; lower --optim.lr"
+                f"the model's log-probs are not finite (policy version {self.version}): its "
+                "weights are damaged, or the policy has diverged; lower --optim.lr"
             )
         drawn = zip(sequences, tokens.tolist(), logprobs.tolist(), strict=True)
         for sequence, token, logprob in drawn:

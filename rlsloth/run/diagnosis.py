@@ -72,7 +72,7 @@ def _findings(
     if truncated > CLIPPED_RATIO * len(rollouts) and "truncated" not in found:
         found["clipped"] = (
             f"{truncated} of {len(rollouts)} completions hit the length limit: "
-            "raise --rollout.max_tokens, or ask for shorter answers"
+            "raise --rollout.max-tokens, or ask for shorter answers"
         )
     if is_number(logp_gap) and logp_gap > LOGP_GAP:
         found["gap"] = (
@@ -103,7 +103,7 @@ def _no_gradient(
     if mask_truncated and all(rollout.truncated for rollout in rollouts):
         return {
             "truncated": f"no gradient: all {len(rollouts)} completions hit the length limit "
-            "and are masked; raise --rollout.max_tokens, or set --loss.mask_truncated false"
+            "and are masked; raise --rollout.max-tokens, or set --loss.mask-truncated false"
         }
     if all(rollout.reward is None for rollout in rollouts):
         why = _inapplicable(rollouts, reward_names)
@@ -113,7 +113,7 @@ def _no_gradient(
     if any(group_std(group) > ZERO_STD for group in groups):
         return {
             "masked": "no gradient: the only completions that differ in reward hit the length "
-            "limit and are masked; raise --rollout.max_tokens"
+            "limit and are masked; raise --rollout.max-tokens"
         }
     return {"equal": _equal(groups)}
 
@@ -176,7 +176,7 @@ def _equal(groups: Sequence[Group]) -> str:
     counts = ", ".join(f"{count} at {value:g}" for value, count in sorted(values.items()))
     return (
         f"no gradient: within each group all completions scored the same ({counts} groups); "
-        "take prompts that are solved sometimes, or a larger --group_size"
+        "take prompts that are solved sometimes, or a larger --group-size"
     )
 
 
@@ -243,7 +243,7 @@ class Watch:
             found["entropy"] = (
                 f"entropy fell from {entropy.beginning:.3g} to {entropy.now:.3g} and the reward "
                 "did not rise: completions are becoming alike; lower --optim.lr, or raise "
-                "--loss.epsilon_high (0.28)"
+                "--loss.epsilon-high (0.28)"
             )
         if length.ready and not improving and length.now > LENGTH_GROWTH * length.beginning:
             found["length"] = (

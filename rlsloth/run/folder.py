@@ -1,7 +1,7 @@
 """The run folder on disk: making it, locking it, writing files so that a crash leaves the old or
 the new one.
 
-config.yaml        the resolved configuration; `rlsloth grpo config.yaml --run.resume true` goes on
+config.yaml        the resolved configuration; `rlsloth grpo config.yaml --run.resume` goes on
 environment.json   versions, device and command line
 metrics.jsonl      one JSON object a step, and one an evaluation
 samples/           step_00001.parquet, ...
@@ -16,12 +16,14 @@ import fcntl
 import json
 import math
 import os
+import re
 from collections.abc import Iterable, Mapping
 from datetime import datetime
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Any, Protocol, Self
 
 import yaml
+from pydantic import ValidationError
 
 from rlsloth.config import ModelConfig, RunConfig
 from rlsloth.records import UserError
@@ -44,6 +46,8 @@ class TrainingConfig(Protocol):
     @property
     def steps(self) -> int: ...
     def model_dump(self, *, mode: str) -> dict[str, Any]: ...
+    @classmethod
+    def model_validate(cls, obj: Any) -> Self: ...
 
 
 def atomic_write(path: Path, data: bytes) -> None:
@@ -98,18 +102,34 @@ def append_row(path: Path, row: Mapping[str, Any]) -> None:
 
 
 def read_rows(folder: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl in order. A last line torn by a crash is left out."""
+    """The lines of metrics.jsonl in order. A last line torn by a crash is left out.
+
+    Raises:
+        UserError: another line is damaged.
+    """
     path = folder / METRICS
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").split("\n")
+    lines = path.read_bytes().split(b"\n")
     complete = lines[:-1]  # every whole line ends in a newline
-    return [json.loads(line) for line in complete if line.strip()]
+    return [_row(path, at, line) for at, line in enumerate(complete, 1) if line.strip()]
+
+
+def _row(path: Path, at: int, line: bytes) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        row = None
+    if not isinstance(row, dict) or type(row.get("step")) is not int:
+        raise UserError(
+            f"{path} line {at} is damaged: it is no JSON object with a step; repair or delete it"
+        )
+    return row
 
 
 def rewrite_rows(folder: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Replace metrics.jsonl atomically."""
-    text = "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)
+    text = "".join(json.dumps(finite(row), allow_nan=False) + "\n" for row in rows)
     atomic_write(folder / METRICS, text.encode())
 
 
@@ -119,10 +139,11 @@ def sample_file(folder: Path, step: int) -> Path:
 
 
 def sample_files(folder: Path) -> dict[int, Path]:
-    """Sample files by step, in order of steps."""
+    """Sample files by step, in order of steps; files with other names are not ours."""
     found = {
-        int(path.stem.removeprefix("step_")): path
+        int(match[1]): path
         for path in (folder / SAMPLES).glob("step_*.parquet")
+        if (match := re.fullmatch(r"step_(\d+)", path.stem))
     }
     return dict(sorted(found.items()))
 
@@ -153,7 +174,7 @@ def open_folder(run: RunConfig, model: ModelConfig, root: Path) -> tuple[Path, I
     if not run.resume and (folder / METRICS).exists():
         lock.close()
         raise UserError(
-            f"{folder} already holds a run; continue it with --run.resume true, "
+            f"{folder} already holds a run; continue it with --run.resume, "
             "or give another folder with --run.dir"
         )
     return folder, lock
@@ -194,27 +215,46 @@ def _lock(folder: Path) -> IO[str]:
     return file
 
 
-def write_config(folder: Path, cfg: TrainingConfig) -> list[str]:
+def write_config(folder: Path, cfg: TrainingConfig) -> None:
     """Save the resolved configuration, loadable as a YAML file of the same command.
 
     Its ``run.dir`` is this folder and ``run.resume`` is off, so that continuing it is asked for
     each time.
-
-    Returns:
-        What a resumed run's configuration changes, as ``key: old -> new``.
     """
-    path = folder / CONFIG
     new = cfg.model_dump(mode="json")
     new["run"] |= {"dir": str(folder), "resume": False}
-    old = yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else new
     text = yaml.safe_dump(new, sort_keys=False, allow_unicode=True, width=100)
-    atomic_write(path, text.encode("utf-8"))
-    before, after = _flat(old), _flat(new)
-    return [
-        f"{key}: {before.get(key)} -> {after.get(key)}"
+    atomic_write(folder / CONFIG, text.encode("utf-8"))
+
+
+def config_changes(folder: Path, cfg: TrainingConfig) -> dict[str, tuple[object, object]]:
+    """What a configuration changes of the one that is saved in the folder.
+
+    Returns:
+        (old, new) by dotted key, as YAML has the values; None where a mapping lacks a key.
+        ``run.dir`` and ``run.resume`` are no settings of the run itself and left out.
+
+    Raises:
+        UserError: the saved configuration is damaged.
+    """
+    path = folder / CONFIG
+    try:
+        saved = type(cfg).model_validate(yaml.safe_load(path.read_bytes()))
+    except (ValueError, yaml.YAMLError) as error:
+        what = str(error)
+        if isinstance(error, ValidationError):
+            first = error.errors(include_url=False)[0]
+            what = " ".join([".".join(map(str, first["loc"])), first["msg"]])
+        raise UserError(
+            f"{path} is not the configuration of a run ({' '.join(what.split())}); "
+            "repair it, or start anew with another --run.dir"
+        ) from None
+    before, after = _flat(saved.model_dump(mode="json")), _flat(cfg.model_dump(mode="json"))
+    return {
+        key: (before.get(key), after.get(key))
         for key in before | after
-        if before.get(key) != after.get(key)
-    ]
+        if before.get(key) != after.get(key) and key not in ("run.dir", "run.resume")
+    }
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rlsloth.run.folder import sample_files
@@ -33,7 +34,7 @@ def embedded_samples(folder: Path) -> dict[str, Any]:
         "steps_total": len(paths),
         "max_steps": MAX_STEPS,
         "max_rows": MAX_ROWS,
-        "steps": [_step(step, path) for step, path in chosen],
+        "steps": [found for step, path in chosen if (found := _step(step, path))],
     }
 
 
@@ -45,8 +46,12 @@ def evenly(count: int, limit: int) -> list[int]:
     return [round(i * (count - 1) / (limit - 1)) for i in range(limit)]
 
 
-def _step(step: int, path: Path) -> dict[str, Any]:
-    table = pq.read_table(path)
+def _step(step: int, path: Path) -> dict[str, Any] | None:
+    """None for a damaged file."""
+    try:
+        table = pq.read_table(path)
+    except pa.ArrowInvalid:
+        return None
     names = [name for name in table.column_names if name not in FIXED_COLUMNS]
     rows = table.take(evenly(table.num_rows, MAX_ROWS)).to_pylist()
     return {

@@ -4,6 +4,7 @@ makes."""
 from __future__ import annotations
 
 import contextlib
+import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
@@ -11,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
 
-from rlsloth.records import Group
+from rlsloth.records import Group, UserError
 from rlsloth.run import folder as files
 from rlsloth.run.environment import write_environment
 from rlsloth.run.metrics import is_number
@@ -35,10 +36,17 @@ class Run:
             run.finish({"accuracy_after": 0.6})
     """
 
-    def __init__(self, folder: Path, lock: IO[str], show_samples: int, steps: int) -> None:
+    changes: dict[str, tuple[object, object]]
+    """What a resumed run's configuration changes: (old, new) by dotted key, as YAML has them."""
+
+    def __init__(
+        self, folder: Path, lock: IO[str], show_samples: int, steps: int, *, made: bool
+    ) -> None:
         """Use `start`."""
         self.dir = folder
+        self.changes = {}
         self._lock = lock
+        self._made = made  # by this start: else what is in it may be the user's
         self._show_samples = show_samples
         self._display = Display(steps)
         self._clock = _Clock()
@@ -48,28 +56,45 @@ class Run:
     def start(cls, cfg: files.TrainingConfig, root: Path | None = None) -> Run:
         """Make or reopen the run folder, lock it, and write config.yaml and environment.json.
 
+        A resumed run keeps those two as they are until `accept_config`, so that a resume that is
+        refused leaves them alone; what would change is in `changes`.
+
         Args:
             cfg: a loop's configuration.
             root: where new folders are made when ``run.dir`` is not given; ``runs`` by default.
 
         Raises:
             UserError: the folder holds a run and resume is off, another process writes to it, there
-                is nothing to resume, or a tracker's package is missing.
+                is nothing to resume, its files are damaged, or a tracker's package is missing.
         """
+        made = cfg.run.dir is None or not cfg.run.dir.exists()
         folder, lock = files.open_folder(cfg.run, cfg.model, root or Path("runs"))
-        run = cls(folder, lock, cfg.run.show_samples, cfg.steps)
+        run = cls(folder, lock, cfg.run.show_samples, cfg.steps, made=made)
         try:
+            if cfg.run.resume:
+                run.changes = files.config_changes(folder, cfg)
+                run.history()  # refuses a damaged file before anything is loaded
             # First, since a missing package must not leave a folder that counts as a run.
             run._trackers = open_trackers(cfg.run.trackers, folder, cfg.model_dump(mode="json"))
-            changes = files.write_config(folder, cfg)
-            write_environment(folder)
+            if not cfg.run.resume:
+                run.accept_config(cfg)
+            run.say(f"run folder {folder}")
         except BaseException:
-            lock.close()
+            run._close()
+            if made:
+                shutil.rmtree(folder, ignore_errors=True)
             raise
-        run.say(f"run folder {folder}")
-        for change in changes:
-            run.say(f"resumed with a changed setting, {change}")
         return run
+
+    def accept_config(self, cfg: files.TrainingConfig) -> None:
+        """Write config.yaml and environment.json, and name the changed settings.
+
+        `start` does it for a new run; call it for a resumed one, once nothing can refuse it.
+        """
+        files.write_config(self.dir, cfg)
+        write_environment(self.dir)
+        for key, (old, new) in self.changes.items():
+            self.say(f"resumed with a changed setting, {key}: {old} -> {new}")
 
     def steps(self, first: int, total: int) -> Iterator[int]:
         """Step numbers from first to total (steps count from 1), with progress and the time
@@ -205,14 +230,25 @@ class Run:
     ) -> None:
         if self._lock.closed:  # finish() was called
             return
+        began = (self.dir / files.METRICS).exists()
+        refused = kind is not None and issubclass(kind, UserError) and self._made and not began
         try:
             if kind is not None:
-                self.warn(f"stopped by {kind.__name__}{f': {error}' if str(error) else ''}")
-            write_report(self.dir)
-        except Exception as fault:
-            self.warn(f"could not write the report ({type(fault).__name__}: {fault})")
+                # Not printed: whoever catches the exception does that.
+                self._keep(
+                    "warning: ", f"stopped by {kind.__name__}{f': {error}' if str(error) else ''}"
+                )
+            if not refused:
+                write_report(self.dir)
+        except Exception as fault:  # a full disk, for one: log.txt cannot be written either
+            self._display.say(
+                _line(f"warning: could not write the report ({type(fault).__name__}: {fault})"),
+                "yellow",
+            )
         finally:
             self._close()
+            if refused:
+                shutil.rmtree(self.dir, ignore_errors=True)
 
 
 def _line(text: str) -> str:

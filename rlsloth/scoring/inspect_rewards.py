@@ -7,7 +7,7 @@ import importlib
 import json
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,8 @@ from rlsloth.scoring.scorer import Scorer
 
 REWARDS = "rlsloth.rewards"
 SHOWN_CHARACTERS = 60
+MAX_TIMEOUTS = 3
+"""In a row; then the reward is not worth waiting for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,21 +96,17 @@ def _test_examples(spec: str) -> int:
         raise UserError(f"reward {spec!r} ships no EXAMPLES: pass --data FILE.jsonl")
     table = Table("example", "completion", "expected", "got")
     groups = [example_group(example, index) for index, example in enumerate(examples)]
-    with Scorer([spec], RewardConfig(workers=1)) as scorer:
-        report = scorer.score(groups)
-    surprises = 0
-    for example, group in zip(examples, groups, strict=True):
-        score = group.rollouts[0].scores[0]
+    console = Console()
+    as_expected = 0
+    for example, (_, score, _) in zip(examples, _scored(spec, groups, console), strict=False):
         right = is_expected(example, score)
-        surprises += not right
+        as_expected += right
         words = _short(example.completion)
         style = None if right else "bold red"
         table.add_row(example.note, words, _value(example.expected), _said(score), style=style)
-    console = Console()
     console.print(table)
-    _print_failures(console, report)
-    console.print(f"{len(examples) - surprises} of {len(examples)} examples as expected")
-    return int(surprises > 0)
+    console.print(f"{as_expected} of {len(examples)} examples as expected")
+    return int(as_expected < len(examples))
 
 
 def _test_rows(spec: str, data: Path, limit: int) -> int:
@@ -117,20 +115,15 @@ def _test_rows(spec: str, data: Path, limit: int) -> int:
     seconds: list[float] = []
     failures = 0
     console = Console()
-    with Scorer([spec], RewardConfig(workers=1)) as scorer:
-        scorer.wait_ready()
-        for line, group in _read_rows(data, limit):
-            report = scorer.score([group])
-            score = group.rollouts[0].scores[0]
-            seconds.append(report.rewards[0].wall_seconds)
-            failures += score.failure is not None
-            if score.value is not None:
-                values.append(score.value)
-            style = "bold red" if score.failure else None
-            milliseconds = f"{seconds[-1] * 1e3:.1f}"
-            words = _short(group.rollouts[0].text)
-            table.add_row(str(line), words, _said(score), milliseconds, style=style)
-            _print_failures(console, report)
+    for group, score, elapsed in _scored(spec, _read_rows(data, limit), console):
+        seconds.append(elapsed)
+        failures += score.failure is not None
+        if score.value is not None:
+            values.append(score.value)
+        style = "bold red" if score.failure else None
+        line = str(group.prompt.index + 1)
+        words = _short(group.rollouts[0].text)
+        table.add_row(line, words, _said(score), f"{elapsed * 1e3:.1f}", style=style)
     if not seconds:
         raise UserError(f"{data} has no rows")
     console.print(table)
@@ -143,10 +136,33 @@ def _test_rows(spec: str, data: Path, limit: int) -> int:
     return int(failures > 0)
 
 
+def _scored(
+    spec: str, groups: Iterable[Group], console: Console
+) -> Iterator[tuple[Group, Score, float]]:
+    """Groups of one rollout with its score and seconds, failures printed, until MAX_TIMEOUTS."""
+    cfg = RewardConfig(workers=1)
+    timeouts = 0
+    with Scorer([spec], cfg) as scorer:
+        scorer.wait_ready()
+        for group in groups:
+            report = scorer.score([group])
+            score = group.rollouts[0].scores[0]
+            _print_failures(console, report)
+            yield group, score, report.rewards[0].wall_seconds
+            timeouts = timeouts + 1 if score.failure == "timeout" else 0
+            if timeouts == MAX_TIMEOUTS:
+                console.print(
+                    f"stopped after {timeouts} timeouts in a row: a completion may take "
+                    f"{cfg.cpu_seconds:g} s of CPU time and {cfg.wall_seconds:g} s in all",
+                    style="bold red",
+                )
+                return
+
+
 def load_examples(spec: str) -> Sequence[Example]:
     """The EXAMPLES of the module that a reward stands in; empty if it has none."""
     function = plugins.load(spec, REWARDS)
-    module = sys.modules[function.__module__]
+    module = sys.modules.get(getattr(function, "__module__", ""))
     examples: Sequence[Example] = getattr(module, "EXAMPLES", ())
     return examples
 
@@ -164,7 +180,7 @@ def is_expected(example: Example, score: Score) -> bool:
     return math.isclose(score.value, example.expected, abs_tol=1e-9)
 
 
-def _read_rows(path: Path, limit: int) -> Iterator[tuple[int, Group]]:
+def _read_rows(path: Path, limit: int) -> Iterator[Group]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -177,15 +193,15 @@ def _read_rows(path: Path, limit: int) -> Iterator[tuple[int, Group]]:
             raise UserError(f"{path}, line {number}: not JSON ({error})") from error
         if not isinstance(row, dict) or "completion" not in row:
             raise UserError(f"{path}, line {number}: not an object with a key 'completion'")
-        yield number, _row_group(number, row)
+        yield _row_group(number - 1, row)
 
 
-def _row_group(number: int, row: dict[str, Any]) -> Group:
+def _row_group(index: int, row: dict[str, Any]) -> Group:
     completion = row.pop("completion")
     prompt = row.pop("prompt", "")
     ids = row.pop("completion_ids", [])
     finish: FinishReason = row.pop("finish_reason", "stop")
-    return _group(number, prompt, completion, row, ids, finish)
+    return _group(index, prompt, completion, row, ids, finish)
 
 
 def _group(
@@ -216,7 +232,7 @@ def _group(
 def _print_failures(console: Console, report: ScoringReport) -> None:
     for failure in report.details:
         console.print(
-            f"row {failure.prompt_index}: {failure.kind}: {failure.detail}",
+            f"row {failure.prompt_index + 1}: {failure.kind}: {failure.detail}",
             style="red",
             markup=False,
         )

@@ -19,7 +19,7 @@ class FailureDetail:
 
     reward: str
     prompt_index: int
-    """``Prompt.index`` of the row."""
+    """``Prompt.index`` of the row, from 0."""
     rollout: int
     """Position in its group."""
     kind: str
@@ -61,6 +61,7 @@ class Outcome:
 
     replies: list[Reply]
     """One for the whole group; when that failed and was retried, one for each rollout after it."""
+    rollouts: int
     wall_seconds: float
 
     @property
@@ -76,7 +77,8 @@ class Outcome:
         scores: list[Score] = []
         for _, reply in self.placed():
             if reply["error"] is not None:
-                scores.append(Score(name, None, reply["error"]["kind"], reply["error"]["detail"]))
+                score = Score(name, None, reply["error"]["kind"], reply["error"]["detail"])
+                scores += [score] * (1 if self.retried else self.rollouts)
                 continue
             failures = {failure["row"]: failure for failure in reply["row_failures"]}
             for row, value in enumerate(reply["values"]):

@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from rlsloth.plugins import nearest
-from rlsloth.records import Group, UserError
+from rlsloth.records import Group, Prompt, UserError
 from rlsloth.scoring.protocol import Call, RewardInfo
 
 RESERVED = (
@@ -21,13 +21,14 @@ RESERVED = (
 """Arguments that do not come from the row's columns."""
 
 
-def group_call(group: Group, reward: int, name: str, info: RewardInfo, step: int) -> Call:
-    """The call for a whole group, with the columns that the reward accepts.
+def accepted_columns(prompt: Prompt, name: str, info: RewardInfo) -> dict[str, Any]:
+    """The prompt's columns that the reward ``name`` is called with.
 
     Raises:
-        UserError: see ``Scorer.score``.
+        UserError: a column is missing, has the name of an argument, or cannot be written as JSON.
     """
-    columns = group.prompt.columns
+    columns = prompt.columns
+    row = prompt.index + 1
     for column in columns:
         if column in RESERVED:
             raise UserError(
@@ -42,14 +43,24 @@ def group_call(group: Group, reward: int, name: str, info: RewardInfo, step: int
     if missing:
         raise UserError(
             f"reward {name!r} needs a column {missing[0]!r}{nearest(missing[0], list(columns))} "
-            f"(row {group.prompt.index} has: {', '.join(sorted(columns)) or 'none'})"
+            f"(row {row} has: {', '.join(sorted(columns)) or 'none'})"
         )
     accepts = info["accepts"]
     accepted = {k: v for k, v in columns.items() if accepts is None or k in accepts}
     for column, value in accepted.items():
-        _check_json(column, value, name)
+        _check_json(f"row {row}, column {column!r}", value, name)
+    return accepted
+
+
+def group_call(group: Group, reward: int, name: str, info: RewardInfo, step: int) -> Call:
+    """The call for a whole group, with the columns that the reward accepts.
+
+    Raises:
+        UserError: see ``accepted_columns``.
+    """
+    columns = accepted_columns(group.prompt, name, info)
     messages = group.prompt.messages
-    wants_ids = accepts is None or "completion_ids" in accepts
+    wants_ids = info["accepts"] is None or "completion_ids" in info["accepts"]
     return Call(
         reward=reward,
         step=step,
@@ -58,21 +69,21 @@ def group_call(group: Group, reward: int, name: str, info: RewardInfo, step: int
         completions=[r.text if isinstance(messages, str) else r.messages for r in group.rollouts],
         completion_ids=[r.token_ids if wants_ids else [] for r in group.rollouts],
         finish_reasons=[r.finish for r in group.rollouts],
-        columns=accepted,
+        columns=columns,
     )
 
 
-def _check_json(column: str, value: Any, name: str) -> None:
+def _check_json(where: str, value: Any, name: str) -> None:
     try:
         json.dumps(value)
         key = _odd_key(value)
     except (TypeError, ValueError, RecursionError) as error:
         raise UserError(
-            f"column {column!r} cannot be passed to reward {name!r} as JSON ({error}): "
+            f"{where} cannot be passed to reward {name!r} as JSON ({error}): "
             "drop it, or let the reward name the columns that it wants instead of **kwargs"
         ) from None
     if key is not None:
-        raise UserError(f"column {column!r} has a dict with the key {key!r}: JSON keys are strings")
+        raise UserError(f"{where} has a dict with the key {key!r}: JSON keys are strings")
 
 
 def _odd_key(value: Any) -> Any:

@@ -1,8 +1,8 @@
 """Scores groups with reward plugins that run in worker processes.
 
 A reward is called with all completions of one prompt, so that it may compare them. When that call
-fails in whatever way, it is called again with one completion at a time: only the culprit is marked
-as failed.
+fails, it is called again with one completion at a time: only the culprit is marked as failed. A
+list of the wrong length is the reward's own mistake, and fails the group.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from types import TracebackType
 
 from rlsloth.config import RewardConfig
 from rlsloth.plugins import builtin_names, nearest
-from rlsloth.records import Group, Rollout, UserError
+from rlsloth.records import Group, Prompt, Rollout, UserError
 from rlsloth.scoring.process import WorkerProcess
 from rlsloth.scoring.protocol import Call, Reply, RewardSetup, Setup
 from rlsloth.scoring.report import Outcome, ScoringReport, assign_scores
-from rlsloth.scoring.request import group_call
+from rlsloth.scoring.request import accepted_columns, group_call
 
 
 class Scorer:
@@ -61,6 +61,22 @@ class Scorer:
         for worker in self._workers:
             worker.rewards()
 
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        """Refuse data that the rewards cannot be called with, before anything is sampled.
+
+        Besides the columns of every prompt this tries each reward on an empty answer to the first
+        one: many rewards tell only when called what they miss. Its other failures do not count.
+
+        Raises:
+            UserError: as ``score``.
+        """
+        for name, info in zip(self.names, self._workers[0].rewards(), strict=True):
+            for prompt in prompts:
+                accepted_columns(prompt, name, info)
+        for prompt in prompts[:1]:
+            for reward in range(len(self.names)):
+                self._score(Group(prompt, [], [_empty_rollout()]), reward, 0)
+
     def score(self, groups: Sequence[Group], *, step: int = 0) -> ScoringReport:
         """Fill ``scores`` and ``reward`` of every rollout. ``step`` is trainer_state.global_step.
 
@@ -92,11 +108,12 @@ class Scorer:
             rows = len(group.rollouts)
             call = group_call(group, reward, self.names[reward], worker.rewards()[reward], step)
             replies = [self._ask(worker, call, 0, rows)]
-            if replies[0]["error"] is not None and rows > 1:
+            error = replies[0]["error"]
+            if error is not None and error["kind"] != "wrong length" and rows > 1:
                 replies += [self._ask(worker, call, row, row + 1) for row in range(rows)]
         finally:
             self._idle.put(worker)
-        return Outcome(replies, time.monotonic() - start)
+        return Outcome(replies, rows, time.monotonic() - start)
 
     def _ask(self, worker: WorkerProcess, call: Call, start: int, stop: int) -> Reply:
         part = call.copy()
@@ -133,6 +150,11 @@ class Scorer:
         self.close()
 
 
+def _empty_rollout() -> Rollout:
+    message = {"role": "assistant", "content": ""}
+    return Rollout([], [], [], [], finish="stop", text="", messages=[message])
+
+
 def _name(spec: str) -> str:
     """A reward's name in metrics and configuration: that of its function.
 
@@ -142,7 +164,7 @@ def _name(spec: str) -> str:
     place, _, attribute = spec.partition(":")
     if place.endswith(".py"):
         if not attribute:
-            raise UserError(f"reward {spec!r}: name the function, as in {spec}:reward")
+            raise UserError(f"reward {spec!r}: name the function, as in {place}:reward")
         if not Path(place).is_file():
             raise UserError(f"reward {spec!r}: no file {place} (looked from {Path.cwd()})")
     elif not (attribute and "." in place):

@@ -26,12 +26,12 @@ import signal
 import socket
 import sys
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from types import FrameType, SimpleNamespace
 from typing import Any
 
+from rlsloth import plugins
 from rlsloth.records import UserError
 from rlsloth.scoring.protocol import (
     Call,
@@ -47,7 +47,6 @@ from rlsloth.scoring.validate import InvalidReturnError, validate
 
 KILL_GRACE_SECONDS = 0.25
 """CPU time between the exception and the kill, for a reward that swallows the exception."""
-DETAIL_LIMIT = 300
 
 
 class CpuBudgetExceeded(BaseException):
@@ -149,9 +148,6 @@ def _send(fd: int, message: Ready | Reply) -> None:
 
 
 def _load(setup: RewardSetup) -> Reward:
-    # Late, so that the supervisor stays small.
-    from rlsloth import plugins
-
     name = setup["name"]
     function = plugins.load(setup["spec"], "rlsloth.rewards")
     if not callable(function):
@@ -225,7 +221,7 @@ def answer(reward: Reward, call: Call) -> Reply:
         reply = failed("raised", str(error))
         reply["user_error"] = str(error)
     except BaseException as error:
-        reply = failed("raised", _words(error))
+        reply = failed("raised", plugins.describe(error))
         reply["retire"] = isinstance(error, MemoryError)
     reply["cpu_seconds"] = time.process_time() - start
     return reply
@@ -278,13 +274,6 @@ def _arguments(reward: Reward, call: Call, log: Log) -> dict[str, Any]:
 
 def _repeat(value: Any, rows: int) -> list[Any]:
     return [copy.deepcopy(value) for _ in range(rows)]
-
-
-def _words(error: BaseException) -> str:
-    """``ValueError: no digits (mine.py:12)``: the error and the line that raised it."""
-    frames = traceback.extract_tb(error.__traceback__)
-    place = f" ({os.path.basename(frames[-1].filename)}:{frames[-1].lineno})" if frames else ""
-    return f"{type(error).__name__}: {error}"[:DETAIL_LIMIT] + place
 
 
 if __name__ == "__main__":
