@@ -41,9 +41,8 @@ def train(cfg: GrpoConfig) -> Path:
         watch = Watch(scorer.names, cfg.loss.mask_truncated, run.history())
         skips = _Skips(cfg.optim.max_skipped)
         for step in run.steps(at.next_step, cfg.steps):
-            torch.manual_seed(
-                derive_seed(cfg.seed, "dropout", step)
-            )  # dropout; sampling has its own generator
+            # For dropout; sampling has a generator of its own.
+            torch.manual_seed(derive_seed(cfg.seed, "dropout", step))
             with run.timed("rollout"), advise("rollout"):
                 prompts = parts.prompts.take(cfg.prompts_per_step)
                 groups = parts.collect(prompts, cfg.group_size, parts.sampling("rollout", step))

@@ -303,7 +303,7 @@ def check_triton_in_interpreter():
 
 def test_triton_kernel_in_its_interpreter():
     # A process of its own: Triton decides at import whether it compiles or interprets, and the rest
-    # of this session imports it to compile.
+    # of this test run imports it to compile.
     pytest.importorskip("triton")
     ran = subprocess.run(
         [sys.executable, inspect.getfile(check_triton_in_interpreter)],
