@@ -8,7 +8,7 @@ SMOLLM2 = $$($(BIN)/python -c "import importlib.util as u, pathlib; \
 
 .PHONY: demo test test-gpu lint clean
 
-# SmolLM2-135M-Instruct learns one-digit sums: about five minutes on two CPU cores.
+# SmolLM2-135M-Instruct learns one-digit sums: about six minutes on two CPU cores.
 demo: .venv/.installed
 	rm -rf runs/demo
 	$(BIN)/rlsloth grpo configs/demo.yaml --model.path "$(SMOLLM2)"
