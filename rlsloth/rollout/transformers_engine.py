@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -179,12 +180,13 @@ class TransformersEngine:
         """Draw the next token of each sequence."""
         at = torch.tensor([(s.number, len(s.token_ids)) for s in sequences], device=self._device)
         tokens, logprobs = draw(logits, uniform[at[:, 0], at[:, 1]], sampling)
-        if not logprobs.isfinite().all():
+        values = logprobs.tolist()
+        if not all(map(math.isfinite, values)):
             raise UserError(
                 f"the model's log-probs are not finite (policy version {self.version}): its "
                 "weights are damaged, or the policy has diverged; lower --optim.lr"
             )
-        drawn = zip(sequences, tokens.tolist(), logprobs.tolist(), strict=True)
+        drawn = zip(sequences, tokens.tolist(), values, strict=True)
         for sequence, token, logprob in drawn:
             sequence.token_ids.append(token)
             sequence.logprobs.append(logprob)
