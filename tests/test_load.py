@@ -12,7 +12,7 @@ from test_probe import engine_of
 from tiny import tiny_llama, tiny_tokenizer
 
 from rlsloth.config import ModelConfig
-from rlsloth.policy.load import load_model
+from rlsloth.policy.load import load_model, pick_device
 from rlsloth.policy.lora import save_adapter
 from rlsloth.policy.optimizer import make_optimizer, resume_schedule
 from rlsloth.probe import probe
@@ -101,3 +101,11 @@ def test_a_resumed_schedule_follows_the_new_settings():
     optimizer.step()
     scheduler.step()
     assert scheduler.get_last_lr() == [pytest.approx(0.5)]
+
+
+@pytest.mark.parametrize("asked", ["auto", "cuda"])
+def test_a_gpu_is_named_by_its_index(asked: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`torch.cuda.set_device` refuses a device without one."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    assert pick_device(asked) == torch.device("cuda", 1)

@@ -34,7 +34,7 @@ class LoadedModel:
 def pick_device(asked: str) -> torch.device:
     """The device of a run: the one asked for, or the first GPU, or the CPU."""
     if asked == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        asked = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(asked)
     except RuntimeError:
@@ -43,6 +43,8 @@ def pick_device(asked: str) -> torch.device:
         ) from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError(f"--model.device {asked}: this torch sees no GPU; run `rlsloth doctor`")
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
     return device
 
 
