@@ -1,0 +1,130 @@
+"""Timing of kernels beside a floor and beside peers, in one process and interleaved."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+Run = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of the table: an operation at one shape."""
+
+    op: str
+    """Folder under kernels/."""
+    shape: str
+    """As people say it: ``T 8192 H 4096 V 128256``."""
+    ours: Run
+    floor: Run
+    """What no version can beat: the bare matrix products, or a copy of the bytes that must move."""
+    floor_name: str
+    peers: dict[str, Callable[[], Run]] = field(default_factory=dict)
+    """By name, what prepares a peer's run; an ImportError says that it is not installed."""
+    error: Callable[[], float] | None = None
+    """Largest error of ours against float64, absolute or relative as the op's bench says."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """A measured case. Times in milliseconds, medians; memory in MiB above what the inputs hold."""
+
+    op: str
+    shape: str
+    name: str
+    """``ours``, ``floor`` (with what it is) or a peer's name."""
+    time: float
+    share: float
+    """The floor's time over this one."""
+    memory: float
+    error: float | None
+
+
+def measure(case: Case, device: torch.device, peers: bool, seconds: float = 1.0) -> list[Result]:
+    """Time floor, ours and the peers in turn, round after round, so that clocks weigh on all alike.
+
+    A peer that is not installed, or that fails at this shape, is named with its reason on stdout.
+    """
+    runs: dict[str, Run] = {f"floor: {case.floor_name}": case.floor, "ours": case.ours}
+    for name, prepare in case.peers.items() if peers else ():
+        try:
+            runs[name] = prepare()
+            runs[name]()
+        except (ImportError, RuntimeError, ValueError, TypeError) as reason:
+            runs.pop(name, None)
+            print(f"{case.op} {case.shape}: no {name}: {str(reason).splitlines()[0][:150]}")
+    memory = {name: peak_bytes(run, device) / 2**20 for name, run in runs.items()}
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    slowest = max(_time(run, device) for run in runs.values())
+    rounds = min(50, max(5, int(seconds / slowest)))
+    for _ in range(rounds):
+        for name, run in runs.items():
+            times[name].append(_time(run, device))
+    middle = {name: 1e3 * statistics.median(all_) for name, all_ in times.items()}
+    floor = next(iter(middle.values()))
+    error = case.error() if case.error is not None else None
+    return [
+        Result(
+            case.op,
+            case.shape,
+            name,
+            middle[name],
+            floor / middle[name],
+            memory[name],
+            error if name == "ours" else None,
+        )
+        for name in runs
+    ]
+
+
+def _time(run: Run, device: torch.device) -> float:
+    """Seconds of one call, by the device's own clock where it has one."""
+    if device.type == "cuda":
+        start = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        return float(start.elapsed_time(end)) / 1e3
+    begin = time.perf_counter()
+    run()
+    return time.perf_counter() - begin
+
+
+def peak_bytes(run: Run, device: torch.device) -> int:
+    """Most bytes that a second call holds at once beyond what was allocated before it; 0 on a CPU.
+
+    The first call compiles and fills caches.
+    """
+    run()
+    if device.type != "cuda":
+        return 0
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    run()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def copy_of(count: int, device: torch.device) -> Run:
+    """A copy that reads and writes ``count`` bytes in all: the floor of what only moves memory."""
+    source = torch.empty(max(count // 2, 1), dtype=torch.uint8, device=device).random_()
+    target = torch.empty_like(source)
+    return lambda: target.copy_(source)
+
+
+def normal(*shape: int, device: torch.device, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
+    """Random numbers, never zeros: a chip multiplies zeros faster."""
+    return (torch.randn(*shape, device=device) * scale).to(dtype)
+
+
+Cases = Callable[[torch.device], Iterator[Case]]
+"""What each ``kernels/<op>/bench.py`` defines as ``cases``: the shapes of its table."""
