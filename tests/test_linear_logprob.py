@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from rlsloth.kernels.linear_logprob import op
-from rlsloth.kernels.linear_logprob.bench import peak_bytes
-from rlsloth.kernels.linear_logprob.op import linear_logprob
+from rlsloth.kernels.linear_logprob.op import HeadLora, linear_logprob, weighted_logprob_sum
 from rlsloth.kernels.linear_logprob.reference import linear_logprob_reference
+from rlsloth.kernels.measure import peak_bytes
 
 CAPPED = {"temperature": 0.7, "softcap": 6.0, "logit_scale": 1.3}
 SETTINGS = [{}, {"temperature": 0.6}, {"logit_scale": 0.25}, {"softcap": 8.0}, CAPPED]
@@ -239,11 +239,104 @@ def test_strided_inputs():
 
 def test_default_chunk_stays_within_its_scratch():
     for vocabulary in (2, 50257, 128256, 262144, 10**9):
-        cpu = op.default_chunk_rows(vocabulary, torch.device("cpu"))
-        gpu = op.default_chunk_rows(vocabulary, torch.device("cuda"))
+        cpu = op.default_chunk_rows(vocabulary, torch.device("cpu"), torch.float32)
         assert cpu == 1 or 8 * cpu * vocabulary <= op.CPU_SCRATCH_BYTES
-        assert gpu == 128 or 4 * gpu * vocabulary <= op.GPU_SCRATCH_BYTES
-        assert gpu % 128 == 0
+        for dtype, size in ((torch.bfloat16, 2), (torch.float16, 8), (torch.float32, 8)):
+            gpu = op.default_chunk_rows(vocabulary, torch.device("cuda"), dtype)
+            assert gpu == 128 or size * gpu * vocabulary <= op.GPU_SCRATCH_BYTES
+            assert gpu % 128 == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_hidden_may_be_overwritten(dtype):
+    hidden, weight, target, gradient = make(21, 16, 777, dtype)
+    grads = []
+    for overwrite in (False, True):
+        leaf = hidden.clone().requires_grad_()
+        result = linear_logprob(leaf, weight, target, chunk_rows=8, overwrite_hidden=overwrite)
+        (grad,) = torch.autograd.grad(result.logprob_N, leaf, gradient)
+        assert (grad.data_ptr() == leaf.data_ptr()) == overwrite
+        grads.append(grad)
+    assert torch.equal(*grads)
+
+
+def test_overwriting_what_the_producer_needs_is_an_error():
+    hidden, weight, target, _ = make(5, 8, 33)
+    produced = hidden.requires_grad_().exp()  # exp's backward reads its result
+    result = linear_logprob(produced, weight, target, overwrite_hidden=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        result.logprob_N.sum().backward()
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+@pytest.mark.parametrize("settings", [{}, CAPPED])
+@pytest.mark.parametrize("chunk_rows", [8, 64])
+def test_weights_known_beforehand(chunk_rows, settings, trainable):
+    hidden, weight, target, gradient = make(37, 24, 1009)
+    gradient[::3] = 0.0
+    bias = torch.randn(1009)
+    outputs, grads = expected(hidden, weight, target, gradient, bias, **settings)
+    leaves = [hidden, *([weight, bias] if trainable else [])]
+    for leaf in leaves:
+        leaf.requires_grad_()
+    total, result = weighted_logprob_sum(
+        hidden, weight, target, gradient, bias_V=bias, chunk_rows=chunk_rows, **settings
+    )
+    for actual, wanted in zip(result, outputs, strict=True):
+        close(actual, wanted)
+        assert not actual.requires_grad
+    close(total, (outputs[0] * gradient.double()).sum())
+    actual_grads = torch.autograd.grad(2.0 * total, leaves, retain_graph=True)
+    for actual, wanted in zip(actual_grads, grads[: len(leaves)], strict=True):
+        close(actual, 2.0 * wanted)
+    assert not actual_grads[0][::3].any()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(total, leaves)
+
+
+@pytest.mark.parametrize("rows", [0, 5])
+def test_no_weight_at_all(rows):
+    hidden, weight, target, _ = make(rows, 8, 33)
+    leaves = [hidden.requires_grad_(), weight.requires_grad_()]
+    total, _ = weighted_logprob_sum(hidden, weight, target, torch.zeros(rows))
+    assert total.item() == 0.0
+    for leaf, grad in zip(leaves, torch.autograd.grad(total, leaves), strict=True):
+        assert torch.equal(grad, torch.zeros_like(leaf))
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_adapter_on_the_head(known):
+    hidden, weight, target, gradient = make(21, 16, 301)
+    a, b = torch.randn(4, 16), torch.randn(301, 4)
+    wide = [x.double().requires_grad_() for x in (hidden, a, b)]
+    merged = weight.double() + 0.5 * wide[2] @ wide[1]
+    wanted = linear_logprob_reference(wide[0], merged, target)[0]
+    wanted_grads = torch.autograd.grad(wanted, wide, gradient.double())
+    leaves = [x.requires_grad_() for x in (hidden, a, b)]
+    lora = HeadLora(a, b, 0.5)
+    if known:
+        loss, out = weighted_logprob_sum(hidden, weight, target, gradient, lora=lora, chunk_rows=8)
+        logprob = out.logprob_N
+    else:
+        logprob = linear_logprob(hidden, weight, target, lora=lora, chunk_rows=8).logprob_N
+        loss = (logprob * gradient).sum()
+    close(logprob, wanted)
+    for actual, expected_grad in zip(torch.autograd.grad(loss, leaves), wanted_grads, strict=True):
+        close(actual, expected_grad, 2e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (torch.zeros(3, dtype=torch.float64), r"row_weight_N is torch.float64 \[3\], expected"),
+        (torch.zeros(4), r"row_weight_N is torch.float32 \[4\], expected torch.float32 \[3\]"),
+        (torch.zeros(3, device="meta"), "row_weight_N is on meta, not cpu"),
+    ],
+)
+def test_bad_row_weights_are_named(change, message):
+    hidden, weight, target, _ = make(3, 4, 9)
+    with pytest.raises(ValueError, match=message):
+        weighted_logprob_sum(hidden, weight, target, change)
 
 
 @pytest.mark.parametrize(
@@ -277,31 +370,63 @@ def test_bad_input_is_named(change, error, message):
 
 
 def check_triton_in_interpreter():
-    """The whole op through the Triton kernel. Vocabularies: below, at and above one block."""
-    from rlsloth.kernels.linear_logprob import triton
-
-    assert triton.BLOCK == 8192
-    for vocabulary in (1, 2, 129, 8192, 8193, 20001):
+    """The whole op through the Triton kernels. Vocabularies: below, at and above one tile."""
+    for vocabulary in (1, 2, 127, 128, 300, 1025):
         for settings in ({}, CAPPED):
-            for dtype in (torch.float32, torch.bfloat16, torch.float16):
-                hidden, weight, target, gradient = make(7, 12, vocabulary, dtype)
+            for with_bias in (False, True):
+                hidden, weight, target, gradient = make(7, 24, vocabulary, torch.bfloat16)
+                bias = torch.randn(vocabulary).bfloat16() if with_bias else None
                 target[0], target[1] = 0, vocabulary - 1
-                outputs, (wanted, _) = expected(hidden, weight, target, gradient, **settings)
-                hidden.requires_grad_()
-                result = linear_logprob(hidden, weight, target, chunk_rows=4, **settings)
-                for actual, output in zip(result, outputs, strict=True):
-                    close(actual, output)
-                with torch.no_grad():
-                    again = linear_logprob(hidden, weight, target, chunk_rows=4, **settings)
-                assert torch.equal(again.logprob_N, result.logprob_N)
-                (actual,) = torch.autograd.grad(result.logprob_N, hidden, gradient)
-                rounding = 1e-5 if dtype == torch.float32 else 4 * torch.finfo(dtype).eps
-                close(actual, wanted, rounding)
-    test_extreme_logits_and_ties()
-    print("the Triton kernel agrees")
+                check_fused(hidden, weight, target, gradient, bias, settings)
+    hidden, weight, target, gradient = make(131, 72, 200, torch.bfloat16)  # more rows than a tile's
+    check_fused(hidden, weight, target, gradient, None, {})
+    check_fused_extremes()
+    print("the Triton kernels agree")
 
 
-def test_triton_kernel_in_its_interpreter():
+def check_fused(hidden, weight, target, gradient, bias, settings):
+    outputs, grads = expected(hidden, weight, target, gradient, bias, **settings)
+    hidden.requires_grad_()
+    rows = 4 if len(hidden) < 100 else 1024
+    for trainable in (False, True):
+        weight.requires_grad_(trainable)
+        if bias is not None:
+            bias.requires_grad_(trainable)
+        result = linear_logprob(hidden, weight, target, bias_V=bias, chunk_rows=rows, **settings)
+        for actual, output in zip(result, outputs, strict=True):
+            close(actual, output)
+        with torch.no_grad():
+            again = linear_logprob(hidden, weight, target, bias_V=bias, chunk_rows=rows, **settings)
+        assert torch.equal(again.logprob_N, result.logprob_N)
+        leaves = [hidden, *([weight, *([] if bias is None else [bias])] if trainable else [])]
+        for actual, wanted in zip(
+            torch.autograd.grad(result.logprob_N, leaves, gradient), grads, strict=False
+        ):
+            close(actual, wanted, 4 * torch.finfo(torch.bfloat16).eps)
+
+
+def check_fused_extremes():
+    """Odds beyond any float's range: rows whose tiles need different exponents, and underflow."""
+    logits = torch.zeros(6, 304)
+    logits[0, 7] = 1e4  # the target has it all
+    logits[1, 8] = 1e4  # another token of the target's tile has it all
+    logits[2, 300] = 1e4  # a token of another tile
+    logits[3, 8], logits[3, 300] = 96.0, 100.0  # both tiles are scaled, differently
+    logits[4, ::2], logits[4, 1::2] = -1e4, 1e4
+    logits[5, 7] = 40.0
+    logits = logits.bfloat16()
+    target = torch.full((6,), 7)
+    weight = torch.eye(304).bfloat16()
+    outputs, (wanted, _) = expected(logits, weight, target, torch.ones(6))
+    hidden = logits.clone().requires_grad_()
+    result = linear_logprob(hidden, weight, target)
+    for actual, output in zip(result, outputs, strict=True):
+        torch.testing.assert_close(actual.double(), output, rtol=1e-5, atol=1e-15)
+    (actual,) = torch.autograd.grad(result.logprob_N, hidden, torch.ones(6))
+    torch.testing.assert_close(actual.double(), wanted, rtol=1e-2, atol=1e-15)
+
+
+def test_triton_kernels_in_their_interpreter():
     # A process of its own: Triton decides at import whether it compiles or interprets, and the rest
     # of this test run imports it to compile.
     pytest.importorskip("triton")
@@ -313,12 +438,12 @@ def test_triton_kernel_in_its_interpreter():
         check=False,
     )
     assert ran.returncode == 0, ran.stderr
-    assert "the Triton kernel agrees" in ran.stdout
+    assert "the Triton kernels agree" in ran.stdout
 
 
-@pytest.mark.parametrize("direction", ["*fp32", "*bf16", "*fp16"])
-def test_triton_kernels_compile_for_a_gpu(direction, tmp_path, monkeypatch):
-    """To machine code for sm_90, without a GPU: the interpreter takes more than the compiler."""
+@pytest.mark.parametrize("capability", [80, 86, 90])
+def test_triton_kernels_compile_for_a_gpu(capability, tmp_path, monkeypatch):
+    """To machine code, without a GPU: the interpreter takes more than the compiler."""
     pytest.importorskip("triton")
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
@@ -326,19 +451,40 @@ def test_triton_kernels_compile_for_a_gpu(direction, tmp_path, monkeypatch):
     from rlsloth.kernels.linear_logprob import triton
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    types = {"logits_ptr": "*fp32", "direction_ptr": direction, "target_ptr": "*i64"}
-    types |= {"stats_ptr": "*fp32", "slope": "fp32", "ceiling": "fp32"}
-    constants = {"VOCABULARY": 50257, "BLOCK": triton.BLOCK, "SOFTCAP": True}
-    for kernel in (triton._statistics_kernel, triton._direction_kernel):
+    tile = triton.TILES.get(capability // 10, triton.PLAIN_TILE)
+    types = {
+        f"{name}_ptr": "*bf16" for name in ("hidden", "weight", "bias", "odds", "out", "tensor")
+    }
+    types |= {
+        f"{name}_ptr": "*fp32" for name in ("stats", "partial", "target_logit", "sum", "scale")
+    }
+    types |= {"target_ptr": "*i64", "slope": "fp32", "ceiling": "fp32"}
+    types |= {
+        "hidden_desc": f"tensordesc<bf16[{tile.rows},{tile.depth}]>",
+        "weight_desc": f"tensordesc<bf16[{tile.columns},{tile.depth}]>",
+        "odds_desc": f"tensordesc<bf16[{tile.rows},{tile.columns}]>",
+    }
+    constants = {"ROWS": tile.rows, "COLUMNS": tile.columns, "DEPTH": tile.depth}
+    constants |= {"INTERPRETED": False, "SOFTCAP": True, "WIDTH": 576, "BLOCK": 1024, "TILES": 512}
+    for kernel, warps, stages in (
+        (triton._target_kernel, 4, 3),
+        (triton._odds_kernel, tile.warps, tile.stages),
+        (triton._rows_kernel, 4, 3),
+        (triton._finish_kernel, 4, 3),
+        (triton._scale_kernel, 4, 3),
+    ):
         signature = {
             name: "constexpr" if name in constants else types.get(name, "i32")
             for name in kernel.arg_names
         }
-        source = ASTSource(kernel, signature, constexprs=constants)
+        known = {name: value for name, value in constants.items() if name in kernel.arg_names}
         built = compile(
-            source, target=GPUTarget("cuda", 90, 32), options={"num_warps": triton.WARPS}
+            ASTSource(kernel, signature, constexprs=known),
+            target=GPUTarget("cuda", capability, 32),
+            options={"num_warps": warps, "num_stages": stages},
         )
         assert built.asm["cubin"]
+        assert built.metadata.shared <= {80: 163, 86: 99, 90: 227}[capability] * 1024
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
-"""kernels/linear_logprob on a CUDA GPU: cuBLAS products and the compiled Triton row pass."""
+"""kernels/linear_logprob on a CUDA GPU: the fused Triton product and cuBLAS."""
 
 import pytest
 import torch
 
-from rlsloth.kernels.linear_logprob.bench import peak_bytes
-from rlsloth.kernels.linear_logprob.op import linear_logprob
+from rlsloth.kernels.linear_logprob.bench import CHECKED_ROWS, peaked
+from rlsloth.kernels.linear_logprob.op import HeadLora, linear_logprob, weighted_logprob_sum
 from rlsloth.kernels.linear_logprob.reference import linear_logprob_reference
+from rlsloth.kernels.measure import peak_bytes
 
 pytestmark = [
     pytest.mark.gpu,
@@ -52,8 +53,8 @@ def test_equals_float64(vocabulary, dtype, settings):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_direction_in_place_is_free_of_races(dtype):
-    """Rows overwrite their own logits in 16 bits: many rows, many times, bitwise the same."""
+def test_gradients_are_deterministic(dtype):
+    """Many rows, many times, bitwise the same."""
     hidden, weight, target, gradient = make(1024, 128, 151936, dtype)
     grads = []
     for _ in range(5):
@@ -99,3 +100,64 @@ def test_target_is_checked_without_waiting_for_the_device():
         linear_logprob(hidden.requires_grad_(), weight, target).logprob_N.sum().backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize(("width", "vocabulary"), [(4096, 128256), (2048, 151936), (576, 49152)])
+def test_peaked_rows_to_a_thousandth(width, vocabulary):
+    """Top probabilities of 0.01, 0.5 and 0.99 at a logit of 30, the top token the target or not."""
+    torch.manual_seed(0)
+    hidden, weight, target = peaked(
+        CHECKED_ROWS, width, vocabulary, torch.device("cuda"), torch.bfloat16
+    )
+    wide = hidden.double().requires_grad_()
+    wanted = linear_logprob_reference(wide, weight.double(), target)[0]
+    (wanted_grad,) = torch.autograd.grad(wanted.sum(), wide)
+    result = linear_logprob(hidden.requires_grad_(), weight, target)
+    assert (result.logprob_N - wanted).abs().max() < 2e-4
+    (grad,) = torch.autograd.grad(result.logprob_N.sum(), hidden)
+    error = (grad.double() - wanted_grad).norm(dim=1) / wanted_grad.norm(dim=1)
+    assert error.max() < 8e-3
+
+
+def test_overflowing_rows_in_many_tiles():
+    """Targets at log-probabilities far below -60: tiles keep exponents of their own."""
+    hidden, weight, target, gradient = make(300, 256, 50257, torch.bfloat16)
+    target[:] = (hidden @ weight.t()).argmin(1)
+    settings = {"temperature": 0.2}
+    wide = hidden.double().requires_grad_()
+    outputs = linear_logprob_reference(wide, weight.double(), target, **settings)
+    (wanted,) = torch.autograd.grad(outputs[0], wide, gradient.double())
+    assert outputs[0].max() < -100
+    result = linear_logprob(hidden.requires_grad_(), weight, target, chunk_rows=128, **settings)
+    for actual, output in zip(result, outputs, strict=True):
+        torch.testing.assert_close(actual.double(), output, rtol=1e-5, atol=1e-3)
+    (actual,) = torch.autograd.grad(result.logprob_N, hidden, gradient)
+    assert (actual.double() - wanted).abs().max() / wanted.abs().max() < 1e-2
+
+
+@pytest.mark.parametrize("chunk_rows", [128, 1024])
+def test_weights_known_beforehand(chunk_rows):
+    hidden, weight, target, gradient = make(700, 256, 50257, torch.bfloat16)
+    gradient[::3] = 0.0
+    leaves = [hidden.requires_grad_(), weight.requires_grad_()]
+    wide = [x.detach().double().requires_grad_() for x in leaves]
+    wanted = linear_logprob_reference(*wide, target)[0]
+    grads = torch.autograd.grad(wanted, wide, gradient.double())
+    total, result = weighted_logprob_sum(hidden, weight, target, gradient, chunk_rows=chunk_rows)
+    torch.testing.assert_close(result.logprob_N.double(), wanted, rtol=1e-5, atol=1e-4)
+    for actual, expected in zip(torch.autograd.grad(total, leaves), grads, strict=True):
+        assert (actual.double() - expected).abs().max() / expected.abs().max() < 2e-2
+
+
+def test_adapter_on_the_head():
+    hidden, weight, target, gradient = make(300, 256, 50257, torch.bfloat16)
+    a, b = torch.randn(16, 256, device="cuda"), 0.1 * torch.randn(50257, 16, device="cuda")
+    wide = [x.double().requires_grad_() for x in (hidden, a, b)]
+    merged = weight.double() + 0.5 * wide[2] @ wide[1]
+    grads = torch.autograd.grad(
+        linear_logprob_reference(wide[0], merged, target)[0], wide, gradient.double()
+    )
+    leaves = [x.requires_grad_() for x in (hidden, a, b)]
+    out = linear_logprob(hidden, weight, target, lora=HeadLora(a, b, 0.5)).logprob_N
+    for actual, expected in zip(torch.autograd.grad(out, leaves, gradient), grads, strict=True):
+        assert (actual.double() - expected).norm() / expected.norm() < 3e-2

@@ -1,150 +1,134 @@
-"""Time, memory and error of linear_logprob with a frozen head, on whatever device is there.
-
-python -m rlsloth.kernels.linear_logprob.bench --tokens 8192 --hidden 4096 --vocab 128256
-"""
+"""Cases of linear_logprob: frozen head, trained head, and what the peers take for the same."""
 
 from __future__ import annotations
 
-import argparse
-import statistics
-import time
-from collections.abc import Callable
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
 from rlsloth.kernels.linear_logprob.op import linear_logprob
+from rlsloth.kernels.linear_logprob.peers import peers
 from rlsloth.kernels.linear_logprob.reference import linear_logprob_reference
+from rlsloth.kernels.measure import Case, Run
 
-GEMM_ROWS = {"cuda": 4096, "cpu": 256}  # the bare products run in chunks too, at their best
-CHECKED_ROWS = 64
+SHAPES = {
+    "cuda": ((8192, 4096, 128256), (16384, 2048, 151936), (32768, 4096, 128256)),
+    "cpu": ((300, 64, 5003),),
+}
+TRAINED = {"cuda": ((8192, 4096, 128256),), "cpu": ((300, 64, 5003),)}
+FLOOR_ROWS = (1024, 4096)  # the bare products run in chunks too, in the faster of these
+TOPS = (0.01, 0.5, 0.99)
+LARGEST = 30.0
+CHECKED_ROWS = 192
 
 
-def main() -> None:
-    """Print one table."""
-    cuda = torch.cuda.is_available()
-    args = _arguments(cuda)
-    device = torch.device("cuda" if cuda else "cpu")
-    dtype: torch.dtype = getattr(torch, args.dtype)
-    torch.manual_seed(0)
-    hidden_NH = torch.randn(args.tokens, args.hidden, device=device).to(dtype)
-    # Logits of standard deviation 4 reach about +-20, as a trained model's do.
-    weight_VH = (torch.randn(args.vocab, args.hidden, device=device) * 4 / args.hidden**0.5).to(
-        dtype
+def cases(device: torch.device) -> Iterator[Case]:
+    """Forward and backward at the shapes of MEASURED peers; error is that of a log-prob, in nats,
+    over rows whose likeliest token has probability 0.01, 0.5 or 0.99 at a logit of 30, that token
+    and another being the target in turn.
+    """
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    for trained, shapes in ((False, SHAPES), (True, TRAINED)):
+        for tokens, width, vocabulary in shapes[device.type]:
+            torch.manual_seed(0)
+            yield _case(device, dtype, tokens, width, vocabulary, trained)
+
+
+def _case(
+    device: torch.device,
+    dtype: torch.dtype,
+    tokens: int,
+    width: int,
+    vocabulary: int,
+    trained: bool,
+) -> Case:
+    hidden_NH, weight_VH, target_N = peaked(tokens, width, vocabulary, device, dtype)
+    gradient_N = torch.randn(tokens, device=device)
+    work_NH = hidden_NH.clone().requires_grad_()
+    weight_VH.requires_grad_(trained)
+
+    def ours() -> None:
+        with torch.no_grad():
+            work_NH.copy_(hidden_NH)
+        out = linear_logprob(work_NH, weight_VH, target_N, overwrite_hidden=not trained)
+        leaves = [work_NH, weight_VH] if trained else [work_NH]
+        torch.autograd.grad(out.logprob_N, leaves, gradient_N)
+
+    def error() -> float:
+        rows = slice(0, CHECKED_ROWS)
+        expected_N, _, _ = linear_logprob_reference(
+            hidden_NH[rows].double(), weight_VH.detach().double(), target_N[rows]
+        )
+        with torch.no_grad():
+            actual_N = linear_logprob(hidden_NH, weight_VH, target_N).logprob_N[rows]
+        return float((actual_N - expected_N).abs().max())
+
+    head = "trained head" if trained else "frozen head"
+    return Case(
+        "linear_logprob",
+        f"{head}, T {tokens} H {width} V {vocabulary}",
+        ours,
+        _products(hidden_NH, weight_VH.detach(), trained),
+        f"{4 if trained else 2} matrix products",
+        {} if trained else peers(hidden_NH, weight_VH, target_N, gradient_N),
+        error,
     )
-    target_N = torch.randint(0, args.vocab, (args.tokens,), device=device)
-    gradient_N = torch.randn(args.tokens, device=device)
-
-    def evaluate() -> Tensor:
-        return linear_logprob(
-            hidden_NH,
-            weight_VH,
-            target_N,
-            temperature=args.temperature,
-            softcap=args.softcap,
-            chunk_rows=args.chunk_rows,
-        ).logprob_N
-
-    def train() -> None:
-        hidden_NH.requires_grad_()
-        torch.autograd.grad(evaluate(), hidden_NH, gradient_N)
-        hidden_NH.requires_grad_(False)
-
-    floor = measure(_two_products(hidden_NH, weight_VH), device, args.repeat)
-    forward = measure(evaluate, device, args.repeat)
-    both = measure(train, device, args.repeat)
-    peak = peak_bytes(train, device)
-    rows = slice(0, CHECKED_ROWS)
-    expected_N, _, _ = linear_logprob_reference(
-        hidden_NH[rows].double(),
-        weight_VH.double(),
-        target_N[rows],
-        temperature=args.temperature,
-        softcap=args.softcap,
-    )
-    error = (evaluate()[rows] - expected_N).abs().max().item()
-
-    name = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
-    gradient = hidden_NH.nbytes / 2**20
-    print(f"{name}  torch {torch.__version__}  {args.dtype}")
-    print(f"tokens {args.tokens}  hidden {args.hidden}  vocabulary {args.vocab}")
-    print(f"two bare GEMMs                {1e3 * floor:10.2f} ms")
-    print(f"forward, no gradient          {1e3 * forward:10.2f} ms")
-    print(f"forward + backward            {1e3 * both:10.2f} ms  ({floor / both:.0%} of the GEMMs)")
-    print(f"peak memory above inputs      {peak / 2**20:10.1f} MiB (gradient: {gradient:.1f})")
-    print(f"largest error of a log-prob   {error:10.1e} (of {CHECKED_ROWS}, against float64)")
 
 
-def _arguments(cuda: bool) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--tokens", type=int, default=8192 if cuda else 800)
-    parser.add_argument("--hidden", type=int, default=4096 if cuda else 576)
-    parser.add_argument("--vocab", type=int, default=128256 if cuda else 49152)
-    parser.add_argument(
-        "--dtype",
-        choices=("float32", "bfloat16", "float16"),
-        default="bfloat16" if cuda else "float32",
-    )
-    parser.add_argument("--temperature", type=float, default=1.0)
-    parser.add_argument("--softcap", type=float)
-    parser.add_argument("--chunk-rows", type=int)
-    parser.add_argument("--repeat", type=int, default=10 if cuda else 5)
-    return parser.parse_args()
+def peaked(
+    tokens: int, width: int, vocabulary: int, device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Hidden states, head and targets: row n's top token has probability ``TOPS[n % 3]`` at a
+    logit of 30, and is the target of every other three rows.
+    """
+    weight_VH = (torch.randn(vocabulary, width, device=device) / width**0.5).to(dtype)
+    top_N = torch.randint(0, vocabulary, (tokens,), device=device)
+    share_N = torch.tensor(TOPS, device=device)[torch.arange(tokens, device=device) % len(TOPS)]
+    # The others' logsumexp, ln V + s^2 / 2 for normal logits of deviation s, is what leaves p.
+    others_N = LARGEST - torch.logit(share_N)
+    deviation_N = (2 * (others_N - torch.tensor(float(vocabulary)).log())).clamp_min(0.1).sqrt()
+    hidden_NH = torch.randn(tokens, width, device=device) * deviation_N[:, None]
+    top_NH = weight_VH[top_N].float()
+    missing_N = LARGEST - (hidden_NH * top_NH).sum(1)
+    hidden_NH += (missing_N / top_NH.square().sum(1))[:, None] * top_NH
+    other_N = torch.randint(0, vocabulary, (tokens,), device=device)
+    is_top_N = torch.arange(tokens, device=device) // len(TOPS) % 2 == 0
+    return hidden_NH.to(dtype), weight_VH, torch.where(is_top_N, top_N, other_N)
 
 
-def measure(run: Callable[[], object], device: torch.device, repeat: int) -> float:
-    """Median seconds of a call, after one that warms up."""
-    seconds = []
-    for _ in range(repeat + 1):
-        _synchronize(device)
-        start = time.perf_counter()
+def _products(hidden_NH: Tensor, weight_VH: Tensor, trained: bool) -> Run:
+    """The bare products. A trained head's gradient is summed in float32, over all rows at once."""
+    runs = [_chunked(hidden_NH, weight_VH, rows, trained) for rows in FLOOR_ROWS]
+    if not hidden_NH.is_cuda:
+        return runs[0]
+    times = []
+    for run in runs:
         run()
-        _synchronize(device)
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds[1:])
-
-
-def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
-    """Most bytes that a call holds at once beyond what was allocated before it."""
-    if device.type == "cuda":
-        _synchronize(device)
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        start.record()
         run()
-        _synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        run()
-    assert profiler.profiler is not None
-    assert profiler.profiler.kineto_results is not None
-    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return runs[times.index(min(times))]
 
 
-def _two_products(hidden_NH: Tensor, weight_VH: Tensor) -> Callable[[], None]:
-    count, size = hidden_NH.shape[0], GEMM_ROWS[hidden_NH.device.type]
-    chunks = [hidden_NH[i : i + size] for i in range(0, count, size)]
-    logits_RV = hidden_NH.new_empty(chunks[0].shape[0], weight_VH.shape[0])
-    product_RH = torch.empty_like(chunks[0])
+def _chunked(hidden_NH: Tensor, weight_VH: Tensor, size: int, trained: bool) -> Run:
+    chunks = torch.split(hidden_NH, size)
+    width, vocabulary = hidden_NH.shape[1], weight_VH.shape[0]
+    precise = {"out_dtype": torch.float32} if hidden_NH.is_cuda else {}
 
     def run() -> None:
+        logits_RV = hidden_NH.new_empty(chunks[0].shape[0], vocabulary)
+        product_RH = torch.empty_like(chunks[0])
+        grad_VH = hidden_NH.new_empty(vocabulary, width, dtype=torch.float32) if trained else None
         for rows_RH in chunks:
             rows = slice(0, rows_RH.shape[0])
-            torch.mm(rows_RH, weight_VH.t(), out=logits_RV[rows])
+            for _ in range(2 if trained else 1):
+                torch.mm(rows_RH, weight_VH.t(), out=logits_RV[rows])
             torch.mm(logits_RV[rows], weight_VH, out=product_RH[rows])
+            if grad_VH is not None:
+                torch.mm(logits_RV[rows].t(), rows_RH, out=grad_VH, **precise)
 
     return run
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-if __name__ == "__main__":
-    main()

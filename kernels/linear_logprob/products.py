@@ -20,31 +20,37 @@ def project(hidden_RH: Tensor, weight_VH: Tensor, out_RV: Tensor) -> None:
             torch.mm(hidden_RH, weight_VH[block].float().t(), out=out_RV[:, block])
 
 
-def multiply(direction_RV: Tensor, weight_VH: Tensor, out_RH: Tensor) -> None:
-    """``direction @ weight``, rounded once to the output's dtype."""
+def multiply(odds_RV: Tensor, weight_VH: Tensor) -> Tensor:
+    """``odds @ weight``, [R, H] float32."""
     if not weight_VH.is_cuda:
         # Block by block also in float32: CPU libraries sum a product of few rows one term after the
         # other, which at V = 150,000 is off by 1e-4.
-        sum_RH = torch.zeros_like(out_RH, dtype=torch.float32)
+        sum_RH = odds_RV.new_zeros(odds_RV.shape[0], weight_VH.shape[1], dtype=torch.float32)
         for block in _blocks(weight_VH):
-            sum_RH += direction_RV[:, block].float() @ weight_VH[block].float()
-        out_RH.copy_(sum_RH)
-    elif weight_VH.dtype == torch.float32:
-        torch.mm(direction_RV, weight_VH, out=out_RH)
-    else:
-        # Asking for a 16-bit product would let cuBLAS sum its splits of the vocabulary in 16 bits.
-        out_RH.copy_(torch.mm(direction_RV, weight_VH, out_dtype=torch.float32))
+            sum_RH += odds_RV[:, block].float() @ weight_VH[block].float()
+        return sum_RH
+    if weight_VH.dtype == torch.float32:
+        return odds_RV @ weight_VH
+    # A 16-bit result would be rounded before the target's row is subtracted, and would let cuBLAS
+    # sum its splits of the vocabulary in 16 bits.
+    return torch.mm(odds_RV.to(weight_VH.dtype), weight_VH, out_dtype=torch.float32)
 
 
-def accumulate(direction_RV: Tensor, factor_RK: Tensor, sum_VK: Tensor) -> None:
-    """``sum += direction.T @ factor`` for float32 ``factor`` and ``sum``."""
-    if direction_RV.dtype == torch.float32:
-        sum_VK.addmm_(direction_RV.t(), factor_RK)
-    elif direction_RV.is_cuda:
-        factor_RK = factor_RK.to(direction_RV.dtype)
-        torch.addmm(sum_VK, direction_RV.t(), factor_RK, out_dtype=torch.float32, out=sum_VK)
-    else:
-        sum_VK.addmm_(direction_RV.float().t(), factor_RK)
+def add_transposed(
+    odds_RV: Tensor, factor_RK: Tensor, sum_VK: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """``sum + odds.T @ factor`` in ``dtype``, in place where there is a sum."""
+    if not odds_RV.is_cuda or odds_RV.dtype == torch.float32:
+        odds_RV, factor_RK = odds_RV.float(), factor_RK.float()
+        if sum_VK is None:
+            return (odds_RV.t() @ factor_RK).to(dtype)
+        return sum_VK.addmm_(odds_RV.t(), factor_RK)
+    factor_RK = factor_RK.to(odds_RV.dtype)
+    if sum_VK is not None:
+        return torch.addmm(sum_VK, odds_RV.t(), factor_RK, out_dtype=torch.float32, out=sum_VK)
+    if dtype == odds_RV.dtype:
+        return odds_RV.t() @ factor_RK
+    return torch.mm(odds_RV.t(), factor_RK, out_dtype=dtype)
 
 
 def _blocks(weight_VH: Tensor) -> list[slice]:

@@ -1,52 +1,172 @@
-"""The row pass of linear_logprob in Triton: statistics, then the gradient's direction in place."""
+"""The fused forward of linear_logprob: logits that never leave the registers of their tile.
+
+A persistent matrix product ``hidden @ weight.T`` whose epilogue turns float32 logits into odds
+against the target, ``exp(z_v - z_target)``, stores them as bfloat16 for the gradient's product, and
+leaves per row and tile three float32 partial sums. No logit is ever rounded to 16 bits, none is
+written, and a row needs no second pass: odds take no maximum. Where a tile holds odds above
+``2**LIMIT`` (a target of log-probability -60 or less) it divides them by its own largest and notes
+the exponent; ``_rows_kernel`` brings such rows to one scale.
+"""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-BLOCK, WARPS = 8192, 8  # the fastest of BLOCK 4096-32768 and 8-32 warps on an H200: 3.7 TB/s
+LOG2E = tl.constexpr(1.4426950408889634)
+LIMIT = tl.constexpr(86.0)  # odds up to 2**86 are summed as they are: V * 2**86 is far from 2**127
+HIDDEN_BLOCK = 1024
 
 
-def row_pass(
-    logits_RV: Tensor,
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """How the product is cut: rows x columns x depth, and what runs it."""
+
+    rows: int
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+
+
+PLAIN_TILE = Tile(128, 128, 64, warps=8, stages=2)
+TILES = {9: Tile(128, 256, 64, warps=8, stages=3)}
+"""By major compute capability; the fastest of those tried on such a card (docs/LOG.md)."""
+
+
+@cache
+def tile_of(device: torch.device) -> Tile:
+    """The tile for a device."""
+    if device.type == "cpu":  # interpreted
+        return PLAIN_TILE
+    return TILES.get(torch.cuda.get_device_capability(device)[0], PLAIN_TILE)
+
+
+@cache
+def _processors(device: torch.device) -> int:
+    if device.type == "cpu":  # interpreted
+        return 2
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def odds(
+    hidden_RH: Tensor,
+    weight_VH: Tensor,
+    bias_V: Tensor | None,
     target_R: Tensor,
+    odds_RV: Tensor,
     stats_4R: Tensor,
     slope: float,
     ceiling: float | None,
-    direction_dtype: torch.dtype | None,
-) -> Tensor:
-    """What ``op.row_pass_torch`` does, on a GPU or in Triton's interpreter.
+    tile: Tile | None = None,
+) -> None:
+    """What ``odds.odds_torch`` does, for bfloat16 inputs whose rows are multiples of 16 bytes.
 
-    The direction is a view of the logits' own storage in ``direction_dtype``. None leaves it out.
+    ``odds_RV`` [R, V] bfloat16 (its rows 16-byte aligned) and ``stats_4R`` are written.
     """
-    rows, vocabulary = logits_RV.shape
-    shared = (target_R, stats_4R, stats_4R.stride(0), slope, ceiling or 1.0)
-    options = {
-        "VOCABULARY": vocabulary,
-        "BLOCK": min(BLOCK, triton.next_power_of_2(vocabulary)),
-        "SOFTCAP": ceiling is not None,
-        "num_warps": WARPS,
-    }
+    rows, width = hidden_RH.shape
+    vocabulary = weight_VH.shape[0]
+    tile = tile or tile_of(hidden_RH.device)
+    tiles = triton.cdiv(vocabulary, tile.columns)
+    partial_3RT = hidden_RH.new_empty(3, rows, tiles, dtype=torch.float32)
     # Triton launches on the current device.
-    with torch.cuda.device_of(logits_RV):  # type: ignore[no-untyped-call]
-        # Two kernels, not one: with and without gradient the statistics must be bitwise the same,
-        # and one kernel with a switch is compiled into two that add in different orders.
-        _statistics_kernel[(rows,)](logits_RV, logits_RV.stride(0), *shared, **options)
-        if direction_dtype is None:
-            return logits_RV
-        direction_RV = logits_RV.view(direction_dtype)[:, :vocabulary]
-        _direction_kernel[(rows,)](
-            logits_RV,
-            logits_RV.stride(0),
-            direction_RV,
-            direction_RV.stride(0),
-            *shared,
-            **options,
+    with torch.cuda.device_of(hidden_RH):  # type: ignore[no-untyped-call]
+        _target_kernel[(rows,)](
+            hidden_RH,
+            hidden_RH.stride(0),
+            weight_VH,
+            weight_VH.stride(0),
+            bias_V,
+            target_R,
+            stats_4R[3],
+            slope,
+            ceiling or 1.0,
+            WIDTH=width,
+            BLOCK=min(HIDDEN_BLOCK, triton.next_power_of_2(width)),
+            SOFTCAP=ceiling is not None,
+            num_warps=4,
         )
-    return direction_RV
+        programs = min(_processors(hidden_RH.device), triton.cdiv(rows, tile.rows) * tiles)
+        _odds_kernel[(programs,)](
+            TensorDescriptor.from_tensor(hidden_RH, [tile.rows, tile.depth]),
+            TensorDescriptor.from_tensor(weight_VH, [tile.columns, tile.depth]),
+            TensorDescriptor.from_tensor(odds_RV, [tile.rows, tile.columns]),
+            bias_V,
+            target_R,
+            stats_4R[3],
+            partial_3RT,
+            rows,
+            vocabulary,
+            width,
+            tiles,
+            programs,
+            slope,
+            ceiling or 1.0,
+            ROWS=tile.rows,
+            COLUMNS=tile.columns,
+            DEPTH=tile.depth,
+            SOFTCAP=ceiling is not None,
+            INTERPRETED=not hidden_RH.is_cuda,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+        )
+        _rows_kernel[(rows,)](
+            partial_3RT,
+            partial_3RT.stride(0),
+            tiles,
+            odds_RV,
+            odds_RV.stride(0),
+            stats_4R,
+            stats_4R.stride(0),
+            vocabulary,
+            TILES=triton.next_power_of_2(tiles),
+            COLUMNS=tile.columns,
+            num_warps=4,
+        )
+
+
+def finish(
+    sum_RH: Tensor,
+    weight_VH: Tensor,
+    target_R: Tensor,
+    stats_4R: Tensor,
+    ceiling: float | None,
+    out_RH: Tensor,
+) -> None:
+    """``out = sum / total - weight[target] * cap_slope``, rounded once."""
+    rows, width = sum_RH.shape
+    with torch.cuda.device_of(sum_RH):  # type: ignore[no-untyped-call]
+        _finish_kernel[(rows, triton.cdiv(width, HIDDEN_BLOCK))](
+            sum_RH,
+            sum_RH.stride(0),
+            weight_VH,
+            weight_VH.stride(0),
+            target_R,
+            stats_4R,
+            stats_4R.stride(0),
+            out_RH,
+            out_RH.stride(0),
+            width,
+            ceiling or 1.0,
+            BLOCK=HIDDEN_BLOCK,
+            SOFTCAP=ceiling is not None,
+            num_warps=4,
+        )
+
+
+def scale_rows(tensor_RH: Tensor, scale_R: Tensor) -> None:
+    """Multiply rows in place by float32 factors; torch's own takes four times as long for bf16."""
+    rows, width = tensor_RH.shape
+    with torch.cuda.device_of(tensor_RH):  # type: ignore[no-untyped-call]
+        _scale_kernel[(rows, triton.cdiv(width, HIDDEN_BLOCK))](
+            tensor_RH, tensor_RH.stride(0), scale_R, width, BLOCK=HIDDEN_BLOCK, num_warps=4
+        )
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -60,74 +180,185 @@ def _scaled(
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _statistics_kernel(
-    logits_ptr: tl.tensor,
-    logits_stride: tl.tensor,
+def _target_kernel(
+    hidden_ptr: tl.tensor,
+    hidden_stride: tl.tensor,
+    weight_ptr: tl.tensor,
+    weight_stride: tl.tensor,
+    bias_ptr: tl.tensor,
     target_ptr: tl.tensor,
-    stats_ptr: tl.tensor,
-    stats_stride: tl.tensor,
+    out_ptr: tl.tensor,
     slope: tl.tensor,
     ceiling: tl.tensor,
-    VOCABULARY: tl.constexpr,
+    WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
     SOFTCAP: tl.constexpr,
 ) -> None:
-    FLOOR: tl.constexpr = -3.0e38  # finite: exp gives 0, and 0 * FLOOR is 0 where 0 * -inf is NaN
     row = tl.program_id(0)
-    logits_ptr += row.to(tl.int64) * logits_stride
     target = tl.load(target_ptr + row)
-    top = FLOOR
-    total = 0.0
-    weighted = 0.0
-    for start in range(0, VOCABULARY, BLOCK):
+    hidden_ptr += row.to(tl.int64) * hidden_stride
+    weight_ptr += target * weight_stride
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, WIDTH, BLOCK):
         column = start + tl.arange(0, BLOCK)
-        raw = tl.load(logits_ptr + column, mask=column < VOCABULARY, other=0.0)
-        z = _scaled(raw, slope, ceiling, SOFTCAP)
-        z = tl.where((column < VOCABULARY) & (column != target), z, FLOOR)
-        new_top = tl.maximum(top, tl.max(z, axis=0))
-        shrink = tl.exp(top - new_top)
-        e = tl.exp(z - new_top)
-        weighted = shrink * (weighted + (top - new_top) * total)
-        weighted += tl.sum(e * (z - new_top), axis=0)
-        total = shrink * total + tl.sum(e, axis=0)
-        top = new_top
-    tl.store(stats_ptr + row, top)
-    tl.store(stats_ptr + stats_stride + row, total)
-    tl.store(stats_ptr + 2 * stats_stride + row, weighted / total)
-    z_target = _scaled(tl.load(logits_ptr + target), slope, ceiling, SOFTCAP)
-    tl.store(stats_ptr + 3 * stats_stride + row, z_target)
+        hidden = tl.load(hidden_ptr + column, mask=column < WIDTH, other=0.0).to(tl.float32)
+        weight = tl.load(weight_ptr + column, mask=column < WIDTH, other=0.0).to(tl.float32)
+        total += hidden * weight
+    raw = tl.sum(total, axis=0)
+    if bias_ptr is not None:
+        raw += tl.load(bias_ptr + target).to(tl.float32)
+    tl.store(out_ptr + row, _scaled(raw, slope, ceiling, SOFTCAP))
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _direction_kernel(
-    logits_ptr: tl.tensor,
-    logits_stride: tl.tensor,
-    direction_ptr: tl.tensor,
-    direction_stride: tl.tensor,
+def _odds_kernel(
+    hidden_desc: tl.tensor,
+    weight_desc: tl.tensor,
+    odds_desc: tl.tensor,
+    bias_ptr: tl.tensor,
+    target_ptr: tl.tensor,
+    target_logit_ptr: tl.tensor,
+    partial_ptr: tl.tensor,
+    rows: tl.tensor,
+    vocabulary: tl.tensor,
+    width: tl.tensor,
+    column_tiles: tl.tensor,
+    programs: tl.tensor,
+    slope: tl.tensor,
+    ceiling: tl.tensor,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+) -> None:
+    EXCLUDED: tl.constexpr = -1.0e30  # finite: exp2 gives 0, and 0 * EXCLUDED is 0
+    row_tiles = tl.cdiv(rows, ROWS)
+    plane = rows.to(tl.int64) * column_tiles
+    for index in range(tl.program_id(0), row_tiles * column_tiles, programs):
+        # Rows run fastest: all row tiles of a chunk meet the same columns of the weight in L2.
+        row_tile = index % row_tiles
+        column_tile = index // row_tiles
+        logits = tl.zeros((ROWS, COLUMNS), tl.float32)
+        for start in range(0, width, DEPTH):
+            hidden = hidden_desc.load([row_tile * ROWS, start])
+            weight = weight_desc.load([column_tile * COLUMNS, start])
+            if INTERPRETED:  # Triton's interpreter multiplies the bits of bfloat16 as integers
+                hidden = hidden.to(tl.float32)
+                weight = weight.to(tl.float32)
+            logits = tl.dot(hidden, weight.T, logits)
+        row = row_tile * ROWS + tl.arange(0, ROWS)
+        column = column_tile * COLUMNS + tl.arange(0, COLUMNS)
+        inside = row < rows
+        target = tl.load(target_ptr + row, mask=inside, other=-1).to(tl.int32)
+        reference = tl.load(target_logit_ptr + row, mask=inside, other=0.0)
+        if bias_ptr is not None:
+            bias = tl.load(bias_ptr + column, mask=column < vocabulary, other=0.0)
+            logits += bias.to(tl.float32)[None, :]
+        # Exponents of 2: one multiply-add a logit.
+        if SOFTCAP:
+            z = _scaled(logits, slope, ceiling, SOFTCAP)
+            power = z * LOG2E - (reference * LOG2E)[:, None]
+        else:
+            power = logits * (slope * LOG2E) - (reference * LOG2E)[:, None]
+        left_out = (column[None, :] == target[:, None]) | (column >= vocabulary)[None, :]
+        power = tl.where(left_out, EXCLUDED, power)
+        top = tl.max(power, axis=1)
+        shift = tl.where(top > LIMIT, top, 0.0)
+        power -= shift[:, None]
+        odds = tl.exp2(power)
+        partial = partial_ptr + row.to(tl.int64) * column_tiles + column_tile
+        tl.store(partial, shift, mask=inside)
+        tl.store(partial + plane, tl.sum(odds, axis=1), mask=inside)
+        tl.store(partial + 2 * plane, tl.sum(odds * power, axis=1), mask=inside)
+        if SOFTCAP:
+            odds *= 1.0 - (z / ceiling) * (z / ceiling)
+        odds_desc.store([row_tile * ROWS, column_tile * COLUMNS], odds.to(odds_desc.dtype))
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _rows_kernel(
+    partial_ptr: tl.tensor,
+    plane: tl.tensor,
+    tiles: tl.tensor,
+    odds_ptr: tl.tensor,
+    odds_stride: tl.tensor,
+    stats_ptr: tl.tensor,
+    stats_stride: tl.tensor,
+    vocabulary: tl.tensor,
+    TILES: tl.constexpr,
+    COLUMNS: tl.constexpr,
+) -> None:
+    TINY: tl.constexpr = 1.0e-38  # where all odds underflow: log-prob -1e-38, gradient 0
+    row = tl.program_id(0)
+    partial_ptr += row.to(tl.int64) * tiles
+    tile = tl.arange(0, TILES)
+    shift = tl.load(partial_ptr + tile, mask=tile < tiles, other=0.0)
+    total = tl.load(partial_ptr + plane + tile, mask=tile < tiles, other=0.0)
+    weighted = tl.load(partial_ptr + 2 * plane + tile, mask=tile < tiles, other=0.0)
+    last = tl.max(shift, axis=0)
+    if tl.max(tl.where((tile < tiles) & (shift != last), 1, 0), axis=0) == 1:
+        odds_ptr += row.to(tl.int64) * odds_stride
+        for index in range(tiles):
+            factor = tl.exp2(tl.load(partial_ptr + index) - last)
+            column = index * COLUMNS + tl.arange(0, COLUMNS)
+            odds = tl.load(odds_ptr + column, mask=column < vocabulary, other=0.0)
+            odds = (odds.to(tl.float32) * factor).to(odds_ptr.dtype.element_ty)
+            tl.store(odds_ptr + column, odds, mask=column < vocabulary)
+    factor = tl.exp2(shift - last)
+    weighted = tl.sum(factor * (weighted + (shift - last) * total), axis=0)
+    total = tl.maximum(tl.sum(factor * total, axis=0), TINY)
+    reference = tl.load(stats_ptr + 3 * stats_stride + row)
+    tl.store(stats_ptr + row, reference + last / LOG2E)
+    tl.store(stats_ptr + stats_stride + row, total)
+    tl.store(stats_ptr + 2 * stats_stride + row, weighted / total / LOG2E)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _finish_kernel(
+    sum_ptr: tl.tensor,
+    sum_stride: tl.tensor,
+    weight_ptr: tl.tensor,
+    weight_stride: tl.tensor,
     target_ptr: tl.tensor,
     stats_ptr: tl.tensor,
     stats_stride: tl.tensor,
-    slope: tl.tensor,
+    out_ptr: tl.tensor,
+    out_stride: tl.tensor,
+    width: tl.tensor,
     ceiling: tl.tensor,
-    VOCABULARY: tl.constexpr,
     BLOCK: tl.constexpr,
     SOFTCAP: tl.constexpr,
 ) -> None:
-    row = tl.program_id(0)
-    logits_ptr += row.to(tl.int64) * logits_stride
-    direction_ptr += row.to(tl.int64) * direction_stride
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     target = tl.load(target_ptr + row)
-    top = tl.load(stats_ptr + row)
     total = tl.load(stats_ptr + stats_stride + row)
-    for start in range(0, VOCABULARY, BLOCK):
-        column = start + tl.arange(0, BLOCK)
-        inside = column < VOCABULARY
-        raw = tl.load(logits_ptr + column, mask=inside, other=0.0)
-        z = _scaled(raw, slope, ceiling, SOFTCAP)
-        direction = tl.where(column == target, -1.0, tl.exp(z - top) / total)
-        if SOFTCAP:
-            direction *= 1.0 - (z / ceiling) * (z / ceiling)
-        # A 16-bit block lands on logits of this or an earlier block: all warps must have read.
-        tl.debug_barrier()
-        direction = direction.to(direction_ptr.dtype.element_ty)
-        tl.store(direction_ptr + column, direction, mask=inside)
+    sums = tl.load(sum_ptr + row * sum_stride + column, mask=column < width, other=0.0)
+    weight = tl.load(weight_ptr + target * weight_stride + column, mask=column < width, other=0.0)
+    weight = weight.to(tl.float32)
+    if SOFTCAP:
+        z = tl.load(stats_ptr + 3 * stats_stride + row)
+        weight *= 1.0 - (z / ceiling) * (z / ceiling)
+    direction = sums / total - weight
+    tl.store(
+        out_ptr + row * out_stride + column,
+        direction.to(out_ptr.dtype.element_ty),
+        mask=column < width,
+    )
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _scale_kernel(
+    tensor_ptr: tl.tensor,
+    stride: tl.tensor,
+    scale_ptr: tl.tensor,
+    width: tl.tensor,
+    BLOCK: tl.constexpr,
+) -> None:
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    pointer = tensor_ptr + row * stride + column
+    value = tl.load(pointer, mask=column < width, other=0.0).to(tl.float32)
+    value *= tl.load(scale_ptr + row)
+    tl.store(pointer, value.to(tensor_ptr.dtype.element_ty), mask=column < width)

@@ -1,0 +1,228 @@
+"""Gradients of linear_logprob: a row scale for a frozen head, two more products for a trained one.
+
+With p the softmax over the tokens other than the target, ``dlogp/dz = -(1 - exp(logp)) * (p -
+onehot(target))``. The bracket times the head is the *direction*; products see only its first term,
+as odds, and the target's row of the head is subtracted in float32.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.autograd.graph import increment_version
+
+from rlsloth.kernels.linear_logprob.odds import (
+    Head,
+    chunks,
+    coefficient,
+    empty_stats,
+    outputs,
+)
+from rlsloth.kernels.linear_logprob.products import add_transposed, multiply
+
+
+class FrozenHead(torch.autograd.Function):
+    """The direction [N, H] is made in the forward; the backward scales its rows."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_NH: Tensor, target_N: Tensor, head: Head, overwrite: bool
+    ) -> tuple[Tensor, ...]:
+        stats_4N = empty_stats(hidden_NH)
+        direction_NH = hidden_NH if overwrite else _contiguous_like(hidden_NH)
+        for rows, odds_RV in chunks(head, hidden_NH, target_N, stats_4N):
+            sum_RH = multiply(odds_RV, head.weight_VH)
+            _finish(head, sum_RH, target_N[rows], stats_4N[:, rows], direction_NH[rows])
+        if overwrite:
+            increment_version(hidden_NH)
+        result = outputs(stats_4N)
+        ctx.head = head
+        ctx.save_for_backward(direction_NH, coefficient(result[0], head))
+        ctx.mark_non_differentiable(*result[1:])
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_N: Tensor, *_: Tensor) -> tuple[Tensor, None, None, None]:
+        direction_NH, coefficient_N = ctx.saved_tensors
+        # In place: at long context a second [N, H] would be the largest tensor here. A second
+        # backward through the same graph trips autograd's version check.
+        _scale_rows(ctx.head, direction_NH, grad_N * coefficient_N)
+        increment_version(direction_NH)
+        return direction_NH, None, None, None
+
+
+class TrainableHead(torch.autograd.Function):
+    """Statistics in the forward; the backward makes the odds anew: four products.
+
+    ``trained_VK`` is the head's last K columns, those that want a gradient: all of it, or a LoRA's
+    second factor beside the frozen rest.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_NH: Tensor,
+        trained_VK: Tensor,
+        bias_V: Tensor | None,
+        target_N: Tensor,
+        head: Head,
+    ) -> tuple[Tensor, ...]:
+        stats_4N = empty_stats(hidden_NH)
+        for _ in chunks(head, hidden_NH, target_N, stats_4N):
+            pass
+        result = outputs(stats_4N)
+        # Saved though head holds them too: autograd then notices a weight changed in between.
+        ctx.save_for_backward(hidden_NH, trained_VK, bias_V, target_N, coefficient(result[0], head))
+        ctx.head = head
+        ctx.mark_non_differentiable(*result[1:])
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_N: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        hidden_NH, trained_VK, bias_V, target_N, coefficient_N = ctx.saved_tensors
+        grads = _Gradients(ctx.head, hidden_NH, trained_VK, bias_V, ctx.needs_input_grad)
+        stats_4N = empty_stats(hidden_NH)
+        scale_N = grad_N * coefficient_N
+        for rows, odds_RV in chunks(ctx.head, hidden_NH, target_N, stats_4N):
+            grads.add(rows, odds_RV, target_N[rows], stats_4N[:, rows], scale_N[rows])
+        return *grads.results(), None, None
+
+
+class WeightedSum(torch.autograd.Function):
+    """``sum(weight_n * logp_n)`` and its gradients in one pass: three products for a trained head.
+
+    A frozen head takes one product for every row and a second for rows of nonzero weight.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_NH: Tensor,
+        trained_VK: Tensor,
+        bias_V: Tensor | None,
+        target_N: Tensor,
+        row_weight_N: Tensor,
+        head: Head,
+    ) -> tuple[Tensor, ...]:
+        # Rows of weight 0 go last: whole chunks of them need no gradient.
+        order_N = torch.argsort((row_weight_N == 0).to(torch.int8), stable=True)
+        active = int(torch.count_nonzero(row_weight_N))
+        sorted_NH, target_N = hidden_NH[order_N], target_N[order_N]
+        stats_4N = empty_stats(hidden_NH)
+        grads = _Gradients(head, sorted_NH, trained_VK, bias_V, ctx.needs_input_grad)
+        for rows, odds_RV in chunks(head, sorted_NH, target_N, stats_4N):
+            kept = slice(rows.start, max(rows.start, min(rows.stop, active)))
+            count = kept.stop - kept.start
+            if count:
+                stats_4R = stats_4N[:, kept]
+                scale_R = row_weight_N[order_N[kept]] * coefficient(outputs(stats_4R)[0], head)
+                grads.add(kept, odds_RV[:count], target_N[kept], stats_4R, scale_R)
+        grad_hidden, grad_trained, grad_bias = grads.results()
+        if grad_hidden is not None:
+            grad_hidden[active:] = 0.0
+            sorted_NH[order_N] = grad_hidden
+            grad_hidden = sorted_NH
+        result = [torch.empty_like(stat_N) for stat_N in outputs(stats_4N)]
+        for unsorted_N, sorted_N in zip(result, outputs(stats_4N), strict=True):
+            unsorted_N[order_N] = sorted_N
+        ctx.save_for_backward(grad_hidden, grad_trained, grad_bias)
+        ctx.mark_non_differentiable(*result)
+        return (result[0] * row_weight_N).sum(), *result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        scaled = [None if g is None else g.mul_(grad.to(g.dtype)) for g in ctx.saved_tensors]
+        return *scaled, None, None, None
+
+
+class _Gradients:
+    """Gradients of hidden states, trained columns and bias, gathered chunk by chunk."""
+
+    def __init__(
+        self,
+        head: Head,
+        hidden_NH: Tensor,
+        trained_VK: Tensor,
+        bias_V: Tensor | None,
+        needs: tuple[bool, ...],
+    ) -> None:
+        self.head = head
+        self.factor_NK = hidden_NH[:, hidden_NH.shape[1] - trained_VK.shape[1] :]
+        self.hidden = _contiguous_like(hidden_NH) if needs[0] else None
+        self.needs_trained, self.needs_bias = needs[1], needs[2]
+        # Over several chunks sums are kept in float32; one chunk's product is rounded once.
+        self.whole = hidden_NH.shape[0] <= head.chunk_rows
+        self.dtype = head.weight_VH.dtype
+        self.trained: Tensor | None = None
+        self.bias: Tensor | None = None
+
+    def add(
+        self, rows: slice, odds_RV: Tensor, target_R: Tensor, stats_4R: Tensor, scale_R: Tensor
+    ) -> None:
+        """Add rows whose gradient is ``scale * (odds / total - onehot(target)) @ ...``."""
+        if self.hidden is not None:
+            sum_RH = multiply(odds_RV, self.head.weight_VH)
+            _finish(self.head, sum_RH, target_R, stats_4R, self.hidden[rows])
+            _scale_rows(self.head, self.hidden[rows], scale_R)
+        # With its target in place a row of odds is the whole gradient, up to a row scale.
+        target_odds_R1 = -(stats_4R[1] * _cap_slope(self.head, stats_4R))[:, None]
+        odds_RV.scatter_(1, target_R[:, None], target_odds_R1.to(odds_RV.dtype))
+        scale_R1 = (scale_R / stats_4R[1])[:, None]
+        out_dtype = self.dtype if self.whole else torch.float32
+        if self.needs_trained:
+            factor_RK = self.factor_NK[rows] * scale_R1
+            self.trained = add_transposed(odds_RV, factor_RK, self.trained, out_dtype)
+        if self.needs_bias:
+            self.bias = add_transposed(odds_RV, scale_R1, self.bias, torch.float32)
+
+    def results(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """In the order and the dtype of the inputs."""
+        vocabulary, columns = self.head.weight_VH.shape[0], self.factor_NK.shape[1]
+        trained, bias = self.trained, self.bias
+        if self.needs_trained and trained is None:  # no row
+            trained = self.factor_NK.new_zeros(vocabulary, columns)
+        if self.needs_bias and bias is None:
+            bias = self.factor_NK.new_zeros(vocabulary, 1)
+        return (
+            self.hidden,
+            None if trained is None else trained.to(self.dtype),
+            None if bias is None else bias[:, 0].to(self.dtype),
+        )
+
+
+def _finish(head: Head, sum_RH: Tensor, target_R: Tensor, stats_4R: Tensor, out_RH: Tensor) -> None:
+    """Write the direction: ``sum / total - cap_slope * weight[target]``."""
+    if head.fused:
+        from rlsloth.kernels.linear_logprob import triton
+
+        triton.finish(sum_RH, head.weight_VH, target_R, stats_4R, head.ceiling, out_RH)
+        return
+    target_RH = head.weight_VH[target_R].float()
+    sum_RH.div_(stats_4R[1, :, None])
+    out_RH.copy_(sum_RH.sub_(target_RH.mul_(_cap_slope(head, stats_4R)[:, None])))
+
+
+def _scale_rows(head: Head, tensor_RH: Tensor, scale_R: Tensor) -> None:
+    if head.fused:
+        from rlsloth.kernels.linear_logprob import triton
+
+        triton.scale_rows(tensor_RH, scale_R)
+    else:
+        tensor_RH.mul_(scale_R[:, None])
+
+
+def _cap_slope(head: Head, stats_4R: Tensor) -> Tensor:
+    """The softcap's slope at the target's logit, [R]; ones without a softcap."""
+    if head.ceiling is None:
+        return torch.ones_like(stats_4R[3])
+    return 1 - (stats_4R[3] / head.ceiling).square()
+
+
+def _contiguous_like(tensor: Tensor) -> Tensor:
+    return torch.empty_like(tensor, memory_format=torch.contiguous_format)

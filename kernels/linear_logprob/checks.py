@@ -1,0 +1,69 @@
+"""What linear_logprob refuses, before anything is launched."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def check(
+    hidden_NH: Tensor,
+    weight_VH: Tensor,
+    target_N: Tensor,
+    bias_V: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    logit_scale: float,
+    chunk_rows: int | None,
+) -> None:
+    """Raise TypeError or ValueError, in one line, for what linear_logprob cannot take."""
+    named = {"hidden_NH": hidden_NH, "weight_VH": weight_VH, "target_N": target_N}
+    shapes = [2, 2, 1]
+    if bias_V is not None:
+        named["bias_V"] = bias_V
+        shapes.append(1)
+    for (name, tensor), dimensions in zip(named.items(), shapes, strict=True):
+        if tensor.dim() != dimensions:
+            raise ValueError(f"{name} has {tensor.dim()} dimensions, expected {dimensions}")
+        if tensor.device != hidden_NH.device:
+            raise ValueError(f"{name} is on {tensor.device}, hidden_NH on {hidden_NH.device}")
+        if name == "target_N" and tensor.dtype != torch.int64:
+            raise TypeError(f"target_N is {tensor.dtype}, expected torch.int64")
+        if name != "target_N" and (tensor.dtype not in DTYPES or tensor.dtype != hidden_NH.dtype):
+            raise TypeError(
+                f"{name} is {tensor.dtype}, hidden_NH {hidden_NH.dtype}: "
+                "both must be float32, bfloat16 or float16, and the same"
+            )
+    (count, width), vocabulary = hidden_NH.shape, weight_VH.shape[0]
+    if weight_VH.shape[1] != width:
+        raise ValueError(f"weight_VH has hidden size {weight_VH.shape[1]}, hidden_NH {width}")
+    if target_N.shape[0] != count:
+        raise ValueError(f"target_N has {target_N.shape[0]} rows, hidden_NH {count}")
+    if bias_V is not None and bias_V.shape[0] != vocabulary:
+        raise ValueError(f"bias_V has {bias_V.shape[0]} entries, weight_VH {vocabulary} rows")
+    for setting, value in (("temperature", temperature), ("softcap", softcap)):
+        if value is not None and not 0.0 < value < float("inf"):
+            raise ValueError(f"{setting} is {value}, expected a positive number")
+    if not 0.0 < abs(logit_scale) < float("inf"):
+        raise ValueError(f"logit_scale is {logit_scale}, expected a finite number other than 0")
+    if chunk_rows is not None and chunk_rows < 1:
+        raise ValueError(f"chunk_rows is {chunk_rows}, expected 1 or more")
+    inside = ((target_N >= 0) & (target_N < vocabulary)).all()
+    message = f"target_N holds a token outside the vocabulary of {vocabulary}"
+    if target_N.is_cuda:
+        torch._assert_async(inside, message)
+    elif not inside:
+        raise ValueError(message)
+
+
+def check_row_weight(row_weight_N: Tensor, hidden_NH: Tensor) -> None:
+    """The same for the weights of weighted_logprob_sum."""
+    if row_weight_N.dtype != torch.float32 or row_weight_N.shape != hidden_NH.shape[:1]:
+        raise ValueError(
+            f"row_weight_N is {row_weight_N.dtype} {list(row_weight_N.shape)}, expected "
+            f"torch.float32 [{hidden_NH.shape[0]}]"
+        )
+    if row_weight_N.device != hidden_NH.device:
+        raise ValueError(f"row_weight_N is on {row_weight_N.device}, not {hidden_NH.device}")
