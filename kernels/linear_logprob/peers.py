@@ -5,9 +5,10 @@ Only their public entry points; nothing here is used outside the bench.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from importlib import import_module
 
 import torch
 from torch import Tensor
@@ -40,10 +41,10 @@ def peers(
 
 
 def _unsloth(weight_VH: Tensor, target_N: Tensor) -> Callable[[Tensor], Tensor]:
-    import os
-
     os.environ.setdefault("UNSLOTH_IS_PRESENT", "1")  # its parts refuse to be imported alone
-    from unsloth_zoo.fused_losses.fused_linear import fused_linear_logprobs
+    fused_linear_logprobs = import_module(
+        "unsloth_zoo.fused_losses.fused_linear"
+    ).fused_linear_logprobs
 
     def logprob(hidden_NH: Tensor) -> Tensor:
         out: Tensor = fused_linear_logprobs(hidden_NH, weight_VH, target_N)
@@ -53,26 +54,22 @@ def _unsloth(weight_VH: Tensor, target_N: Tensor) -> Callable[[Tensor], Tensor]:
 
 
 def _trl(weight_VH: Tensor, target_N: Tensor) -> Callable[[Tensor], Tensor]:
-    from trl.kernels.chunked_logprob import ChunkedLogProbFunction
-
-    apply: Any = ChunkedLogProbFunction.apply
+    apply = import_module("trl.kernels.chunked_logprob").ChunkedLogProbFunction.apply
     return lambda hidden_NH: apply(hidden_NH, weight_VH, None, target_N, 1.0, 32768, None, 1.0, ())[
         0
     ]
 
 
 def _liger(weight_VH: Tensor, target_N: Tensor) -> Callable[[Tensor], Tensor]:
-    from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
-
-    apply: Any = LigerFusedLinearCrossEntropyFunction.apply
+    module = import_module("liger_kernel.ops.fused_linear_cross_entropy")
+    apply = module.LigerFusedLinearCrossEntropyFunction.apply
     return lambda hidden_NH: (
         -apply(hidden_NH, weight_VH, target_N, None, None, -100, 0.0, 0.0, "none")[0]
     )
 
 
 def _cce(weight_VH: Tensor, target_N: Tensor) -> Callable[[Tensor], Tensor]:
-    from cut_cross_entropy import linear_cross_entropy
-
+    linear_cross_entropy = import_module("cut_cross_entropy").linear_cross_entropy
     return lambda hidden_NH: (
         -linear_cross_entropy(hidden_NH, weight_VH, target_N, reduction="none", filter_eps=None)
     )
