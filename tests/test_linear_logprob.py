@@ -239,10 +239,10 @@ def test_strided_inputs():
 
 def test_default_chunk_stays_within_its_scratch():
     for vocabulary in (2, 50257, 128256, 262144, 10**9):
-        cpu = op.default_chunk_rows(vocabulary, torch.device("cpu"), torch.float32)
+        cpu = op.most_rows(vocabulary, torch.device("cpu"), torch.float32)
         assert cpu == 1 or 8 * cpu * vocabulary <= op.CPU_SCRATCH_BYTES
         for dtype, size in ((torch.bfloat16, 2), (torch.float16, 8), (torch.float32, 8)):
-            gpu = op.default_chunk_rows(vocabulary, torch.device("cuda"), dtype)
+            gpu = op.most_rows(vocabulary, torch.device("cuda"), dtype)
             assert gpu == 128 or size * gpu * vocabulary <= op.GPU_SCRATCH_BYTES
             assert gpu % 128 == 0
 

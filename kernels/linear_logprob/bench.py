@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from rlsloth.kernels.linear_logprob.op import linear_logprob
+from rlsloth.kernels.linear_logprob.op import linear_logprob, weighted_logprob_sum
 from rlsloth.kernels.linear_logprob.peers import peers
 from rlsloth.kernels.linear_logprob.reference import linear_logprob_reference
 from rlsloth.kernels.measure import Case, Run
@@ -29,10 +29,11 @@ def cases(device: torch.device) -> Iterator[Case]:
     and another being the target in turn.
     """
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    for trained, shapes in ((False, SHAPES), (True, TRAINED)):
-        for tokens, width, vocabulary in shapes[device.type]:
-            torch.manual_seed(0)
-            yield _case(device, dtype, tokens, width, vocabulary, trained)
+    for shape in SHAPES[device.type]:
+        yield _case(device, dtype, *shape, trained=False, known=False)
+    for shape in TRAINED[device.type]:
+        for trained, known in ((True, False), (True, True), (False, True)):
+            yield _case(device, dtype, *shape, trained=trained, known=known)
 
 
 def _case(
@@ -41,19 +42,28 @@ def _case(
     tokens: int,
     width: int,
     vocabulary: int,
+    *,
     trained: bool,
+    known: bool,
 ) -> Case:
+    torch.manual_seed(0)
     hidden_NH, weight_VH, target_N = peaked(tokens, width, vocabulary, device, dtype)
     gradient_N = torch.randn(tokens, device=device)
+    if known and not trained:
+        gradient_N[tokens // 2 :] = 0.0
     work_NH = hidden_NH.clone().requires_grad_()
     weight_VH.requires_grad_(trained)
+    leaves = [work_NH, weight_VH] if trained else [work_NH]
 
     def ours() -> None:
         with torch.no_grad():
             work_NH.copy_(hidden_NH)
         out = linear_logprob(work_NH, weight_VH, target_N, overwrite_hidden=not trained)
-        leaves = [work_NH, weight_VH] if trained else [work_NH]
         torch.autograd.grad(out.logprob_N, leaves, gradient_N)
+
+    def ours_known() -> None:
+        total, _ = weighted_logprob_sum(work_NH, weight_VH, target_N, gradient_N)
+        torch.autograd.grad(total, leaves)
 
     def error() -> float:
         rows = slice(0, CHECKED_ROWS)
@@ -64,14 +74,17 @@ def _case(
             actual_N = linear_logprob(hidden_NH, weight_VH, target_N).logprob_N[rows]
         return float((actual_N - expected_N).abs().max())
 
-    head = "trained head" if trained else "frozen head"
+    name = "trained head" if trained else "frozen head"
+    if known:
+        name += ", known weights" if trained else ", known weights, half of them 0"
+    products = {(False, False): 2, (False, True): 1.5, (True, True): 3, (True, False): 4}
     return Case(
         "linear_logprob",
-        f"{head}, T {tokens} H {width} V {vocabulary}",
-        ours,
-        _products(hidden_NH, weight_VH.detach(), trained),
-        f"{4 if trained else 2} matrix products",
-        {} if trained else peers(hidden_NH, weight_VH, target_N, gradient_N),
+        f"{name}, T {tokens} H {width} V {vocabulary}",
+        ours_known if known else ours,
+        _products(hidden_NH, weight_VH.detach(), trained, known),
+        f"{products[trained, known]:g} matrix products",
+        {} if trained or known else peers(hidden_NH, weight_VH, target_N, gradient_N),
         error,
     )
 
@@ -97,9 +110,9 @@ def peaked(
     return hidden_NH.to(dtype), weight_VH, torch.where(is_top_N, top_N, other_N)
 
 
-def _products(hidden_NH: Tensor, weight_VH: Tensor, trained: bool) -> Run:
+def _products(hidden_NH: Tensor, weight_VH: Tensor, trained: bool, known: bool) -> Run:
     """The bare products. A trained head's gradient is summed in float32, over all rows at once."""
-    runs = [_chunked(hidden_NH, weight_VH, rows, trained) for rows in FLOOR_ROWS]
+    runs = [_chunked(hidden_NH, weight_VH, rows, trained, known) for rows in FLOOR_ROWS]
     if not hidden_NH.is_cuda:
         return runs[0]
     times = []
@@ -114,20 +127,24 @@ def _products(hidden_NH: Tensor, weight_VH: Tensor, trained: bool) -> Run:
     return runs[times.index(min(times))]
 
 
-def _chunked(hidden_NH: Tensor, weight_VH: Tensor, size: int, trained: bool) -> Run:
+def _chunked(hidden_NH: Tensor, weight_VH: Tensor, size: int, trained: bool, known: bool) -> Run:
     chunks = torch.split(hidden_NH, size)
     width, vocabulary = hidden_NH.shape[1], weight_VH.shape[0]
     precise = {"out_dtype": torch.float32} if hidden_NH.is_cuda else {}
+    forwards = 2 if trained and not known else 1
+    # Weights known to be 0 spare half the rows a frozen head's second product.
+    backward_rows = hidden_NH.shape[0] // 2 if known and not trained else hidden_NH.shape[0]
 
     def run() -> None:
         logits_RV = hidden_NH.new_empty(chunks[0].shape[0], vocabulary)
         product_RH = torch.empty_like(chunks[0])
         grad_VH = hidden_NH.new_empty(vocabulary, width, dtype=torch.float32) if trained else None
-        for rows_RH in chunks:
+        for index, rows_RH in enumerate(chunks):
             rows = slice(0, rows_RH.shape[0])
-            for _ in range(2 if trained else 1):
+            for _ in range(forwards):
                 torch.mm(rows_RH, weight_VH.t(), out=logits_RV[rows])
-            torch.mm(logits_RV[rows], weight_VH, out=product_RH[rows])
+            if index * size < backward_rows:
+                torch.mm(logits_RV[rows], weight_VH, out=product_RH[rows])
             if grad_VH is not None:
                 torch.mm(logits_RV[rows].t(), rows_RH, out=grad_VH, **precise)
 
