@@ -33,13 +33,12 @@ def main() -> None:
     """Measure what was asked for and print one table."""
     args = _arguments()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    base = _of_revision(args.base, args.ops) if args.base else []
     results = run(args.ops, device, args.peers)
     if args.json:
         print(json.dumps([dataclasses.asdict(result) for result in results]))
         return
-    if args.base:
-        results = beside(results, _of_revision(args.base, args.ops))
-    lines = table(results)
+    lines = table(beside(results, base))
     print("\n".join(lines))
     if args.write:
         write(lines)
@@ -50,12 +49,16 @@ def _arguments() -> argparse.Namespace:
         prog="python -m rlsloth.kernels.bench", description=(__doc__ or "").split("\n\n")[0]
     )
     known = sorted(path.parent.name for path in HERE.glob("*/bench.py"))
-    parser.add_argument("ops", nargs="*", choices=[[], *known], default=known, metavar="op")
+    parser.add_argument("ops", nargs="*", metavar="op", help=f"of {', '.join(known)}; all if none")
     parser.add_argument("--peers", action="store_true", help="time other projects' kernels too")
     parser.add_argument("--base", metavar="REV", help="time another git revision's kernels too")
     parser.add_argument("--write", action="store_true", help="write the table to kernels/README.md")
     parser.add_argument("--json", action="store_true", help="print results as JSON, no table")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if unknown := sorted(set(args.ops) - set(known)):
+        parser.error(f"no kernel {unknown[0]!r}; there are {', '.join(known)}")
+    args.ops = args.ops or known
+    return args
 
 
 def run(ops: list[str], device: torch.device, peers: bool) -> list[Result]:
@@ -78,9 +81,10 @@ def _of_revision(revision: str, ops: list[str]) -> list[Result]:
         tree = Path(folder) / "tree"
         git = ["git", "-C", str(root), "worktree"]
         subprocess.run([*git, "add", "--detach", "-q", str(tree), revision], check=True)
+        there = [op for op in ops if (tree / "kernels" / op / "bench.py").exists()]
         try:
             ran = subprocess.run(
-                [sys.executable, "-P", "-m", "rlsloth.kernels.bench", *ops, "--json"],
+                [sys.executable, "-P", "-m", "rlsloth.kernels.bench", *there, "--json"],
                 env=os.environ | {"PYTHONPATH": f"{tree}:{os.environ.get('PYTHONPATH', '')}"},
                 capture_output=True,
                 text=True,

@@ -58,9 +58,9 @@ def measure(case: Case, device: torch.device, peers: bool, seconds: float = 1.0)
         try:
             runs[name] = prepare()
             runs[name]()
-        except (ImportError, RuntimeError, ValueError, TypeError) as reason:
+        except Exception as reason:
             runs.pop(name, None)
-            print(f"{case.op} {case.shape}: no {name}: {str(reason).splitlines()[0][:150]}")
+            print(f"{case.op} {case.shape}: no {name}: {repr(reason)[:200]}")
     memory = {name: peak_bytes(run, device) / 2**20 for name, run in runs.items()}
     times: dict[str, list[float]] = {name: [] for name in runs}
     slowest = max(_time(run, device) for run in runs.values())

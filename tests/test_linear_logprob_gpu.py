@@ -50,6 +50,9 @@ def test_equals_float64(vocabulary, dtype, settings):
             # A sum's rounding scales with its largest terms, not with what is left of it.
             error = (actual.double() - wanted).abs().max() / wanted.abs().max()
             assert error.item() < rounding
+            if actual is not None and actual.shape == hidden.shape:
+                rows = (actual.double() - wanted).norm(dim=1) / wanted.norm(dim=1)
+                assert rows.max().item() < 4 * rounding
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -89,7 +92,7 @@ def test_peak_memory_does_not_grow_with_rows():
 
     small, large = overhead(4 * rows), overhead(32 * rows)
     assert large - small < 28 * rows * 256  # [N] vectors; a row of logits is 513,024 bytes
-    assert large < 1.1 * rows * vocabulary * 4
+    assert large < 1.1 * rows * vocabulary * 2
 
 
 def test_target_is_checked_without_waiting_for_the_device():
@@ -112,9 +115,11 @@ def test_peaked_rows_to_a_thousandth(width, vocabulary):
     wide = hidden.double().requires_grad_()
     wanted = linear_logprob_reference(wide, weight.double(), target)[0]
     (wanted_grad,) = torch.autograd.grad(wanted.sum(), wide)
-    result = linear_logprob(hidden.requires_grad_(), weight, target)
+    # As the policy does; the clone is what may be overwritten.
+    work = hidden.clone().requires_grad_()
+    result = linear_logprob(work, weight, target, overwrite_hidden=True)
     assert (result.logprob_N - wanted).abs().max() < 2e-4
-    (grad,) = torch.autograd.grad(result.logprob_N.sum(), hidden)
+    (grad,) = torch.autograd.grad(result.logprob_N.sum(), work)
     error = (grad.double() - wanted_grad).norm(dim=1) / wanted_grad.norm(dim=1)
     assert error.max() < 8e-3
 
@@ -145,8 +150,8 @@ def test_weights_known_beforehand(chunk_rows):
     grads = torch.autograd.grad(wanted, wide, gradient.double())
     total, result = weighted_logprob_sum(hidden, weight, target, gradient, chunk_rows=chunk_rows)
     torch.testing.assert_close(result.logprob_N.double(), wanted, rtol=1e-5, atol=1e-4)
-    for actual, expected in zip(torch.autograd.grad(total, leaves), grads, strict=True):
-        assert (actual.double() - expected).abs().max() / expected.abs().max() < 2e-2
+    for actual, expected in zip(torch.autograd.grad(total / 3, leaves), grads, strict=True):
+        assert (3 * actual.double() - expected).abs().max() / expected.abs().max() < 2e-2
 
 
 def test_adapter_on_the_head():
@@ -161,3 +166,13 @@ def test_adapter_on_the_head():
     out = linear_logprob(hidden, weight, target, lora=HeadLora(a, b, 0.5)).logprob_N
     for actual, expected in zip(torch.autograd.grad(out, leaves, gradient), grads, strict=True):
         assert (actual.double() - expected).norm() / expected.norm() < 3e-2
+
+
+def test_strided_targets_and_a_broken_head():
+    hidden, weight, target, _ = make(300, 256, 50257, torch.bfloat16)
+    wanted = linear_logprob(hidden, weight, target).logprob_N
+    strided = torch.stack((target, target), 1)[:, 0]
+    assert torch.equal(linear_logprob(hidden, weight, strided).logprob_N, wanted)
+    weight[7] = float("nan")
+    target[target == 7] = 8
+    assert linear_logprob(hidden, weight, target).logprob_N.isnan().all()

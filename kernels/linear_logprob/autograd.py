@@ -108,13 +108,15 @@ class WeightedSum(torch.autograd.Function):
         target_N: Tensor,
         row_weight_N: Tensor,
         head: Head,
+        with_gradients: bool,
     ) -> tuple[Tensor, ...]:
         # Rows of weight 0 go last: whole chunks of them need no gradient.
         order_N = torch.argsort((row_weight_N == 0).to(torch.int8), stable=True)
-        active = int(torch.count_nonzero(row_weight_N))
+        active = int(torch.count_nonzero(row_weight_N)) if with_gradients else 0
         sorted_NH, target_N = hidden_NH[order_N], target_N[order_N]
         stats_4N = empty_stats(hidden_NH)
-        grads = _Gradients(head, sorted_NH, trained_VK, bias_V, ctx.needs_input_grad)
+        needs = tuple(with_gradients and need for need in ctx.needs_input_grad)
+        grads = _Gradients(head, sorted_NH, trained_VK, bias_V, needs)
         for rows, odds_RV in chunks(head, sorted_NH, target_N, stats_4N):
             kept = slice(rows.start, max(rows.start, min(rows.stop, active)))
             count = kept.stop - kept.start
@@ -132,13 +134,16 @@ class WeightedSum(torch.autograd.Function):
             unsorted_N[order_N] = sorted_N
         ctx.save_for_backward(grad_hidden, grad_trained, grad_bias)
         ctx.mark_non_differentiable(*result)
-        return (result[0] * row_weight_N).sum(), *result
+        # What a weight of 0 leaves out may be NaN.
+        terms_N = torch.where(row_weight_N == 0, 0.0, result[0] * row_weight_N)
+        return terms_N.sum(), *result
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        scaled = [None if g is None else g.mul_(grad.to(g.dtype)) for g in ctx.saved_tensors]
-        return *scaled, None, None, None
+        # As a vector of one: a bare number would be rounded to the gradients' 16 bits first.
+        scaled = [None if g is None else g.mul_(grad.reshape(1)) for g in ctx.saved_tensors]
+        return *scaled, None, None, None, None
 
 
 class _Gradients:

@@ -58,6 +58,19 @@ def check(
         raise ValueError(message)
 
 
+def check_lora(a_RH: Tensor, b_VR: Tensor, weight_VH: Tensor) -> None:
+    """The same for an adapter on the head."""
+    expected = {"a_RH": (a_RH, [a_RH.shape[0], weight_VH.shape[1]])}
+    expected["b_VR"] = (b_VR, [weight_VH.shape[0], a_RH.shape[0]])
+    for name, (tensor, shape) in expected.items():
+        if list(tensor.shape) != shape:
+            raise ValueError(f"{name} is {list(tensor.shape)}, expected {shape}")
+        if tensor.device != weight_VH.device:
+            raise ValueError(f"{name} is on {tensor.device}, weight_VH on {weight_VH.device}")
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name} is {tensor.dtype}, expected a floating dtype")
+
+
 def check_row_weight(row_weight_N: Tensor, hidden_NH: Tensor) -> None:
     """The same for the weights of weighted_logprob_sum."""
     if row_weight_N.dtype != torch.float32 or row_weight_N.shape != hidden_NH.shape[:1]:
@@ -67,3 +80,5 @@ def check_row_weight(row_weight_N: Tensor, hidden_NH: Tensor) -> None:
         )
     if row_weight_N.device != hidden_NH.device:
         raise ValueError(f"row_weight_N is on {row_weight_N.device}, not {hidden_NH.device}")
+    if row_weight_N.requires_grad:
+        raise ValueError("row_weight_N requires grad: it gets none here; detach it")

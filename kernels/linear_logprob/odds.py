@@ -34,9 +34,13 @@ class Head:
         """
         # TRITON_INTERPRET is Triton's own switch: kernels then run on CPU tensors.
         runs = self.weight_VH.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
-        weight = self.weight_VH
-        rows_fit = weight.shape[1] % 8 == 0 and weight.is_contiguous()
-        return runs and weight.dtype == torch.bfloat16 and rows_fit
+        return runs and self.weight_VH.dtype == torch.bfloat16 and aligned(self.weight_VH)
+
+
+def aligned(matrix: Tensor) -> bool:
+    """Whether the copy engine takes it: dense rows that begin at multiples of 16 bytes."""
+    strides_fit = matrix.stride(1) == 1 and matrix.stride(0) * matrix.element_size() % 16 == 0
+    return strides_fit and matrix.data_ptr() % 16 == 0
 
 
 def empty_stats(hidden_NH: Tensor) -> Tensor:
@@ -102,7 +106,7 @@ def odds_torch(
     cap_slope_RV = None
     if ceiling is not None:
         z.div_(ceiling).tanh_()
-        cap_slope_RV = 1 - z.square()
+        cap_slope_RV = z.square().neg_().add_(1)
         z.mul_(ceiling)
     z_target_R1 = z.gather(1, target_R1)
     z.scatter_(1, target_R1, FLOOR)

@@ -13,15 +13,15 @@ which loses no digit when the policy is certain; only ``p`` is ever rounded to 1
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from rlsloth.kernels.linear_logprob.autograd import FrozenHead, TrainableHead, WeightedSum
-from rlsloth.kernels.linear_logprob.checks import check, check_row_weight
-from rlsloth.kernels.linear_logprob.odds import Head, chunks, empty_stats, outputs
+from rlsloth.kernels.linear_logprob.checks import check, check_lora, check_row_weight
+from rlsloth.kernels.linear_logprob.odds import Head, aligned, chunks, empty_stats, outputs
 
 CPU_ROWS = 256  # from here on the products run at the speed of whole ones
 CPU_SCRATCH_BYTES = 256 << 20
@@ -67,9 +67,8 @@ def linear_logprob(
 
     ``logits = softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap) / temperature``,
     the tanh only where a softcap is given. Logits and statistics are float32 whatever the inputs
-    are. One chunk of ``chunk_rows`` rows of them is held at a time (default:
-    ``_chunk_rows``). The
-    same inputs give bitwise the same log-probs with and without gradient.
+    are, autocast or not. One chunk of rows of them is held at a time. The same inputs give bitwise
+    the same log-probs with and without gradient.
 
     With a frozen head the backward scales the saved direction in place: a graph can be
     differentiated once.
@@ -80,7 +79,9 @@ def linear_logprob(
             recomputes the logits and sums their gradients in float32.
         target_N: int64 in [0, V).
         bias_V: like hidden_NH.
-        lora: an adapter on the head, in any dtype; the weight is then frozen.
+        lora: an adapter on the head, in any floating dtype; the weight is then frozen, and copied
+            beside the adapter at each call.
+        chunk_rows: rows held at a time, instead of a choice by the device's memory.
         overwrite_hidden: keep the gradient's direction where hidden_NH was, if the head is frozen:
             nobody may read hidden_NH afterwards, its own producer's backward included.
 
@@ -90,23 +91,24 @@ def linear_logprob(
             such a target fails as a device-side assertion instead: no call waits for the device.
     """
     check(hidden_NH, weight_VH, target_N, bias_V, temperature, softcap, logit_scale, chunk_rows)
-    hidden_NH, trained_VK, head = _prepare(
-        hidden_NH, weight_VH, bias_V, lora, temperature, softcap, logit_scale, chunk_rows
-    )
-    trainable = trained_VK.requires_grad or (bias_V is not None and bias_V.requires_grad)
-    if not torch.is_grad_enabled() or not (trainable or hidden_NH.requires_grad):
-        stats_4N = empty_stats(hidden_NH)
-        for _ in chunks(head, hidden_NH.detach(), target_N, stats_4N):
-            pass
-        result = outputs(stats_4N)
-    elif trainable:
-        result = TrainableHead.apply(  # type: ignore[no-untyped-call]
-            hidden_NH, trained_VK, bias_V, target_N, head
-        )
-    else:
-        result = FrozenHead.apply(  # type: ignore[no-untyped-call]
-            hidden_NH, target_N, head, overwrite_hidden
-        )
+    transform = _Transform(temperature, softcap, logit_scale)
+    with torch.autocast(hidden_NH.device.type, enabled=False):
+        inputs = _prepare(hidden_NH, weight_VH, target_N, bias_V, lora, transform, chunk_rows)
+        hidden_NH, trained_VK, target_N, head = inputs
+        trainable = trained_VK.requires_grad or (bias_V is not None and bias_V.requires_grad)
+        if not torch.is_grad_enabled() or not (trainable or hidden_NH.requires_grad):
+            stats_4N = empty_stats(hidden_NH)
+            for _ in chunks(head, hidden_NH.detach(), target_N, stats_4N):
+                pass
+            result = outputs(stats_4N)
+        elif trainable:
+            result = TrainableHead.apply(  # type: ignore[no-untyped-call]
+                hidden_NH, trained_VK, bias_V, target_N, head
+            )
+        else:
+            result = FrozenHead.apply(  # type: ignore[no-untyped-call]
+                hidden_NH, target_N, head, overwrite_hidden
+            )
     return LinearLogprob(*result)
 
 
@@ -127,70 +129,88 @@ def weighted_logprob_sum(
 
     For losses whose weights are known beforehand (cross-entropy; a policy gradient on-policy): the
     forward makes all gradients, the backward multiplies them by a number. A trained head then costs
-    three products instead of four, and rows of weight 0 cost one instead of two. Waits for the
-    device once, to count them. ``row_weight_N`` is float32 [N]; the rest is as in
-    ``linear_logprob``. A graph can be differentiated once.
+    three products instead of four, and rows of weight 0 cost one instead of two. Takes a copy of
+    hidden_NH beside the gradient, and waits for the device once, to count the weights.
+
+    ``row_weight_N`` is float32 [N] without a gradient; the rest is as in ``linear_logprob``. A
+    graph can be differentiated once.
     """
     check(hidden_NH, weight_VH, target_N, bias_V, temperature, softcap, logit_scale, chunk_rows)
     check_row_weight(row_weight_N, hidden_NH)
-    hidden_NH, trained_VK, head = _prepare(
-        hidden_NH, weight_VH, bias_V, lora, temperature, softcap, logit_scale, chunk_rows
-    )
-    total, *result = WeightedSum.apply(  # type: ignore[no-untyped-call]
-        hidden_NH, trained_VK, bias_V, target_N, row_weight_N, head
-    )
+    transform = _Transform(temperature, softcap, logit_scale)
+    with torch.autocast(hidden_NH.device.type, enabled=False):
+        inputs = _prepare(hidden_NH, weight_VH, target_N, bias_V, lora, transform, chunk_rows)
+        hidden_NH, trained_VK, target_N, head = inputs
+        total, *result = WeightedSum.apply(  # type: ignore[no-untyped-call]
+            hidden_NH, trained_VK, bias_V, target_N, row_weight_N, head, torch.is_grad_enabled()
+        )
     return total, LinearLogprob(*result)
+
+
+class _Transform(NamedTuple):
+    temperature: float
+    softcap: float | None
+    logit_scale: float
 
 
 def _prepare(
     hidden_NH: Tensor,
     weight_VH: Tensor,
+    target_N: Tensor,
     bias_V: Tensor | None,
     lora: HeadLora | None,
-    temperature: float,
-    softcap: float | None,
-    logit_scale: float,
+    transform: _Transform,
     chunk_rows: int | None,
-) -> tuple[Tensor, Tensor, Head]:
-    """Hidden states as the product takes them, the columns that may be trained, and the head."""
+) -> tuple[Tensor, Tensor, Tensor, Head]:
+    """Hidden states, columns that may be trained and targets as the kernels take them; the head."""
     trained_VK = weight_VH
     if lora is not None:
+        check_lora(lora.a_RH, lora.b_VR, weight_VH)
         # (h | s h A^T) @ (W | B)^T: the adapter is a few more columns of the same product.
         dtype = hidden_NH.dtype
         narrow_NR = lora.scale * (hidden_NH @ lora.a_RH.to(dtype).t())
         hidden_NH = torch.cat([hidden_NH, narrow_NR], dim=1)
         trained_VK = lora.b_VR.to(dtype)
         weight_VH = torch.cat([weight_VH.detach(), trained_VK.detach()], dim=1)
-    if chunk_rows is None:
-        chunk_rows = _chunk_rows(
-            hidden_NH.shape[0], weight_VH, trained_VK if trained_VK.requires_grad else None
-        )
+    if bias_V is not None:
+        # Finite where a vocabulary is masked by -inf: 0 * -inf would be NaN in the entropy.
+        bias_V = bias_V.detach().clamp_min(max(-1.0e30, torch.finfo(bias_V.dtype).min)).contiguous()
     head = Head(
         weight_VH.detach(),
-        None if bias_V is None else bias_V.detach(),
-        slope=logit_scale / temperature,
-        ceiling=None if softcap is None else softcap / temperature,
-        chunk_rows=chunk_rows,
+        bias_V,
+        slope=transform.logit_scale / transform.temperature,
+        ceiling=None if transform.softcap is None else transform.softcap / transform.temperature,
+        chunk_rows=chunk_rows or 1,
     )
-    return hidden_NH.contiguous() if head.fused else hidden_NH, trained_VK, head
+    if chunk_rows is None:
+        trained = trained_VK.shape[1] if trained_VK.requires_grad and torch.is_grad_enabled() else 0
+        head = replace(head, chunk_rows=_chunk_rows(hidden_NH.shape[0], head, trained))
+    if head.fused and not aligned(hidden_NH):
+        hidden_NH = hidden_NH.clone(memory_format=torch.contiguous_format)
+    return hidden_NH, trained_VK, target_N.contiguous(), head
 
 
-def _chunk_rows(count: int, weight_VH: Tensor, trained_VK: Tensor | None) -> int:
-    """Rows per chunk: chunks of about one size, none larger than the scratch allows.
+def _chunk_rows(count: int, head: Head, trained: int) -> int:
+    """Rows per chunk: whole tiles, in chunks of about one size that the scratch holds.
 
-    A trained head's gradient is added up chunk by chunk: its chunks may be as large as that sum.
+    The gradient of trained columns is added up chunk by chunk: fused chunks may be as large as that
+    sum, where half of the free memory holds them. A fused row's log-prob is the same in any chunk.
     """
-    rows = most_rows(weight_VH.shape[0], weight_VH.device, weight_VH.dtype)
-    if trained_VK is not None and weight_VH.is_cuda:
-        rows = max(rows, 2 * trained_VK.shape[1])
-    chunks = max(1, -(-count // rows))
-    return min(rows, max(1, -(-count // (chunks * ROW_TILE)) * ROW_TILE))
+    vocabulary, device = head.weight_VH.shape[0], head.weight_VH.device
+    rows = most_rows(vocabulary, device, head.fused)
+    if trained and head.fused and device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        free = torch.cuda.mem_get_info(device)[0] + unused
+        rows = max(rows, min(2 * trained, free // (4 * vocabulary)))
+    parts = max(1, -(-count // rows))
+    return min(rows, max(1, -(-count // (parts * ROW_TILE)) * ROW_TILE))
 
 
-def most_rows(vocabulary: int, device: torch.device, dtype: torch.dtype) -> int:
+def most_rows(vocabulary: int, device: torch.device, fused: bool) -> int:
     """Most rows in a chunk of a frozen head."""
     if device.type == "cpu":
         return max(1, min(CPU_ROWS, CPU_SCRATCH_BYTES // (8 * vocabulary)))
-    rows = GPU_SCRATCH_BYTES // ((2 if dtype == torch.bfloat16 else 8) * vocabulary)
-    # Powers of two: the product with the head then fills the chip in whole waves.
+    # Without the fused kernel: float32 logits and odds, and the odds in 16 bits.
+    rows = GPU_SCRATCH_BYTES // ((2 if fused else 10) * vocabulary)
+    # A power of two: whole waves of the product with the head, where there are several chunks.
     return min(GPU_ROWS, max(ROW_TILE, 1 << max(rows, 1).bit_length() - 1))

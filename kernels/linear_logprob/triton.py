@@ -163,6 +163,8 @@ def finish(
 def scale_rows(tensor_RH: Tensor, scale_R: Tensor) -> None:
     """Multiply rows in place by float32 factors; torch's own takes four times as long for bf16."""
     rows, width = tensor_RH.shape
+    if rows == 0:
+        return
     with torch.cuda.device_of(tensor_RH):  # type: ignore[no-untyped-call]
         _scale_kernel[(rows, triton.cdiv(width, HIDDEN_BLOCK))](
             tensor_RH, tensor_RH.stride(0), scale_R, width, BLOCK=HIDDEN_BLOCK, num_warps=4
@@ -307,7 +309,8 @@ def _rows_kernel(
             tl.store(odds_ptr + column, odds, mask=column < vocabulary)
     factor = tl.exp2(shift - last)
     weighted = tl.sum(factor * (weighted + (shift - last) * total), axis=0)
-    total = tl.maximum(tl.sum(factor * total, axis=0), TINY)
+    total = tl.sum(factor * total, axis=0)
+    total = tl.maximum(total, TINY, propagate_nan=tl.PropagateNan.ALL)
     reference = tl.load(stats_ptr + 3 * stats_stride + row)
     tl.store(stats_ptr + row, reference + last / LOG2E)
     tl.store(stats_ptr + stats_stride + row, total)

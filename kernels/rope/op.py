@@ -43,7 +43,7 @@ def rope(
     Raises:
         TypeError: a wrong or mismatched dtype.
         ValueError: a wrong shape, stride or device; in place, a leaf that requires grad (or a view
-            of one), or a tensor whose elements share memory.
+            of one), or an expanded tensor. Overlap of q with k is not checked.
     """
     _check(q_BSHD, k_BSKD, cos_BSR, sin_BSR)
     if inplace:

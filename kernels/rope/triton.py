@@ -133,7 +133,7 @@ def _load_halves(
     HALF: tl.constexpr,
     HALF_BLOCK: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
-    head = tl.arange(0, HEAD_BLOCK)[:, None]
+    head = tl.arange(0, HEAD_BLOCK)[:, None].to(tl.int64)
     column = tl.arange(0, HALF_BLOCK)[None, :]
     inside = (head < HEADS) & (column < HALF)
     pointers = pointer + (head * head_stride + column)
@@ -155,7 +155,7 @@ def _store_turned(
     HALF: tl.constexpr,
     HALF_BLOCK: tl.constexpr,
 ) -> None:
-    head = tl.arange(0, HEAD_BLOCK)[:, None]
+    head = tl.arange(0, HEAD_BLOCK)[:, None].to(tl.int64)
     column = tl.arange(0, HALF_BLOCK)[None, :]
     inside = (head < HEADS) & (column < HALF)
     pointers = pointer + (head * head_stride + column)
@@ -174,7 +174,7 @@ def _copy_rest(
     HALF: tl.constexpr,
     REST_BLOCK: tl.constexpr,
 ) -> None:
-    head = tl.arange(0, HEAD_BLOCK)[:, None]
+    head = tl.arange(0, HEAD_BLOCK)[:, None].to(tl.int64)
     column = 2 * HALF + tl.arange(0, REST_BLOCK)[None, :]
     inside = (head < HEADS) & (column < DIM)
     rest = tl.load(pointer + (head * head_stride + column), mask=inside)
