@@ -83,6 +83,8 @@ class Assembly:
             temperature=cfg.rollout.temperature,
             total_updates=cfg.steps * cfg.updates_per_rollout,
         )
+        if policy.wrapped is not None:
+            run.say(policy.wrapped.line())
         renderer = Renderer(policy.tokenizer, cfg.env, policy.eos_token_ids)
         renderer.check([*env.train, *env.heldout])
         longest = _longest(renderer, env.train, policy.context)

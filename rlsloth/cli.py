@@ -28,7 +28,7 @@ commands:
   grpo      reinforcement learning from rewards      rlsloth grpo --rewards math_verify
   eval      avg@k, pass@k, maj@k of a model          rlsloth eval runs/x/config.yaml
   rewards   list the rewards, or test one            rlsloth rewards test ./mine.py:reward
-  doctor    what this machine has, and what it lacks
+  doctor    what this machine has, and what it lacks; --model X: what of X is accelerated
 
 options:
   -h, --help   this text; rlsloth COMMAND --help lists a command's options
@@ -188,18 +188,20 @@ def _rewards_test(argv: list[str]) -> int:
 def doctor(argv: list[str]) -> int:
     """Say what this machine has, and what it lacks."""
 
-    def options(json: bool = False) -> bool:
+    def options(json: bool = False, model: str | None = None) -> tuple[bool, str | None]:
         """Versions, GPU, memory, disk; exit status 1 when training cannot run here.
 
         Args:
             json: Print JSON instead of a table.
+            model: Hub id, folder or GGUF file: also say which of its modules run on rlsloth's
+                kernels. Only its configuration is read.
         """
-        return json
+        return json, model
 
-    as_json = _options(options, argv, "rlsloth doctor")
+    chosen = _options(options, argv, "rlsloth doctor")
     from rlsloth.doctor import run_doctor
 
-    return run_doctor(as_json)
+    return run_doctor(*chosen)
 
 
 def _options(function: Callable[..., Parsed], argv: list[str], prog: str) -> Parsed:

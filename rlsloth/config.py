@@ -78,6 +78,9 @@ class ModelConfig(Section):
     gradient_checkpointing: bool = True
     """Recompute layers in the backward pass: less memory, a third more time. Off pays on small
     models."""
+    fused_kernels: bool = True
+    """Run the layers of known model families on rlsloth's kernels. Off: on transformers' own
+    modules."""
     max_context: int | None = Field(None, ge=1)
     """Longest prompt plus completion in tokens; default is the model's own limit."""
     trust_remote_code: bool = False

@@ -48,9 +48,14 @@ class Check:
     """What to do about it, or what it would enable."""
 
 
-def run_doctor(as_json: bool = False) -> int:
-    """Print the report. Returns 0 when training can run here, 1 otherwise."""
-    checks = [*package_checks(), *gpu_checks(), *host_checks(), *hub_checks()]
+def run_doctor(as_json: bool = False, model: str | None = None) -> int:
+    """Print the report. Returns 0 when training can run here, 1 otherwise.
+
+    Raises:
+        UserError: the model's configuration cannot be read.
+    """
+    of_model = model_checks(model) if model is not None else []
+    checks = [*package_checks(), *gpu_checks(), *host_checks(), *hub_checks(), *of_model]
     ready = not any(check.status == "error" for check in checks)
     if as_json:
         print(json.dumps({"ready": ready, "checks": [asdict(c) for c in checks]}, indent=2))
@@ -255,6 +260,22 @@ def _within(seconds: float, ask: Callable[[], bool]) -> bool:
     thread.start()
     thread.join(seconds)
     return answers == [True]
+
+
+def model_checks(path: str) -> list[Check]:
+    """Which kernels a model's modules would run on, and which modules stay transformers' own."""
+    from rlsloth.policy.wrap.preview import preview
+
+    name, report = preview(path)
+    found = f"{report.wrapped_layers} of {report.layers} layers on rlsloth's kernels"
+    advice = "" if report.kernels else "trains correctly on transformers' own modules, slower"
+    checks = [Check("model", name, found, "note" if advice else "ok", advice)]
+    for kernel, count in report.kernels.items():
+        checks.append(Check("model", kernel, f"{count} modules", "ok"))
+    for left in report.left:
+        found = f"{left.count} modules left alone"
+        checks.append(Check("model", left.name, found, "note", left.reason))
+    return checks
 
 
 def _print_table(checks: list[Check], ready: bool) -> None:

@@ -271,6 +271,30 @@ def test_doctor_names_what_to_install(monkeypatch: pytest.MonkeyPatch, capsys: O
     assert rows[-1].startswith("Training cannot run")
 
 
+@pytest.mark.usefixtures("offline")
+def test_doctor_says_what_of_a_model_is_accelerated(tmp_path: Path, capsys: Output) -> None:
+    from test_models import family_model
+
+    for family in ("qwen3_moe", "granite"):
+        family_model(family).config.save_pretrained(tmp_path / family)
+
+    def rows(family: str) -> dict[str, Any]:
+        assert cli.main(["doctor", "--json", "--model", str(tmp_path / family)]) == 0
+        checks = json.loads(capsys.readouterr().out)["checks"]
+        return {check["name"]: check for check in checks if check["group"] == "model"}
+
+    known = rows("qwen3_moe")
+    assert known["Qwen3MoeForCausalLM"]["found"] == "2 of 2 layers on rlsloth's kernels"
+    assert known["lora_qkv"]["found"] == "2 modules"
+    assert "mixture of experts" in known["Qwen3MoeSparseMoeBlock"]["advice"]
+    unknown = rows("granite")
+    assert unknown["GraniteForCausalLM"]["found"] == "0 of 2 layers on rlsloth's kernels"
+    assert unknown["GraniteForCausalLM"]["status"] == "note"
+    assert "transformers' own modules" in unknown["GraniteForCausalLM"]["advice"]
+    assert cli.main(["doctor", "--model", str(tmp_path / "nothing")]) == 2
+    assert capsys.readouterr().err.startswith("error: --model ")
+
+
 def test_pins_of_pre_releases() -> None:
     check = doctor.check_package(Requirement("torch>=1"))
     assert (check.status, check.advice) == ("ok", "")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from test_policy import VOCAB, make_groups, one_by_one
@@ -13,6 +15,7 @@ from rlsloth.packing import pack
 from rlsloth.policy import attention, packed_layout
 from rlsloth.policy.load import LoadedModel
 from rlsloth.policy.policy import Policy
+from rlsloth.policy.wrap.wrap import unwrapped
 from rlsloth.records import SamplingParams
 from rlsloth.rollout.transformers_engine import TransformersEngine
 
@@ -37,10 +40,11 @@ FAMILIES = {
 }
 
 
-def family_policy(family: str) -> Policy:
+def family_model(family: str, **settings: Any) -> Any:
+    """Random float32 model of transformers' own class, frozen, in eval mode."""
     torch.manual_seed(0)
     attention.register()
-    config = AutoConfig.for_model(family, **{**COMMON, **FAMILIES[family]})
+    config = AutoConfig.for_model(family, **{**COMMON, **FAMILIES[family], **settings})
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     with torch.no_grad():
         for name, p in model.named_parameters():  # random sinks and biases take part, too
@@ -48,10 +52,14 @@ def family_policy(family: str) -> Policy:
                 p.normal_()
     model.requires_grad_(False)
     model.set_attn_implementation(attention.NAME)
-    loaded = LoadedModel(model, tiny_tokenizer(), torch.device("cpu"), torch.float32)
+    return model
+
+
+def family_policy(family: str, **model: Any) -> Policy:
+    loaded = LoadedModel(family_model(family), tiny_tokenizer(), torch.device("cpu"), torch.float32)
     return Policy(
-        loaded, ModelConfig(gradient_checkpointing=False), LoraConfig(rank=4), OptimConfig(),
-        temperature=1.0, total_updates=1,
+        loaded, ModelConfig(gradient_checkpointing=False, **model), LoraConfig(rank=4),
+        OptimConfig(), temperature=1.0, total_updates=1,
     )  # fmt: skip
 
 
@@ -85,9 +93,12 @@ def test_engine_equals_generate(family):
     base.set_attn_implementation("eager")
     for prompt, (completion,) in zip(prompts, got, strict=True):
         ids = torch.tensor([prompt])
-        want = policy.model.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False
-        )[0, len(prompt) :].tolist()
+        with unwrapped(policy.model):
+            out = policy.model.generate(
+                input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=12,
+                do_sample=False,
+            )  # fmt: skip
+        want = out[0, len(prompt) :].tolist()
         assert completion.token_ids == want[: len(completion.token_ids)]
         assert len(completion.token_ids) == len(want)
 

@@ -18,6 +18,7 @@ from rlsloth.packing import pack
 from rlsloth.policy import attention, packed_layout
 from rlsloth.policy.load import LoadedModel
 from rlsloth.policy.policy import Policy
+from rlsloth.policy.wrap.wrap import unwrapped
 from rlsloth.records import Group, Prompt, Rollout, UserError
 
 VOCAB = 97
@@ -84,7 +85,8 @@ def one_by_one(policy: Policy, group: Group, rollout: Rollout, temperature: floa
     base = policy.model.get_base_model()
     base.set_attn_implementation("eager")
     ids = torch.tensor([group.prompt_ids + rollout.token_ids])
-    logits = policy.model(ids).logits[0].float() / temperature
+    with unwrapped(policy.model):
+        logits = policy.model(ids).logits[0].float() / temperature
     base.set_attn_implementation(attention.NAME)
     at = [len(group.prompt_ids) + j - 1 for j, on in enumerate(rollout.loss_mask) if on]
     scored = zip(rollout.token_ids, rollout.loss_mask, strict=True)

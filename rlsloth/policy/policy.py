@@ -23,6 +23,7 @@ from rlsloth.policy.optimizer import (
     resume_schedule,
 )
 from rlsloth.policy.packed_layout import PackedLayout
+from rlsloth.policy.wrap.wrap import unwrapped, wrap
 from rlsloth.records import (
     Adapter,
     LogitTransform,
@@ -55,6 +56,7 @@ class Policy:
         self.backend = choose_backend(model.attention, loaded.device, loaded.dtype)
         self.model = add_adapter(loaded.model, lora, model)
         self._fresh = model.adapter is None
+        self.wrapped = wrap(self.model) if model.fused_kernels else None
         base = self.model.get_base_model()
         self.config = base.config.get_text_config()
         self.context = _context(model, int(self.config.max_position_embeddings))
@@ -114,13 +116,14 @@ class Policy:
             packed=layout,
         ).last_hidden_state[0]
         out = linear_logprob(
-            hidden_TH[micro.score_index],
+            hidden_TH[micro.score_index],  # a copy of our own
             self._head.weight,
             micro.target_ids,
             bias_V=self._head.bias,
             temperature=self.temperature,
             softcap=self.logit_transform.softcap,
             logit_scale=self.logit_transform.scale,
+            overwrite_hidden=True,
         )
         return TokenLogprobs(out.logprob_N, out.entropy_N)
 
@@ -152,13 +155,14 @@ class Policy:
 
     @torch.no_grad()
     def plain_logprobs(self, prompt_ids: list[int], token_ids: list[int]) -> Tensor:
-        """[len(token_ids)] log-probs by the model's own forward: the yardstick."""
+        """[len(token_ids)] log-probs by transformers' own modules: the yardstick."""
         self.model.eval()
         base = self.model.get_base_model()
         base.set_attn_implementation("eager")
         try:
             ids = torch.tensor([prompt_ids + token_ids], device=self.device)
-            logits = self.model(input_ids=ids, use_cache=False).logits[0].float().cpu()
+            with unwrapped(self.model):
+                logits = self.model(input_ids=ids, use_cache=False).logits[0].float().cpu()
         finally:
             base.set_attn_implementation(NAME)
         logprobs: Tensor = (logits[len(prompt_ids) - 1 : -1] / self.temperature).log_softmax(-1)

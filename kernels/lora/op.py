@@ -1,0 +1,125 @@
+"""LoRA on frozen linears: siblings that share an input together, a whole MLP as one.
+
+With ``low = scale dY B`` the gradients are ``dX = dY W + low A``, ``dA = low^T X`` and
+``dB = scale dY^T (X A^T)``: two products with the frozen weight, forward and backward together,
+where autograd through a trainable weight takes three. Products of the parameters run in x's dtype,
+their gradients are summed in float32 and returned in the parameters' own.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rlsloth.kernels.glu.op import ACTIVATIONS, glu_forward
+from rlsloth.kernels.lora import autograd
+from rlsloth.kernels.lora.layer import LoraLinear
+from rlsloth.kernels.nf4.op import MAX_ROWS
+
+__all__ = ["LoraLinear", "lora_linear", "lora_linears", "lora_mlp"]
+
+# Without gradient, up to so many tokens NF4 is multiplied where it lies: a dequantised weight
+# would be written and read again, 4.5 bytes a weight in all where packed it is read at 0.5.
+DECODED_ROWS = MAX_ROWS
+
+
+def lora_linear(x: Tensor, layer: LoraLinear) -> Tensor:
+    """``x W^T + bias + scale (x A^T) B^T``: ``lora_linears`` with one layer."""
+    return lora_linears(x, (layer,))[0]
+
+
+def lora_linears(x: Tensor, layers: tuple[LoraLinear, ...]) -> tuple[Tensor, ...]:
+    """The outputs of layers that share an input (q, k, v), each [..., O], in x's dtype.
+
+    Differentiable in x and in every lora_a and lora_b. x is read once for all A, and its gradient
+    summed in one buffer. Adapters with dropout do not share an input: this op has none.
+
+    Args:
+        x: [..., I], in the weights' dtype; any dimension before the last may be 0.
+
+    Raises:
+        TypeError: x is not in the weights' dtype.
+        ValueError: a wrong shape or device.
+    """
+    for layer in layers:
+        _check(x, layer)
+    x_TI = x.reshape(-1, x.shape[-1])
+    if _needs_graph(x, layers):
+        outputs = autograd.LinearsFunction.apply(  # type: ignore[no-untyped-call]
+            x_TI, layers, *_adapters(layers)
+        )
+    else:
+        outputs, _ = autograd.linears(x_TI, layers, _decodes(x_TI))
+    return tuple(y_TO.view(*x.shape[:-1], y_TO.shape[-1]) for y_TO in outputs)
+
+
+def lora_mlp(
+    x: Tensor, gate: LoraLinear, up: LoraLinear, down: LoraLinear, activation: str
+) -> Tensor:
+    """``down(act(gate(x)) * up(x))`` [..., H], differentiable like ``lora_linears``.
+
+    Keeps x and the outputs of gate and up, which the backward overwrites: a graph is
+    differentiated once. Beyond them the backward holds one tensor of that width. Under
+    non-reentrant activation checkpointing the second forward stops before down.
+
+    Args:
+        x: [..., H], in the weights' dtype.
+        activation: "silu", "gelu_tanh" or "gelu".
+
+    Raises:
+        TypeError: x is not in the weights' dtype.
+        ValueError: a wrong shape or device, or an unknown activation.
+    """
+    _check(x, gate)
+    _check(x, up)
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation is {activation!r}, expected one of {', '.join(ACTIVATIONS)}")
+    if up.weight.shape != gate.weight.shape or down.weight.shape[1] != gate.weight.shape[0]:
+        shapes = [tuple(layer.weight.shape) for layer in (gate, up, down)]
+        raise ValueError(f"gate, up and down are {shapes}: they do not fit together")
+    if down.weight.dtype != x.dtype or down.weight.device != x.device:
+        raise TypeError(f"down is {down.weight.dtype} on {down.weight.device}, x is {x.dtype}")
+    layers = (gate, up, down)
+    x_TH = x.reshape(-1, x.shape[-1])
+    if _needs_graph(x, layers):
+        matrices = autograd.mlp_matrices(layers)
+        token_TH, h_wide = autograd.MlpInnerFunction.apply(  # type: ignore[no-untyped-call]
+            x_TH, layers, activation, matrices, *_adapters(layers)
+        )
+        y_TH = autograd.MlpOuterFunction.apply(  # type: ignore[no-untyped-call]
+            token_TH, h_wide, down, matrices
+        )
+    elif _decodes(x_TH):
+        (e_TF, g_TF), _ = autograd.linears(x_TH, (gate, up), decode=True)
+        h_TF = glu_forward(e_TF, g_TF, activation, out=e_TF)
+        (y_TH,), _ = autograd.linears(h_TF, (down,), decode=True)
+    else:
+        matrices = autograd.mlp_matrices(layers)
+        h_wide, _ = autograd.mlp_inner(x_TH, layers, activation, matrices)
+        y_TH = autograd.mlp_outer(h_wide, down, matrices)
+    y: Tensor = y_TH.view(*x.shape[:-1], y_TH.shape[-1])
+    return y
+
+
+def _adapters(layers: tuple[LoraLinear, ...]) -> list[Tensor | None]:
+    return [x for layer in layers for x in (layer.lora_a, layer.lora_b)]
+
+
+def _needs_graph(x: Tensor, layers: tuple[LoraLinear, ...]) -> bool:
+    if not torch.is_grad_enabled():
+        return False
+    return x.requires_grad or any(a is not None and a.requires_grad for a in _adapters(layers))
+
+
+def _decodes(x_TI: Tensor) -> bool:
+    return 1 <= x_TI.shape[0] <= DECODED_ROWS
+
+
+def _check(x: Tensor, layer: LoraLinear) -> None:
+    weight = layer.weight
+    if x.dim() < 1 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(f"x is {list(x.shape)}, expected [..., {weight.shape[1]}]")
+    if x.dtype != weight.dtype:
+        raise TypeError(f"x is {x.dtype}, weight {weight.dtype}")
+    if x.device != weight.device:
+        raise ValueError(f"x is on {x.device}, weight on {weight.device}")

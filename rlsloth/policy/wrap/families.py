@@ -1,0 +1,213 @@
+"""The classes of transformers that are known, each by its full name, and what sets them apart.
+
+A class is wrapped only if it stands here and looks as described (``mismatch``): its children, the
+attributes it is read by, and the arguments of its forward. Everything else is left alone.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import nn
+
+
+@dataclass(frozen=True, slots=True)
+class Norm:
+    """RMSNorm over the last dimension: ``x / rms(x) * (offset + weight)``."""
+
+    eps: str = "variance_epsilon"
+    """Attribute that holds epsilon."""
+    offset: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Mlp:
+    """``down(activation(gate(x)) * up(x))``."""
+
+    activation: str = "hidden_act"
+    """The config's key for the activation."""
+    fused: bool = False
+    """Gate and up are the halves of one linear, ``gate_up_proj``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Attention:
+    """Softmax attention with rotary positions, through transformers' attention interface."""
+
+    arguments: Mapping[str, str] = field(default_factory=dict)
+    """Extra keywords of the attention function, each with the attribute it takes; ``config.x`` is
+    one of the config that may be missing."""
+    normed: bool = False
+    """RMSNorms over the head dimension of queries and keys."""
+    fused: bool = False
+    """Queries, keys and values are the parts of one linear, ``qkv_proj``."""
+    half_tables: bool = False
+    """cos and sin hold each angle once, not twice."""
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """Norm, attention, residual, norm, MLP, residual."""
+
+    sandwich: bool = False
+    """A norm after attention and after the MLP, too, before the residual is added."""
+
+
+@dataclass(frozen=True, slots=True)
+class Unwrapped:
+    """Known, and left to transformers on purpose."""
+
+    reason: str
+
+
+Spec = Norm | Mlp | Attention | Layer | Unwrapped
+
+
+def _family(folder: str, prefix: str, **parts: Spec) -> dict[str, Spec]:
+    path = f"transformers.models.{folder}.modeling_{folder}.{prefix}"
+    return {path + part: spec for part, spec in parts.items()}
+
+
+_WINDOW = {"sliding_window": "sliding_window"}
+_CONFIG_WINDOW = {"sliding_window": "config.sliding_window"}
+_CAPPED = {**_WINDOW, "softcap": "attn_logit_softcapping"}
+_SINKS = {**_WINDOW, "s_aux": "sinks"}
+_GEMMA: dict[str, Spec] = {
+    "RMSNorm": Norm("eps", 1.0),
+    "MLP": Mlp("hidden_activation"),
+    "DecoderLayer": Layer(True),
+}
+_EXPERTS = Unwrapped("a mixture of experts, which has no kernel yet")
+
+KNOWN: dict[str, Spec] = {
+    **_family(
+        "llama", "Llama", RMSNorm=Norm(), MLP=Mlp(), Attention=Attention(), DecoderLayer=Layer()
+    ),
+    **_family(
+        "qwen2",
+        "Qwen2",
+        RMSNorm=Norm(),
+        MLP=Mlp(),
+        Attention=Attention(_WINDOW),
+        DecoderLayer=Layer(),
+    ),
+    **_family(
+        "qwen3",
+        "Qwen3",
+        RMSNorm=Norm(),
+        MLP=Mlp(),
+        Attention=Attention(_WINDOW, normed=True),
+        DecoderLayer=Layer(),
+    ),
+    **_family(
+        "mistral",
+        "Mistral",
+        RMSNorm=Norm(),
+        MLP=Mlp(),
+        Attention=Attention(_CONFIG_WINDOW),
+        DecoderLayer=Layer(),
+    ),
+    **_family(
+        "phi3",
+        "Phi3",
+        RMSNorm=Norm(),
+        MLP=Mlp(fused=True),
+        Attention=Attention(_CONFIG_WINDOW, fused=True),
+        DecoderLayer=Layer(),
+    ),
+    **_family("gemma2", "Gemma2", **_GEMMA, Attention=Attention(_CAPPED)),
+    **_family("gemma3", "Gemma3", **_GEMMA, Attention=Attention(_WINDOW, normed=True)),
+    **_family(
+        "qwen3_moe",
+        "Qwen3Moe",
+        RMSNorm=Norm(),
+        MLP=Mlp(),
+        SparseMoeBlock=_EXPERTS,
+        Attention=Attention(_WINDOW, normed=True),
+        DecoderLayer=Layer(),
+    ),
+    **_family(
+        "gpt_oss",
+        "GptOss",
+        RMSNorm=Norm(),
+        MLP=_EXPERTS,
+        Attention=Attention(_SINKS, half_tables=True),
+        DecoderLayer=Layer(),
+    ),
+}
+"""DeepSeek-R1's distilled models are of the Qwen 2 and Llama classes, Phi-4 of Phi-3's."""
+
+ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
+"""transformers' names of activations -> the kernel's."""
+
+
+def spec_of(module: nn.Module) -> Spec | None:
+    """What is known of a module's very class; a subclass is another class."""
+    cls = type(module)
+    return KNOWN.get(f"{cls.__module__}.{cls.__qualname__}")
+
+
+def mismatch(module: nn.Module, spec: Norm | Mlp | Attention | Layer) -> str | None:
+    """Why a module of a known class cannot be wrapped, or None if it looks as described."""
+    if "forward" in vars(module):
+        return "something else has replaced its forward"
+    children = {name for name, child in module.named_children() if type(child) is not nn.Dropout}
+    if children != (wanted := _children(spec)):
+        return f"its parts are not the known ones ({', '.join(sorted(children ^ wanted))})"
+    if any(type(child) is nn.Dropout and child.p > 0 for child in module.children()):
+        return "it has a dropout of its own"
+    missing = [name for name in _attributes(spec) if not hasattr(module, name)]
+    if missing:
+        return f"it lacks {', '.join(missing)}"
+    if unknown := set(inspect.signature(type(module).forward).parameters) - _ARGUMENTS[type(spec)]:
+        return f"its forward takes what is not known ({', '.join(sorted(unknown))})"
+    if isinstance(spec, Mlp):
+        activation = getattr(module.config, spec.activation)
+        if activation not in ACTIVATIONS:
+            return f"the activation {activation} has no kernel"
+    return None
+
+
+_ATTENTION_ARGUMENTS = {
+    "self", "hidden_states", "position_embeddings", "attention_mask", "past_key_values", "kwargs",
+}  # fmt: skip
+_ARGUMENTS = {
+    Norm: {"self", "x", "hidden_states"},
+    Mlp: {"self", "x", "hidden_states"},
+    Attention: _ATTENTION_ARGUMENTS,
+    Layer: {*_ATTENTION_ARGUMENTS, "position_ids", "use_cache"},
+}
+
+
+def _children(spec: Norm | Mlp | Attention | Layer) -> set[str]:
+    match spec:
+        case Norm():
+            return set()
+        case Mlp(fused=True):
+            return {"gate_up_proj", "down_proj", "activation_fn"}
+        case Mlp():
+            return {"gate_proj", "up_proj", "down_proj", "act_fn"}
+        case Attention(fused=True):
+            return {"qkv_proj", "o_proj"}
+        case Attention():
+            norms = {"q_norm", "k_norm"} if spec.normed else set()
+            return {"q_proj", "k_proj", "v_proj", "o_proj", *norms}
+        case Layer():
+            after = {"pre_feedforward_layernorm", "post_feedforward_layernorm"}
+            both = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
+            return both | after if spec.sandwich else both
+
+
+def _attributes(spec: Norm | Mlp | Attention | Layer) -> list[str]:
+    match spec:
+        case Norm():
+            return ["weight", spec.eps]
+        case Mlp():
+            return ["config"]
+        case Attention():
+            own = [name for name in spec.arguments.values() if "." not in name]
+            return ["config", "head_dim", "layer_idx", "scaling", "attention_dropout", *own]
+        case Layer():
+            return []

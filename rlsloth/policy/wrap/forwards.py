@@ -1,0 +1,212 @@
+"""Forwards that stand in for those of transformers' modules, one module each.
+
+A forward is set on the instance (``module.forward``); no class is touched, and parameters,
+children, hooks and names stay the module's own. Modules are still called as modules.
+"""
+
+from __future__ import annotations
+
+import sys
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rlsloth.kernels.glu.op import glu
+from rlsloth.kernels.lora.op import lora_linear, lora_linears, lora_mlp
+from rlsloth.kernels.rms_norm.op import add_rms_norm, rms_norm
+from rlsloth.kernels.rope.op import rope
+from rlsloth.policy.wrap.families import ACTIVATIONS, Attention, Layer, Mlp, Norm
+from rlsloth.policy.wrap.linears import Linears
+
+
+class Forward:
+    """Takes the place of ``module.forward``."""
+
+    kernels: tuple[str, ...] = ()
+    """Kernels that it runs whatever the adapters are."""
+
+    def __init__(self, module: Any) -> None:
+        self._module = module
+        self.linears: dict[str, Linears] = {}
+        """Kernels over linears with adapters; one linear left to PEFT leaves all of a kernel's."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError
+
+    def original(self, *args: Any) -> Any:
+        """What transformers computes."""
+        return type(self._module).forward(self._module, *args)
+
+
+class NormForward(Forward):
+    """RMSNorm, in float32 inside and rounded once."""
+
+    kernels = ("rms_norm",)
+
+    def __init__(self, module: nn.Module, spec: Norm) -> None:
+        super().__init__(module)
+        self._eps = float(getattr(module, spec.eps))
+        self._offset = spec.offset
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self._module.weight, self._eps, self._offset)
+
+    def after_adding(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """(norm of the sum, the sum)."""
+        return add_rms_norm(x, residual, self._module.weight, self._eps, self._offset)
+
+
+class MlpForward(Forward):
+    """The gated MLP with its adapters in one operation."""
+
+    def __init__(self, module: Any, spec: Mlp) -> None:
+        super().__init__(module)
+        self._activation = ACTIVATIONS[getattr(module.config, spec.activation)]
+        self.linears = {"lora_mlp": Linears(module, "gate_proj", "up_proj", "down_proj")}
+
+    def __call__(self, x: Tensor) -> Tensor:
+        linears = self.linears["lora_mlp"].read(x.dtype)
+        if linears is None:
+            return self.original(x)  # type: ignore[no-any-return]
+        gate, up, down = linears
+        return lora_mlp(x, gate, up, down, self._activation)
+
+
+class FusedMlpForward(Forward):
+    """The gated MLP whose gate and up are one linear (Phi-3)."""
+
+    def __init__(self, module: Any, spec: Mlp) -> None:
+        super().__init__(module)
+        self._activation = ACTIVATIONS[getattr(module.config, spec.activation)]
+        self.linears = {"lora_mlp": Linears(module, "gate_up_proj", "down_proj")}
+
+    def __call__(self, x: Tensor) -> Tensor:
+        linears = self.linears["lora_mlp"].read(x.dtype)
+        if linears is None:
+            return self.original(x)  # type: ignore[no-any-return]
+        gate, up = lora_linear(x, linears[0]).chunk(2, dim=-1)
+        return lora_linear(glu(gate, up, self._activation), linears[1])
+
+
+class AttentionForward(Forward):
+    """Projections with their adapters, norms and rotation; then transformers' attention interface.
+
+    Which attention that is (``rlsloth``, or ``eager`` for a comparison) is the config's to say, as
+    in transformers.
+    """
+
+    kernels = ("rope",)
+
+    def __init__(self, module: Any, spec: Attention) -> None:
+        super().__init__(module)
+        self._spec = spec
+        self._names = ("qkv_proj",) if spec.fused else ("q_proj", "k_proj", "v_proj")
+        qkv, out = Linears(module, *self._names), Linears(module, "o_proj")
+        self.linears = {"lora_qkv": qkv, "lora_o": out}
+        config = module.config
+        self._heads = (config.num_attention_heads, config.num_key_value_heads)
+        self._eager = sys.modules[type(module).__module__].eager_attention_forward
+
+    def __call__(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Any = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Any]:
+        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+        module = self._module
+        query, key, value = self._project(hidden_states)
+        if self._spec.normed:
+            query, key = module.q_norm(query), module.k_norm(key)
+        # In place: neither the projections nor the norms read their outputs again.
+        query, key = rope(query, key, *self._tables(position_embeddings), inplace=True)
+        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, module.layer_idx)
+        name = module.config._attn_implementation
+        attended, weights = ALL_ATTENTION_FUNCTIONS.get_interface(name, self._eager)(
+            module,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=module.attention_dropout if module.training else 0.0,
+            scaling=module.scaling,
+            **self._arguments(),
+            **kwargs,
+        )
+        return self._output(attended.flatten(2)), weights
+
+    def _project(self, hidden_states: Tensor) -> list[Tensor]:
+        """Queries [B, S, heads, D], keys and values [B, S, kv_heads, D]."""
+        linears = self.linears["lora_qkv"].read(hidden_states.dtype)
+        if linears is None:
+            outs = [getattr(self._module, name)(hidden_states) for name in self._names]
+        else:
+            outs = list(lora_linears(hidden_states, linears))
+        heads = [out.unflatten(-1, (-1, self._module.head_dim)) for out in outs]
+        if self._spec.fused:
+            queries, keys = self._heads
+            # Slices: the views that split gives may not be rotated in place.
+            ends = (0, queries, queries + keys, queries + 2 * keys)
+            return [heads[0][..., a:b, :] for a, b in pairwise(ends)]
+        return heads
+
+    def _tables(self, position_embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """cos and sin [1 or B, S, R], both halves of a head rotated by the same angles."""
+        if not self._spec.half_tables:
+            return position_embeddings
+        cos, sin = position_embeddings
+        return torch.cat((cos, cos), dim=-1), torch.cat((sin, sin), dim=-1)
+
+    def _arguments(self) -> dict[str, Any]:
+        found = {}
+        for keyword, name in self._spec.arguments.items():
+            if name.startswith("config."):
+                found[keyword] = getattr(self._module.config, name.removeprefix("config."), None)
+            else:
+                found[keyword] = getattr(self._module, name)
+        return found
+
+    def _output(self, attended: Tensor) -> Tensor:
+        linears = self.linears["lora_o"].read(attended.dtype)
+        if linears is None:
+            return self._module.o_proj(attended)  # type: ignore[no-any-return]
+        return lora_linear(attended, linears[0])
+
+
+class LayerForward(Forward):
+    """A decoder layer whose first residual is added inside the norm that follows it."""
+
+    kernels = ("add_rms_norm",)
+
+    def __init__(self, module: Any, spec: Layer) -> None:
+        super().__init__(module)
+        self._sandwich = spec.sandwich
+        self._norm: NormForward = self.norm_of(module, spec).forward
+
+    @staticmethod
+    def norm_of(module: Any, spec: Layer) -> Any:
+        """The norm of the MLP's input."""
+        return (
+            module.pre_feedforward_layernorm if spec.sandwich else module.post_attention_layernorm
+        )
+
+    def __call__(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        layer = self._module
+        normed = layer.input_layernorm(hidden_states)
+        attended, _ = layer.self_attn(hidden_states=normed, **kwargs)
+        if self._sandwich:
+            attended = layer.post_attention_layernorm(attended)
+        normed, total = self._norm.after_adding(attended, hidden_states)
+        out = layer.mlp(normed)
+        if isinstance(out, tuple):  # gpt-oss's experts also return the router's scores
+            out = out[0]
+        if self._sandwich:
+            out = layer.post_feedforward_layernorm(out)
+        return total + out  # type: ignore[no-any-return]

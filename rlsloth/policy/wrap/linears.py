@@ -1,0 +1,119 @@
+"""Linears, PEFT-wrapped or not, as the LoRA kernels want them: read anew at each call.
+
+Adapters are switched, disabled and replaced while a model lives: whatever PEFT may change is looked
+at each time.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rlsloth.kernels.lora.op import LoraLinear
+from rlsloth.kernels.nf4.op import Nf4Weight
+
+
+class Linears:
+    """Some linears of a module, by their names."""
+
+    def __init__(self, owner: nn.Module, *names: str) -> None:
+        self._owner = owner
+        self._names = names
+        self._kept: dict[str, tuple[Tensor, LoraLinear]] = {}
+
+    def read(self, dtype: torch.dtype) -> tuple[LoraLinear, ...] | None:
+        """All of them for an input of ``dtype``, or None where one has to compute by itself."""
+        found = []
+        for name in self._names:
+            linear = self._read(name, dtype, self._owner.training)
+            if isinstance(linear, str):
+                return None
+            found.append(linear)
+        return tuple(found)
+
+    def left(self, dtype: torch.dtype) -> list[str]:
+        """Why training leaves some of them to their own forward; empty if it leaves none."""
+        found = (self._read(name, dtype, training=True) for name in self._names)
+        return [reason for reason in found if isinstance(reason, str)]
+
+    def _read(self, name: str, dtype: torch.dtype, training: bool) -> LoraLinear | str:
+        # Modules' own dictionaries: attribute look-ups on modules would take as long as the
+        # product of one token.
+        linear: Any = self._owner._modules[name]
+        base, lora_a, lora_b, scale = linear, None, None, 0.0
+        if type(linear) in _adapted_types():
+            base = linear._modules["base_layer"]
+            every_a = linear._modules["lora_A"]._modules
+            active = () if linear.disable_adapters or linear.merged else linear.active_adapters
+            here = [adapter for adapter in active if adapter in every_a]
+            if len(here) > 1:
+                return "several adapters at once"
+            for adapter in here:
+                b = linear._modules["lora_B"]._modules[adapter]._parameters
+                if adapter in linear.lora_variant:
+                    return f"an adapter of kind {type(linear.lora_variant[adapter]).__name__}"
+                if b["bias"] is not None:
+                    return "an adapter with a bias"
+                if training and _drops(linear._modules["lora_dropout"]._modules[adapter]):
+                    return "LoRA dropout"
+                lora_a, lora_b = every_a[adapter]._parameters["weight"], b["weight"]
+                scale = linear.scaling[adapter]
+        if type(base) is not nn.Linear and not _is_nf4(base):
+            return f"a linear of kind {type(base).__name__}"
+        weight, bias = base._parameters["weight"], base._parameters["bias"]
+        if weight.requires_grad or (bias is not None and bias.requires_grad):
+            return "a base that is trained, too"
+        made = self._make(name, weight, bias, lora_a, lora_b, scale)
+        if made.weight.dtype != dtype:
+            return f"weights in {str(made.weight.dtype)[6:]} under inputs in {str(dtype)[6:]}"
+        return made
+
+    def _make(
+        self,
+        name: str,
+        weight: Tensor,
+        bias: Tensor | None,
+        lora_a: Tensor | None,
+        lora_b: Tensor | None,
+        scale: float,
+    ) -> LoraLinear:
+        """The one made last where it is of the very same parts: making checks them all."""
+        if name in self._kept:
+            source, kept = self._kept[name]
+            same = source is weight and kept.bias is bias and kept.scale == scale
+            if same and kept.lora_a is lora_a and kept.lora_b is lora_b:
+                return kept
+        stored = weight if type(weight) is nn.Parameter else Nf4Weight.of(weight)
+        made = LoraLinear(stored, bias, lora_a, lora_b, scale)
+        self._kept[name] = weight, made
+        return made
+
+
+def _drops(dropout: Any) -> bool:
+    return type(dropout) is not nn.Identity and dropout.p > 0
+
+
+def _is_nf4(base: Any) -> bool:
+    quantized: bool = type(base) is _linear_4bit()
+    return quantized and base.weight.quant_state.quant_type == "nf4"
+
+
+# Types are looked up once: the imports are slow, and this runs at every call of every layer.
+
+
+@cache
+def _adapted_types() -> tuple[type, ...]:
+    from peft.tuners import lora
+
+    return lora.Linear, lora.Linear4bit
+
+
+@cache
+def _linear_4bit() -> type:
+    from bitsandbytes.nn import Linear4bit
+
+    kind: type = Linear4bit
+    return kind
