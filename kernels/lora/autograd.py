@@ -158,11 +158,12 @@ class MlpInnerFunction(torch.autograd.Function):
         ctx.save_for_backward(*kept, *adapters)
         ctx.layers, ctx.activation = layers, activation
         ctx.mark_non_differentiable(h_wide)
+        ctx.set_materialize_grads(False)  # or h would be given zeros as wide as itself
         return x_TH.new_empty(()).expand(x_TH.shape[0], layers[2].weight.shape[0]), h_wide
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_TH: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_TH: Tensor, _: None) -> tuple[Tensor | None, ...]:
         # First of all: under activation checkpointing this runs the forward, which takes the
         # shared buffers.
         x_wide, e_TF, g_wide, low_TR, *_ = ctx.saved_tensors

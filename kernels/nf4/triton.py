@@ -134,9 +134,23 @@ def _absmax(
     offset_ptr: tl.tensor,
     NESTED: tl.constexpr,
 ) -> tl.tensor:
-    scale = tl.load(absmax_ptr + block)
+    stored = tl.load(absmax_ptr + block)
+    return _meant(stored, block, code_ptr, absmax2_ptr, offset_ptr, NESTED)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _meant(
+    stored: tl.tensor,
+    block: tl.tensor,
+    code_ptr: tl.tensor,
+    absmax2_ptr: tl.tensor,
+    offset_ptr: tl.tensor,
+    NESTED: tl.constexpr,
+) -> tl.tensor:
+    """A block's absmax, from what is stored for it."""
+    scale = stored
     if NESTED:
-        scale = tl.load(code_ptr + scale.to(tl.int32)) * tl.load(absmax2_ptr + block // 256)
+        scale = tl.load(code_ptr + stored.to(tl.int32)) * tl.load(absmax2_ptr + block // 256)
         scale += tl.load(offset_ptr)
     return scale
 
@@ -245,15 +259,26 @@ def _matmul_kernel(
     x_ptrs = x_ptr + tl.minimum(m, rows - 1)[None, :] * I + tl.arange(0, 64)[:, None]
     packed_ptrs = packed_ptr + o_read[:, None] * (I // 2) + tl.arange(0, 32)[None, :]
     sums = tl.zeros((BLOCK_O, BLOCK_M), tl.float32)
+    # A scale takes two loads, one after the other, and the compiler pipelines only what the dot
+    # reads: each is asked for a step before it is needed.
+    first_block = o_read * (I // 64)
+    column = tl.minimum(split * STEPS, I // 64 - 1)
+    next_scale = _absmax(
+        first_block + column, absmax_ptr, code_ptr, absmax2_ptr, offset_ptr, NESTED
+    )
+    next_column = tl.minimum(split * STEPS + 1, I // 64 - 1)
+    next_stored = tl.load(absmax_ptr + first_block + next_column)
     for step in tl.range(0, STEPS, num_stages=STAGES):
         index = split * STEPS + step
         column = tl.minimum(index, I // 64 - 1)
         packed = tl.load(packed_ptrs + column * 32)
         x = tl.load(x_ptrs + column * 64)
-        block = o_read * (I // 64) + column
-        scale = _absmax(block, absmax_ptr, code_ptr, absmax2_ptr, offset_ptr, NESTED)
+        scale = next_scale
         if (I // 64) % STEPS != 0:
             scale = tl.where(index < I // 64, scale, 0.0)
+        next_block = first_block + tl.minimum(index + 1, I // 64 - 1)
+        next_scale = _meant(next_stored, next_block, code_ptr, absmax2_ptr, offset_ptr, NESTED)
+        next_stored = tl.load(absmax_ptr + first_block + tl.minimum(index + 2, I // 64 - 1))
         high, low = _decoded(packed, table_ptr, PTX)
         weight = tl.reshape(tl.join(high, low), (BLOCK_O, 64))
         sums += tl.dot(weight, x.to(weight.dtype)) * (scale * UNSCALE)[:, None]
