@@ -27,15 +27,21 @@ COMMON = {
 MOE = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2}
 FAMILIES = {
     "llama": {},
-    "qwen2": {},
-    "qwen3": {},
+    "qwen2": {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1},
+    "qwen3": {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1},
     "mistral": {"sliding_window": 6},
-    "phi3": {},
+    "phi3": {"sliding_window": 6},
     "gemma2": {"sliding_window": 6, "query_pre_attn_scalar": 8},
     "gemma3_text": {"sliding_window": 6, "query_pre_attn_scalar": 8},
     "granite": {"logits_scaling": 3.0, "attention_multiplier": 0.3},
     "cohere": {"logit_scale": 0.25},
-    "qwen3_moe": {**MOE, "moe_intermediate_size": 16},
+    "qwen3_moe": {
+        **MOE,
+        "moe_intermediate_size": 16,
+        "use_sliding_window": True,
+        "sliding_window": 6,
+        "max_window_layers": 1,
+    },
     "gpt_oss": {**MOE, "sliding_window": 6},
 }
 

@@ -183,7 +183,6 @@ def test_a_bad_weight_is_named(change, error, message):
         (torch.zeros(0, 64), {}, ValueError, "x_MI has 0 rows, expected 1 to 256"),
         (torch.zeros(257, 64), {}, ValueError, "x_MI has 257 rows"),
         (torch.zeros(2, 64, device="meta"), {}, ValueError, "x_MI is on meta"),
-        (torch.zeros(2, 64), {"blocksize": 32}, ValueError, "blocks of 32, expected 64"),
     ],
 )
 def test_a_bad_product_is_named(x, weight, error, message):

@@ -361,8 +361,47 @@ def test_adapters_that_come_and_go_are_followed():
     torch.testing.assert_close(model(ids).logits, want, rtol=0, atol=1e-5)
     with model.disable_adapter():
         off = model(ids).logits
+    model.merge_adapter()
+    with model.disable_adapter():  # PEFT takes the merged weights apart here
+        torch.testing.assert_close(model(ids).logits, off, rtol=0, atol=1e-5)
+    model.unmerge_adapter()
     bare = model.unload()
     assert torch.equal(bare(ids).logits, off)
+
+
+def test_hooks_are_called():
+    model = adapted("llama").eval()
+    wrap(model)
+    calls: list[str] = []
+    for name, module in model.named_modules():
+        if name.endswith(("q_proj", "down_proj.base_layer", "post_attention_layernorm")):
+            module.register_forward_hook(lambda *_, name=name: calls.append(name))
+    model(torch.tensor([[5, 6, 7, 8]]))
+    assert len(calls) == len(set(calls)) == 3 * 2
+
+
+def test_weights_that_move_are_followed():
+    model = adapted("llama").eval()
+    wrap(model)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    before = model(ids).logits
+    with torch.no_grad():
+        for p in model.parameters():
+            p.data = p.data * 1.5  # the same parameter in another storage
+    after = model(ids).logits
+    assert not torch.allclose(after, before)
+    with unwrapped(model):
+        torch.testing.assert_close(after, model(ids).logits, rtol=0, atol=1e-5)
+
+
+def test_what_the_kernels_do_not_take_is_left_alone():
+    model = adapted("llama")
+    for name, p in model.named_parameters():
+        if "lora_" in name:
+            p.data = p.data.bfloat16()
+    left = wrap(model).left
+    assert left
+    assert all("lora_a is torch.bfloat16" in one.reason for one in left), left
 
 
 def test_targets_may_be_few():

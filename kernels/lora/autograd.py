@@ -54,6 +54,8 @@ class LinearsFunction(torch.autograd.Function):
         stacked = stack(layers)
         spans = (slice(0, 0),) * len(layers) if stacked is None else stacked.spans
         live = [index for index, grad in enumerate(grads) if grad is not None]
+        if not live:
+            return (None,) * (2 + 2 * len(layers))
         grad_low_TR = grad_a_RI = grad_x_TI = None
         if stacked is not None:
             grad_low_TR = torch.zeros_like(low_TR)
@@ -93,7 +95,7 @@ def mlp_inner(
     """``h = act(gate(x)) * up(x)`` with ``h A^T`` behind it, and what the backward needs.
 
     This and ``mlp_outer`` are the same with and without gradient, bitwise: a policy ratio may be
-    taken between the two.
+    taken between the two, for more tokens than ``op.DECODED_ROWS``.
     """
     gate, up, down = layers
     siblings, last = stack((gate, up)), stack((down,))

@@ -1,8 +1,8 @@
 """NF4 weights as bitsandbytes stores them: dequantised exactly, or multiplied where they lie.
 
 A weight is read at 4.5 bits instead of 16. For up to 256 rows ``nf4_matmul`` decodes it inside the
-product; for more, dequantising once and multiplying with cuBLAS is faster (see also
-``ahead.dequantize_ahead``).
+product; from somewhere between 128 and 256 on, dequantising once and multiplying with cuBLAS is
+faster (see also ``ahead.dequantize_ahead``).
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from rlsloth.kernels.nf4.reference import CODES
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NESTED_BLOCK = 256  # absmax codes to one absmax2
 MAX_ROWS = 256
+BLOCK = 64  # columns that a step of the product decodes: one block of scales
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +115,7 @@ def nf4_matmul(x_MI: Tensor, weight: Nf4Weight) -> Tensor:
 
     In bfloat16 on a GPU the weight is decoded inside the product: each 16-bit code value stands
     for its exact one within 1.7e-3, closer than a dequantised bfloat16 weight does (ptx.py). In
-    other dtypes, and where a row is not whole blocks, the weight is dequantised first.
+    other dtypes, and where a row is not whole blocks of 64, the weight is dequantised first.
     Deterministic; a row's result may depend on M in its last bit.
 
     Args:
@@ -122,11 +123,12 @@ def nf4_matmul(x_MI: Tensor, weight: Nf4Weight) -> Tensor:
 
     Raises:
         TypeError: x is not in the weight's dtype.
-        ValueError: a wrong shape or device, or a weight in blocks of another size than 64.
+        ValueError: a wrong shape or device.
     """
     _check_matmul(x_MI, weight)
     x_MI = x_MI.detach()
-    fused = weight.dtype == torch.bfloat16 and weight.shape[1] % weight.blocksize == 0
+    whole = weight.blocksize == BLOCK and weight.shape[1] % BLOCK == 0
+    fused = weight.dtype == torch.bfloat16 and whole
     if not (fused and _by_triton(x_MI)):
         return x_MI @ dequantize(weight).t()
     from rlsloth.kernels.nf4 import triton
@@ -218,5 +220,3 @@ def _check_matmul(x_MI: Tensor, weight: Nf4Weight) -> None:
         raise ValueError(f"x_MI is {list(x_MI.shape)}, expected [M, {weight.shape[1]}]")
     if not 1 <= x_MI.shape[0] <= MAX_ROWS:
         raise ValueError(f"x_MI has {x_MI.shape[0]} rows, expected 1 to {MAX_ROWS}")
-    if weight.blocksize != 64:
-        raise ValueError(f"the weight has blocks of {weight.blocksize}, expected 64")

@@ -1,7 +1,8 @@
 """Forwards that stand in for those of transformers' modules, one module each.
 
 A forward is set on the instance (``module.forward``); no class is touched, and parameters,
-children, hooks and names stay the module's own. Modules are still called as modules.
+children and names stay the module's own, and so do its hooks: a linear with hooks, or with a
+forward that something else replaced, is called as a module, and with it all of its kernel's.
 """
 
 from __future__ import annotations
@@ -188,7 +189,8 @@ class LayerForward(Forward):
     def __init__(self, module: Any, spec: Layer) -> None:
         super().__init__(module)
         self._sandwich = spec.sandwich
-        self._norm: NormForward = self.norm_of(module, spec).forward
+        self._norm_module = self.norm_of(module, spec)
+        self._norm: NormForward = self._norm_module.forward
 
     @staticmethod
     def norm_of(module: Any, spec: Layer) -> Any:
@@ -203,7 +205,11 @@ class LayerForward(Forward):
         attended, _ = layer.self_attn(hidden_states=normed, **kwargs)
         if self._sandwich:
             attended = layer.post_attention_layernorm(attended)
-        normed, total = self._norm.after_adding(attended, hidden_states)
+        if self._norm_module._forward_hooks or self._norm_module._forward_pre_hooks:
+            total = attended + hidden_states
+            normed = self._norm_module(total)
+        else:
+            normed, total = self._norm.after_adding(attended, hidden_states)
         out = layer.mlp(normed)
         if isinstance(out, tuple):  # gpt-oss's experts also return the router's scores
             out = out[0]

@@ -22,7 +22,11 @@ class Linears:
     def __init__(self, owner: nn.Module, *names: str) -> None:
         self._owner = owner
         self._names = names
-        self._kept: dict[str, tuple[Tensor, LoraLinear]] = {}
+        self._kept: dict[str, tuple[tuple[int, ...], LoraLinear]] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy makes its own: what is kept are views of this one's weights."""
+        return {**vars(self), "_kept": {}}
 
     def read(self, dtype: torch.dtype) -> tuple[LoraLinear, ...] | None:
         """All of them for an input of ``dtype``, or None where one has to compute by itself."""
@@ -46,6 +50,8 @@ class Linears:
         base, lora_a, lora_b, scale = linear, None, None, 0.0
         if type(linear) in _adapted_types():
             base = linear._modules["base_layer"]
+            if linear.merged and linear.disable_adapters:
+                return "a merged adapter that is switched off"
             every_a = linear._modules["lora_A"]._modules
             active = () if linear.disable_adapters or linear.merged else linear.active_adapters
             here = [adapter for adapter in active if adapter in every_a]
@@ -61,12 +67,17 @@ class Linears:
                     return "LoRA dropout"
                 lora_a, lora_b = every_a[adapter]._parameters["weight"], b["weight"]
                 scale = linear.scaling[adapter]
-        if type(base) is not nn.Linear and not _is_nf4(base):
+        if is_hooked(linear) or is_hooked(base):
+            return "a hook on a linear"
+        weight, bias = base._parameters.get("weight"), base._parameters.get("bias")
+        if weight is None or (type(base) is not nn.Linear and not _is_nf4(base)):
             return f"a linear of kind {type(base).__name__}"
-        weight, bias = base._parameters["weight"], base._parameters["bias"]
         if weight.requires_grad or (bias is not None and bias.requires_grad):
             return "a base that is trained, too"
-        made = self._make(name, weight, bias, lora_a, lora_b, scale)
+        try:
+            made = self._make(name, weight, bias, lora_a, lora_b, scale)
+        except (TypeError, ValueError) as error:  # what the kernels do not take
+            return str(error)
         if made.weight.dtype != dtype:
             return f"weights in {str(made.weight.dtype)[6:]} under inputs in {str(dtype)[6:]}"
         return made
@@ -81,15 +92,26 @@ class Linears:
         scale: float,
     ) -> LoraLinear:
         """The one made last where it is of the very same parts: making checks them all."""
+        plain = type(weight) is nn.Parameter
+        # By storage, not by parameter: moving a module gives the same parameter another one.
+        parts = [weight, lora_a, lora_b, bias, None if plain else weight.quant_state.absmax]  # type: ignore[attr-defined]
+        source = tuple(0 if part is None else part.data_ptr() for part in parts)
         if name in self._kept:
-            source, kept = self._kept[name]
-            same = source is weight and kept.bias is bias and kept.scale == scale
+            kept_source, kept = self._kept[name]
+            same = kept_source == source and kept.bias is bias and kept.scale == scale
             if same and kept.lora_a is lora_a and kept.lora_b is lora_b:
                 return kept
-        stored = weight if type(weight) is nn.Parameter else Nf4Weight.of(weight)
+        stored = weight if plain else Nf4Weight.of(weight)
         made = LoraLinear(stored, bias, lora_a, lora_b, scale)
-        self._kept[name] = weight, made
+        self._kept[name] = source, made
         return made
+
+
+def is_hooked(module: Any) -> bool:
+    """Whether calling it does more than its class's forward."""
+    state = vars(module)
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return "forward" in state or any(state[name] for name in hooks)
 
 
 def _drops(dropout: Any) -> bool:
@@ -98,7 +120,8 @@ def _drops(dropout: Any) -> bool:
 
 def _is_nf4(base: Any) -> bool:
     quantized: bool = type(base) is _linear_4bit()
-    return quantized and base.weight.quant_state.quant_type == "nf4"
+    state = base.weight.quant_state if quantized else None
+    return state is not None and state.quant_type == "nf4"
 
 
 # Types are looked up once: the imports are slow, and this runs at every call of every layer.

@@ -38,7 +38,8 @@ def wrap(model: Any) -> WrapReport:
 
     Only ``forward`` of each instance is replaced: names, parameters, hooks and children stay, so
     that PEFT's adapters can be switched, saved and loaded, and layers checkpointed, as before. An
-    adapter goes on first. Modules of other classes are left alone.
+    adapter goes on first. Modules of other classes are left alone. A wrapped model refers to
+    itself: once dropped, it is freed when Python next collects cycles.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     decoder = base.get_decoder()
