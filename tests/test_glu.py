@@ -1,12 +1,8 @@
 """kernels/glu on a CPU: the torch path, and the Triton kernels interpreted and compiled."""
 
-import inspect
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
+from interpreted import AGREED, check_interpreted
 
 from rlsloth.kernels.glu.bench import cases
 from rlsloth.kernels.glu.op import ACTIVATIONS, glu, glu_backward, glu_forward
@@ -242,22 +238,11 @@ def check_triton_in_interpreter():
     check_empty()
     check_extreme_values()
     check_extreme_values(1e30)  # its square overflows
-    print("the Triton kernels agree")
+    print(AGREED)
 
 
 def test_triton_kernels_in_their_interpreter():
-    # A process of its own: Triton decides at import whether it compiles or interprets, and the rest
-    # of this test run imports it to compile.
-    pytest.importorskip("triton")
-    ran = subprocess.run(
-        [sys.executable, inspect.getfile(check_triton_in_interpreter)],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert ran.returncode == 0, ran.stderr
-    assert "the Triton kernels agree" in ran.stdout
+    check_interpreted(__file__)
 
 
 @pytest.mark.parametrize("element", ["*fp32", "*bf16", "*fp16"])

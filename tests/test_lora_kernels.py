@@ -1,13 +1,10 @@
 """kernels/lora on a CPU: outputs and every gradient against the reference in float64."""
 
-import inspect
-import os
-import subprocess
-import sys
 from dataclasses import dataclass
 
 import pytest
 import torch
+from interpreted import AGREED, check_interpreted
 from torch.utils.checkpoint import checkpoint
 
 from rlsloth.kernels.lora import autograd
@@ -378,21 +375,11 @@ def check_triton_in_interpreter():
     """The MLP with the NF4 and gated-linear kernels."""
     for tokens in (3, 260):
         check(mlp(), mlp_reference(), make_mlp((NF4, BIASED_NF4, NF4)), input_like(tokens, 64))
-    print("the Triton kernels agree")
+    print(AGREED)
 
 
 def test_triton_kernels_in_their_interpreter():
-    # A process of its own: Triton decides at import whether it compiles or interprets.
-    pytest.importorskip("triton")
-    ran = subprocess.run(
-        [sys.executable, inspect.getfile(check_triton_in_interpreter)],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert ran.returncode == 0, ran.stderr
-    assert "the Triton kernels agree" in ran.stdout
+    check_interpreted(__file__)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,10 @@
 """kernels/nf4 on a CPU: against bitsandbytes and float64, and the Triton kernels interpreted."""
 
-import inspect
-import os
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
+from interpreted import AGREED, check_interpreted
 
 from rlsloth.kernels.nf4 import op, ptx
 from rlsloth.kernels.nf4.ahead import Job, dequantize_ahead
@@ -298,22 +295,11 @@ def check_triton_in_interpreter():
                 products = x.double() @ exact(weight, torch.float64).t()
                 assert relative(y, products) < 2**-7, (shape, rows, nested)
     assert triton.plan(1, 20, 7, 1).splits == 2  # steps that end past the last block, above
-    print("the Triton kernels agree")
+    print(AGREED)
 
 
 def test_triton_kernels_in_their_interpreter():
-    # A process of its own: Triton decides at import whether it compiles or interprets, and the rest
-    # of this test run imports it to compile.
-    pytest.importorskip("triton")
-    ran = subprocess.run(
-        [sys.executable, inspect.getfile(check_triton_in_interpreter)],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert ran.returncode == 0, ran.stderr
-    assert "the Triton kernels agree" in ran.stdout
+    check_interpreted(__file__)
 
 
 def compiled(kernel, types, constants, warps):

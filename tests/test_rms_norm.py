@@ -1,12 +1,8 @@
 """kernels/rms_norm on a CPU: the torch path, and the Triton kernels interpreted and compiled."""
 
-import inspect
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
+from interpreted import AGREED, check_interpreted
 
 from rlsloth.kernels.rms_norm.bench import cases
 from rlsloth.kernels.rms_norm.op import MAX_WIDTH, add_rms_norm, rms_norm
@@ -219,7 +215,7 @@ def check_triton_in_interpreter():
         test_extreme_values(scale)
     test_expanded_gradient()
     check_deterministic()
-    print("the Triton kernels agree")
+    print(AGREED)
 
 
 def check_deterministic():
@@ -232,18 +228,7 @@ def check_deterministic():
 
 
 def test_triton_kernels_in_their_interpreter():
-    # A process of its own: Triton decides at import whether it compiles or interprets, and the rest
-    # of this test run imports it to compile.
-    pytest.importorskip("triton")
-    ran = subprocess.run(
-        [sys.executable, inspect.getfile(check_triton_in_interpreter)],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert ran.returncode == 0, ran.stderr
-    assert "the Triton kernels agree" in ran.stdout
+    check_interpreted(__file__)
 
 
 @pytest.mark.parametrize("add", [False, True])

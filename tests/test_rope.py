@@ -1,12 +1,8 @@
 """kernels/rope on a CPU: the torch path, and the Triton kernel interpreted and compiled."""
 
-import inspect
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
+from interpreted import AGREED, check_interpreted
 from torch.utils.checkpoint import checkpoint
 
 from rlsloth.kernels.rope.bench import cases, tables
@@ -266,22 +262,11 @@ def check_triton_in_interpreter():
     check_lost_values_are_noticed()
     check_no_tokens()
     test_extreme_values()
-    print("the Triton kernel agrees")
+    print(AGREED)
 
 
 def test_triton_kernel_in_its_interpreter():
-    # A process of its own: Triton decides at import whether it compiles or interprets, and the rest
-    # of this test run imports it to compile.
-    pytest.importorskip("triton")
-    ran = subprocess.run(
-        [sys.executable, inspect.getfile(check_triton_in_interpreter)],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert ran.returncode == 0, ran.stderr
-    assert "the Triton kernel agrees" in ran.stdout
+    check_interpreted(__file__)
 
 
 @pytest.mark.parametrize("element", ["*fp32", "*bf16", "*fp16"])

@@ -8,6 +8,7 @@ forward that something else replaced, is called as a module, and with it all of 
 from __future__ import annotations
 
 import sys
+from abc import ABC, abstractmethod
 from itertools import pairwise
 from typing import Any
 
@@ -22,7 +23,7 @@ from rlsloth.policy.wrap.families import ACTIVATIONS, Attention, Layer, Mlp, Nor
 from rlsloth.policy.wrap.linears import Linears
 
 
-class Forward:
+class Forward(ABC):
     """Takes the place of ``module.forward``."""
 
     kernels: tuple[str, ...] = ()
@@ -33,8 +34,9 @@ class Forward:
         self.linears: dict[str, Linears] = {}
         """Kernels over linears with adapters; one linear left to PEFT leaves all of a kernel's."""
 
+    @abstractmethod
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        raise NotImplementedError
+        """What the module computes, by our kernels."""
 
     def original(self, *args: Any) -> Any:
         """What transformers computes."""
