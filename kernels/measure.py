@@ -63,11 +63,11 @@ def measure(case: Case, device: torch.device, peers: bool, seconds: float = 1.0)
             print(f"{case.op} {case.shape}: no {name}: {repr(reason)[:200]}")
     memory = {name: peak_bytes(run, device) / 2**20 for name, run in runs.items()}
     times: dict[str, list[float]] = {name: [] for name in runs}
-    slowest = max(_time(run, device) for run in runs.values())
+    slowest = max(seconds_of(run, device) for run in runs.values())
     rounds = min(50, max(5, int(seconds / slowest)))
     for _ in range(rounds):
         for name, run in runs.items():
-            times[name].append(_time(run, device))
+            times[name].append(seconds_of(run, device))
     middle = {name: 1e3 * statistics.median(all_) for name, all_ in times.items()}
     floor = next(iter(middle.values()))
     error = case.error() if case.error is not None else None
@@ -85,7 +85,7 @@ def measure(case: Case, device: torch.device, peers: bool, seconds: float = 1.0)
     ]
 
 
-def _time(run: Run, device: torch.device) -> float:
+def seconds_of(run: Run, device: torch.device) -> float:
     """Seconds of one call, by the device's own clock where it has one."""
     if device.type == "cuda":
         # The host gets ahead, as it does in training: its own start is not the kernels' time.
