@@ -1,12 +1,18 @@
 """kernels/linear_logprob on a CUDA GPU: the fused Triton product and cuBLAS."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from rlsloth.kernels.linear_logprob.bench import CHECKED_ROWS, peaked
+from rlsloth.kernels.linear_logprob.norm import FinalNorm
 from rlsloth.kernels.linear_logprob.op import HeadLora, linear_logprob, weighted_logprob_sum
 from rlsloth.kernels.linear_logprob.reference import linear_logprob_reference
+from rlsloth.kernels.linear_logprob.tiles import tile_of
 from rlsloth.kernels.measure import peak_bytes
+from rlsloth.kernels.rms_norm.op import rms_norm
+from rlsloth.kernels.rms_norm.reference import rms_norm_reference
 
 pytestmark = [
     pytest.mark.gpu,
@@ -177,3 +183,69 @@ def test_strided_targets_and_a_broken_head():
     weight[7] = float("nan")
     target[target == 7] = 8
     assert linear_logprob(hidden, weight, target).logprob_N.isnan().all()
+
+
+@pytest.mark.parametrize("rows", [1000, 1025, 2300])
+def test_rows_are_the_same_however_tiles_are_grouped(rows):
+    from rlsloth.kernels.linear_logprob import triton
+
+    hidden, weight, target, _ = make(rows, 256, 50257, torch.bfloat16)
+    results = []
+    for row_group in (1, 7, 8, 16, 1000):
+        tile = replace(tile_of(hidden.device), row_group=row_group)
+        odds = torch.full((rows, 50304), float("nan"), device="cuda").bfloat16()[:, :50257]
+        stats = torch.full((4, rows), float("nan"), device="cuda")
+        triton.odds(hidden, weight, None, target, odds, stats, 1.0, None, tile)
+        results.append((odds, stats))
+    assert not results[0][0].isnan().any()
+    for odds, stats in results[1:]:
+        assert torch.equal(odds, results[0][0])
+        assert torch.equal(stats, results[0][1])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("count", [1, 70001, 50_000_003])
+def test_scaling_by_a_number_on_the_device(count, dtype):
+    from rlsloth.kernels.linear_logprob import triton
+
+    x = torch.randn(count, device="cuda").to(dtype)
+    for factor in (1.0, -0.37):
+        wanted = (x.float() * factor).to(dtype)
+        triton.scale(x, torch.tensor(factor, device="cuda"))
+        assert torch.equal(x, wanted)
+
+
+def test_known_weights_are_scaled_without_waiting_for_the_device():
+    hidden, weight, target, gradient = make(300, 256, 50257, torch.bfloat16)
+    leaves = [hidden.requires_grad_(), weight.requires_grad_()]
+    total, _ = weighted_logprob_sum(hidden, weight, target, gradient)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        torch.autograd.grad(total / 3, leaves)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+@pytest.mark.parametrize("trainable", [False, True])
+def test_final_norm(trainable, offset, dtype):
+    hidden, weight, target, gradient = make(300, 256, 50257, dtype)
+    hidden *= 5
+    norm = FinalNorm((1 - offset + 0.3 * torch.randn(256, device="cuda")).to(dtype), 1e-5, offset)
+    with torch.no_grad():
+        normed = rms_norm(hidden, norm.weight_H, norm.eps, offset)
+        wanted = linear_logprob(normed, weight, target, chunk_rows=128)
+    wide = [x.double().requires_grad_() for x in (hidden, weight)]
+    normed = rms_norm_reference(wide[0], norm.weight_H.double(), norm.eps, offset)
+    logprob = linear_logprob_reference(normed, wide[1], target)[0]
+    grads = torch.autograd.grad(logprob, wide, gradient.double())
+    leaves = [hidden.requires_grad_(), *([weight.requires_grad_()] if trainable else [])]
+    result = linear_logprob(hidden, weight, target, norm=norm, chunk_rows=128)
+    for actual, expected in zip(result, wanted, strict=True):
+        assert torch.equal(actual, expected)
+    tolerance = 1e-4 if dtype == torch.float32 else 2e-2
+    for actual, expected in zip(
+        torch.autograd.grad(result.logprob_N, leaves, gradient), grads, strict=False
+    ):
+        assert (actual.double() - expected).norm() / expected.norm() < tolerance

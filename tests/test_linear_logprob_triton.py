@@ -4,12 +4,14 @@ import math
 
 import pytest
 import test_linear_logprob
+import test_linear_logprob_norm
 import torch
 from interpreted import AGREED, check_interpreted
 from test_linear_logprob import CAPPED, close, expected, make
 
 from rlsloth.kernels.linear_logprob.op import linear_logprob, weighted_logprob_sum
 from rlsloth.kernels.linear_logprob.reference import linear_logprob_reference
+from rlsloth.kernels.linear_logprob.tiles import PLAIN_TILE, TILES, Tile
 
 
 def check_triton_in_interpreter():
@@ -27,6 +29,9 @@ def check_triton_in_interpreter():
     check_fused_layouts()
     check_fused_not_finite()
     check_fused_known_weights()
+    check_fused_norm()
+    check_row_groups()
+    check_scale()
     print(AGREED)
 
 
@@ -45,6 +50,11 @@ def check_fused_layouts():
         assert torch.equal(again.logprob_N, wanted.logprob_N)
     shifted = torch.cat((weight.new_zeros(1), weight.flatten()))[1:].view(300, 24)
     close(linear_logprob(hidden, shifted, target, bias_V=bias).logprob_N, wanted.logprob_N.double())
+    narrow = linear_logprob(hidden[:, :12], weight[:, :12], target)  # 24 bytes a row once copied
+    wanted_narrow = linear_logprob_reference(
+        hidden[:, :12].double(), weight[:, :12].double(), target
+    )
+    close(narrow.logprob_N, wanted_narrow[0])
     row = hidden[0][:, None].t()  # [1, 24] with strides (1, 1)
     close(
         linear_logprob(row, weight, target[:1], bias_V=bias).logprob_N,
@@ -82,8 +92,56 @@ def check_fused_known_weights():
     leaves = [hidden.requires_grad_(), weight.requires_grad_()]
     _, grads = expected(hidden, weight, target, gradient)
     total, _ = weighted_logprob_sum(hidden, weight, target, gradient, chunk_rows=8)
-    for actual, wanted in zip(torch.autograd.grad(total / 3, leaves), grads, strict=True):
+    actual_grads = torch.autograd.grad(total / 3, leaves, retain_graph=True)
+    for actual, wanted in zip(actual_grads, grads, strict=True):
         close(actual, wanted / 3, 2e-2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(total, leaves)
+
+
+def check_fused_norm():
+    test_linear_logprob_norm.test_logprobs_are_bitwise_those_of_normed_hidden_states(
+        8, 1.0, torch.bfloat16
+    )
+    for case in (
+        (0.0, {}, False, False), (1.0, CAPPED, False, True), (1.0, {}, True, False),
+        (0.0, CAPPED, True, True),
+    ):  # fmt: skip
+        test_linear_logprob_norm.check_gradients(*case, torch.bfloat16)
+    test_linear_logprob_norm.test_hidden_may_be_overwritten(torch.bfloat16)
+
+
+def check_row_groups():
+    """However row tiles are grouped, a row is the same; also where the last group is smaller."""
+    from rlsloth.kernels.linear_logprob import triton
+
+    hidden, weight, target, _ = make(43, 24, 100, torch.bfloat16)  # 3 row tiles
+    results = []
+    for row_group in (1, 2, 8):
+        odds = torch.full((43, 128), math.nan).bfloat16()[:, :100]
+        stats = torch.full((4, 43), math.nan)
+        tile = Tile(16, 32, 16, warps=4, stages=2, row_group=row_group)
+        triton.odds(hidden, weight, None, target, odds, stats, 1.0, None, tile)
+        results.append((odds, stats))
+    assert all(not x.isnan().any() for x in results[0])
+    for odds, stats in results[1:]:
+        assert torch.equal(odds, results[0][0])
+        assert torch.equal(stats, results[0][1])
+
+
+def check_scale():
+    """By 1, by another number, and by NaN; more than all programs hold at once."""
+    from rlsloth.kernels.linear_logprob import triton
+
+    for dtype in (torch.bfloat16, torch.float32):
+        for count in (0, 1, 70001):
+            for factor in (1.0, -0.37, math.nan):
+                x = torch.randn(count).to(dtype)
+                wanted = (x.float() * factor).to(dtype)
+                triton.scale(x, torch.tensor(factor))
+                # Triton's interpreter cuts to 16 bits instead of rounding.
+                ulp = 0.0 if factor == 1.0 else torch.finfo(dtype).eps
+                torch.testing.assert_close(x, wanted, rtol=ulp, atol=0, equal_nan=True)
 
 
 def check_fused(hidden, weight, target, gradient, bias, settings):
@@ -142,12 +200,13 @@ def test_triton_kernels_compile_for_a_gpu(capability, tmp_path, monkeypatch):
     from rlsloth.kernels.linear_logprob import triton
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    tile = triton.TILES.get(capability // 10, triton.PLAIN_TILE)
+    tile = TILES.get(capability // 10, PLAIN_TILE)
     types = {
         f"{name}_ptr": "*bf16" for name in ("hidden", "weight", "bias", "odds", "out", "tensor")
     }
     types |= {
-        f"{name}_ptr": "*fp32" for name in ("stats", "partial", "target_logit", "sum", "scale")
+        f"{name}_ptr": "*fp32"
+        for name in ("stats", "partial", "target_logit", "sum", "scale", "factor")
     }
     types |= {"target_ptr": "*i64", "slope": "fp32", "ceiling": "fp32"}
     types |= {
@@ -163,6 +222,7 @@ def test_triton_kernels_compile_for_a_gpu(capability, tmp_path, monkeypatch):
         (triton._rows_kernel, 4, 3),
         (triton._finish_kernel, 4, 3),
         (triton._scale_kernel, 4, 3),
+        (triton._scale_all_kernel, 8, 3),
     ):
         signature = {
             name: "constexpr" if name in constants else types.get(name, "i32")

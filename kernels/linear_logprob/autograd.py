@@ -33,9 +33,10 @@ class FrozenHead(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         stats_4N = empty_stats(hidden_NH)
         direction_NH = hidden_NH if overwrite else _contiguous_like(hidden_NH)
-        for rows, odds_RV in chunks(head, hidden_NH, target_N, stats_4N):
+        for rows, _, odds_RV in chunks(head, hidden_NH, target_N, stats_4N):
             sum_RH = multiply(odds_RV, head.weight_VH)
-            _finish(head, sum_RH, target_N[rows], stats_4N[:, rows], direction_NH[rows])
+            stats_4R, out_RH = stats_4N[:, rows], direction_NH[rows]
+            _finish(head, sum_RH, target_N[rows], stats_4R, hidden_NH[rows], out_RH)
         if overwrite:
             increment_version(hidden_NH)
         result = outputs(stats_4N)
@@ -84,12 +85,13 @@ class TrainableHead(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_N: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        hidden_NH, trained_VK, bias_V, target_N, coefficient_N = ctx.saved_tensors
-        grads = _Gradients(ctx.head, hidden_NH, trained_VK, bias_V, ctx.needs_input_grad)
+        hidden_NH, trained_VK, _, target_N, coefficient_N = ctx.saved_tensors
+        grads = _Gradients(ctx.head, hidden_NH, trained_VK.shape[1], ctx.needs_input_grad)
         stats_4N = empty_stats(hidden_NH)
         scale_N = grad_N * coefficient_N
-        for rows, odds_RV in chunks(ctx.head, hidden_NH, target_N, stats_4N):
-            grads.add(rows, odds_RV, target_N[rows], stats_4N[:, rows], scale_N[rows])
+        for rows, input_RH, odds_RV in chunks(ctx.head, hidden_NH, target_N, stats_4N):
+            stats_4R = stats_4N[:, rows]
+            grads.add(rows, input_RH, odds_RV, target_N[rows], stats_4R, scale_N[rows])
         return *grads.results(), None, None
 
 
@@ -111,27 +113,35 @@ class WeightedSum(torch.autograd.Function):
         with_gradients: bool,
     ) -> tuple[Tensor, ...]:
         # Rows of weight 0 go last: whole chunks of them need no gradient.
-        order_N = torch.argsort((row_weight_N == 0).to(torch.int8), stable=True)
-        active = int(torch.count_nonzero(row_weight_N)) if with_gradients else 0
-        sorted_NH, target_N = hidden_NH[order_N], target_N[order_N]
+        active = int(torch.count_nonzero(row_weight_N))
+        order_N = None
+        if 0 < active < len(row_weight_N):
+            order_N = torch.argsort((row_weight_N == 0).to(torch.int8), stable=True)
+        sorted_NH, target_N, sorted_weight_N = (
+            x if order_N is None else x.index_select(0, order_N)
+            for x in (hidden_NH, target_N, row_weight_N)
+        )
         stats_4N = empty_stats(hidden_NH)
         needs = tuple(with_gradients and need for need in ctx.needs_input_grad)
-        grads = _Gradients(head, sorted_NH, trained_VK, bias_V, needs)
-        for rows, odds_RV in chunks(head, sorted_NH, target_N, stats_4N):
+        grads = _Gradients(head, sorted_NH, trained_VK.shape[1], needs)
+        for rows, input_RH, odds_RV in chunks(head, sorted_NH, target_N, stats_4N):
             kept = slice(rows.start, max(rows.start, min(rows.stop, active)))
             count = kept.stop - kept.start
-            if count:
+            if count and any(needs):
                 stats_4R = stats_4N[:, kept]
-                scale_R = row_weight_N[order_N[kept]] * coefficient(outputs(stats_4R)[0], head)
-                grads.add(kept, odds_RV[:count], target_N[kept], stats_4R, scale_R)
+                scale_R = sorted_weight_N[kept] * coefficient(outputs(stats_4R)[0], head)
+                grads.add(
+                    kept, input_RH[:count], odds_RV[:count], target_N[kept], stats_4R, scale_R
+                )
         grad_hidden, grad_trained, grad_bias = grads.results()
         if grad_hidden is not None:
             grad_hidden[active:] = 0.0
-            sorted_NH[order_N] = grad_hidden
-            grad_hidden = sorted_NH
-        result = [torch.empty_like(stat_N) for stat_N in outputs(stats_4N)]
-        for unsorted_N, sorted_N in zip(result, outputs(stats_4N), strict=True):
-            unsorted_N[order_N] = sorted_N
+        result: tuple[Tensor, ...] = outputs(stats_4N)
+        if order_N is not None:
+            result = tuple(torch.empty_like(x).index_copy_(0, order_N, x) for x in result)
+            if grad_hidden is not None:  # to where the sorted copy was
+                grad_hidden = sorted_NH.index_copy_(0, order_N, grad_hidden)
+        ctx.head = head
         ctx.save_for_backward(grad_hidden, grad_trained, grad_bias)
         ctx.mark_non_differentiable(*result)
         # What a weight of 0 leaves out may be NaN.
@@ -141,24 +151,24 @@ class WeightedSum(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        # As a vector of one: a bare number would be rounded to the gradients' 16 bits first.
-        scaled = [None if g is None else g.mul_(grad.reshape(1)) for g in ctx.saved_tensors]
-        return *scaled, None, None, None, None
+        saved: tuple[Tensor | None, ...] = ctx.saved_tensors
+        for tensor in saved:
+            if tensor is not None:
+                _scale(ctx.head, tensor, grad)
+        return *saved, None, None, None, None
 
 
 class _Gradients:
-    """Gradients of hidden states, trained columns and bias, gathered chunk by chunk."""
+    """Gradients of hidden states, of the head's last columns, those trained, and of the bias."""
 
     def __init__(
         self,
         head: Head,
         hidden_NH: Tensor,
-        trained_VK: Tensor,
-        bias_V: Tensor | None,
+        columns: int,
         needs: tuple[bool, ...],
     ) -> None:
-        self.head = head
-        self.factor_NK = hidden_NH[:, hidden_NH.shape[1] - trained_VK.shape[1] :]
+        self.head, self.hidden_NH, self.columns = head, hidden_NH, columns
         self.hidden = _contiguous_like(hidden_NH) if needs[0] else None
         self.needs_trained, self.needs_bias = needs[1], needs[2]
         # Over several chunks sums are kept in float32; one chunk's product is rounded once.
@@ -168,32 +178,40 @@ class _Gradients:
         self.bias: Tensor | None = None
 
     def add(
-        self, rows: slice, odds_RV: Tensor, target_R: Tensor, stats_4R: Tensor, scale_R: Tensor
+        self,
+        rows: slice,
+        input_RH: Tensor,
+        odds_RV: Tensor,
+        target_R: Tensor,
+        stats_4R: Tensor,
+        scale_R: Tensor,
     ) -> None:
         """Add rows whose gradient is ``scale * (odds / total - onehot(target)) @ ...``."""
         if self.hidden is not None:
             sum_RH = multiply(odds_RV, self.head.weight_VH)
-            _finish(self.head, sum_RH, target_R, stats_4R, self.hidden[rows])
-            _scale_rows(self.head, self.hidden[rows], scale_R)
+            hidden_RH, out_RH = self.hidden_NH[rows], self.hidden[rows]
+            _finish(self.head, sum_RH, target_R, stats_4R, hidden_RH, out_RH)
+            _scale_rows(self.head, out_RH, scale_R)
         # With its target in place a row of odds is the whole gradient, up to a row scale.
         target_odds_R1 = -(stats_4R[1] * _cap_slope(self.head, stats_4R))[:, None]
         odds_RV.scatter_(1, target_R[:, None], target_odds_R1.to(odds_RV.dtype))
-        scale_R1 = (scale_R / stats_4R[1])[:, None]
+        scale_R = scale_R / stats_4R[1]
         out_dtype = self.dtype if self.whole else torch.float32
         if self.needs_trained:
-            factor_RK = self.factor_NK[rows] * scale_R1
+            factor_RK = input_RH[:, input_RH.shape[1] - self.columns :]
+            factor_RK = _scaled_rows(self.head, factor_RK, scale_R)
             self.trained = add_transposed(odds_RV, factor_RK, self.trained, out_dtype)
         if self.needs_bias:
-            self.bias = add_transposed(odds_RV, scale_R1, self.bias, torch.float32)
+            self.bias = add_transposed(odds_RV, scale_R[:, None], self.bias, torch.float32)
 
     def results(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """In the order and the dtype of the inputs."""
-        vocabulary, columns = self.head.weight_VH.shape[0], self.factor_NK.shape[1]
+        vocabulary = self.head.weight_VH.shape[0]
         trained, bias = self.trained, self.bias
         if self.needs_trained and trained is None:  # no row
-            trained = self.factor_NK.new_zeros(vocabulary, columns)
+            trained = self.hidden_NH.new_zeros(vocabulary, self.columns)
         if self.needs_bias and bias is None:
-            bias = self.factor_NK.new_zeros(vocabulary, 1)
+            bias = self.hidden_NH.new_zeros(vocabulary, 1)
         return (
             self.hidden,
             None if trained is None else trained.to(self.dtype),
@@ -201,16 +219,29 @@ class _Gradients:
         )
 
 
-def _finish(head: Head, sum_RH: Tensor, target_R: Tensor, stats_4R: Tensor, out_RH: Tensor) -> None:
-    """Write the direction: ``sum / total - cap_slope * weight[target]``."""
+def _finish(
+    head: Head,
+    sum_RH: Tensor,
+    target_R: Tensor,
+    stats_4R: Tensor,
+    hidden_RH: Tensor,
+    out_RH: Tensor,
+) -> None:
+    """Write the direction, ``sum / total - cap_slope * weight[target]``, back through the norm.
+
+    ``out_RH`` may be ``hidden_RH``. The sum is overwritten.
+    """
+    direct_RH = out_RH if head.norm is None else sum_RH
     if head.fused:
         from rlsloth.kernels.linear_logprob import triton
 
-        triton.finish(sum_RH, head.weight_VH, target_R, stats_4R, head.ceiling, out_RH)
-        return
-    target_RH = head.weight_VH[target_R].float()
-    sum_RH.div_(stats_4R[1, :, None])
-    out_RH.copy_(sum_RH.sub_(target_RH.mul_(_cap_slope(head, stats_4R)[:, None])))
+        triton.finish(sum_RH, head.weight_VH, target_R, stats_4R, head.ceiling, direct_RH)
+    else:
+        target_RH = head.weight_VH[target_R].float()
+        sum_RH.div_(stats_4R[1, :, None])
+        direct_RH.copy_(sum_RH.sub_(target_RH.mul_(_cap_slope(head, stats_4R)[:, None])))
+    if head.norm is not None:
+        out_RH.copy_(head.norm.backward(sum_RH, hidden_RH))
 
 
 def _scale_rows(head: Head, tensor_RH: Tensor, scale_R: Tensor) -> None:
@@ -220,6 +251,26 @@ def _scale_rows(head: Head, tensor_RH: Tensor, scale_R: Tensor) -> None:
         triton.scale_rows(tensor_RH, scale_R)
     else:
         tensor_RH.mul_(scale_R[:, None])
+
+
+def _scaled_rows(head: Head, tensor_RK: Tensor, scale_R: Tensor) -> Tensor:
+    if head.fused:
+        scaled_RK = tensor_RK.clone(memory_format=torch.contiguous_format)
+        _scale_rows(head, scaled_RK, scale_R)
+        return scaled_RK
+    return tensor_RK * scale_R[:, None]
+
+
+def _scale(head: Head, tensor: Tensor, factor: Tensor) -> None:
+    """In place by a number, rounded once."""
+    if head.fused:
+        from rlsloth.kernels.linear_logprob import triton
+
+        triton.scale(tensor, factor)
+        increment_version(tensor)
+    else:
+        # As a vector of one: a bare number would be rounded to the gradient's 16 bits first.
+        tensor.mul_(factor.reshape(1))
 
 
 def _cap_slope(head: Head, stats_4R: Tensor) -> Tensor:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from rlsloth.kernels.linear_logprob.norm import FinalNorm
 from rlsloth.kernels.linear_logprob.op import linear_logprob, weighted_logprob_sum
 from rlsloth.kernels.linear_logprob.peers import peers
 from rlsloth.kernels.linear_logprob.products import add_transposed
 from rlsloth.kernels.linear_logprob.reference import linear_logprob_reference
 from rlsloth.kernels.measure import Case, Run, seconds_of
+from rlsloth.kernels.rms_norm.op import rms_norm
 
 SHAPES = {
     "cuda": ((8192, 4096, 128256), (16384, 2048, 151936), (32768, 4096, 128256)),
@@ -35,6 +38,7 @@ def cases(device: torch.device) -> Iterator[Case]:
     for shape in TRAINED[device.type]:
         for trained, known in ((True, False), (True, True), (False, True)):
             yield _case(device, dtype, *shape, trained=trained, known=known)
+    yield _norm_case(device, dtype, *SHAPES[device.type][0])
 
 
 def _case(
@@ -87,6 +91,35 @@ def _case(
         f"{products[trained, known]:g} matrix products",
         {} if trained or known else peers(hidden_NH, weight_VH, target_N, gradient_N),
         error,
+    )
+
+
+def _norm_case(
+    device: torch.device, dtype: torch.dtype, tokens: int, width: int, vocabulary: int
+) -> Case:
+    """From the residual stream, with the final norm inside; beside it the norm in front."""
+    torch.manual_seed(0)
+    hidden_NH, weight_VH, target_N = peaked(tokens, width, vocabulary, device, dtype)
+    gradient_N = torch.randn(tokens, device=device)
+    norm = FinalNorm(torch.ones(width, device=device, dtype=dtype), 1e-6)
+    work_NH = hidden_NH.clone().requires_grad_()
+
+    def run(inside: bool) -> None:
+        with torch.no_grad():
+            work_NH.copy_(hidden_NH)
+        input_NH = work_NH if inside else rms_norm(work_NH, norm.weight_H, norm.eps)
+        out = linear_logprob(
+            input_NH, weight_VH, target_N, norm=norm if inside else None, overwrite_hidden=True
+        )
+        torch.autograd.grad(out.logprob_N, work_NH, gradient_N)
+
+    return Case(
+        "linear_logprob",
+        f"final norm and frozen head, T {tokens} H {width} V {vocabulary}",
+        partial(run, True),
+        _products(hidden_NH, weight_VH, trained=False, known=False),
+        "2 matrix products",
+        {"ours, the norm in front": lambda: partial(run, False)},
     )
 
 

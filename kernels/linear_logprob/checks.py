@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from rlsloth.kernels.linear_logprob.norm import FinalNorm
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -69,6 +71,27 @@ def check_lora(a_RH: Tensor, b_VR: Tensor, weight_VH: Tensor) -> None:
             raise ValueError(f"{name} is on {tensor.device}, weight_VH on {weight_VH.device}")
         if not tensor.is_floating_point():
             raise TypeError(f"{name} is {tensor.dtype}, expected a floating dtype")
+
+
+def check_norm(norm: FinalNorm, hidden_NH: Tensor, with_lora: bool) -> None:
+    """The same for the norm before the head."""
+    weight_H = norm.weight_H
+    if with_lora:
+        raise ValueError("norm and lora together are not supported: pass normed hidden states")
+    if weight_H.shape != hidden_NH.shape[1:]:
+        raise ValueError(
+            f"norm.weight_H is {list(weight_H.shape)}, expected {list(hidden_NH.shape[1:])}"
+        )
+    if weight_H.device != hidden_NH.device:
+        raise ValueError(f"norm.weight_H is on {weight_H.device}, hidden_NH on {hidden_NH.device}")
+    if weight_H.dtype not in (torch.float32, hidden_NH.dtype):
+        raise TypeError(
+            f"norm.weight_H is {weight_H.dtype}, expected float32 or hidden_NH's {hidden_NH.dtype}"
+        )
+    if weight_H.requires_grad:
+        raise ValueError(
+            "norm.weight_H requires grad: it gets none here; pass normed hidden states"
+        )
 
 
 def check_row_weight(row_weight_N: Tensor, hidden_NH: Tensor) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rlsloth.kernels.linear_logprob.norm import FinalNorm
 from rlsloth.kernels.linear_logprob.products import project
 
 FLOOR = -3.0e38  # finite: exp gives 0, and 0 * FLOOR is 0 where 0 * -inf is NaN
@@ -25,6 +26,8 @@ class Head:
     """logit_scale / temperature."""
     ceiling: float | None
     """softcap / temperature."""
+    norm: FinalNorm | None
+    """What hidden states still have to go through."""
     chunk_rows: int
 
     @property
@@ -34,7 +37,8 @@ class Head:
         """
         # TRITON_INTERPRET is Triton's own switch: kernels then run on CPU tensors.
         runs = self.weight_VH.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
-        return runs and self.weight_VH.dtype == torch.bfloat16 and aligned(self.weight_VH)
+        takes = self.weight_VH.dtype == torch.bfloat16 and self.weight_VH.shape[1] % 8 == 0
+        return runs and takes and aligned(self.weight_VH)
 
 
 def aligned(matrix: Tensor) -> bool:
@@ -53,8 +57,9 @@ def empty_stats(hidden_NH: Tensor) -> Tensor:
 
 def chunks(
     head: Head, hidden_NH: Tensor, target_N: Tensor, stats_4N: Tensor
-) -> Iterator[tuple[slice, Tensor]]:
-    """Fill ``stats_4N`` chunk by chunk; yield each chunk's rows and odds [R, V].
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Fill ``stats_4N`` chunk by chunk; yield each chunk's rows, the head's input [R, H] and odds
+    [R, V].
 
     Odds are ``exp(z - reference)``, 0 at the target, times the softcap's slope at z. They lie in
     the scratch and are gone once the next chunk is asked for.
@@ -68,6 +73,7 @@ def chunks(
         scratch_RV = hidden_NH.new_empty(2, size, vocabulary, dtype=torch.float32)
     for start in range(0, count, head.chunk_rows):
         rows = slice(start, min(start + head.chunk_rows, count))
+        input_RH = hidden_NH[rows] if head.norm is None else head.norm.forward(hidden_NH[rows])
         arguments = target_N[rows], stats_4N[:, rows], head.slope, head.ceiling
         if head.fused:
             from rlsloth.kernels.linear_logprob import triton
@@ -75,16 +81,15 @@ def chunks(
             odds_RV = scratch_RV[: rows.stop - start, :vocabulary]
             target_R, stats_4R, slope, ceiling = arguments
             triton.odds(
-                hidden_NH[rows], head.weight_VH, head.bias_V, target_R, odds_RV, stats_4R,
-                slope, ceiling,
+                input_RH, head.weight_VH, head.bias_V, target_R, odds_RV, stats_4R, slope, ceiling
             )  # fmt: skip
         else:
             logits_RV, odds_RV = scratch_RV[:, : rows.stop - start]
-            project(hidden_NH[rows], head.weight_VH, out_RV=logits_RV)
+            project(input_RH, head.weight_VH, out_RV=logits_RV)
             if head.bias_V is not None:
                 logits_RV.add_(head.bias_V)
             odds_torch(logits_RV, odds_RV, *arguments)
-        yield rows, odds_RV
+        yield rows, input_RH, odds_RV
 
 
 def odds_torch(

@@ -20,7 +20,13 @@ import torch
 from torch import Tensor
 
 from rlsloth.kernels.linear_logprob.autograd import FrozenHead, TrainableHead, WeightedSum
-from rlsloth.kernels.linear_logprob.checks import check, check_lora, check_row_weight
+from rlsloth.kernels.linear_logprob.checks import (
+    check,
+    check_lora,
+    check_norm,
+    check_row_weight,
+)
+from rlsloth.kernels.linear_logprob.norm import FinalNorm
 from rlsloth.kernels.linear_logprob.odds import Head, aligned, chunks, empty_stats, outputs
 
 CPU_ROWS = 256  # from here on the products run at the speed of whole ones
@@ -49,6 +55,10 @@ class HeadLora:
     b_VR: Tensor
     scale: float
 
+    def narrow(self, hidden_NH: Tensor) -> Tensor:
+        """``scale * hidden @ a.T`` [N, R] in the dtype of hidden_NH, what b is multiplied by."""
+        return self.scale * (hidden_NH @ self.a_RH.to(hidden_NH.dtype).t())
+
 
 def linear_logprob(
     hidden_NH: Tensor,
@@ -57,6 +67,7 @@ def linear_logprob(
     *,
     bias_V: Tensor | None = None,
     lora: HeadLora | None = None,
+    norm: FinalNorm | None = None,
     temperature: float = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
@@ -81,6 +92,8 @@ def linear_logprob(
         bias_V: like hidden_NH.
         lora: an adapter on the head, in any floating dtype; the weight is then frozen, and copied
             beside the adapter at each call.
+        norm: hidden_NH is the residual stream before the model's final norm, which is then done
+            chunk by chunk, bitwise as ``rms_norm`` does; not together with lora.
         chunk_rows: rows held at a time, instead of a choice by the device's memory.
         overwrite_hidden: keep the gradient's direction where hidden_NH was, if the head is frozen:
             nobody may read hidden_NH afterwards, its own producer's backward included.
@@ -93,7 +106,7 @@ def linear_logprob(
     check(hidden_NH, weight_VH, target_N, bias_V, temperature, softcap, logit_scale, chunk_rows)
     transform = _Transform(temperature, softcap, logit_scale)
     with torch.autocast(hidden_NH.device.type, enabled=False):
-        inputs = _prepare(hidden_NH, weight_VH, target_N, bias_V, lora, transform, chunk_rows)
+        inputs = _prepare(hidden_NH, weight_VH, target_N, bias_V, lora, norm, transform, chunk_rows)
         hidden_NH, trained_VK, target_N, head = inputs
         trainable = trained_VK.requires_grad or (bias_V is not None and bias_V.requires_grad)
         if not torch.is_grad_enabled() or not (trainable or hidden_NH.requires_grad):
@@ -120,6 +133,7 @@ def weighted_logprob_sum(
     *,
     bias_V: Tensor | None = None,
     lora: HeadLora | None = None,
+    norm: FinalNorm | None = None,
     temperature: float = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
@@ -129,8 +143,9 @@ def weighted_logprob_sum(
 
     For losses whose weights are known beforehand (cross-entropy; a policy gradient on-policy): the
     forward makes all gradients, the backward multiplies them by a number. A trained head then costs
-    three products instead of four, and rows of weight 0 cost one instead of two. Takes a copy of
-    hidden_NH beside the gradient, and waits for the device once, to count the weights.
+    three products instead of four, and rows of weight 0 cost one instead of two. Waits for the
+    device once, to count the weights; where some are 0, takes a copy of hidden_NH beside the
+    gradient.
 
     ``row_weight_N`` is float32 [N] without a gradient; the rest is as in ``linear_logprob``. A
     graph can be differentiated once.
@@ -139,7 +154,7 @@ def weighted_logprob_sum(
     check_row_weight(row_weight_N, hidden_NH)
     transform = _Transform(temperature, softcap, logit_scale)
     with torch.autocast(hidden_NH.device.type, enabled=False):
-        inputs = _prepare(hidden_NH, weight_VH, target_N, bias_V, lora, transform, chunk_rows)
+        inputs = _prepare(hidden_NH, weight_VH, target_N, bias_V, lora, norm, transform, chunk_rows)
         hidden_NH, trained_VK, target_N, head = inputs
         total, *result = WeightedSum.apply(  # type: ignore[no-untyped-call]
             hidden_NH, trained_VK, bias_V, target_N, row_weight_N, head, torch.is_grad_enabled()
@@ -159,18 +174,19 @@ def _prepare(
     target_N: Tensor,
     bias_V: Tensor | None,
     lora: HeadLora | None,
+    norm: FinalNorm | None,
     transform: _Transform,
     chunk_rows: int | None,
 ) -> tuple[Tensor, Tensor, Tensor, Head]:
     """Hidden states, columns that may be trained and targets as the kernels take them; the head."""
+    if norm is not None:
+        check_norm(norm, hidden_NH, lora is not None)
     trained_VK = weight_VH
     if lora is not None:
         check_lora(lora.a_RH, lora.b_VR, weight_VH)
         # (h | s h A^T) @ (W | B)^T: the adapter is a few more columns of the same product.
-        dtype = hidden_NH.dtype
-        narrow_NR = lora.scale * (hidden_NH @ lora.a_RH.to(dtype).t())
-        hidden_NH = torch.cat([hidden_NH, narrow_NR], dim=1)
-        trained_VK = lora.b_VR.to(dtype)
+        hidden_NH = torch.cat([hidden_NH, lora.narrow(hidden_NH)], dim=1)
+        trained_VK = lora.b_VR.to(hidden_NH.dtype)
         weight_VH = torch.cat([weight_VH.detach(), trained_VK.detach()], dim=1)
     if bias_V is not None:
         # Finite where a vocabulary is masked by -inf: 0 * -inf would be NaN in the entropy.
@@ -180,6 +196,7 @@ def _prepare(
         bias_V,
         slope=transform.logit_scale / transform.temperature,
         ceiling=None if transform.softcap is None else transform.softcap / transform.temperature,
+        norm=norm,
         chunk_rows=chunk_rows or 1,
     )
     if chunk_rows is None:

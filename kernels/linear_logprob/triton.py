@@ -10,49 +10,19 @@ the exponent; ``_rows_kernel`` brings such rows to one scale.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cache
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from rlsloth.kernels.linear_logprob.tiles import Tile, processors, tile_of
+
 LOG2E = tl.constexpr(1.4426950408889634)
 LIMIT = tl.constexpr(86.0)  # odds up to 2**86 are summed as they are: V * 2**86 is far from 2**127
 HIDDEN_BLOCK = 1024
-
-
-@dataclass(frozen=True, slots=True)
-class Tile:
-    """How the product is cut: rows x columns x depth, and what runs it."""
-
-    rows: int
-    columns: int
-    depth: int
-    warps: int
-    stages: int
-
-
-PLAIN_TILE = Tile(128, 128, 64, warps=8, stages=2)
-TILES = {9: Tile(128, 256, 64, warps=8, stages=3)}
-"""By major compute capability; the fastest of those tried on such a card (docs/LOG.md)."""
-
-
-@cache
-def tile_of(device: torch.device) -> Tile:
-    """The tile for a device."""
-    if device.type == "cpu":  # interpreted
-        return PLAIN_TILE
-    return TILES.get(torch.cuda.get_device_capability(device)[0], PLAIN_TILE)
-
-
-@cache
-def _processors(device: torch.device) -> int:
-    if device.type == "cpu":  # interpreted
-        return 2
-    return torch.cuda.get_device_properties(device).multi_processor_count
+SCALE_BLOCK = 4096  # 16 elements a thread: two loads of 16 bytes in flight
+SCALE_PROGRAMS = 8  # a multiprocessor, of 8 warps: all it holds
 
 
 def odds(
@@ -92,7 +62,10 @@ def odds(
             SOFTCAP=ceiling is not None,
             num_warps=4,
         )
-        programs = min(_processors(hidden_RH.device), triton.cdiv(rows, tile.rows) * tiles)
+        row_tiles = triton.cdiv(rows, tile.rows)
+        # Of about one size: a last group of one tile would read all of the weight for few rows.
+        row_group = triton.cdiv(row_tiles, triton.cdiv(row_tiles, tile.row_group))
+        programs = min(processors(hidden_RH.device), row_tiles * tiles)
         _odds_kernel[(programs,)](
             TensorDescriptor.from_tensor(hidden_RH, [tile.rows, tile.depth]),
             TensorDescriptor.from_tensor(weight_VH, [tile.columns, tile.depth]),
@@ -105,6 +78,7 @@ def odds(
             vocabulary,
             width,
             tiles,
+            row_group,
             programs,
             slope,
             ceiling or 1.0,
@@ -171,6 +145,21 @@ def scale_rows(tensor_RH: Tensor, scale_R: Tensor) -> None:
         )
 
 
+def scale(tensor: Tensor, factor: Tensor) -> None:
+    """Multiply a contiguous tensor in place by a float32 number on its device.
+
+    At once where that is 1, as it nearly always is; torch's own takes four times as long for bf16.
+    """
+    count = tensor.numel()
+    if count == 0:
+        return
+    most = SCALE_PROGRAMS * processors(tensor.device)
+    with torch.cuda.device_of(tensor):  # type: ignore[no-untyped-call]
+        _scale_all_kernel[(min(triton.cdiv(count, SCALE_BLOCK), most),)](
+            tensor, factor, count, BLOCK=SCALE_BLOCK, num_warps=8
+        )
+
+
 @triton.jit  # type: ignore[untyped-decorator]
 def _scaled(
     raw: tl.tensor, slope: tl.tensor, ceiling: tl.tensor, SOFTCAP: tl.constexpr
@@ -225,6 +214,7 @@ def _odds_kernel(
     vocabulary: tl.tensor,
     width: tl.tensor,
     column_tiles: tl.tensor,
+    row_group: tl.tensor,
     programs: tl.tensor,
     slope: tl.tensor,
     ceiling: tl.tensor,
@@ -238,9 +228,13 @@ def _odds_kernel(
     row_tiles = tl.cdiv(rows, ROWS)
     plane = rows.to(tl.int64) * column_tiles
     for index in range(tl.program_id(0), row_tiles * column_tiles, programs):
-        # Rows run fastest: all row tiles of a chunk meet the same columns of the weight in L2.
-        row_tile = index % row_tiles
-        column_tile = index // row_tiles
+        # In a group of row tiles rows run fastest: they meet the same columns of the weight in L2,
+        # and stay there themselves. Only the last group may be smaller.
+        first = index // (row_group * column_tiles) * row_group
+        size = tl.minimum(row_tiles - first, row_group)
+        within = index - first * column_tiles
+        row_tile = first + within % size
+        column_tile = within // size
         logits = tl.zeros((ROWS, COLUMNS), tl.float32)
         for start in range(0, width, DEPTH):
             hidden = hidden_desc.load([row_tile * ROWS, start])
@@ -365,3 +359,17 @@ def _scale_kernel(
     value = tl.load(pointer, mask=column < width, other=0.0).to(tl.float32)
     value *= tl.load(scale_ptr + row)
     tl.store(pointer, value.to(tensor_ptr.dtype.element_ty), mask=column < width)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _scale_all_kernel(
+    tensor_ptr: tl.tensor, factor_ptr: tl.tensor, count: tl.tensor, BLOCK: tl.constexpr
+) -> None:
+    factor = tl.load(factor_ptr)
+    if factor != 1.0:
+        first = tl.program_id(0).to(tl.int64)
+        for block in range(first, tl.cdiv(count, BLOCK), tl.num_programs(0)):
+            index = block * BLOCK + tl.arange(0, BLOCK)
+            value = tl.load(tensor_ptr + index, mask=index < count, other=0.0).to(tl.float32)
+            value = (value * factor).to(tensor_ptr.dtype.element_ty)
+            tl.store(tensor_ptr + index, value, mask=index < count)
