@@ -5,7 +5,7 @@ import torch
 from interpreted import AGREED, check_interpreted
 
 from rlsloth.kernels.rms_norm.bench import cases
-from rlsloth.kernels.rms_norm.op import MAX_WIDTH, add_rms_norm, rms_norm
+from rlsloth.kernels.rms_norm.op import MAX_WIDTH, add_rms_norm, fork_rms_norm, rms_norm
 from rlsloth.kernels.rms_norm.reference import rms_norm_reference
 
 EPS = 1e-6
@@ -77,6 +77,14 @@ def check_add(x, residual, weight, grad, grad_total, offset=0.0, use=(True, True
     assert torch.equal(grads[0], grads[1])
     if trained:
         close(grads[2], wanted_grads[1], dtype)
+    # Without a residual: x is the sum, and comes back as it is.
+    leaf = outputs[1].detach().requires_grad_()
+    forked = fork_rms_norm(leaf, weight, EPS, offset)
+    assert torch.equal(forked[1], leaf)
+    close(forked[0], wanted[0], dtype)
+    grads = gradients(forked, [leaf, weight] if trained else [leaf])
+    for actual, expected in zip(grads, wanted_grads, strict=False):
+        close(actual, expected, dtype)
 
 
 @pytest.mark.parametrize("shape", [(7, 97), (1, 4096), (3, 5, 2, 128), (5000, 3), (33, 576), (4,)])

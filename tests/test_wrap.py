@@ -183,7 +183,8 @@ def test_experts_are_left_to_transformers_and_the_rest_is_wrapped():
     report = wrap(adapted("gpt_oss"))
     assert report.line() == (
         "kernels: 2 of 2 layers wrapped (add_rms_norm, lora_o, lora_qkv, rms_norm, rope); "
-        "left alone: 2 GptOssMLP: a mixture of experts, which has no kernel yet"
+        "left alone: 2 GptOssMLP: a mixture of experts, on torch's grouped products, with weights "
+        "that are never quantised"
     )
 
 
@@ -197,15 +198,18 @@ def test_the_kernels_do_run(monkeypatch):
         real = getattr(forwards, name)
         monkeypatch.setattr(forwards, name, lambda *a, **k: calls.append(name) or real(*a, **k))
 
-    names = ("rms_norm", "add_rms_norm", "rope", "lora_linears", "lora_linear", "lora_mlp")
+    names = (
+        "rms_norm", "fork_rms_norm", "add_rms_norm", "rope", "lora_linears", "lora_linear",
+        "lora_mlp",
+    )  # fmt: skip
     for name in names:
         counted(name)
     model = adapted("llama")
     report = wrap(model)
     run(model)
     assert {name: calls.count(name) for name in names} == {
-        "rms_norm": 3, "add_rms_norm": 2, "rope": 2, "lora_linears": 2, "lora_linear": 2,
-        "lora_mlp": 2,
+        "rms_norm": 1, "fork_rms_norm": 2, "add_rms_norm": 2, "rope": 2, "lora_linears": 2,
+        "lora_linear": 2, "lora_mlp": 2,
     }  # fmt: skip
     assert report.kernels == {
         "add_rms_norm": 2, "lora_mlp": 2, "lora_o": 2, "lora_qkv": 2, "rms_norm": 5, "rope": 2
@@ -391,7 +395,8 @@ def test_weights_that_move_are_followed():
     after = model(ids).logits
     assert not torch.allclose(after, before)
     with unwrapped(model):
-        torch.testing.assert_close(after, model(ids).logits, rtol=0, atol=1e-5)
+        want = model(ids).logits
+    assert (after - want).abs().max() <= 1e-5 * want.abs().max()
 
 
 def test_what_the_kernels_do_not_take_is_left_alone():

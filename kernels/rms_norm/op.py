@@ -68,6 +68,22 @@ def add_rms_norm(
     return _by_torch(total, weight_H, eps, offset), total
 
 
+def fork_rms_norm(
+    x: Tensor, weight_H: Tensor, eps: float, offset: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """``rms_norm(x)`` and x itself, for a residual around what follows: (normed, x).
+
+    The two gradients of x are added inside the norm's backward, not in a pass of their own.
+    Arguments and errors are those of ``rms_norm``.
+    """
+    _check(x, weight_H)
+    if _by_triton(x):
+        return _AddRMSNorm.apply(  # type: ignore[no-untyped-call, no-any-return]
+            x, None, weight_H, eps, offset
+        )
+    return _by_torch(x, weight_H, eps, offset), x
+
+
 def _by_triton(x: Tensor) -> bool:
     # TRITON_INTERPRET is Triton's own switch: kernels then run on CPU tensors.
     return x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
@@ -99,13 +115,16 @@ class _RMSNorm(torch.autograd.Function):
 
 
 class _AddRMSNorm(torch.autograd.Function):
+    """Without a residual the sum is x: the gradients of norm and sum are added all the same."""
+
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, residual: Tensor, weight_H: Tensor, eps: float, offset: float
+        ctx: Any, x: Tensor, residual: Tensor | None, weight_H: Tensor, eps: float, offset: float
     ) -> tuple[Tensor, Tensor]:
         from rlsloth.kernels.rms_norm import triton
 
         normed, total = triton.forward(x, residual, weight_H, eps, offset)
+        ctx.forked = residual is None
         ctx.save_for_backward(total, weight_H)
         ctx.eps, ctx.offset = eps, offset
         ctx.set_materialize_grads(False)  # the last norm's total goes nowhere
@@ -119,12 +138,12 @@ class _AddRMSNorm(torch.autograd.Function):
         from rlsloth.kernels.rms_norm import triton
 
         if grad is None:
-            return grad_total, grad_total, None, None, None
+            return grad_total, None if ctx.forked else grad_total, None, None, None
         total, weight_H = ctx.saved_tensors
         grad_x, grad_weight_H = triton.backward(
             grad, grad_total, total, weight_H, ctx.eps, ctx.offset, ctx.needs_input_grad[2]
         )
-        return grad_x, grad_x, grad_weight_H, None, None
+        return grad_x, None if ctx.forked else grad_x, grad_weight_H, None, None
 
 
 def _check(x: Tensor, weight_H: Tensor) -> None:

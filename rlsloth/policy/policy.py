@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 from rlsloth.config import LoraConfig, ModelConfig, OptimConfig
 from rlsloth.kernels.linear_logprob.op import linear_logprob
 from rlsloth.policy.attention import NAME, choose_backend
+from rlsloth.policy.head import HeadAdapter, before_final_norm
 from rlsloth.policy.load import LoadedModel, load_model
 from rlsloth.policy.lora import REFERENCE, TRAINED, add_adapter
 from rlsloth.policy.optimizer import (
@@ -67,7 +68,7 @@ class Policy:
         self._decoder = base.get_decoder()
         self._head = base.get_output_embeddings()
         self.logit_transform = _logit_transform(self.config)
-        _refuse_adapted_head(self._head)
+        self._head_adapter = HeadAdapter(base, self.dtype)
         self.temperature = temperature or 1.0
         self._max_grad_norm = optim.max_grad_norm
         if model.gradient_checkpointing:
@@ -109,17 +110,22 @@ class Policy:
 
     def _score(self, micro: MicroBatch) -> TokenLogprobs:
         layout = PackedLayout(micro, self.backend)
-        hidden_TH = self._decoder(
-            input_ids=micro.token_ids[None],
-            position_ids=micro.positions[None],
-            use_cache=False,
-            packed=layout,
-        ).last_hidden_state[0]
+        lora = self._head_adapter.read()
+        # linear_logprob norms the scored rows itself, unless a head's adapter needs them as well.
+        with before_final_norm(self._decoder) if lora is None else nullcontext() as norm:
+            hidden_TH = self._decoder(
+                input_ids=micro.token_ids[None],
+                position_ids=micro.positions[None],
+                use_cache=False,
+                packed=layout,
+            ).last_hidden_state[0]
         out = linear_logprob(
             hidden_TH[micro.score_index],  # a copy of our own
             self._head.weight,
             micro.target_ids,
             bias_V=self._head.bias,
+            lora=lora,
+            norm=norm,
             temperature=self.temperature,
             softcap=self.logit_transform.softcap,
             logit_scale=self.logit_transform.scale,
@@ -158,13 +164,16 @@ class Policy:
         """[len(token_ids)] log-probs by transformers' own modules: the yardstick."""
         self.model.eval()
         base = self.model.get_base_model()
+        experts = getattr(base.config, "_experts_implementation", None)
         base.set_attn_implementation("eager")
+        base.set_experts_implementation("eager")
         try:
             ids = torch.tensor([prompt_ids + token_ids], device=self.device)
             with unwrapped(self.model):
                 logits = self.model(input_ids=ids, use_cache=False).logits[0].float().cpu()
         finally:
             base.set_attn_implementation(NAME)
+            base.set_experts_implementation(experts)
         logprobs: Tensor = (logits[len(prompt_ids) - 1 : -1] / self.temperature).log_softmax(-1)
         return logprobs.gather(-1, torch.tensor(token_ids)[:, None])[:, 0]
 
@@ -243,13 +252,3 @@ def _logit_transform(config: Any) -> LogitTransform:
     scale = float(getattr(config, "logit_scale", None) or 1.0)
     scale /= float(getattr(config, "logits_scaling", None) or 1.0)
     return LogitTransform(scale, getattr(config, "final_logit_softcapping", None))
-
-
-def _refuse_adapted_head(head: Any) -> None:
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    if isinstance(head, BaseTunerLayer):
-        raise UserError(
-            "an adapter on the output head cannot be trained: leave it out of --lora.targets, or "
-            "start from an adapter without it"
-        )

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlsloth.kernels.linear_logprob.products import project
+from rlsloth.kernels.linear_logprob.op import HeadLora
+from rlsloth.kernels.linear_logprob.products import add_transposed, project
 from rlsloth.records import LogitTransform, UserError
 from rlsloth.rollout.slot_cache import PromptCache, SlotCache
 
@@ -38,6 +39,7 @@ class Decoder:
 
         # Which adapter is on is baked into a graph, so it is part of the graph's key.
         self._adapted = next((m for m in model.modules() if isinstance(m, BaseTunerLayer)), None)
+        self._head_adapted = isinstance(self._head, BaseTunerLayer)
 
     def cache(self, rows: int, length: int) -> SlotCache:
         """A cache of at least this size; on a GPU the same one again while it is large enough."""
@@ -135,6 +137,9 @@ class Decoder:
         if out is None:
             out = torch.empty(len(hidden), len(self._head.weight), device=self._device)
         project(hidden, self._head.weight, out)
+        if lora := self._head_lora():
+            b_VR = lora.b_VR.to(hidden.dtype)
+            add_transposed(lora.narrow(hidden).t(), b_VR.t(), out, torch.float32)
         if self._head.bias is not None:
             out += self._head.bias
         if self._transform.scale != 1.0:
@@ -142,6 +147,18 @@ class Decoder:
         if cap := self._transform.softcap:
             out.div_(cap).tanh_().mul_(cap)
         return out
+
+    def _head_lora(self) -> HeadLora | None:
+        """The LoRA on the head that is on now. Kinds that need more are refused by the policy."""
+        head = self._head
+        if not self._head_adapted or head.disable_adapters or head.merged:
+            return None
+        active = next((name for name in head.active_adapters if name in head.lora_A), None)
+        if active is None:
+            return None
+        return HeadLora(
+            head.lora_A[active].weight, head.lora_B[active].weight, head.scaling[active]
+        )
 
 
 def _round_up(value: int, multiple: int) -> int:

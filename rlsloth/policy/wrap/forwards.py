@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from rlsloth.kernels.glu.op import glu
 from rlsloth.kernels.lora.op import lora_linear, lora_linears, lora_mlp
-from rlsloth.kernels.rms_norm.op import add_rms_norm, rms_norm
+from rlsloth.kernels.rms_norm.op import add_rms_norm, fork_rms_norm, rms_norm
 from rlsloth.kernels.rope.op import rope
 from rlsloth.policy.wrap.families import ACTIVATIONS, Attention, Layer, Mlp, Norm
-from rlsloth.policy.wrap.linears import Linears
+from rlsloth.policy.wrap.linears import Linears, has_hooks
 
 
 class Forward(ABC):
@@ -55,6 +55,10 @@ class NormForward(Forward):
 
     def __call__(self, x: Tensor) -> Tensor:
         return rms_norm(x, self._module.weight, self._eps, self._offset)
+
+    def fork(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(norm of x, x)."""
+        return fork_rms_norm(x, self._module.weight, self._eps, self._offset)
 
     def after_adding(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """(norm of the sum, the sum)."""
@@ -184,15 +188,14 @@ class AttentionForward(Forward):
 
 
 class LayerForward(Forward):
-    """A decoder layer whose first residual is added inside the norm that follows it."""
+    """A decoder layer whose residuals meet their gradients, and the first its sum, in the norms."""
 
     kernels = ("add_rms_norm",)
 
     def __init__(self, module: Any, spec: Layer) -> None:
         super().__init__(module)
         self._sandwich = spec.sandwich
-        self._norm_module = self.norm_of(module, spec)
-        self._norm: NormForward = self._norm_module.forward
+        self._second_norm = self.norm_of(module, spec)
 
     @staticmethod
     def norm_of(module: Any, spec: Layer) -> Any:
@@ -203,18 +206,27 @@ class LayerForward(Forward):
 
     def __call__(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
         layer = self._module
-        normed = layer.input_layernorm(hidden_states)
+        if first := _bare_norm(layer.input_layernorm):
+            normed, hidden_states = first.fork(hidden_states)
+        else:
+            normed = layer.input_layernorm(hidden_states)
         attended, _ = layer.self_attn(hidden_states=normed, **kwargs)
         if self._sandwich:
             attended = layer.post_attention_layernorm(attended)
-        if self._norm_module._forward_hooks or self._norm_module._forward_pre_hooks:
-            total = attended + hidden_states
-            normed = self._norm_module(total)
+        if second := _bare_norm(self._second_norm):
+            normed, total = second.after_adding(attended, hidden_states)
         else:
-            normed, total = self._norm.after_adding(attended, hidden_states)
+            total = attended + hidden_states
+            normed = self._second_norm(total)
         out = layer.mlp(normed)
         if isinstance(out, tuple):  # gpt-oss's experts also return the router's scores
             out = out[0]
         if self._sandwich:
             out = layer.post_feedforward_layernorm(out)
         return total + out  # type: ignore[no-any-return]
+
+
+def _bare_norm(module: Any) -> NormForward | None:
+    """The norm's forward, where calling the module would do no more than that."""
+    forward = vars(module).get("forward")
+    return forward if isinstance(forward, NormForward) and not has_hooks(module) else None

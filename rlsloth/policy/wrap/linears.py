@@ -93,9 +93,10 @@ class Linears:
     ) -> LoraLinear:
         """The one made last where it is of the very same parts: making checks them all."""
         plain = type(weight) is nn.Parameter
-        # By storage, not by parameter: moving a module gives the same parameter another one.
+        # By storage, not by parameter: moving a module gives the same parameter another one. And by
+        # what is stored: matrices of an NF4 weight are kept for a while (nf4/ahead.py).
         parts = [weight, lora_a, lora_b, bias, None if plain else weight.quant_state.absmax]  # type: ignore[attr-defined]
-        source = tuple(0 if part is None else part.data_ptr() for part in parts)
+        source = (weight._version, *(0 if part is None else part.data_ptr() for part in parts))
         if name in self._kept:
             kept_source, kept = self._kept[name]
             same = kept_source == source and kept.bias is bias and kept.scale == scale
@@ -109,9 +110,13 @@ class Linears:
 
 def is_hooked(module: Any) -> bool:
     """Whether calling it does more than its class's forward."""
-    state = vars(module)
+    return "forward" in vars(module) or has_hooks(module)
+
+
+def has_hooks(module: Any) -> bool:
+    """Whether calling it does more than its forward."""
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return "forward" in state or any(state[name] for name in hooks)
+    return any(vars(module)[name] for name in hooks)
 
 
 def _drops(dropout: Any) -> bool:
