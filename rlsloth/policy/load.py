@@ -81,6 +81,10 @@ def load_model(cfg: ModelConfig) -> LoadedModel:
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     model.set_attn_implementation(NAME)
+    if model._can_set_experts_implementation():
+        # One product over all experts. A loop over them would wait for the device at every layer,
+        # and decoding could not be captured as a CUDA graph.
+        model.set_experts_implementation("grouped_mm")
     if not getattr(model, "_supports_attention_backend", False):
         raise UserError(
             f"{cfg.path}: {type(model).__name__} does not use transformers' attention interface, "
@@ -97,7 +101,7 @@ def _quiet() -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
-def _quantization(dtype: torch.dtype) -> Any:
+def _nf4(dtype: torch.dtype) -> Any:
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(
@@ -106,6 +110,33 @@ def _quantization(dtype: torch.dtype) -> Any:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
     )
+
+
+def _unpacked(config: Any) -> Any:
+    """How to load a checkpoint in MXFP4 (gpt-oss) or FP8: in the compute type, because the kernels
+    for those formats have no backward pass. None for any other checkpoint."""
+    from transformers import FineGrainedFP8Config, Mxfp4Config
+
+    kinds = {"mxfp4": Mxfp4Config, "fp8": FineGrainedFP8Config}
+    stored = getattr(config, "quantization_config", None) or {}
+    kind = kinds.get(stored.get("quant_method", ""))
+    return None if kind is None else kind(dequantize=True)
+
+
+def _refuse_nf4_experts(path: str | Path, config: Any, trust_remote_code: bool = False) -> None:
+    """bitsandbytes quantises linears; experts are stacked in tensors of three dimensions."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    total = sum(p.numel() for p in model.parameters())
+    experts = sum(p.numel() for p in model.parameters() if p.dim() == 3)
+    if experts > total / 2:
+        raise UserError(
+            f"--model.precision nf4: {experts / total:.0%} of the weights of {path} are experts, "
+            "which bitsandbytes does not quantise; load all of it with --model.precision bf16 "
+            f"({2 * total / 2**30:.0f} GiB)"
+        )
 
 
 def _hub_hint(cfg: ModelConfig, error: Exception) -> UserError:
@@ -143,31 +174,41 @@ def _tokenizer(cfg: ModelConfig) -> Any:
 
 
 def _pretrained(cfg: ModelConfig, dtype: torch.dtype, nf4: bool, device: torch.device) -> Any:
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
+    source: dict[str, Any] = {
+        "revision": cfg.revision,
+        "trust_remote_code": cfg.trust_remote_code,
+    }
     try:
+        config = AutoConfig.from_pretrained(cfg.path, **source)
+        if nf4:
+            _refuse_nf4_experts(cfg.path, config, cfg.trust_remote_code)
+        unpacked = _unpacked(config)
+        quantization = _nf4(dtype) if nf4 else unpacked
+        if quantization is not None:
+            # Never None: that would make transformers forget how the checkpoint is quantised, and
+            # read its packed numbers as weights.
+            source["quantization_config"] = quantization
         model, found = AutoModelForCausalLM.from_pretrained(
             cfg.path,
             output_loading_info=True,
-            revision=cfg.revision,
-            trust_remote_code=cfg.trust_remote_code,
             dtype=dtype,
             device_map={"": str(device)},
             use_safetensors=True,  # never unpickle
-            quantization_config=_quantization(dtype) if nf4 else None,
+            **source,
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         if isinstance(error, torch.OutOfMemoryError):
-            raise UserError(
-                f"{cfg.path} does not fit the GPU; try --model.precision nf4"
-            ) from error
+            hint = "" if nf4 else "; try --model.precision nf4"
+            raise UserError(f"{cfg.path} does not fit the GPU{hint}") from error
         raise _hub_hint(cfg, error) from error
     if missing := sorted(found["missing_keys"]):
         raise UserError(
             f"{cfg.path}: its files lack {len(missing)} tensors ({missing[0]}, ...), which would "
             "start at random; fetch the model again"
         )
-    return model
+    return model.to(dtype) if unpacked else model  # MXFP4 is unpacked to bf16, whatever dtype says
 
 
 def _from_gguf(path: Path, dtype: torch.dtype, nf4: bool, device: torch.device) -> tuple[Any, Any]:
@@ -192,6 +233,7 @@ def _from_gguf(path: Path, dtype: torch.dtype, nf4: bool, device: torch.device) 
     del model.config.quantization_config
     if not nf4:
         return model.to(device), tokenizer
+    _refuse_nf4_experts(path, model.config)
     state = model.state_dict()
     config, family = model.config, type(model)
     del model
@@ -201,6 +243,6 @@ def _from_gguf(path: Path, dtype: torch.dtype, nf4: bool, device: torch.device) 
         state_dict=state,
         dtype=dtype,
         device_map={"": str(device)},
-        quantization_config=_quantization(dtype),
+        quantization_config=_nf4(dtype),
     )
     return model, tokenizer

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
+from torch import nn
 
 from rlsloth.config import LoraConfig, ModelConfig
 from rlsloth.records import UserError
@@ -31,18 +32,35 @@ def add_adapter(model: Any, lora: LoraConfig, source: ModelConfig) -> Any:
 
     if source.adapter is not None:
         return _load(model, source.adapter.expanduser())
-    all_linear = lora.targets == ["all-linear"]
+    targets = _linears(model) if lora.targets == ["all-linear"] else list(lora.targets)
     config = peft.LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
-        target_modules="all-linear" if all_linear else list(lora.targets),
+        target_modules=targets,
         task_type="CAUSAL_LM",
     )
+    names = [name for name, _ in model.named_modules()]
+    unmatched = [t for t in targets if not any(f".{name}".endswith(f".{t}") for name in names)]
     try:
-        return peft.get_peft_model(model, config)
+        adapted = peft.get_peft_model(model, config)
     except ValueError as error:
         raise UserError(f"--lora.targets {' '.join(lora.targets)}: {error}") from error
+    # PEFT maps the names of experts to their stacked parameters, for the models that it knows.
+    if unmatched and not config.target_parameters:
+        raise UserError(f"--lora.targets {unmatched[0]}: no module of {model.name_or_path} has it")
+    return adapted
+
+
+def _linears(model: Any) -> list[str]:
+    """The names of all linears but the output head.
+
+    PEFT's own "all-linear" also adapts the experts and the router of a Qwen3-MoE: a copy of all
+    expert weights at every forward.
+    """
+    head = model.get_output_embeddings()
+    linears = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head]
+    return sorted({name.rpartition(".")[2] for name in linears})
 
 
 def _load(model: Any, folder: Path) -> Any:

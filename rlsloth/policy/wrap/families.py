@@ -79,7 +79,9 @@ _GEMMA: dict[str, Spec] = {
     "MLP": Mlp("hidden_activation"),
     "DecoderLayer": Layer(True),
 }
-_EXPERTS = Unwrapped("a mixture of experts, which has no kernel yet")
+_EXPERTS = Unwrapped(
+    "a mixture of experts, on torch's grouped products, with weights that are never quantised"
+)
 
 KNOWN: dict[str, Spec] = {
     **_family(
