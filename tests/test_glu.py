@@ -256,7 +256,7 @@ def test_triton_kernels_compile_for_a_gpu(element, activation, tmp_path, monkeyp
     from rlsloth.kernels.glu import triton
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    shared = {"ACTIVATION": activation}
+    shared = {"ACTIVATION": activation, "INTERPRETED": False}
     for kernel, constants in (
         (triton._forward_kernel, shared | {"BLOCK": triton.FORWARD_BLOCK}),
         (triton._backward_kernel, shared | {"BLOCK": triton.BACKWARD_BLOCK}),

@@ -7,7 +7,7 @@ import torch
 from interpreted import AGREED, check_interpreted
 from torch.utils.checkpoint import checkpoint
 
-from rlsloth.kernels.lora import autograd
+from rlsloth.kernels.lora import mlp as mlp_module
 from rlsloth.kernels.lora.bench import cases
 from rlsloth.kernels.lora.op import LoraLinear, lora_linear, lora_linears, lora_mlp
 from rlsloth.kernels.lora.reference import lora_linear_reference, lora_mlp_reference
@@ -260,8 +260,8 @@ def test_an_adapter_changed_in_between_is_noticed(run):
 def test_checkpointing_does_not_run_down_again(monkeypatch):
     layers = make_mlp((NF4, NF4, NF4))
     runs = []
-    outer = autograd.mlp_outer
-    monkeypatch.setattr(autograd, "mlp_outer", lambda *args: runs.append(1) or outer(*args))
+    outer = mlp_module.outer
+    monkeypatch.setattr(mlp_module, "outer", lambda *args: runs.append(1) or outer(*args))
     x = input_like(20, 64).requires_grad_()
     y = checkpoint(lambda x: x + lora_mlp(x, *layers, "silu"), x, use_reentrant=False)
     y.sum().backward()

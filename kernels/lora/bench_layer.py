@@ -14,7 +14,7 @@ from rlsloth.kernels.lora.reference import Linear, lora_linear_reference, lora_m
 from rlsloth.kernels.measure import Run, normal
 from rlsloth.kernels.nf4.bench import random_weight
 from rlsloth.kernels.nf4.op import Nf4Weight, dequantize
-from rlsloth.kernels.rms_norm.op import add_rms_norm, rms_norm
+from rlsloth.kernels.rms_norm.op import add_rms_norm, fork_rms_norm
 from rlsloth.kernels.rms_norm.reference import rms_norm_reference
 from rlsloth.kernels.rope.op import rope
 from rlsloth.kernels.rope.reference import rope_reference
@@ -116,11 +116,11 @@ def heads(layer: Layer, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
 def forward(layer: Layer) -> Outputs:
     """(y, k, v) by our kernels."""
     names = layer.linears
-    normed = rms_norm(layer.x, layer.norms[0], EPS)
+    normed, x = fork_rms_norm(layer.x, layer.norms[0], EPS)
     q, k, v = lora_linears(normed, (names["q"], names["k"], names["v"]))
     q, k = rope(*heads(layer, q, k), layer.cos, layer.sin, inplace=True)
     o = lora_linear(q.flatten(2), names["o"])
-    normed, total = add_rms_norm(o, layer.x, layer.norms[1], EPS)
+    normed, total = add_rms_norm(o, x, layer.norms[1], EPS)
     y = total + lora_mlp(normed, names["gate"], names["up"], names["down"], "silu")
     return y, k.flatten(2), v
 

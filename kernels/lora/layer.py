@@ -7,11 +7,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from rlsloth.kernels.nf4.op import DTYPES, Nf4Weight
 
-# Rows of a matrix with room are then 32 bytes apart: cuBLAS has slow kernels for less than 16, and
-# Triton stores whole vectors only where a stride is a multiple of 16.
+# Of ranks: rows of a matrix with more columns are then whole 32 bytes apart. cuBLAS has slow
+# kernels for less than 16, and Triton moves whole vectors only where a stride is a multiple of 16.
 ALIGNMENT = 16
 
 
@@ -38,9 +39,11 @@ class Stack:
     """The A of layers that share an input, one below the other: the input is read once."""
 
     a_RI: Tensor  # noqa: N815 -- fields carry shape suffixes too
-    """In the input's dtype; R is a multiple of ALIGNMENT, rows without a layer are zeros."""
+    """In the weights' dtype."""
     spans: tuple[slice, ...]
-    """The rows of each layer; none where its adapter is off."""
+    """The rows of each layer, a multiple of ALIGNMENT: zeros past its rank. None where its adapter
+    is off.
+    """
 
 
 def stack(layers: Sequence[LoraLinear]) -> Stack | None:
@@ -50,14 +53,42 @@ def stack(layers: Sequence[LoraLinear]) -> Stack | None:
     for layer in layers:
         start = end
         if layer.lora_a is not None:
-            parts.append(layer.lora_a.detach().to(layer.weight.dtype))
-            end += layer.lora_a.shape[0]
+            a_RI = layer.lora_a.detach().to(layer.weight.dtype)
+            if missing := -len(a_RI) % ALIGNMENT:
+                a_RI = pad(a_RI, (0, 0, 0, missing))
+            parts.append(a_RI)
+            end += len(a_RI)
         spans.append(slice(start, end))
     if not parts:
         return None
-    if end % ALIGNMENT:
-        parts.append(parts[0].new_zeros(-end % ALIGNMENT, parts[0].shape[1]))
     return Stack(parts[0] if len(parts) == 1 else torch.cat(parts), tuple(spans))
+
+
+def scaled_b(layer: LoraLinear) -> Tensor | None:
+    """``scale * B`` [O, R] in the weight's dtype, with as many columns as A has rows in a stack."""
+    if layer.lora_b is None:
+        return None
+    b_OR = _scaled(layer.lora_b.detach(), layer.scale, layer.weight.dtype)
+    missing = -b_OR.shape[1] % ALIGNMENT
+    return pad(b_OR, (0, missing)) if missing else b_OR
+
+
+def gradients(
+    layer: LoraLinear, grad_a_RI: Tensor | None, grad_b_OR: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Of A and B in their dtypes, from float32 sums; ``grad_b`` is that of ``scaled_b``."""
+    if layer.lora_a is None or layer.lora_b is None:
+        return None, None
+    assert grad_a_RI is not None
+    assert grad_b_OR is not None
+    rank = layer.lora_a.shape[0]
+    grad_b = _scaled(grad_b_OR[:, :rank], layer.scale, layer.lora_b.dtype)
+    return grad_a_RI[:rank].to(layer.lora_a.dtype), grad_b
+
+
+def _scaled(x: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    """``scale * x``, rounded once, by one kernel: there are many of these, and each is short."""
+    return torch.mul(x, scale, out=torch.empty(x.shape, dtype=dtype, device=x.device))
 
 
 def _check(layer: LoraLinear) -> None:

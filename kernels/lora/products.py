@@ -1,106 +1,117 @@
 """The matrix products of the LoRA ops.
 
-A product with the frozen weight takes the adapter's along as 2r more columns, or rows, of the
-dequantised weight: y, or dx, is then written once, where adding to it would read and write all of
-it again. That needs an input with room for r columns, which costs a copy where it is not ours. It
-pays where the output is wider than the input, and for NF4 alone: a plain weight has no room.
+A product with a dequantised weight takes the adapter's along, as a few more columns or rows of the
+matrix (``nf4.ahead.Job``): ``x A^T`` comes out behind y, and ``low B^T`` goes in behind x, where
+products of their own would read or write a wide tensor once more. A plain weight has no room: there
+they are products of their own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import os
 
 import torch
 from torch import Tensor
 
 from rlsloth.kernels.lora.layer import LoraLinear, Stack
-from rlsloth.kernels.nf4.ahead import Job, dequantize_ahead
 from rlsloth.kernels.nf4.op import Nf4Weight, nf4_matmul
 
-
-def frozen(x_TI: Tensor, layers: Sequence[LoraLinear], decode: bool) -> Iterator[Tensor]:
-    """``x W^T + bias`` of each layer; with ``decode`` NF4 is multiplied where it lies."""
-    if decode:
-        for layer in layers:
-            if isinstance(layer.weight, Nf4Weight):
-                y_TO = nf4_matmul(x_TI, layer.weight)
-                yield y_TO if layer.bias is None else y_TO.add_(layer.bias)
-            else:
-                yield torch.nn.functional.linear(x_TI, layer.weight, layer.bias)
-        return
-    matrices = dequantize_ahead([Job(layer.weight) for layer in layers])
-    for layer, matrix_OI in zip(layers, matrices, strict=True):
-        yield torch.nn.functional.linear(x_TI, matrix_OI, layer.bias)
+MOST_RANK = 256  # of a sum in one step; beyond it the product is a proper one
 
 
-def add_adapter(y_TO: Tensor, low_TR: Tensor, layer: LoraLinear, span: slice) -> None:
-    """``y += scale (x A^T) B^T``, with ``low = x A^T`` of the stack."""
-    if layer.lora_b is not None:
-        b_OR = layer.lora_b.detach().to(y_TO.dtype)
-        y_TO.addmm_(low_TR[:, span], b_OR.t(), alpha=layer.scale)
+def frozen(x_TI: Tensor, matrix_OI: Tensor, layer: LoraLinear) -> Tensor:
+    """``x W^T + bias``."""
+    return torch.nn.functional.linear(x_TI, matrix_OI, layer.bias)
 
 
-def project(
-    wide_TI: Tensor, matrix_OI: Tensor, layer: LoraLinear, span: slice, out_TO: Tensor
-) -> None:
-    """The whole layer, from an input that carries ``x A^T`` of the stack behind x."""
+def decoded(x_TI: Tensor, layer: LoraLinear) -> Tensor:
+    """The same for a few rows: an NF4 weight is multiplied where it lies."""
+    if not isinstance(layer.weight, Nf4Weight):
+        return frozen(x_TI, layer.weight, layer)
+    y_TO = nf4_matmul(x_TI, layer.weight)
+    return y_TO if layer.bias is None else y_TO.add_(layer.bias)
+
+
+def with_low(x_TI: Tensor, matrix: Tensor, layer: LoraLinear, stacked: Stack | None) -> Tensor:
+    """``x W^T + bias`` with ``x A^T`` of the stack behind it: [T, O + R].
+
+    The matrix of an NF4 weight has A below it.
+    """
+    a_RI = None if stacked is None else stacked.a_RI
+    wide_TO, out = _room(x_TI, layer.weight.shape[0], a_RI), layer.weight.shape[0]
+    if a_RI is None:
+        _multiply(x_TI, matrix.t(), layer.bias, wide_TO)
+    elif isinstance(layer.weight, Nf4Weight):
+        bias = layer.bias
+        if bias is not None:
+            bias = torch.nn.functional.pad(bias, (0, a_RI.shape[0]))
+        _multiply(x_TI, matrix.t(), bias, wide_TO)
+    else:
+        _multiply(x_TI, matrix.t(), layer.bias, wide_TO[:, :out])
+        torch.mm(x_TI, a_RI.t(), out=wide_TO[:, out:])
+    return wide_TO
+
+
+def from_wide(wide_TI: Tensor, matrix: Tensor, layer: LoraLinear, b_OR: Tensor | None) -> Tensor:
+    """``x W^T + bias + low B^T`` from an input that carries ``low`` behind x.
+
+    The matrix of an NF4 weight has B (times the scale, as here) behind it.
+    """
+    out, into = layer.weight.shape
+    y_TO = wide_TI.new_empty(wide_TI.shape[0], out)
+    if b_OR is None or isinstance(layer.weight, Nf4Weight):
+        _multiply(wide_TI, matrix.t(), layer.bias, y_TO)
+    else:
+        _multiply(wide_TI[:, :into], matrix.t(), layer.bias, y_TO)
+        add_product(y_TO, wide_TI[:, into:], b_OR.t(), y_TO)
+    return y_TO
+
+
+def back_with_low(
+    grad_TO: Tensor,
+    matrix: Tensor,
+    layer: LoraLinear,
+    b_OR: Tensor | None,
+    total_TI: Tensor | None = None,
+) -> Tensor:
+    """``dy W`` with ``low = dy B`` behind it: [T, I + R]. The matrix as in ``from_wide``.
+
+    Added to ``total_TI`` in place where there is one.
+    """
     into = layer.weight.shape[1]
-    room = wide_TI.shape[1] - into
-    if room and isinstance(layer.weight, Nf4Weight):
-        matrix_OI[:, into:].zero_()
-        if layer.lora_b is not None:
-            matrix_OI[:, into:][:, span].copy_(layer.lora_b.detach() * layer.scale)
-        _multiply(wide_TI, matrix_OI.t(), layer.bias, out_TO)
-        return
-    _multiply(wide_TI[:, :into], matrix_OI.t(), layer.bias, out_TO)
-    add_adapter(out_TO, wide_TI[:, into:], layer, span)
+    beta = 0.0 if total_TI is None else 1.0
+    if total_TI is None:
+        total_TI = _room(grad_TO, into, None if b_OR is None else b_OR.t())
+    parts = [(matrix, total_TI)]
+    if b_OR is not None and not isinstance(layer.weight, Nf4Weight):
+        parts = [(matrix, total_TI[:, :into]), (b_OR, total_TI[:, into:])]
+    for factor, part_TN in parts:
+        torch.addmm(part_TN, grad_TO, factor, beta=beta, out=part_TN)
+    return total_TI
 
 
-def project_back(
-    wide_TO: Tensor, matrix_OI: Tensor, layer: LoraLinear, a_RI: Tensor | None, out_TI: Tensor,
-    accumulate: bool,
-) -> None:  # fmt: skip
-    """``dy W + low A``, from a dy that carries ``low`` behind it; added to ``out`` or put there."""
+def back_from_wide(
+    wide_TO: Tensor, matrix: Tensor, layer: LoraLinear, stacked: Stack | None
+) -> Tensor:
+    """``dy W + low A`` from a dy that carries ``low`` behind it. The matrix as in ``with_low``."""
     out = layer.weight.shape[0]
-    beta = 1.0 if accumulate else 0.0
-    if a_RI is None or isinstance(layer.weight, Nf4Weight):
-        if a_RI is not None:
-            matrix_OI[out:].copy_(a_RI)
-        torch.addmm(out_TI, wide_TO, matrix_OI, beta=beta, out=out_TI)
-        return
-    torch.addmm(out_TI, wide_TO[:, :out], matrix_OI, beta=beta, out=out_TI)
-    out_TI.addmm_(wide_TO[:, out:], a_RI)
+    if stacked is None or isinstance(layer.weight, Nf4Weight):
+        return wide_TO @ matrix
+    grad_TI = wide_TO[:, :out] @ matrix
+    add_product(grad_TI, wide_TO[:, out:], stacked.a_RI, grad_TI)
+    return grad_TI
 
 
-def widen(x_TI: Tensor, stacked: Stack | None) -> Tensor:
-    """x with ``x A^T`` of the stack behind it."""
-    if stacked is None:
-        return x_TI
-    into = x_TI.shape[1]
-    wide_TI = x_TI.new_empty(x_TI.shape[0], into + stacked.a_RI.shape[0])
-    wide_TI[:, :into].copy_(x_TI)
-    torch.mm(x_TI, stacked.a_RI.t(), out=wide_TI[:, into:])
-    return wide_TI
+def add_product(base_TN: Tensor, low_TR: Tensor, factor_RN: Tensor, out_TN: Tensor) -> None:
+    """``out = base + low @ factor``, rounded once; out may be base."""
+    # TRITON_INTERPRET is Triton's own switch: kernels then run on CPU tensors.
+    runs = base_TN.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
+    if runs and base_TN.dtype != torch.float32 and low_TR.shape[1] <= MOST_RANK:
+        from rlsloth.kernels.lora import triton
 
-
-def lower(low_TR: Tensor, grad_TO: Tensor, layer: LoraLinear, span: slice) -> None:
-    """``low = scale dy B``, the gradient of ``x A^T``, to the layer's columns."""
-    if layer.lora_b is not None:
-        b_OR = layer.lora_b.detach().to(grad_TO.dtype)
-        torch.addmm(
-            low_TR[:, span], grad_TO, b_OR, beta=0.0, alpha=layer.scale, out=low_TR[:, span]
-        )
-
-
-def gradients(
-    layer: LoraLinear, span: slice, grad_a_RI: Tensor | None, grad_TO: Tensor, low_TR: Tensor
-) -> tuple[Tensor | None, Tensor | None]:
-    """Of A, which is the layer's part of the stack's, and ``dB = scale dy^T (x A^T)``."""
-    if layer.lora_a is None or layer.lora_b is None:
-        return None, None
-    assert grad_a_RI is not None
-    grad_b_OR = gram(grad_TO, low_TR[:, span]).mul_(layer.scale)
-    return grad_a_RI[span].to(layer.lora_a.dtype), grad_b_OR.to(layer.lora_b.dtype)
+        triton.add_product(base_TN, low_TR, factor_RN, out_TN)
+    else:
+        torch.addmm(base_TN, low_TR, factor_RN, out=out_TN)
 
 
 def gram(left_TM: Tensor, right_TN: Tensor) -> Tensor:
@@ -110,6 +121,11 @@ def gram(left_TM: Tensor, right_TN: Tensor) -> Tensor:
     if left_TM.is_cuda:
         return torch.mm(left_TM.t(), right_TN, out_dtype=torch.float32)
     return left_TM.float().t() @ right_TN.float()
+
+
+def _room(like_TN: Tensor, width: int, more_RN: Tensor | None) -> Tensor:
+    more = 0 if more_RN is None else more_RN.shape[0]
+    return like_TN.new_empty(like_TN.shape[0], width + more)
 
 
 def _multiply(x_TI: Tensor, matrix_IO: Tensor, bias_O: Tensor | None, out_TO: Tensor) -> None:

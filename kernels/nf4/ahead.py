@@ -1,12 +1,15 @@
-"""Dequantising the next weight while the current one is multiplied.
+"""Dequantising the next weight while the current one is multiplied, and not twice in a row.
 
-All weights share two buffers a stream, as large as the largest weight asked for so far. The next
+All weights share three buffers a stream, as large as the largest weight asked for so far. The next
 weight is dequantised on a side stream, queued behind the current product: its programs take the
-multiprocessors that the product's last wave, or a small product after it, leaves idle.
+multiprocessors that the product's last wave, or a small product after it, leaves idle. A weight
+whose matrix a buffer still holds is not made again: a backward finds those of its forward, or of
+the forward that activation checkpointing has just repeated.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -15,26 +18,31 @@ from torch import Tensor
 
 from rlsloth.kernels.nf4.op import Nf4Weight, dequantize
 
+BUFFERS = 3  # what an MLP has
+
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A weight to make a matrix of, with room for more rows and columns behind it."""
+    """A weight to make a matrix of, and what stands below or behind it there."""
 
     weight: Tensor | Nf4Weight
-    more_rows: int = 0
-    more_columns: int = 0
+    below_RI: Tensor | None = None  # noqa: N815 -- fields carry shape suffixes too
+    behind_OR: Tensor | None = None  # noqa: N815
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Of the matrix with the room."""
-        return self.weight.shape[0] + self.more_rows, self.weight.shape[1] + self.more_columns
+        """Of the matrix with both; the corner between them is undefined."""
+        rows = 0 if self.below_RI is None else self.below_RI.shape[0]
+        columns = 0 if self.behind_OR is None else self.behind_OR.shape[1]
+        return self.weight.shape[0] + rows, self.weight.shape[1] + columns
 
 
 def dequantize_ahead(jobs: Sequence[Job]) -> Iterator[Tensor]:
-    """Each job's matrix [O + more_rows, I + more_columns] in turn; what is more is undefined.
+    """Each job's matrix ([W | behind] over below) in turn. A plain tensor comes alone, as it is.
 
-    A matrix is overwritten once the next one is asked for: use it on the current stream before
-    that, and do not change streams in between. A plain tensor is handed on as it is, without room.
+    A matrix may be overwritten once the next one is asked for: use it on the current stream before
+    that, and do not change streams in between. On a stream one sequence of jobs is under way at a
+    time. A weight is known by the object: one with new codes is a new ``Nf4Weight``.
 
     Without a GPU, and while a CUDA graph is captured (which must not depend on shared buffers that
     may grow later), each matrix is a tensor of its own.
@@ -42,63 +50,94 @@ def dequantize_ahead(jobs: Sequence[Job]) -> Iterator[Tensor]:
     nf4 = [job for job in jobs if isinstance(job.weight, Nf4Weight)]
     if not nf4 or nf4[0].weight.device.type != "cuda" or _capturing():
         for job in jobs:
-            yield _matrix(job, None)
+            yield _matrix(job, None, held=False)
         return
     device = nf4[0].weight.device
     main = torch.cuda.current_stream(device)
-    buffers = _POOL.setdefault((device, main.cuda_stream), _Buffers(device))
+    pool = _POOL.setdefault((device, main.cuda_stream), _Pool(device))
     # An op that was left early may still be dequantising.
-    main.wait_stream(buffers.side)
-    buffers.reserve(nf4)
-    free, turn = main.record_event(), 0
+    main.wait_stream(pool.side)
+    pool.reserve(nf4)
+    # What may still read a buffer was queued before this, or is noted as its last use below.
+    free, first = main.record_event(), True
+    last_use: dict[int, torch.cuda.Event] = {}
     for job in jobs:
         if not isinstance(job.weight, Nf4Weight):
             yield job.weight
             continue
-        if turn == 0:
-            matrix = _matrix(job, buffers.bytes[0])
+        buffer = pool.take(job)
+        held = buffer.holds(job)
+        buffer.weight = None
+        if held or first:
+            matrix = _matrix(job, buffer.bytes, held)
         else:
-            # The other buffer was last read before the previous turn; the product just queued
-            # reads this turn's predecessor, and must not be waited for.
-            buffers.side.wait_event(free)
-            free = main.record_event()
-            with torch.cuda.stream(buffers.side):
-                matrix = _matrix(job, buffers.bytes[turn % 2])
-            main.wait_stream(buffers.side)
-        turn += 1
+            # The product just queued reads another buffer, and must not be waited for.
+            pool.side.wait_event(last_use.get(id(buffer), free))
+            with torch.cuda.stream(pool.side):
+                matrix = _matrix(job, buffer.bytes, held)
+            main.wait_stream(pool.side)
+        buffer.weight, buffer.shape, first = weakref.ref(job.weight), job.shape, False
         yield matrix
+        last_use[id(buffer)] = main.record_event()
+
+
+@dataclass(slots=True, eq=False)
+class _Buffer:
+    bytes: Tensor
+    """uint8."""
+    weight: weakref.ref[Nf4Weight] | None = None
+    """Whose matrix it holds, of this shape."""
+    shape: tuple[int, int] = (0, 0)
+
+    def holds(self, job: Job) -> bool:
+        return self.weight is not None and self.weight() is job.weight and self.shape == job.shape
 
 
 @dataclass(slots=True)
-class _Buffers:
+class _Pool:
     device: torch.device
     side: torch.cuda.Stream = field(init=False)
-    bytes: list[Tensor] = field(init=False)
-    """uint8, two."""
+    buffers: list[_Buffer] = field(init=False)
+    """The one used last at the end."""
 
     def __post_init__(self) -> None:
         self.side = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
-        self.bytes = [torch.empty(0, dtype=torch.uint8, device=self.device) for _ in range(2)]
+        empty = [torch.empty(0, dtype=torch.uint8, device=self.device) for _ in range(BUFFERS)]
+        self.buffers = [_Buffer(tensor) for tensor in empty]
 
     def reserve(self, jobs: Sequence[Job]) -> None:
-        """Room for the largest of the jobs: in both buffers if there are two jobs or more.
+        """Room for the largest of the jobs that are not held, in as many buffers as they need.
 
         Allocated before the event after which the side stream may write: memory new to this
-        stream may still be read by what was queued earlier.
+        stream may still be read by what was queued earlier. Held matrices become the last used, so
+        that the others do not take their buffers.
         """
-        size = max(_bytes(job) for job in jobs)
-        for index in range(min(2, len(jobs))):
-            if self.bytes[index].numel() < size:
-                self.bytes[index] = self.bytes[index][:0].clone()  # lets go of the old one first
+        held = [buffer for buffer in self.buffers if any(buffer.holds(job) for job in jobs)]
+        others = [buffer for buffer in self.buffers if buffer not in held]
+        self.buffers = others + held
+        missing = [job for job in jobs if not any(buffer.holds(job) for buffer in held)]
+        size = max((_bytes(job) for job in missing), default=0)
+        for buffer in self.buffers[: len(missing)]:
+            if buffer.bytes.numel() < size:
+                buffer.weight = None
+                buffer.bytes = buffer.bytes[:0].clone()  # lets go of the old one first
                 with torch.inference_mode(False):  # what is made inside stays there
-                    self.bytes[index] = torch.empty(size, dtype=torch.uint8, device=self.device)
+                    buffer.bytes = torch.empty(size, dtype=torch.uint8, device=self.device)
+
+    def take(self, job: Job) -> _Buffer:
+        """The buffer that holds a job's matrix, else the one that was not used for longest."""
+        held = [buffer for buffer in self.buffers if buffer.holds(job)]
+        buffer = held[0] if held else self.buffers[0]
+        self.buffers.remove(buffer)
+        self.buffers.append(buffer)
+        return buffer
 
 
 # By device and stream: what one stream multiplies, another must not overwrite.
-_POOL: dict[tuple[torch.device, int], _Buffers] = {}
+_POOL: dict[tuple[torch.device, int], _Pool] = {}
 
 
-def _matrix(job: Job, buffer: Tensor | None) -> Tensor:
+def _matrix(job: Job, buffer: Tensor | None, held: bool) -> Tensor:
     weight = job.weight
     if not isinstance(weight, Nf4Weight):
         return weight
@@ -106,7 +145,14 @@ def _matrix(job: Job, buffer: Tensor | None) -> Tensor:
         matrix = torch.empty(job.shape, dtype=weight.dtype, device=weight.device)
     else:
         matrix = buffer[: _bytes(job)].view(weight.dtype).view(job.shape)
-    dequantize(weight, matrix[: weight.shape[0], : weight.shape[1]])
+    out, into = weight.shape
+    if not held:
+        dequantize(weight, matrix[:out, :into])
+    # Adapters change while a weight is held.
+    if job.below_RI is not None:
+        matrix[out:, :into].copy_(job.below_RI)
+    if job.behind_OR is not None:
+        matrix[:out, into:].copy_(job.behind_OR)
     return matrix
 
 

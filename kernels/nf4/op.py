@@ -1,8 +1,8 @@
 """NF4 weights as bitsandbytes stores them: dequantised exactly, or multiplied where they lie.
 
 A weight is read at 4.5 bits instead of 16. For up to 256 rows ``nf4_matmul`` decodes it inside the
-product; from somewhere between 128 and 256 on, dequantising once and multiplying with cuBLAS is
-faster (see also ``ahead.dequantize_ahead``).
+product; for more, dequantising once and multiplying with cuBLAS is faster (see also
+``ahead.dequantize_ahead``).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlsloth.kernels.nf4.ptx import SCALE
 from rlsloth.kernels.nf4.reference import CODES
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -23,7 +24,7 @@ MAX_ROWS = 256
 BLOCK = 64  # columns that a step of the product decodes: one block of scales
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, weakref_slot=True)
 class Nf4Weight:
     """A frozen [O, I] matrix in NF4. The tensors are the quantiser's own: nothing is copied.
 
@@ -114,9 +115,10 @@ def nf4_matmul(x_MI: Tensor, weight: Nf4Weight) -> Tensor:
     """``x @ W.T`` [M, O] for decoding, without a gradient; sums in float32, rounded once.
 
     In bfloat16 on a GPU the weight is decoded inside the product: each 16-bit code value stands
-    for its exact one within 1.7e-3, closer than a dequantised bfloat16 weight does (ptx.py). In
-    other dtypes, and where a row is not whole blocks of 64, the weight is dequantised first.
-    Deterministic; a row's result may depend on M in its last bit.
+    for its exact one within 1.93e-3, closer than a dequantised bfloat16 weight does (ptx.py). In
+    other dtypes, where a row is not whole blocks of 64, and where storage is not aligned to 16
+    bytes, the weight is dequantised first. Deterministic; a row's result may depend on M in its
+    last bit.
 
     Args:
         x_MI: in the weight's dtype, 1 <= M <= 256.
@@ -127,13 +129,12 @@ def nf4_matmul(x_MI: Tensor, weight: Nf4Weight) -> Tensor:
     """
     _check_matmul(x_MI, weight)
     x_MI = x_MI.detach()
-    whole = weight.blocksize == BLOCK and weight.shape[1] % BLOCK == 0
-    fused = weight.dtype == torch.bfloat16 and whole
-    if not (fused and _by_triton(x_MI)):
+    if not (_by_triton(x_MI) and _decodable(weight)):
         return x_MI @ dequantize(weight).t()
     from rlsloth.kernels.nf4 import triton
 
-    return triton.matmul(x_MI.contiguous(), weight, _table(weight.device))
+    x_MI = x_MI.contiguous()
+    return triton.matmul(x_MI if _aligned(x_MI) else x_MI.clone(), weight, _words(weight.device))
 
 
 @cache
@@ -146,6 +147,30 @@ def _pairs(device: torch.device) -> Tensor:
     """[256, 2]: both values of each byte."""
     table = _table(device)
     return torch.stack((table.repeat_interleave(16), table.repeat(16)), dim=1)
+
+
+@cache
+def _words(device: torch.device) -> Tensor:
+    """int32 [256]: both values of each byte times SCALE, in bfloat16, the first in the low half."""
+    pairs = (_pairs(torch.device("cpu")) * SCALE).bfloat16().view(torch.int32).view(-1)
+    return pairs.to(device)  # an error, not a tensor of the graph's, while one is captured
+
+
+def _decodable(weight: Nf4Weight) -> bool:
+    """Whether the product can read it: rows of whole blocks, absmax codes in words of four."""
+    return (
+        weight.dtype == torch.bfloat16
+        and weight.blocksize == BLOCK
+        and weight.shape[1] % BLOCK == 0
+        and (weight.code_256 is None or weight.absmax.numel() % 4 == 0)
+        and _aligned(weight.packed_B)
+        and _aligned(weight.absmax)
+    )
+
+
+def _aligned(x: Tensor) -> bool:
+    # The pipelines of the product fetch 16 bytes at once.
+    return x.data_ptr() % 16 == 0
 
 
 def _dequantize_torch(weight: Nf4Weight) -> Tensor:

@@ -3,47 +3,30 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from rlsloth.kernels.nf4.ptx import DECODE, EXACT, SCALE
+from rlsloth.kernels.nf4 import ptx
+from rlsloth.kernels.nf4.plan import BLOCK_O, gpu_of, plan
 
 if TYPE_CHECKING:
     from rlsloth.kernels.nf4.op import Nf4Weight
 
+# Triton's interpreter runs no PTX: there the same values come from memory, in float32. Triton
+# itself decides at import whether it compiles.
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+EXACT, FILL = tl.constexpr(ptx.EXACT), tl.constexpr(ptx.FILL)
+LOOK_UP, MEANING = tl.constexpr(ptx.LOOK_UP), tl.constexpr(ptx.MEANING)
+UNSCALE = tl.constexpr(1.0 / ptx.SCALE)
+
 DEQUANTIZED_GROUPS = 1024  # a program's, of 8 values each
 REDUCED = 1024  # sums that a program adds up
-
-# Rows of the weight a program multiplies: 128 keep the re-reading of x, M * I for each program,
-# below the traffic of the weight itself. Eight warps share them, which leaves an H100's
-# multiprocessor room for two programs: one decodes while the other's tensor cores run.
-BLOCK_O = 128
-WARPS = 8
-STAGES = 4
-PROGRAMS_PER_SM = 2
-MIN_STEPS = 4  # blocks of 64 columns in a split: fewer would not fill the pipeline
-
-
-class Plan(NamedTuple):
-    """How a product is cut: it depends on shape and device only, so sums keep their order."""
-
-    block_m: int
-    steps: int
-    """Blocks of 64 columns in a split."""
-    splits: int
-
-
-def plan(rows: int, out: int, blocks: int, multiprocessors: int) -> Plan:
-    """Enough programs for every multiprocessor, cutting the columns where the rows do not do."""
-    block_m = min(128, max(16, triton.next_power_of_2(rows)))
-    tiles = triton.cdiv(rows, block_m) * triton.cdiv(out, BLOCK_O)
-    splits = max(1, PROGRAMS_PER_SM * multiprocessors // tiles)
-    steps = min(blocks, max(MIN_STEPS, triton.cdiv(blocks, splits)))
-    return Plan(block_m, steps, triton.cdiv(blocks, steps))
+WARPS = 8  # FILL counts on 256 threads
+REGISTERS = 248  # a thread's: a program has the multiprocessor to itself
 
 
 def dequantize(weight: Nf4Weight, table: Tensor, out_OI: Tensor) -> None:
@@ -52,7 +35,7 @@ def dequantize(weight: Nf4Weight, table: Tensor, out_OI: Tensor) -> None:
     with torch.cuda.device_of(out_OI):  # type: ignore[no-untyped-call]
         _dequantize_kernel[(triton.cdiv(rows * columns, 8 * DEQUANTIZED_GROUPS),)](
             weight.packed_B,
-            *_scales(weight),
+            *_scales(weight, table),
             table,
             out_OI,
             rows * columns,
@@ -61,32 +44,30 @@ def dequantize(weight: Nf4Weight, table: Tensor, out_OI: Tensor) -> None:
             SIZE=weight.blocksize,
             GROUPS=DEQUANTIZED_GROUPS,
             NESTED=weight.code_256 is not None,
-            PTX="" if _interpreted() else EXACT,
             num_warps=8,
             # A fused multiply-add would round once where bitsandbytes rounds twice.
             enable_fp_fusion=False,
         )
 
 
-def matmul(x_MI: Tensor, weight: Nf4Weight, table: Tensor) -> Tensor:
-    """What ``op.nf4_matmul`` says, for bfloat16 and rows of whole blocks."""
+def matmul(x_MI: Tensor, weight: Nf4Weight, pairs: Tensor) -> Tensor:
+    """What ``op.nf4_matmul`` says, for bfloat16 and a weight that ``op`` finds to fit."""
     (rows, columns), out = x_MI.shape, weight.shape[0]
-    blocks = columns // 64
-    cut = plan(rows, out, blocks, _multiprocessors(x_MI.device))
+    cut = plan(rows, out, columns // 64, gpu_of(x_MI.device))
     y_MO = x_MI.new_empty(rows, out)
     sums_SMO = y_MO[None]
     if cut.splits > 1:
         sums_SMO = x_MI.new_empty(cut.splits, rows, out, dtype=torch.float32)
-    # The interpreter knows no PTX: there the same 16-bit values come from memory, in float32.
-    if _interpreted():
-        table = (table * SCALE).bfloat16().float()
+    absmax, *scales = _scales(weight, pairs)  # FILL reads 256 words of scales[0], nested or not
+    nested = weight.code_256 is not None
+    grid = (triton.cdiv(out, BLOCK_O), triton.cdiv(rows, cut.block_m), cut.splits)
     with torch.cuda.device_of(x_MI):  # type: ignore[no-untyped-call]
-        grid = (triton.cdiv(out, BLOCK_O), triton.cdiv(rows, cut.block_m), cut.splits)
         _matmul_kernel[grid](
             x_MI,
-            weight.packed_B,
-            *_scales(weight),
-            table,
+            weight.packed_B.view(torch.int32),
+            absmax.view(torch.int32) if nested else absmax,
+            *scales,
+            pairs,
             sums_SMO,
             rows,
             out,
@@ -94,11 +75,11 @@ def matmul(x_MI: Tensor, weight: Nf4Weight, table: Tensor) -> Tensor:
             BLOCK_M=cut.block_m,
             BLOCK_O=BLOCK_O,
             STEPS=cut.steps,
-            STAGES=STAGES,
-            NESTED=weight.code_256 is not None,
-            PTX="" if _interpreted() else DECODE,
-            UNSCALE=1.0 / SCALE,
+            UNROLL=cut.unroll,
+            STAGES=cut.stages,
+            NESTED=nested,
             num_warps=WARPS,
+            maxnreg=REGISTERS,
         )
         if cut.splits > 1:
             _reduce_kernel[(triton.cdiv(rows * out, REDUCED),)](
@@ -107,22 +88,12 @@ def matmul(x_MI: Tensor, weight: Nf4Weight, table: Tensor) -> Tensor:
     return y_MO
 
 
-def _scales(weight: Nf4Weight) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _scales(weight: Nf4Weight, instead: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if weight.code_256 is None:
-        return weight.absmax, weight.absmax, weight.absmax, weight.absmax  # the last three unread
+        return weight.absmax, instead, instead, instead
     assert weight.absmax2 is not None
     assert weight.offset is not None
     return weight.absmax, weight.code_256, weight.absmax2, weight.offset
-
-
-def _interpreted() -> bool:
-    return os.environ.get("TRITON_INTERPRET") == "1"
-
-
-def _multiprocessors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 1
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -134,36 +105,20 @@ def _absmax(
     offset_ptr: tl.tensor,
     NESTED: tl.constexpr,
 ) -> tl.tensor:
-    stored = tl.load(absmax_ptr + block)
-    return _meant(stored, block, code_ptr, absmax2_ptr, offset_ptr, NESTED)
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _meant(
-    stored: tl.tensor,
-    block: tl.tensor,
-    code_ptr: tl.tensor,
-    absmax2_ptr: tl.tensor,
-    offset_ptr: tl.tensor,
-    NESTED: tl.constexpr,
-) -> tl.tensor:
-    """A block's absmax, from what is stored for it."""
-    scale = stored
+    scale = tl.load(absmax_ptr + block)
     if NESTED:
-        scale = tl.load(code_ptr + stored.to(tl.int32)) * tl.load(absmax2_ptr + block // 256)
+        scale = tl.load(code_ptr + scale.to(tl.int32)) * tl.load(absmax2_ptr + block // 256)
         scale += tl.load(offset_ptr)
     return scale
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _exact(
-    packed: tl.tensor, table_ptr: tl.tensor, PTX: tl.constexpr
-) -> tuple[tl.tensor, tl.tensor]:
+def _exact(packed: tl.tensor, table_ptr: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
     """The high and the low nibbles' values in float32."""
-    if PTX == "":
+    if INTERPRETED:
         return tl.load(table_ptr + (packed >> 4)), tl.load(table_ptr + (packed & 15))
     high, low = tl.inline_asm_elementwise(
-        PTX,
+        EXACT,
         "=r,=r,=r,=r,=r,=r,=r,=r,r,l,l,l,l",
         [packed, table_ptr.to(tl.uint64)],
         dtype=(tl.float32, tl.float32),
@@ -188,7 +143,6 @@ def _dequantize_kernel(
     SIZE: tl.constexpr,
     GROUPS: tl.constexpr,
     NESTED: tl.constexpr,
-    PTX: tl.constexpr,
 ) -> None:
     """Groups of 8 values, one a thread: 4 bytes in, 16 bytes out, and no data changes threads."""
     group = tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)
@@ -199,7 +153,7 @@ def _dequantize_kernel(
     packed = tl.load(packed_ptrs, mask=last < count, other=0)
     block = tl.minimum(group // (SIZE // 8), ((count - 1) // SIZE).to(tl.int32))
     scale = _absmax(block, absmax_ptr, code_ptr, absmax2_ptr, offset_ptr, NESTED)
-    high, low = _exact(packed, table_ptr, PTX)
+    high, low = _exact(packed, table_ptr)
     pairs = tl.join(high * scale[:, None], low * scale[:, None])
     values = tl.reshape(pairs, (GROUPS, 8)).to(out_ptr.dtype.element_ty)
     column = tl.arange(0, 8)[None, :]
@@ -212,28 +166,71 @@ def _dequantize_kernel(
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _decoded(
-    packed: tl.tensor, table_ptr: tl.tensor, PTX: tl.constexpr
-) -> tuple[tl.tensor, tl.tensor]:
-    """The high and the low nibbles' values times SCALE, in bfloat16."""
-    if PTX == "":
-        return tl.load(table_ptr + (packed >> 4)), tl.load(table_ptr + (packed & 15))
-    pair = tl.inline_asm_elementwise(
-        PTX, "=r,=r,=r,=r,r", [packed], dtype=tl.uint32, is_pure=True, pack=4
+def _filled(pairs_ptr: tl.tensor, code_ptr: tl.tensor) -> tl.tensor:
+    """Fills the table in shared memory: where this lane's copy begins."""
+    if INTERPRETED:
+        return 0
+    return tl.inline_asm_elementwise(
+        FILL,
+        "=r,l,l",
+        [pairs_ptr.to(tl.uint64), code_ptr.to(tl.uint64)],
+        dtype=tl.uint32,
+        is_pure=False,
+        pack=1,
     )
-    high = pair.to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    return high, (pair >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _decoded(words: tl.tensor, pairs_ptr: tl.tensor, table: tl.tensor) -> tl.tensor:
+    """The 64 values times SCALE, in bfloat16, of the 8 words in each row."""
+    place = tl.arange(0, 4)[None, None, :]
+    if INTERPRETED:
+        pair = tl.load(pairs_ptr + ((words[:, :, None] >> (8 * place)) & 255))
+        high = (pair << 16).to(tl.float32, bitcast=True)
+        low = (pair & -65536).to(tl.float32, bitcast=True)
+    else:
+        # Of four lanes each reads the whole words and takes its own byte, as mma wants it.
+        words, place = tl.broadcast(words[:, :, None], 0x4440 + place)
+        pair = tl.inline_asm_elementwise(
+            LOOK_UP, "=r,r,r,r", [words, place, table], dtype=tl.uint32, is_pure=True, pack=1
+        )
+        high = pair.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+        low = (pair >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    return tl.reshape(tl.join(high, low), (words.shape[0], 64))
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _meaning(
+    row: tl.tensor,
+    column: tl.tensor,
+    words_ptr: tl.tensor,
+    code_ptr: tl.tensor,
+    table: tl.tensor,
+    BLOCKS: tl.constexpr,
+) -> tl.tensor:
+    """Of an absmax code in each row of the weight, whose first block is ``row``."""
+    # Four codes a load: cp.async, which reaches turns ahead, takes no less.
+    if BLOCKS % 4 == 0:  # the same place in the word for all rows
+        codes = tl.load(words_ptr + row // 4 + column // 4) >> (column % 4 * 8) & 255
+    else:
+        block = row + column
+        codes = tl.load(words_ptr + block // 4) >> (block % 4 * 8) & 255
+    if INTERPRETED:
+        return tl.load(code_ptr + codes)
+    return tl.inline_asm_elementwise(
+        MEANING, "=f,r,r", [codes, table], dtype=tl.float32, is_pure=True, pack=1
+    )
 
 
 @triton.jit(do_not_specialize=["rows"])  # type: ignore[untyped-decorator]
 def _matmul_kernel(
     x_ptr: tl.tensor,
-    packed_ptr: tl.tensor,
+    words_ptr: tl.tensor,
     absmax_ptr: tl.tensor,
     code_ptr: tl.tensor,
     absmax2_ptr: tl.tensor,
     offset_ptr: tl.tensor,
-    table_ptr: tl.tensor,
+    pairs_ptr: tl.tensor,
     sums_ptr: tl.tensor,
     rows: tl.tensor,
     out: tl.tensor,
@@ -241,48 +238,47 @@ def _matmul_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_O: tl.constexpr,
     STEPS: tl.constexpr,
+    UNROLL: tl.constexpr,
     STAGES: tl.constexpr,
     NESTED: tl.constexpr,
-    PTX: tl.constexpr,
-    UNSCALE: tl.constexpr,
 ) -> None:
-    """One split of ``W @ x.T`` for a tile of O and M.
-
-    The weight is the left factor: the tensor cores take that one from registers, where it is
-    decoded, in the very layout in which they want it. One step is one quantisation block of each
-    row, whose sum is scaled in float32. Rows past the end repeat the last one: no mask on loads.
-    """
+    """One split of ``W @ x.T`` for a tile of O and M."""
+    BLOCKS: tl.constexpr = I // 64
+    table = _filled(pairs_ptr, code_ptr)
     o = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
     m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
-    split = tl.program_id(2)
-    o_read = tl.minimum(o, out - 1).to(tl.int64)
+    begin = tl.program_id(2) * STEPS
+    o_read = tl.minimum(o, out - 1)  # rows past the end repeat the last one: no mask on loads
     x_ptrs = x_ptr + tl.minimum(m, rows - 1)[None, :] * I + tl.arange(0, 64)[:, None]
-    packed_ptrs = packed_ptr + o_read[:, None] * (I // 2) + tl.arange(0, 32)[None, :]
+    word_ptrs = words_ptr + o_read[:, None].to(tl.int64) * (I // 8) + tl.arange(0, 8)[None, :]
+    row = o_read * BLOCKS
+    if NESTED:
+        # As many as MAX_STEPS blocks of a row meet two absmax2 at most.
+        first = (row + begin) // 256
+        last = (row + tl.minimum(begin + STEPS, BLOCKS) - 1) // 256
+        change = first * 256 + 256 - row
+        outer0 = tl.load(absmax2_ptr + first) * UNSCALE
+        outer1 = tl.load(absmax2_ptr + last) * UNSCALE
+        offset = tl.load(offset_ptr) * UNSCALE
     sums = tl.zeros((BLOCK_O, BLOCK_M), tl.float32)
-    # A scale takes two loads, one after the other, and the compiler pipelines only what the dot
-    # reads: each is asked for a step before it is needed.
-    first_block = o_read * (I // 64)
-    column = tl.minimum(split * STEPS, I // 64 - 1)
-    next_scale = _absmax(
-        first_block + column, absmax_ptr, code_ptr, absmax2_ptr, offset_ptr, NESTED
-    )
-    next_column = tl.minimum(split * STEPS + 1, I // 64 - 1)
-    next_stored = tl.load(absmax_ptr + first_block + next_column)
-    for step in tl.range(0, STEPS, num_stages=STAGES):
-        index = split * STEPS + step
-        column = tl.minimum(index, I // 64 - 1)
-        packed = tl.load(packed_ptrs + column * 32)
-        x = tl.load(x_ptrs + column * 64)
-        scale = next_scale
-        if (I // 64) % STEPS != 0:
-            scale = tl.where(index < I // 64, scale, 0.0)
-        next_block = first_block + tl.minimum(index + 1, I // 64 - 1)
-        next_scale = _meant(next_stored, next_block, code_ptr, absmax2_ptr, offset_ptr, NESTED)
-        next_stored = tl.load(absmax_ptr + first_block + tl.minimum(index + 2, I // 64 - 1))
-        high, low = _decoded(packed, table_ptr, PTX)
-        weight = tl.reshape(tl.join(high, low), (BLOCK_O, 64))
-        sums += tl.dot(weight, x.to(weight.dtype)) * (scale * UNSCALE)[:, None]
-    place = (split * rows + m)[None, :].to(tl.int64) * out + o[:, None]
+    for turn in tl.range(0, STEPS // UNROLL, num_stages=STAGES):
+        for j in tl.static_range(UNROLL):
+            index = begin + turn * UNROLL + j
+            column = tl.minimum(index, BLOCKS - 1)
+            x = tl.load(x_ptrs + column * 64)
+            if NESTED:
+                code = _meaning(row, column, absmax_ptr, code_ptr, table, BLOCKS)
+                scale = code * tl.where(column < change, outer0, outer1) + offset
+            else:
+                scale = tl.load(absmax_ptr + row + column) * UNSCALE
+            if BLOCKS % STEPS != 0:
+                scale = tl.where(index < BLOCKS, scale, 0.0)
+            weight = _decoded(tl.load(word_ptrs + column * 8), pairs_ptr, table)
+            # Tensor cores take the left factor from registers, where it is decoded in their layout.
+            # Scaling waits for the dot. One that added to ``sums`` itself would run on while the
+            # next block is decoded into its registers (triton issue 9433).
+            sums += tl.dot(weight, x.to(weight.dtype)) * scale[:, None]
+    place = (tl.program_id(2) * rows + m)[None, :].to(tl.int64) * out + o[:, None]
     inside = (m[None, :] < rows) & (o[:, None] < out)
     tl.store(sums_ptr + place, sums.to(sums_ptr.dtype.element_ty), mask=inside)
 

@@ -1,0 +1,166 @@
+"""A gated MLP of LoRA linears, forward and backward, around the adapted gated unit.
+
+The adapters of gate and up are not added to those outputs: the unit does it in passing, from ``x
+A^T``, which comes out of gate's product. What it makes of down's, ``h A^T``, goes in with down's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from rlsloth.kernels.adapted_glu.op import (
+    GluAdapters,
+    GluInputs,
+    adapted_glu_backward,
+    adapted_glu_forward,
+)
+from rlsloth.kernels.lora import products
+from rlsloth.kernels.lora.layer import LoraLinear, Stack, gradients, scaled_b, stack
+from rlsloth.kernels.nf4.ahead import Job, dequantize_ahead
+
+Mlp = tuple[LoraLinear, LoraLinear, LoraLinear]
+"""gate, up, down."""
+
+
+class Parts:
+    """The adapters of an MLP as its products take them, made once a pass."""
+
+    def __init__(self, layers: Mlp, activation: str) -> None:
+        gate, up, down = layers
+        self.layers, self.activation = layers, activation
+        self.siblings: Stack | None = stack((gate, up))
+        self.last: Stack | None = stack((down,))
+        self.down_b_OR = scaled_b(down)
+        self.adapters = GluAdapters(
+            scaled_b(gate), scaled_b(up), None if self.last is None else self.last.a_RI
+        )
+
+    def jobs(self) -> tuple[Job, Job, Job]:
+        """gate with A below it, up, and down with B behind it: the same forward and backward."""
+        gate, up, down = self.layers
+        below_RI = None if self.siblings is None else self.siblings.a_RI
+        return (
+            Job(gate.weight, below_RI=below_RI),
+            Job(up.weight),
+            Job(down.weight, behind_OR=self.down_b_OR),
+        )
+
+    def inputs(self, gate_wide: Tensor, up_TF: Tensor) -> GluInputs:
+        """The unit's, from gate's output with ``x A^T`` behind it."""
+        width = up_TF.shape[1]
+        low_TR = gate_wide[:, width:]
+        gate, up = (slice(0, 0),) * 2 if self.siblings is None else self.siblings.spans
+        return GluInputs(gate_wide[:, :width], up_TF, low_TR[:, gate], low_TR[:, up])
+
+
+def inner(x_TH: Tensor, parts: Parts, matrices: Iterator[Tensor]) -> tuple[Tensor, ...]:
+    """``h`` with ``h A^T`` behind it; gate's output with ``x A^T``; up's; and ``h A^T``.
+
+    This and ``outer`` are the same with and without gradient, bitwise: a policy ratio may be
+    taken between the two, for more tokens than ``op.DECODED_ROWS``.
+    """
+    gate, up, _ = parts.layers
+    gate_wide = products.with_low(x_TH, next(matrices), gate, parts.siblings)
+    up_TF = products.frozen(x_TH, next(matrices), up)
+    (tokens, width), last = up_TF.shape, parts.last
+    h_wide = x_TH.new_empty(tokens, width + (0 if last is None else last.a_RI.shape[0]))
+    inputs = parts.inputs(gate_wide, up_TF)
+    low_TR = adapted_glu_forward(inputs, parts.adapters, parts.activation, h_wide[:, :width])
+    if low_TR is None:
+        return h_wide, gate_wide, up_TF, h_wide[:, width:]
+    low_TR = low_TR.to(x_TH.dtype)
+    h_wide[:, width:].copy_(low_TR)
+    return h_wide, gate_wide, up_TF, low_TR
+
+
+def outer(h_wide: Tensor, parts: Parts, matrices: Iterator[Tensor]) -> Tensor:
+    """``down(h)``."""
+    return products.from_wide(h_wide, next(matrices), parts.layers[2], parts.down_b_OR)
+
+
+class OuterFunction(torch.autograd.Function):
+    """down, whose backward the inner function does: the token carries y's gradient there.
+
+    Nothing is saved here. Activation checkpointing ends its second forward with the last saved
+    tensor, which the inner function holds: down, whose output nobody needs, is not run again.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, token_TH: Tensor, h_wide: Tensor, parts: Parts, matrices: Iterator[Tensor]
+    ) -> Tensor:
+        return outer(h_wide, parts, matrices)
+
+    @staticmethod
+    def backward(ctx: Any, grad_TH: Tensor) -> tuple[Tensor | None, ...]:
+        return grad_TH, None, None, None
+
+
+class InnerFunction(torch.autograd.Function):
+    """Keeps x, gate's and up's output; the backward overwrites the last two: it runs once.
+
+    Returns h, which is not differentiable, and a token of y's shape without content, which is.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_TH: Tensor,
+        parts: Parts,
+        matrices: Iterator[Tensor],
+        *adapters: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        h_wide, *kept = inner(x_TH, parts, matrices)
+        # The adapters are the layers' own. Saved all the same: autograd then notices a change.
+        ctx.save_for_backward(x_TH, *kept, *adapters)
+        # Not the parts: copies of every layer's adapters would wait for the backward.
+        ctx.layers, ctx.activation = parts.layers, parts.activation
+        ctx.mark_non_differentiable(h_wide)
+        ctx.set_materialize_grads(False)  # or h would be given zeros as wide as itself
+        shape = x_TH.shape[0], parts.layers[2].weight.shape[0]
+        return x_TH.new_empty(()).expand(shape), h_wide
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_TH: Tensor, _: None) -> tuple[Tensor | None, ...]:
+        # First of all: under activation checkpointing this runs the forward, which takes the
+        # shared buffers.
+        x_TH, gate_wide, up_TF, low_TR, *_ = ctx.saved_tensors
+        parts = Parts(ctx.layers, ctx.activation)
+        gate, up, down = parts.layers
+        gate_job, up_job, down_job = parts.jobs()
+        matrices = dequantize_ahead([down_job, gate_job, up_job])
+        grad_wide = products.back_with_low(grad_TH, next(matrices), down, parts.down_b_OR)
+        width, inputs = up_TF.shape[1], parts.inputs(gate_wide, up_TF)
+        gate_b, up_b, down_a = adapted_glu_backward(
+            grad_wide[:, :width], grad_wide[:, width:], inputs, parts.adapters, parts.activation
+        )
+        # gate_wide and up now hold gradients, and x A^T is not needed any more.
+        gate_a = up_a = None
+        if (siblings := parts.siblings) is not None:
+            _lower(inputs, parts)
+            grad_a_RI = products.gram(gate_wide[:, width:], x_TH)
+            gate_a, up_a = (grad_a_RI[span] for span in siblings.spans)
+        down_b = None if parts.last is None else products.gram(grad_TH, low_TR)
+        grad_x_TH = None
+        if ctx.needs_input_grad[0]:
+            grad_x_TH = products.back_from_wide(gate_wide, next(matrices), gate, parts.siblings)
+            grad_x_TH.addmm_(up_TF, next(matrices))
+        grads = (*gradients(gate, gate_a, gate_b), *gradients(up, up_a, up_b))
+        return grad_x_TH, None, None, *grads, *gradients(down, down_a, down_b)
+
+
+def _lower(inputs: GluInputs, parts: Parts) -> None:
+    """``low = dy B`` over ``x A^T``, from the gradients that stand where gate and up were."""
+    pairs = (
+        (inputs.gate_TF, parts.adapters.gate_b_FR, inputs.gate_low_TR),
+        (inputs.up_TF, parts.adapters.up_b_FR, inputs.up_low_TR),
+    )
+    for grad_TF, b_FR, low_TR in pairs:
+        if b_FR is not None:
+            torch.mm(grad_TF, b_FR, out=low_TR)
