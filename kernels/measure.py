@@ -49,7 +49,7 @@ class Result:
 
 
 def measure(case: Case, device: torch.device, peers: bool, seconds: float = 1.0) -> list[Result]:
-    """Time floor, ours and the peers in turn, round after round, so that clocks weigh on all alike.
+    """Time floor, ours and the peers in turn, round after round, each after a call of itself.
 
     A peer that is not installed, or that fails at this shape, is named with its reason on stdout.
     """
@@ -88,8 +88,11 @@ def measure(case: Case, device: torch.device, peers: bool, seconds: float = 1.0)
 def seconds_of(run: Run, device: torch.device) -> float:
     """Seconds of one call, by the device's own clock where it has one."""
     if device.type == "cuda":
-        # The host gets ahead, as it does in training: its own start is not the kernels' time.
+        # The host gets ahead, as it does in training: its own start is not the kernels' time. And
+        # the chip is as warm as this very run makes it: its clock falls under matrix products and
+        # rises while another's run waits for memory.
         torch.cuda._sleep(SLEEP_CYCLES)  # type: ignore[no-untyped-call]
+        run()
         start = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         start.record()

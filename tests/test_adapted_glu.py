@@ -173,12 +173,17 @@ def test_triton_kernels_in_their_interpreter():
     check_interpreted(__file__)
 
 
-def gpu_code(kernel, constants, tile, path, monkeypatch):
-    """Machine code for sm_90, without a GPU: the interpreter takes more than the compiler."""
+# Shared memory of a block, in KiB: what Triton may ask for.
+SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 120: 99}
+
+
+def gpu_code(kernel, constants, warps, capability):
+    """Machine code, without a GPU: the interpreter takes more than the compiler. Arguments are
+    multiples of 16, as they mostly are: only then are tiles loaded ahead.
+    """
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(path))
     float32 = {"partial_ptr": "*fp32"}
     signature = {
         name: "constexpr"
@@ -186,28 +191,51 @@ def gpu_code(kernel, constants, tile, path, monkeypatch):
         else float32.get(name, "*bf16" if name.endswith("_ptr") else "i32")
         for name in kernel.arg_names
     }
-    source = ASTSource(kernel, signature, constexprs=constants)
-    built = compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": tile.warps})
+    names = [name for name in kernel.arg_names if name not in ("tokens", "steps")]
+    attrs = {
+        (kernel.arg_names.index(name),): [["tt.divisibility", 16]]
+        for name in names
+        if name not in constants
+    }
+    source = ASTSource(kernel, signature, constexprs=constants, attrs=attrs)
+    built = compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
     assert built.asm["cubin"]
     return built
 
 
-@pytest.mark.parametrize("rank", [16, 64])
-def test_triton_kernels_compile_for_a_gpu(rank, tmp_path, monkeypatch):
+@pytest.mark.parametrize("capability", SHARED)
+@pytest.mark.parametrize("rank", [32, 64])
+def test_triton_kernels_fit_every_gpu(rank, capability, tmp_path, monkeypatch):
     pytest.importorskip("triton")
     from rlsloth.kernels.adapted_glu import triton
 
-    for kernel, tile in (
-        (triton._forward_kernel, triton.FORWARD),
-        (triton._backward_kernel, triton.BACKWARD),
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    limit = SHARED[capability] << 10
+    fewer = rank > triton.STAGED_RANK and limit < triton.STAGED_BYTES
+    for kernel, tile, stages in (
+        (triton._forward_kernel, triton.FORWARD, triton.FORWARD.stages - fewer),
+        (triton._backward_kernel, triton.BACKWARD, triton.BACKWARD.stages),
     ):
         constants = {
             "RANK": rank, "DOWN_RANK": rank, "TOKENS": tile.tokens, "COLUMNS": tile.columns,
-            "STAGES": tile.stages, "ACTIVATION": "silu", "INTERPRETED": False,
+            "STAGES": stages, "ACTIVATION": "silu", "INTERPRETED": False,
         }  # fmt: skip
         constants = {name: constants[name] for name in constants if name in kernel.arg_names}
-        built = gpu_code(kernel, constants, tile, tmp_path, monkeypatch)
-        assert built.metadata.shared <= 227 << 10
+        assert gpu_code(kernel, constants, tile.warps, capability).metadata.shared <= limit
+
+
+@pytest.mark.parametrize("capability", [86, 90])
+def test_low_rank_addition_fits(capability, tmp_path, monkeypatch):
+    pytest.importorskip("triton")
+    from rlsloth.kernels.lora import products, triton
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    constants = {
+        "RANK": products.MOST_RANK, "TOKENS": triton.TOKENS, "COLUMNS": triton.COLUMNS,
+        "INTERPRETED": False,
+    }  # fmt: skip
+    built = gpu_code(triton._kernel, constants, triton.WARPS, capability)
+    assert built.metadata.shared <= SHARED[capability] << 10
 
 
 if __name__ == "__main__":

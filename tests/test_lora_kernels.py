@@ -1,6 +1,6 @@
 """kernels/lora on a CPU: outputs and every gradient against the reference in float64."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -180,6 +180,39 @@ def test_sixteen_bits(adapter):
     check(siblings, siblings_reference, layers, input_like(50, 64, dtype=dtype), dtype)
     layers = make_mlp((kind, kind, kind), dtype=dtype)
     check(mlp(), mlp_reference(), layers, input_like(50, 64, dtype=dtype), dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast_changes_nothing(dtype):
+    layers, x = make_mlp((NF4, PLAIN, NF4), dtype=dtype), input_like(9, 64, dtype=dtype)
+    results = []
+    for enabled in (False, True):
+        leaf = x.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            outputs = [lora_mlp(leaf, *layers, "silu"), *lora_linears(leaf, tuple(layers[:2]))]
+            grads = torch.autograd.grad(sum(y.sum() for y in outputs), [leaf, *parameters(layers)])
+        results.append([*outputs, *grads])
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("kinds", [(NF4, NF4, NF4), (NF4, NF4, OFF_NF4), (OFF_NF4,) * 3])
+def test_only_gate_and_up_are_kept_of_what_is_wide(kinds):
+    layers, x = make_mlp(kinds), input_like(50, 64).requires_grad_()
+    kept = {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        lora_mlp(x, *layers, "silu")
+    assert sum(size >= 50 * 192 * 4 for size in kept.values()) == 2
+
+
+def test_two_layers_share_one_weight():
+    first, second = make(64, 64, NF4), make(64, 64, NF4, seed=1)
+    second = replace(second, weight=first.weight)
+    check(siblings, siblings_reference, [first, second], input_like(40, 64))
 
 
 @pytest.mark.parametrize("kind", [PLAIN, NF4])
@@ -372,9 +405,18 @@ def test_bench_cases_run():
 
 
 def check_triton_in_interpreter():
-    """The MLP with the NF4 and gated-linear kernels."""
+    """The MLP with the NF4 and gated-linear kernels; in 16 bits the adapters' own, too."""
     for tokens in (3, 260):
         check(mlp(), mlp_reference(), make_mlp((NF4, BIASED_NF4, NF4)), input_like(tokens, 64))
+    half = torch.bfloat16
+    for rank, nf4 in ((5, True), (16, False), (16, True), (80, True)):
+        kind = Kind(rank=rank, nf4=nf4, bias=True)
+        layers, x = make_mlp((kind, kind, kind), dtype=half), input_like(70, 64, dtype=half)
+        # As it lies in memory must not matter.
+        layers[2] = replace(layers[2], lora_a=layers[2].lora_a.detach().t().contiguous().t())
+        layers[2].lora_a.requires_grad_()
+        check(mlp(), mlp_reference(), layers, x, half)
+        check(siblings, siblings_reference, layers[:2], x, half)
     print(AGREED)
 
 

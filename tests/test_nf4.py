@@ -1,13 +1,14 @@
 """kernels/nf4 on a CPU: against bitsandbytes and float64, and the Triton kernels interpreted."""
 
 import dataclasses
+import weakref
 from types import SimpleNamespace
 
 import pytest
 import torch
 from interpreted import AGREED, check_interpreted
 
-from rlsloth.kernels.nf4 import op, ptx
+from rlsloth.kernels.nf4 import ahead, op, ptx
 from rlsloth.kernels.nf4.ahead import Job, dequantize_ahead
 from rlsloth.kernels.nf4.bench import cases
 from rlsloth.kernels.nf4.op import Nf4Weight, dequantize, nf4_matmul
@@ -144,6 +145,34 @@ def test_ahead_yields_each_matrix_with_its_room():
     assert torch.equal(first, torch.cat((dequantize(weights[0]), behind), 1))
     assert plain is weights[1]
     assert torch.equal(last, torch.cat((dequantize(weights[2]), below)))
+
+
+def test_a_buffer_serves_a_weight_until_another_takes_it(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
+    pool = ahead._Pool(torch.device("cpu"))
+
+    def held(*weights, **room):
+        """Which of the jobs find their matrix."""
+        jobs = [Job(weight, **room) for weight in weights]
+        pool.reserve(jobs)
+        found = []
+        for job in jobs:
+            buffer = pool.take(job)
+            found.append(buffer.holds(job))
+            assert buffer.bytes.numel() >= ahead._bytes(job)
+            buffer.weight, buffer.shape = weakref.ref(job.weight), job.shape
+        return found
+
+    a, b, c, d = (make(4, 64, seed=i) for i in range(4))
+    large = make(64, 64)
+    assert held(a, b, c) == [False] * 3
+    assert held(c, a, b) == [True] * 3
+    assert held(a, behind_OR=torch.zeros(4, 2)) == [False]  # another shape: c makes room
+    assert held(d, a, b) == [False, True, True]
+    assert held(make(4, 64, seed=3)) == [False]  # equal to d, but another
+    assert held(large) == [False]
+    assert held(a, b, c, large) == [False] * 4  # more than there are buffers, which had to grow
+    assert held(large) == [True]
 
 
 def replace(**change):

@@ -100,8 +100,10 @@ def adapted_glu_backward(
         gate, up = _adapted(inputs, adapters, rows)
         d_h = _plus(d_out_TF[rows], d_low_TR[rows], adapters.down_a_RF)
         h, d_gate, d_up = glu_backward(d_h, gate, up, activation)
-        inputs.gate_TF[rows].copy_(d_gate)
-        inputs.up_TF[rows].copy_(d_up)
+        if adapters.gate_b_FR is not None:
+            inputs.gate_TF[rows].copy_(d_gate)
+        if adapters.up_b_FR is not None:
+            inputs.up_TF[rows].copy_(d_up)
         pairs = (
             (d_gate, inputs.gate_low_TR[rows]),
             (d_up, inputs.up_low_TR[rows]),
@@ -149,7 +151,7 @@ def _chunks(inputs: GluInputs) -> list[slice]:
 
 
 def _adapted(inputs: GluInputs, adapters: GluAdapters, rows: slice) -> tuple[Tensor, Tensor]:
-    """gate and up with their adapters, copies."""
+    """gate and up with their adapters: copies, or themselves where an adapter is off."""
     gate_b, up_b = adapters.gate_b_FR, adapters.up_b_FR
     return (
         _plus(
@@ -161,7 +163,7 @@ def _adapted(inputs: GluInputs, adapters: GluAdapters, rows: slice) -> tuple[Ten
 
 def _plus(base_TN: Tensor, low_TR: Tensor, factor_RN: Tensor | None) -> Tensor:
     if factor_RN is None:
-        return base_TN.clone(memory_format=torch.contiguous_format)
+        return base_TN
     return torch.addmm(base_TN, low_TR, factor_RN)
 
 

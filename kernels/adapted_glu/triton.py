@@ -33,7 +33,8 @@ class Tile(NamedTuple):
 
 FORWARD = Tile(64, 64, warps=4, stages=3, programs=4)
 BACKWARD = Tile(32, 64, warps=4, stages=3, programs=12)
-
+# Higher ranks take more shared memory in the forward, 128 KiB with three tiles on their way.
+STAGED_RANK, STAGED_BYTES = 32, 128 << 10
 
 Tensors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 """gate, up, gate_low, up_low, gate_b, up_b, down_a."""
@@ -67,7 +68,7 @@ def forward(tensors: Tensors, activation: str, out_TF: Tensor) -> Tensor:
             DOWN_RANK=_padded(rank),
             TOKENS=FORWARD.tokens,
             COLUMNS=FORWARD.columns,
-            STAGES=FORWARD.stages,
+            STAGES=_stages(max(gate_b_FR.shape[1], up_b_FR.shape[1], rank), gate_TF.device),
             ACTIVATION=activation,
             INTERPRETED=interpreted(),
             num_warps=FORWARD.warps,
@@ -130,6 +131,14 @@ def _split(tile: Tile, across: int, along: int, device: torch.device) -> tuple[i
     wanted = min(along, max(1, tile.programs * processors // max(across, 1)))
     steps = triton.cdiv(along, max(wanted, 1))
     return max(1, triton.cdiv(along, max(steps, 1))), steps
+
+
+def _stages(rank: int, device: torch.device) -> int:
+    """Of the forward: one less where the tiles would not fit (99 KiB on consumer cards)."""
+    if rank <= STAGED_RANK or device.type != "cuda":
+        return FORWARD.stages
+    there = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    return FORWARD.stages - (there < STAGED_BYTES)
 
 
 def _padded(*ranks: int) -> int:
@@ -299,7 +308,8 @@ def _backward_kernel(
         d_gate = (d_h * wide_up * (share + wide_gate * slope)).to(gate.dtype)
         d_up = (d_h * activated).to(gate.dtype)
         # In place, and safe: a tile is in shared memory as a whole by now, or is stored by the
-        # threads that loaded it. A barrier would keep the compiler from loading tiles ahead.
+        # threads that loaded it (a tile has 8 elements or more for each). A barrier would keep the
+        # compiler from loading tiles ahead.
         _store(gate_ptr, gate_stride, token, tokens, column, width, d_gate, TOKENS, COLUMNS)
         _store(up_ptr, up_stride, token, tokens, column, width, d_up, TOKENS, COLUMNS)
         down_sum = _dot(h.T, d_low, down_sum, INTERPRETED)

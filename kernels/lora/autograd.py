@@ -75,25 +75,38 @@ class LinearsFunction(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         # A gradient is None where an output was not used.
         x_TI, low_TR, *_ = ctx.saved_tensors
-        layers: Layers = ctx.layers
-        stacked = stack(layers)
         live = [index for index, grad in enumerate(grads) if grad is not None]
         if not live:
-            return (None,) * (2 + 2 * len(layers))
-        backward = _input_gradient if ctx.needs_input_grad[0] else _low_gradient
-        grad_x_TI, grad_low_TR = backward(layers, stacked, live, grads)
-        grad_a_RI = None
-        if stacked is not None:
-            assert grad_low_TR is not None
-            grad_a_RI = products.gram(grad_low_TR, x_TI)
-        result: list[Tensor | None] = [grad_x_TI, None]
-        for index, (layer, grad) in enumerate(zip(layers, grads, strict=True)):
-            if grad is None or stacked is None or grad_a_RI is None:
-                result += [None, None]
-            else:
-                span = stacked.spans[index]
-                result += gradients(layer, grad_a_RI[span], products.gram(grad, low_TR[:, span]))
+            return (None,) * (2 + 2 * len(ctx.layers))
+        with torch.autocast(x_TI.device.type, enabled=False):
+            result = _gradients(ctx.layers, x_TI, low_TR, live, grads, ctx.needs_input_grad[0])
         return tuple(result)
+
+
+def _gradients(
+    layers: Layers,
+    x_TI: Tensor,
+    low_TR: Tensor,
+    live: list[int],
+    grads: tuple[Any, ...],
+    with_input: bool,
+) -> list[Tensor | None]:
+    """What ``LinearsFunction.backward`` returns."""
+    stacked = stack(layers)
+    backward = _input_gradient if with_input else _low_gradient
+    grad_x_TI, grad_low_TR = backward(layers, stacked, live, grads)
+    result: list[Tensor | None] = [grad_x_TI, None]
+    if stacked is None:
+        return result + [None, None] * len(layers)
+    assert grad_low_TR is not None
+    grad_a_RI = products.gram(grad_low_TR, x_TI)
+    for layer, span, grad in zip(layers, stacked.spans, grads, strict=True):
+        if grad is None:
+            result += [None, None]
+        else:
+            grad_b_OR = products.gram(grad, low_TR[:, span])
+            result += gradients(layer, grad_a_RI[span], grad_b_OR)
+    return result
 
 
 def _input_gradient(
@@ -124,7 +137,7 @@ def _low_gradient(
     low_TR = None
     for index in live:
         block_OR = _block(layers[index], stacked, index)
-        if block_OR is not None:
+        if block_OR is not None and (low_TR is None or layers[index].lora_b is not None):
             part_TR = grads[index] @ block_OR
             low_TR = part_TR if low_TR is None else low_TR.add_(part_TR)
     return None, low_TR

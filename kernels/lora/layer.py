@@ -53,7 +53,7 @@ def stack(layers: Sequence[LoraLinear]) -> Stack | None:
     for layer in layers:
         start = end
         if layer.lora_a is not None:
-            a_RI = layer.lora_a.detach().to(layer.weight.dtype)
+            a_RI = layer.lora_a.detach().to(layer.weight.dtype).contiguous()
             if missing := -len(a_RI) % ALIGNMENT:
                 a_RI = pad(a_RI, (0, 0, 0, missing))
             parts.append(a_RI)
@@ -83,7 +83,9 @@ def gradients(
     assert grad_b_OR is not None
     rank = layer.lora_a.shape[0]
     grad_b = _scaled(grad_b_OR[:, :rank], layer.scale, layer.lora_b.dtype)
-    return grad_a_RI[:rank].to(layer.lora_a.dtype), grad_b
+    # A copy: the sums of all layers may share one storage.
+    grad_a = torch.empty_like(layer.lora_a, memory_format=torch.contiguous_format)
+    return grad_a.copy_(grad_a_RI[:rank]), grad_b
 
 
 def _scaled(x: Tensor, scale: float, dtype: torch.dtype) -> Tensor:

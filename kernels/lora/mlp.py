@@ -72,7 +72,7 @@ def inner(x_TH: Tensor, parts: Parts, matrices: Iterator[Tensor]) -> tuple[Tenso
     inputs = parts.inputs(gate_wide, up_TF)
     low_TR = adapted_glu_forward(inputs, parts.adapters, parts.activation, h_wide[:, :width])
     if low_TR is None:
-        return h_wide, gate_wide, up_TF, h_wide[:, width:]
+        return h_wide, gate_wide, up_TF, x_TH.new_empty(tokens, 0)  # no view: it would keep h
     low_TR = low_TR.to(x_TH.dtype)
     h_wide[:, width:].copy_(low_TR)
     return h_wide, gate_wide, up_TF, low_TR
@@ -131,28 +131,45 @@ class InnerFunction(torch.autograd.Function):
         # First of all: under activation checkpointing this runs the forward, which takes the
         # shared buffers.
         x_TH, gate_wide, up_TF, low_TR, *_ = ctx.saved_tensors
-        parts = Parts(ctx.layers, ctx.activation)
-        gate, up, down = parts.layers
-        gate_job, up_job, down_job = parts.jobs()
-        matrices = dequantize_ahead([down_job, gate_job, up_job])
-        grad_wide = products.back_with_low(grad_TH, next(matrices), down, parts.down_b_OR)
-        width, inputs = up_TF.shape[1], parts.inputs(gate_wide, up_TF)
-        gate_b, up_b, down_a = adapted_glu_backward(
-            grad_wide[:, :width], grad_wide[:, width:], inputs, parts.adapters, parts.activation
-        )
-        # gate_wide and up now hold gradients, and x A^T is not needed any more.
-        gate_a = up_a = None
-        if (siblings := parts.siblings) is not None:
-            _lower(inputs, parts)
-            grad_a_RI = products.gram(gate_wide[:, width:], x_TH)
-            gate_a, up_a = (grad_a_RI[span] for span in siblings.spans)
-        down_b = None if parts.last is None else products.gram(grad_TH, low_TR)
-        grad_x_TH = None
-        if ctx.needs_input_grad[0]:
-            grad_x_TH = products.back_from_wide(gate_wide, next(matrices), gate, parts.siblings)
-            grad_x_TH.addmm_(up_TF, next(matrices))
-        grads = (*gradients(gate, gate_a, gate_b), *gradients(up, up_a, up_b))
-        return grad_x_TH, None, None, *grads, *gradients(down, down_a, down_b)
+        with torch.autocast(x_TH.device.type, enabled=False):
+            parts = Parts(ctx.layers, ctx.activation)
+            grad_x_TH, grads = _gradients(
+                parts, x_TH, gate_wide, up_TF, low_TR, grad_TH, ctx.needs_input_grad[0]
+            )
+        return grad_x_TH, None, None, *grads
+
+
+def _gradients(
+    parts: Parts,
+    x_TH: Tensor,
+    gate_wide: Tensor,
+    up_TF: Tensor,
+    low_TR: Tensor,
+    grad_TH: Tensor,
+    with_input: bool,
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """Of x, and of each A and B. ``gate_wide`` and ``up_TF`` are overwritten."""
+    gate, up, down = parts.layers
+    gate_job, up_job, down_job = parts.jobs()
+    matrices = dequantize_ahead([down_job, gate_job, up_job])
+    grad_wide = products.back_with_low(grad_TH, next(matrices), down, parts.down_b_OR)
+    width, inputs = up_TF.shape[1], parts.inputs(gate_wide, up_TF)
+    gate_b, up_b, down_a = adapted_glu_backward(
+        grad_wide[:, :width], grad_wide[:, width:], inputs, parts.adapters, parts.activation
+    )
+    # gate_wide and up now hold gradients, and x A^T is not needed any more.
+    gate_a = up_a = None
+    if (siblings := parts.siblings) is not None:
+        _lower(inputs, parts)
+        grad_a_RI = products.gram(gate_wide[:, width:], x_TH)
+        gate_a, up_a = (grad_a_RI[span] for span in siblings.spans)
+    down_b = None if parts.last is None else products.gram(grad_TH, low_TR)
+    grad_x_TH = None
+    if with_input:
+        grad_x_TH = products.back_from_wide(gate_wide, next(matrices), gate, parts.siblings)
+        grad_x_TH.addmm_(up_TF, next(matrices))
+    gate_grads, up_grads = gradients(gate, gate_a, gate_b), gradients(up, up_a, up_b)
+    return grad_x_TH, [*gate_grads, *up_grads, *gradients(down, down_a, down_b)]
 
 
 def _lower(inputs: GluInputs, parts: Parts) -> None:

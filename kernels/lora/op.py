@@ -3,7 +3,7 @@
 With ``low = scale dY B`` the gradients are ``dX = dY W + low A``, ``dA = low^T X`` and
 ``dB = scale dY^T (X A^T)``: two products with the frozen weight, forward and backward together,
 where autograd through a trainable weight takes three. Products of the parameters run in x's dtype,
-their gradients are summed in float32 and returned in the parameters' own.
+their gradients are summed in float32 and returned in the parameters' own. Autocast changes nothing.
 """
 
 from __future__ import annotations
@@ -45,16 +45,15 @@ def lora_linears(x: Tensor, layers: tuple[LoraLinear, ...]) -> tuple[Tensor, ...
     for layer in layers:
         _check(x, layer)
     x_TI = x.reshape(-1, x.shape[-1])
-    if _needs_graph(x, layers):
-        outputs = autograd.LinearsFunction.apply(  # type: ignore[no-untyped-call]
-            x_TI, layers, *_adapters(layers)
-        )
-    else:
-        outputs = (
-            autograd.linears_decoded(x_TI, layers)
-            if _decodes(x_TI)
-            else autograd.linears(x_TI, layers)[0]
-        )
+    with torch.autocast(x.device.type, enabled=False):
+        if _needs_graph(x, layers):
+            outputs = autograd.LinearsFunction.apply(  # type: ignore[no-untyped-call]
+                x_TI, layers, *_adapters(layers)
+            )
+        elif _decodes(x_TI):
+            outputs = autograd.linears_decoded(x_TI, layers)
+        else:
+            outputs, _ = autograd.linears(x_TI, layers)
     return tuple(y_TO.view(*x.shape[:-1], y_TO.shape[-1]) for y_TO in outputs)
 
 
@@ -86,25 +85,29 @@ def lora_mlp(
         raise TypeError(f"down is {down.weight.dtype} on {down.weight.device}, x is {x.dtype}")
     layers = (gate, up, down)
     x_TH = x.reshape(-1, x.shape[-1])
-    if not _needs_graph(x, layers) and _decodes(x_TH):
+    with torch.autocast(x.device.type, enabled=False):
+        y_TH = _mlp(x_TH, layers, activation, _needs_graph(x, layers))
+    return y_TH.view(*x.shape[:-1], y_TH.shape[-1])
+
+
+def _mlp(x_TH: Tensor, layers: mlp.Mlp, activation: str, with_graph: bool) -> Tensor:
+    gate, up, down = layers
+    if not with_graph and _decodes(x_TH):
         e_TF, g_TF = autograd.linears_decoded(x_TH, (gate, up))
         h_TF = glu_forward(e_TF, g_TF, activation, out=e_TF)
-        (y_TH,) = autograd.linears_decoded(h_TF, (down,))
-        return y_TH.view(*x.shape[:-1], y_TH.shape[-1])
+        return autograd.linears_decoded(h_TF, (down,))[0]
     parts = mlp.Parts(layers, activation)
     matrices = dequantize_ahead(parts.jobs())
-    if _needs_graph(x, layers):
-        token_TH, h_wide = mlp.InnerFunction.apply(  # type: ignore[no-untyped-call]
-            x_TH, parts, matrices, *_adapters(layers)
-        )
-        y_TH = mlp.OuterFunction.apply(  # type: ignore[no-untyped-call]
-            token_TH, h_wide, parts, matrices
-        )
-    else:
+    if not with_graph:
         h_wide, *_ = mlp.inner(x_TH, parts, matrices)
-        y_TH = mlp.outer(h_wide, parts, matrices)
-    y: Tensor = y_TH.view(*x.shape[:-1], y_TH.shape[-1])
-    return y
+        return mlp.outer(h_wide, parts, matrices)
+    token_TH, h_wide = mlp.InnerFunction.apply(  # type: ignore[no-untyped-call]
+        x_TH, parts, matrices, *_adapters(layers)
+    )
+    y_TH: Tensor = mlp.OuterFunction.apply(  # type: ignore[no-untyped-call]
+        token_TH, h_wide, parts, matrices
+    )
+    return y_TH
 
 
 def _adapters(layers: tuple[LoraLinear, ...]) -> list[Tensor | None]:

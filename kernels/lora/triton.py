@@ -23,7 +23,7 @@ def add_product(base_TN: Tensor, low_TR: Tensor, factor_RN: Tensor, out_TN: Tens
         return
     # Triton launches on the current device.
     with torch.cuda.device_of(base_TN):  # type: ignore[no-untyped-call]
-        _kernel[(triton.cdiv(width, COLUMNS), triton.cdiv(tokens, TOKENS))](
+        _kernel[(triton.cdiv(width, COLUMNS) * triton.cdiv(tokens, TOKENS),)](
             base_TN, base_TN.stride(0),
             low_TR, low_TR.stride(0),
             factor_RN, *factor_RN.stride(),
@@ -49,8 +49,9 @@ def _kernel(
     COLUMNS: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ) -> None:  # fmt: skip
-    token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
-    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    across = tl.cdiv(width, COLUMNS)
+    token = tl.program_id(0) // across * TOKENS + tl.arange(0, TOKENS)
+    column = tl.program_id(0) % across * COLUMNS + tl.arange(0, COLUMNS)
     row = token.to(tl.int64)[:, None]
     live, within = (token < tokens)[:, None], (column < width)[None, :]
     base = tl.load(base_ptr + row * base_stride + column[None, :], mask=live & within, other=0.0)

@@ -3,8 +3,8 @@
 All weights share three buffers a stream, as large as the largest weight asked for so far. The next
 weight is dequantised on a side stream, queued behind the current product: its programs take the
 multiprocessors that the product's last wave, or a small product after it, leaves idle. A weight
-whose matrix a buffer still holds is not made again: a backward finds those of its forward, or of
-the forward that activation checkpointing has just repeated.
+whose matrix, of the same shape, a buffer still holds is not made again: an MLP's backward finds
+those of its forward, or of the forward that activation checkpointing has just repeated.
 """
 
 from __future__ import annotations
@@ -54,7 +54,10 @@ def dequantize_ahead(jobs: Sequence[Job]) -> Iterator[Tensor]:
         return
     device = nf4[0].weight.device
     main = torch.cuda.current_stream(device)
-    pool = _POOL.setdefault((device, main.cuda_stream), _Pool(device))
+    key = device, main.cuda_stream
+    if key not in _POOL:
+        _POOL[key] = _Pool(device)
+    pool = _POOL[key]
     # An op that was left early may still be dequantising.
     main.wait_stream(pool.side)
     pool.reserve(nf4)
@@ -116,6 +119,8 @@ class _Pool:
         others = [buffer for buffer in self.buffers if buffer not in held]
         self.buffers = others + held
         missing = [job for job in jobs if not any(buffer.holds(job) for buffer in held)]
+        if len(jobs) > BUFFERS:  # what is held may be overwritten, and made again
+            missing = list(jobs)
         size = max((_bytes(job) for job in missing), default=0)
         for buffer in self.buffers[: len(missing)]:
             if buffer.bytes.numel() < size:

@@ -73,8 +73,8 @@ def fork_rms_norm(
 ) -> tuple[Tensor, Tensor]:
     """``rms_norm(x)`` and x itself, for a residual around what follows: (normed, x).
 
-    The two gradients of x are added inside the norm's backward, not in a pass of their own.
-    Arguments and errors are those of ``rms_norm``.
+    The two gradients of x are added inside the norm's backward, not in a pass of their own. The x
+    that is returned must not be written to. Arguments and errors are those of ``rms_norm``.
     """
     _check(x, weight_H)
     if _by_triton(x):

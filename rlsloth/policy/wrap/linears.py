@@ -96,7 +96,8 @@ class Linears:
         # By storage, not by parameter: moving a module gives the same parameter another one. And by
         # what is stored: matrices of an NF4 weight are kept for a while (nf4/ahead.py).
         parts = [weight, lora_a, lora_b, bias, None if plain else weight.quant_state.absmax]  # type: ignore[attr-defined]
-        source = (weight._version, *(0 if part is None else part.data_ptr() for part in parts))
+        versions = [part._version for part in (weight, parts[-1]) if part is not None]
+        source = (*versions, *(0 if part is None else part.data_ptr() for part in parts))
         if name in self._kept:
             kept_source, kept = self._kept[name]
             same = kept_source == source and kept.bias is bias and kept.scale == scale
