@@ -167,7 +167,7 @@ class Assembly:
             max_tokens=cfg.max_tokens or self.cfg.rollout.max_tokens,
         )
         policy = self.policy.base_model() if base else nullcontext()
-        with self.run.timed("eval"), advise("rollout"), policy:
+        with self.run.timed("eval"), advise("rollout", self.policy.model), policy:
             groups = self.collect(problems, cfg.samples, sampling)
             report = self.scorer.score(groups, step=step)
         for reward in report.rewards:

@@ -95,7 +95,8 @@ class LoraConfig(Section):
     """The update is scaled by alpha / rank."""
     dropout: float = Field(0.0, ge=0, lt=1)
     targets: list[str] = ["all-linear"]
-    """Module names, or all-linear for every linear layer but the output head."""
+    """Module names, all-linear for every linear layer but the output head, or both. An adapted head
+    is copied whole at each micro-batch."""
 
 
 class EnvConfig(Section):

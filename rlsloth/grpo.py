@@ -43,7 +43,7 @@ def train(cfg: GrpoConfig) -> Path:
         for step in run.steps(at.next_step, cfg.steps):
             # For dropout; sampling has a generator of its own.
             torch.manual_seed(derive_seed(cfg.seed, "dropout", step))
-            with run.timed("rollout"), advise("rollout"):
+            with run.timed("rollout"), advise("rollout", policy.model):
                 prompts = parts.prompts.take(cfg.prompts_per_step)
                 groups = parts.collect(prompts, cfg.group_size, parts.sampling("rollout", step))
             with run.timed("reward"):
@@ -56,7 +56,7 @@ def train(cfg: GrpoConfig) -> Path:
                 mask_truncated=cfg.loss.mask_truncated,
                 keep_zero_advantage=cfg.loss.beta > 0,
             )
-            with run.timed("update"), advise("update"):
+            with run.timed("update"), advise("update", policy.model):
                 updates = update(policy, batch, cfg)
                 parts.engine.load(policy.adapter())
             at.num_tokens += count_tokens(groups)

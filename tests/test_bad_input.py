@@ -259,7 +259,17 @@ def test_device_that_is_not_there(refused) -> None:
 
 
 def test_targets_that_match_nothing(refused) -> None:
-    refused("grpo --lora.targets q_porj", "--lora.targets q_porj")
+    wrong = "--lora.targets q_porj: no module of model has it"
+    refused("grpo --lora.targets q_porj", wrong)
+    refused("grpo --lora.targets all-linear q_porj", wrong)
+
+
+def test_model_quantised_by_others(refused) -> None:
+    copy_model("gptq")
+    config = json.loads(Path("gptq/config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    Path("gptq/config.json").write_text(json.dumps(config))
+    refused("grpo --model.path gptq", "--model.path gptq", "with gptq", "--model.precision nf4")
 
 
 def offline(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from test_models import family_policy
 from test_policy import VOCAB, make_groups, make_policy, one_by_one
+from test_probe import engine_of
 from test_wrap import randomize
 from tiny import tiny_llama
 from torch import Tensor
@@ -177,8 +178,32 @@ def test_a_saved_adapter_of_the_head_is_loaded_twice(tmp_path: Path):
     assert torch.equal(again.reference_logprobs(micro), want)
 
 
-def test_all_linear_leaves_the_head_out():
-    assert not any("lm_head" in name for name in make_policy().adapter().tensors)
+def test_all_linear_leaves_the_head_out_unless_it_is_named():
+    body = set(make_policy().adapter().tensors)
+    assert not any("lm_head" in name for name in body)
+    both = set(make_policy(targets=["all-linear", "lm_head"]).adapter().tensors)
+    assert both > body
+    assert len(both - body) == 2
+    assert all("lm_head.lora_" in name for name in both - body)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_merged_head_is_neither_scored_nor_sampled(tied):
+    """A tied embedding would have moved with it."""
+    policy, micro = make_policy(targets=HEAD, tied=tied), micro_batch()
+    engine = engine_of(policy)
+    want = policy.eval_logprobs(micro)
+    uses = [lambda: policy.eval_logprobs(micro), lambda: policy.logprobs(micro),
+            lambda: engine.generate([[5, 6, 7]], 1, SamplingParams(max_tokens=2))]  # fmt: skip
+    policy.model.merge_adapter()
+    for use in uses:
+        for adapter in (nullcontext(), policy.base_model()):
+            with adapter, pytest.raises(UserError, match=r"merged .*unmerge_adapter\(\)"):
+                use()
+    policy.model.unmerge_adapter()
+    torch.testing.assert_close(policy.eval_logprobs(micro), want, rtol=0, atol=1e-5)
+    for use in uses:
+        use()
 
 
 def test_dropout_on_the_head_is_refused():

@@ -12,8 +12,13 @@ from rlsloth.kernels.measure import peak_bytes
 
 CAPPED = {"temperature": 0.7, "softcap": 6.0, "logit_scale": 1.3}
 SETTINGS = [
-    {}, {"temperature": 0.6}, {"logit_scale": 0.25}, {"logit_scale": -0.7}, {"softcap": 8.0}, CAPPED,
-]  # fmt: skip
+    {},
+    {"temperature": 0.6},
+    {"logit_scale": 0.25},
+    {"logit_scale": -0.7},
+    {"softcap": 8.0},
+    CAPPED,
+]
 
 
 def make(n, h, v, dtype=torch.float32, seed=0):

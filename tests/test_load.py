@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import json
+import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from test_models import family_model
 from test_policy import make_policy
 from test_probe import engine_of
 from tiny import tiny_llama, tiny_tokenizer
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from rlsloth.config import ModelConfig
+from rlsloth.config import LoraConfig, ModelConfig
+from rlsloth.memory.oom import advise
 from rlsloth.policy.load import load_model, pick_device
-from rlsloth.policy.lora import save_adapter
+from rlsloth.policy.lora import add_adapter, save_adapter
 from rlsloth.policy.optimizer import make_optimizer, resume_schedule
 from rlsloth.probe import probe
 from rlsloth.records import UserError
@@ -27,9 +33,9 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def refusal(path: Path | str) -> str:
+def refusal(path: Path | str, precision: str = "auto") -> str:
     with pytest.raises(UserError) as caught:
-        load_model(ModelConfig(path=str(path)))
+        load_model(ModelConfig(path=str(path), precision=precision))
     message = str(caught.value)
     assert "\n" not in message
     return message
@@ -101,6 +107,109 @@ def test_a_resumed_schedule_follows_the_new_settings():
     optimizer.step()
     scheduler.step()
     assert scheduler.get_last_lr() == [pytest.approx(0.5)]
+
+
+# --- quantised checkpoints -----------------------------------------------------------------------
+
+
+def quantised(folder: Path, **stored: object) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = stored
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+METHODS = ["gptq", "awq", "compressed-tensors", "hqq", "quark", "torchao", "fbgemm_fp8", "bitnet"]
+
+
+@pytest.mark.parametrize("precision", ["nf4", "fp32"])
+@pytest.mark.parametrize("method", METHODS)
+def test_other_quantised_weights_are_refused_by_name(method, precision, folder):
+    quantised(folder, quant_method=method, bits=4)
+    message = refusal(folder, precision)
+    assert f"{folder}: its weights are quantised with {method}," in message
+    assert "pass the unquantised checkpoint (with --model.precision nf4 for 4 bits)" in message
+
+
+def test_a_quantisation_without_a_name_is_refused(folder):
+    quantised(folder, bits=4)
+    assert "quantised with an unnamed method" in refusal(folder)
+
+
+def test_fp8_is_not_packed_anew(folder):
+    quantised(folder, quant_method="fp8", weight_block_size=[128, 128])
+    message = refusal(folder, "nf4")
+    assert f"--model.precision nf4: the weights of {folder} are stored in fp8;" in message
+    assert "--model.precision bf16" in message
+
+
+def adapted(model: Any) -> Any:
+    return add_adapter(model, LoraConfig(rank=2), ModelConfig())
+
+
+# --- advice on memory ----------------------------------------------------------------------------
+
+
+def out_of_memory(*_args: object, **_settings: object) -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def test_4_bits_are_advised_where_they_help_at_loading(folder, tmp_path, monkeypatch):
+    family_model("qwen3_moe", moe_intermediate_size=128).save_pretrained(tmp_path / "experts")
+    tiny_tokenizer().save_pretrained(tmp_path / "experts")
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", out_of_memory)
+    hint = "does not fit the GPU; try --model.precision nf4"
+    assert hint in refusal(folder, "bf16")
+    assert "nf4" not in refusal(folder, "nf4")
+    experts = refusal(tmp_path / "experts", "bf16")
+    assert experts.endswith("experts does not fit the GPU")
+    quantised(folder, quant_method="fp8", weight_block_size=[128, 128])
+    assert "nf4" not in refusal(folder, "bf16")
+    quantised(tmp_path / "experts", quant_method="awq")
+    assert "nf4" not in refusal(tmp_path / "experts", "bf16")
+
+
+def test_4_bits_are_advised_where_they_help_in_training(folder, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (2**30, 2**34))
+
+    def advice(model: object) -> str:
+        with (
+            pytest.raises(UserError, match=r"1\.0 of 16\.0 GiB free") as caught,
+            advise("update", model),
+        ):
+            out_of_memory()
+        return str(caught.value)
+
+    hint = "or load the base in 4 bits with --model.precision nf4"
+    assert advice(tiny_llama()).endswith(hint)
+    packed = load_model(ModelConfig(path=str(folder), precision="nf4", device="cpu")).model
+    assert "nf4" not in advice(packed)
+    assert "nf4" not in advice(adapted(packed))
+    assert "nf4" not in advice(family_model("qwen3_moe", moe_intermediate_size=128))
+    assert advice(None).endswith(f"{hint} if it is not yet and has no experts")
+
+
+# --- what is adapted -----------------------------------------------------------------------------
+
+
+def test_gpt2_has_convolutions_for_linears():
+    config = GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=128)
+    model = GPT2LMHeadModel(config).requires_grad_(False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        model = adapted(model)
+    names = {
+        n.split(".lora_")[0].split("h.0.")[-1]
+        for n, _ in model.named_parameters()
+        if ".h.0." in n and "lora_" in n
+    }
+    assert names == {"attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"}
+
+
+def test_a_model_without_linears_is_refused_in_a_line():
+    model = tiny_llama(layers=0)
+    with pytest.raises(UserError) as caught:
+        add_adapter(model, LoraConfig(), ModelConfig(path="bare"))
+    assert str(caught.value).startswith("--lora.targets all-linear: bare has no linear layer but")
 
 
 @pytest.mark.parametrize("asked", ["auto", "cuda"])

@@ -7,7 +7,7 @@ tokens. What is cut into splits is added up afterwards, in order: nothing is ato
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -137,8 +137,8 @@ def _stages(rank: int, device: torch.device) -> int:
     """Of the forward: one less where the tiles would not fit (99 KiB on consumer cards)."""
     if rank <= STAGED_RANK or device.type != "cuda":
         return FORWARD.stages
-    there = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
-    return FORWARD.stages - (there < STAGED_BYTES)
+    properties: Any = torch.cuda.get_device_properties(device)
+    return FORWARD.stages - int(properties.shared_memory_per_block_optin < STAGED_BYTES)
 
 
 def _padded(*ranks: int) -> int:

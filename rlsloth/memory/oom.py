@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -17,15 +18,28 @@ ADVICE = {
 }
 
 
+FOUR_BITS = "load the base in 4 bits with --model.precision nf4"
+
+
 @contextmanager
-def advise(phase: str) -> Iterator[None]:
+def advise(phase: str, model: Any = None) -> Iterator[None]:
     """Turn torch's out-of-memory error in a phase (a key of ADVICE) into a UserError with
-    advice."""
+    advice, on 4 bits only where they would help ``model``."""
     try:
         yield
     except torch.OutOfMemoryError as error:
         free, total = (n / 2**30 for n in torch.cuda.mem_get_info())
         raise UserError(
             f"GPU memory ran out during the {phase} ({free:.1f} of {total:.1f} GiB free): "
-            f"{ADVICE[phase]}, or load the base in 4 bits with --model.precision nf4"
+            f"{ADVICE[phase]}{_four_bits(model)}"
         ) from error
+
+
+def _four_bits(model: Any) -> str:
+    if model is None:
+        return f", or {FOUR_BITS} if it is not yet and has no experts"
+    if getattr(model, "is_loaded_in_4bit", False):
+        return ""
+    sizes = [(p.numel(), p.dim()) for p in model.parameters()]
+    experts = sum(size for size, dim in sizes if dim == 3)  # stacked; bitsandbytes leaves them
+    return "" if 2 * experts > sum(size for size, _ in sizes) else f", or {FOUR_BITS}"

@@ -28,7 +28,7 @@ class HeadAdapter:
         """
         from peft.tuners.tuners_utils import BaseTunerLayer
 
-        head = base.get_output_embeddings()
+        head = self._head = base.get_output_embeddings()
         self._linears: Linears | None = None
         self._dtype = dtype
         if isinstance(head, BaseTunerLayer):
@@ -43,6 +43,12 @@ class HeadAdapter:
         """The adapter that is on now, None where there is none. Raises UserError."""
         if self._linears is None:
             return None
+        if self._head.merged:
+            # The weights of a tied embedding have moved with the head's: no longer this model.
+            raise UserError(
+                "the adapter on the output head is merged into its weights; call unmerge_adapter() "
+                "before scoring or sampling"
+            )
         found = self._linears.read(self._dtype)
         if found is None:
             raise _refusal(self._linears.left(self._dtype)[0])

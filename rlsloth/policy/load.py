@@ -112,30 +112,63 @@ def _nf4(dtype: torch.dtype) -> Any:
     )
 
 
-def _unpacked(config: Any) -> Any:
+def _stored(config: Any) -> str:
+    """How a checkpoint is quantised, "" where it is not."""
+    stored = getattr(config, "quantization_config", None)
+    if not stored:
+        return ""
+    if stored.get("load_in_4bit") or stored.get("load_in_8bit"):  # old ones name no method
+        return "bitsandbytes"
+    return str(stored.get("quant_method") or "an unnamed method")
+
+
+def _unpacked(stored: str) -> Any:
     """How to load a checkpoint in MXFP4 (gpt-oss) or FP8: in the compute type, because the kernels
     for those formats have no backward pass. None for any other checkpoint."""
     from transformers import FineGrainedFP8Config, Mxfp4Config
 
     kinds = {"mxfp4": Mxfp4Config, "fp8": FineGrainedFP8Config}
-    stored = getattr(config, "quantization_config", None) or {}
-    kind = kinds.get(stored.get("quant_method", ""))
-    return None if kind is None else kind(dequantize=True)
+    return kinds[stored](dequantize=True) if stored in kinds else None
 
 
-def _refuse_nf4_experts(path: str | Path, config: Any, trust_remote_code: bool = False) -> None:
-    """bitsandbytes quantises linears; experts are stacked in tensors of three dimensions."""
+def _experts(config: Any, trust_remote_code: bool = False) -> tuple[float, int]:
+    """The share of experts in a model's weights, 0 where they are less than half, and the number of
+    all its weights. bitsandbytes quantises linears; experts are stacked in three dimensions."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     total = sum(p.numel() for p in model.parameters())
     experts = sum(p.numel() for p in model.parameters() if p.dim() == 3)
-    if experts > total / 2:
+    return experts / total if experts > total / 2 else 0.0, total
+
+
+def _refuse_nf4_experts(path: str | Path, config: Any, trust_remote_code: bool = False) -> None:
+    share, total = _experts(config, trust_remote_code)
+    if share:
         raise UserError(
-            f"--model.precision nf4: {experts / total:.0%} of the weights of {path} are experts, "
-            "which bitsandbytes does not quantise; load all of it with --model.precision bf16 "
+            f"--model.precision nf4: {share:.0%} of the weights of {path} are experts, which "
+            "bitsandbytes does not quantise; load all of it with --model.precision bf16 "
             f"({2 * total / 2**30:.0f} GiB)"
+        )
+
+
+def _refuse_stored(cfg: ModelConfig, config: Any, nf4: bool) -> None:
+    """Checkpoints in a format that cannot be trained on."""
+    stored = _stored(config)
+    if stored not in ("", "bitsandbytes", "fp8", "mxfp4"):
+        share, _ = _experts(config, cfg.trust_remote_code)
+        hint = "" if share else " (with --model.precision nf4 for 4 bits)"
+        raise UserError(
+            f"--model.path {cfg.path}: its weights are quantised with {stored}, on which rlsloth "
+            f"does not train; pass the unquantised checkpoint{hint}"
+        )
+    if nf4:
+        _refuse_nf4_experts(cfg.path, config, cfg.trust_remote_code)
+    if nf4 and stored in ("fp8", "mxfp4"):
+        raise UserError(
+            f"--model.precision nf4: the weights of {cfg.path} are stored in {stored}; pass the "
+            "unquantised checkpoint, or unpack this one with --model.precision bf16"
         )
 
 
@@ -182,9 +215,8 @@ def _pretrained(cfg: ModelConfig, dtype: torch.dtype, nf4: bool, device: torch.d
     }
     try:
         config = AutoConfig.from_pretrained(cfg.path, **source)
-        if nf4:
-            _refuse_nf4_experts(cfg.path, config, cfg.trust_remote_code)
-        unpacked = _unpacked(config)
+        _refuse_stored(cfg, config, nf4)
+        unpacked = _unpacked(_stored(config))
         quantization = _nf4(dtype) if nf4 else unpacked
         if quantization is not None:
             # Never None: that would make transformers forget how the checkpoint is quantised, and
@@ -198,9 +230,12 @@ def _pretrained(cfg: ModelConfig, dtype: torch.dtype, nf4: bool, device: torch.d
             use_safetensors=True,  # never unpickle
             **source,
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         if isinstance(error, torch.OutOfMemoryError):
-            hint = "" if nf4 else "; try --model.precision nf4"
+            helps = (
+                not nf4 and not _stored(config) and not _experts(config, cfg.trust_remote_code)[0]
+            )
+            hint = "; try --model.precision nf4" if helps else ""
             raise UserError(f"{cfg.path} does not fit the GPU{hint}") from error
         raise _hub_hint(cfg, error) from error
     if missing := sorted(found["missing_keys"]):
@@ -208,7 +243,12 @@ def _pretrained(cfg: ModelConfig, dtype: torch.dtype, nf4: bool, device: torch.d
             f"{cfg.path}: its files lack {len(missing)} tensors ({missing[0]}, ...), which would "
             "start at random; fetch the model again"
         )
-    return model.to(dtype) if unpacked else model  # MXFP4 is unpacked to bf16, whatever dtype says
+    if unpacked:
+        # MXFP4 is unpacked to bf16, whatever dtype says. Buffers stay: positions need float32.
+        for parameter in model.parameters():
+            if parameter.dtype == torch.bfloat16:
+                parameter.data = parameter.data.to(dtype)
+    return model
 
 
 def _from_gguf(path: Path, dtype: torch.dtype, nf4: bool, device: torch.device) -> tuple[Any, Any]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import shutil
 import tempfile
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +19,15 @@ from rlsloth.records import UserError
 
 TRAINED = "default"
 REFERENCE = "reference"
+ALL_LINEAR = "all-linear"
 
 
 def add_adapter(model: Any, lora: LoraConfig, source: ModelConfig) -> Any:
     """Wrap ``model`` with a trainable adapter; PEFT keeps its weights in float32.
 
     A starting adapter (``source.adapter``) is loaded twice: once to train, once frozen as the
-    reference.
+    reference. Names among the targets mean what they mean to PEFT, which in models that it knows
+    takes ``gate_proj``, ``up_proj`` and ``down_proj`` for the experts.
 
     Raises:
         UserError: the adapter folder is missing or does not fit the model; a target matches no
@@ -31,51 +36,141 @@ def add_adapter(model: Any, lora: LoraConfig, source: ModelConfig) -> Any:
     import peft
 
     if source.adapter is not None:
-        return _load(model, source.adapter.expanduser())
-    targets = _linears(model) if lora.targets == ["all-linear"] else list(lora.targets)
+        return _load(model, source.adapter.expanduser(), source.path)
+    named = [target for target in lora.targets if target != ALL_LINEAR]
+    _check_names(model, named, source.path)
+    linears = _linears(model, source.path) if ALL_LINEAR in lora.targets else []
+    apart = [name for name in linears if _means_experts(model, name)]
     config = peft.LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
-        target_modules=targets,
+        target_modules=sorted({*linears, *named} - (set(apart) - set(named))),
+        target_parameters=[f"{name}.weight" for name in apart] or None,
         task_type="CAUSAL_LM",
     )
-    names = [name for name, _ in model.named_modules()]
-    unmatched = [t for t in targets if not any(f".{name}".endswith(f".{t}") for name in names)]
     try:
-        adapted = peft.get_peft_model(model, config)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="fan_in_fan_out is set")  # says it and does
+            warnings.filterwarnings("ignore", message="You are trying to modify a model with PEFT")
+            written = _adapt_apart(model, config, TRAINED)
+            adapted = peft.get_peft_model(model, config, TRAINED)
     except ValueError as error:
         raise UserError(f"--lora.targets {' '.join(lora.targets)}: {error}") from error
-    # PEFT maps the names of experts to their stacked parameters, for the models that it knows.
-    if unmatched and not config.target_parameters:
-        raise UserError(f"--lora.targets {unmatched[0]}: no module of {model.name_or_path} has it")
+    config.target_parameters = {*(config.target_parameters or ()), *written} or None
     return adapted
 
 
-def _linears(model: Any) -> list[str]:
-    """The names of all linears but the output head.
+def _check_names(model: Any, named: list[str], path: str) -> None:
+    modules = [f".{name}" for name, _ in model.named_modules()]
+    for target in named:
+        found = any(module.endswith(f".{target}") for module in modules)
+        if not found and not _means_experts(model, target):
+            raise UserError(f"--lora.targets {target}: no module of {path} has it")
 
-    PEFT's own "all-linear" also adapts the experts and the router of a Qwen3-MoE: a copy of all
-    expert weights at every forward.
+
+def _linears(model: Any, path: str) -> list[str]:
+    """The names of all linears but the output head, routers and gates of experts; no experts.
+
+    Experts are stacked parameters: PEFT's own "all-linear" also adapts those of a Qwen3-MoE, by a
+    copy of all their weights at every forward, and its router. Most routers are modules of their
+    own kind; where one is a linear (Jamba, Llama 4, Qwen2-MoE's gate of its shared expert) it is
+    known by standing beside the experts, alone or as the only linear of a module.
     """
-    head = model.get_output_embeddings()
-    linears = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head]
-    return sorted({name.rpartition(".")[2] for name in linears})
+    from transformers.pytorch_utils import Conv1D
+
+    skipped = {model.get_output_embeddings(), *_routers(model)}
+    linears: list[str] = []
+    others: list[str] = []
+    for name, module in model.named_modules():
+        chosen = isinstance(module, nn.Linear | Conv1D) and module not in skipped
+        (linears if chosen else others).append(name)
+    if not linears:
+        raise UserError(
+            f"--lora.targets all-linear: {path} has no linear layer but its output head; pass the "
+            "names of modules that it has"
+        )
+    # Their last names, which are saved with the adapter, where no other module shares them.
+    taken = {name.rpartition(".")[2] for name in others}
+    last = {name: name.rpartition(".")[2] for name in linears}
+    return sorted({name if last[name] in taken else last[name] for name in linears})
 
 
-def _load(model: Any, folder: Path) -> Any:
+def _routers(model: nn.Module) -> Iterator[nn.Module]:
+    from transformers.pytorch_utils import Conv1D
+
+    for block in model.modules():
+        if any(_holds_experts(child) for child in block.children()):
+            for child in block.children():
+                linears = [m for m in child.modules() if isinstance(m, nn.Linear | Conv1D)]
+                yield from linears if len(linears) == 1 else ()
+
+
+def _holds_experts(module: nn.Module) -> bool:
+    convolves = isinstance(module, nn.Conv1d)
+    return not convolves and any(p.dim() == 3 for p in module.parameters(recurse=False))
+
+
+def _means_experts(model: Any, name: str) -> bool:
+    """Whether PEFT takes this name for experts, in the models that it knows."""
+    import peft
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
+    config = peft.LoraConfig(target_modules=[name])
+    try:
+        convert_peft_config_for_transformers(config, model, None)
+    except ValueError:  # only together with the other half of gate_up_proj
+        return True
+    return name not in (config.target_modules or ())
+
+
+def _adapt_apart(model: Any, config: Any, adapter: str) -> list[str]:
+    """Adapt the linears whose weights are among ``config``'s parameters, which it then lacks.
+
+    Of the dense MLPs beside experts PEFT takes the modules' names for the experts, but not the
+    weights' names, so adapters are saved with those. Its own adapter of a parameter adds B A to the
+    weight, though, and in bf16 that sum swallows small updates. A container without a
+    configuration makes PEFT take the modules' names as they are.
+
+    Returns:
+        These parameters, to be put back into the configuration once the adapters are in place.
+    """
+    import peft
+
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    # As they were named before another adapter wrapped them.
+    weights = [f".{name.removesuffix('.base_layer')}.weight" for name in linears]
+    asked = sorted(getattr(config, "target_parameters", None) or ())
+    apart = [p for p in asked if any(weight.endswith(f".{p}") for weight in weights)]
+    if not apart:
+        return []
+    config.target_parameters = [p for p in asked if p not in apart] or None
+    inner = copy.copy(config)
+    inner.target_modules = {p.removesuffix(".weight") for p in apart}
+    inner.target_parameters, inner.rank_pattern, inner.alpha_pattern = None, {}, {}
+    peft.inject_adapter_in_model(inner, nn.ModuleList([model]), adapter)
+    return apart
+
+
+def _load(model: Any, folder: Path, path: str) -> Any:
     import peft
 
     if not (folder / "adapter_config.json").is_file():
         raise UserError(f"--model.adapter {folder}: no adapter_config.json there")
     try:
-        wrapped = peft.PeftModel.from_pretrained(model, str(folder), TRAINED, is_trainable=True)
+        config, reference = (peft.PeftConfig.from_pretrained(str(folder)) for _ in range(2))
+        written = _adapt_apart(model, config, TRAINED)
+        wrapped = peft.PeftModel.from_pretrained(
+            model, str(folder), TRAINED, is_trainable=True, config=config
+        )
+        _adapt_apart(model, reference, REFERENCE)
+        wrapped.add_adapter(REFERENCE, reference)
         wrapped.load_adapter(str(folder), REFERENCE, is_trainable=False)
     except (RuntimeError, ValueError, OSError) as error:
         first = str(error).strip().split("\n")[0][:200]
-        raise UserError(
-            f"--model.adapter {folder} does not fit {model.name_or_path}: {first}"
-        ) from error
+        raise UserError(f"--model.adapter {folder} does not fit {path}: {first}") from error
+    if written:
+        config.target_parameters = {*(config.target_parameters or ()), *written}
     wrapped.set_adapter(TRAINED)
     return wrapped
 

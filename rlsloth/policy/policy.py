@@ -165,9 +165,9 @@ class Policy:
         self.model.eval()
         base = self.model.get_base_model()
         experts = getattr(base.config, "_experts_implementation", None)
-        base.set_attn_implementation("eager")
-        base.set_experts_implementation("eager")
         try:
+            base.set_attn_implementation("eager")
+            base.set_experts_implementation("eager")
             ids = torch.tensor([prompt_ids + token_ids], device=self.device)
             with unwrapped(self.model):
                 logits = self.model(input_ids=ids, use_cache=False).logits[0].float().cpu()

@@ -149,9 +149,20 @@ class Decoder:
         return out
 
     def _head_lora(self) -> HeadLora | None:
-        """The LoRA on the head that is on now. Kinds that need more are refused by the policy."""
+        """The LoRA on the head that is on now. Kinds that need more are refused by the policy.
+
+        Raises:
+            UserError: it is merged into the head's weights, and into those of a tied embedding.
+        """
         head = self._head
-        if not self._head_adapted or head.disable_adapters or head.merged:
+        if not self._head_adapted:
+            return None
+        if head.merged:
+            raise UserError(
+                "the adapter on the output head is merged into its weights; call unmerge_adapter() "
+                "before scoring or sampling"
+            )
+        if head.disable_adapters:
             return None
         active = next((name for name in head.active_adapters if name in head.lora_A), None)
         if active is None:
