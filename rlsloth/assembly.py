@@ -13,16 +13,17 @@ from rlsloth import checkpoint
 from rlsloth.chat import Renderer
 from rlsloth.config import GrpoConfig
 from rlsloth.data import PromptSampler
+from rlsloth.engines import open_engine
 from rlsloth.environment import Environment, load_environment, overlap_warning
 from rlsloth.evaluate import EvalResult, assess, describe, reward_index
 from rlsloth.evaluate_stats import Estimate
 from rlsloth.memory.oom import advise
+from rlsloth.planning import announce
 from rlsloth.policy.policy import Policy
 from rlsloth.probe import probe
 from rlsloth.records import Group, Prompt, SamplingParams, UserError
 from rlsloth.rollout.collect import collect
 from rlsloth.rollout.engine import Engine
-from rlsloth.rollout.transformers_engine import TransformersEngine
 from rlsloth.run.folder import SUMMARY
 from rlsloth.run.run import Run
 from rlsloth.scoring.scorer import Scorer
@@ -55,7 +56,7 @@ class Assembly:
     """Tokens of the longest training prompt."""
 
     @classmethod
-    def open(cls, cfg: GrpoConfig, stack: ExitStack) -> Assembly:
+    def open(cls, cfg: GrpoConfig, stack: ExitStack, *, trains: bool = True) -> Assembly:
         """Make every part, the cheap ones that can refuse bad input first. Raises UserError."""
         env = load_environment(cfg.env, cfg.seed)
         rewards = cfg.rewards or list(env.default_rewards)
@@ -72,6 +73,8 @@ class Assembly:
         _refuse_changes(run)
         if text := overlap_warning(env):
             run.warn(text)
+        if trains:
+            announce(cfg, env.train, run.say, run.warn)
         run.say(f"loading {cfg.model.path}")
         if cfg.model.adapter is not None:
             run.say(f"continuing {cfg.model.adapter}: its rank, alpha and targets, not --lora.*")
@@ -89,16 +92,7 @@ class Assembly:
         renderer.check([*env.train, *env.heldout])
         longest = _longest(renderer, env.train, policy.context)
         _longest(renderer, env.heldout[: cfg.eval.problems], policy.context)
-        engine = TransformersEngine(
-            policy.model,
-            policy.tokenizer,
-            transform=policy.logit_transform,
-            stop_ids=renderer.stop_ids,
-            context=policy.context,
-            max_sequences=cfg.rollout.max_sequences,
-            device=policy.device,
-            cuda_graphs=cfg.rollout.cuda_graphs,
-        )
+        engine = open_engine(cfg.rollout, policy, renderer, run, stack)
         probe(policy, engine)
         prompts = PromptSampler(env.train, cfg.seed)
         run.say(
@@ -166,7 +160,7 @@ class Assembly:
             temperature=cfg.temperature,
             max_tokens=cfg.max_tokens or self.cfg.rollout.max_tokens,
         )
-        policy = self.policy.base_model() if base else nullcontext()
+        policy = self.engine.base_model() if base else nullcontext()
         with self.run.timed("eval"), advise("rollout", self.policy.model), policy:
             groups = self.collect(problems, cfg.samples, sampling)
             report = self.scorer.score(groups, step=step)

@@ -13,7 +13,7 @@ import tyro
 
 from rlsloth import __version__
 from rlsloth.cli_config import read_config
-from rlsloth.config import GrpoConfig
+from rlsloth.config import GrpoConfig, PlanConfig
 from rlsloth.plugins import nearest
 from rlsloth.records import UserError
 
@@ -28,6 +28,7 @@ commands:
   grpo      reinforcement learning from rewards      rlsloth grpo --rewards math_verify
   eval      avg@k, pass@k, maj@k of a model          rlsloth eval runs/x/config.yaml
   rewards   list the rewards, or test one            rlsloth rewards test ./mine.py:reward
+  plan      whether a run fits the GPU's memory      rlsloth plan my.yaml --memory-gb 24
   doctor    what this machine has, and what it lacks; --model X: what of X is accelerated
 
 options:
@@ -101,7 +102,7 @@ def _said(error: Exception) -> str:
 
 
 def _command(name: str) -> Callable[[list[str]], int]:
-    commands = {"grpo": grpo, "eval": evaluate, "rewards": rewards, "doctor": doctor}
+    commands = {"grpo": grpo, "eval": evaluate, "rewards": rewards, "plan": plan, "doctor": doctor}
     if name not in commands:
         raise UserError(f"no command {name!r}{nearest(name, list(commands))} (see rlsloth --help)")
     return commands[name]
@@ -183,6 +184,22 @@ def _rewards_test(argv: list[str]) -> int:
     from rlsloth.scoring.inspect_rewards import test_reward
 
     return test_reward(*chosen)
+
+
+def plan(argv: list[str]) -> int:
+    """Say whether a run fits a GPU; exit status 1 when it does not."""
+    about = (
+        "Say what a training run needs of a GPU's memory, and whether it fits: from the model's "
+        "configuration, without a GPU and without weights.\n\nThe options are those of training, "
+        "--memory-gb, --longest-prompt, and --json to print JSON instead of a table."
+    )
+    as_json = "--json" in argv
+    config = read_config(
+        PlanConfig, [word for word in argv if word != "--json"], "rlsloth plan", about
+    )
+    from rlsloth.planning import run_plan
+
+    return run_plan(config, as_json)
 
 
 def doctor(argv: list[str]) -> int:

@@ -133,7 +133,11 @@ class EnvConfig(Section):
 class RolloutConfig(Section):
     """How completions are sampled."""
 
-    engine: Literal["transformers"] = "transformers"
+    engine: Literal["transformers", "vllm", "auto"] = "transformers"
+    """transformers: the trained model itself samples, always the same weights and no second copy.
+    vllm: vLLM samples from a copy of the base and the adapter handed over after each step; so far
+    on a CPU only, where it is no faster, so it must be asked for. auto: vllm where it is installed
+    and can run the model, else transformers."""
     max_tokens: int = Field(512, ge=1)
     """Longest completion; longer ones are cut and count as truncated."""
     temperature: float = Field(1.0, ge=0)
@@ -316,3 +320,12 @@ class GrpoConfig(Section):
                 f"{self.rollout.max_tokens}"
             )
         return self
+
+
+class PlanConfig(GrpoConfig):
+    """A training run's configuration, and what its memory plan is made for."""
+
+    memory_gb: float | None = Field(None, gt=0, le=65536)
+    """GPU memory in GiB; default: that of this machine's GPU."""
+    longest_prompt: int | None = Field(None, ge=1)
+    """Tokens of the longest prompt; default: from local or generated data, else 512."""

@@ -151,7 +151,7 @@ def run_eval(cfg: GrpoConfig) -> None:
 
     cfg = _with_trained_adapter(cfg)
     with ExitStack() as stack:
-        parts = Assembly.open(cfg, stack)
+        parts = Assembly.open(cfg, stack, trains=False)
         base = parts.evaluate(0, name="base", base=True)
         figures: dict[str, object] = {"base": base.metrics()}
         if cfg.model.adapter is None:

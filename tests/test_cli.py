@@ -48,7 +48,7 @@ def test_help_lists_the_commands_in_time() -> None:
     run = command("--help")
     assert time.perf_counter() - started < 2
     assert (run.returncode, run.stderr) == (0, "")
-    for name in ("grpo", "eval", "rewards", "doctor"):
+    for name in ("grpo", "eval", "rewards", "plan", "doctor"):
         assert f"\n  {name}" in run.stdout
 
 

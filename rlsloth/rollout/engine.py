@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 from rlsloth.records import Adapter, Completion, SamplingParams
+
+BASE_VERSION = -1
+"""Version of tokens that no adapter had a part in; no update takes them for the policy's own."""
 
 
 class Engine(Protocol):
@@ -35,4 +39,8 @@ class Engine(Protocol):
 
     def load(self, adapter: Adapter) -> None:
         """Sample from these weights from now on, and stamp tokens with their version."""
+        ...
+
+    def base_model(self) -> AbstractContextManager[None]:
+        """Inside, sample from the base without any adapter, and stamp tokens with BASE_VERSION."""
         ...

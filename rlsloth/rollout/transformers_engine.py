@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +21,7 @@ from rlsloth.records import (
     UserError,
 )
 from rlsloth.rollout.decode import Decoder
+from rlsloth.rollout.engine import BASE_VERSION
 from rlsloth.rollout.sampling import draw
 from rlsloth.rollout.slot_cache import SlotCache
 
@@ -78,6 +80,16 @@ class TransformersEngine:
     def load(self, adapter: Adapter) -> None:
         """Nothing moves: the adapter is live in the shared model. Only the version is noted."""
         self.version = adapter.version
+
+    @contextmanager
+    def base_model(self) -> Iterator[None]:
+        """See Engine.base_model. In the shared model, so the trainer's is off as well."""
+        version, self.version = self.version, BASE_VERSION
+        try:
+            with self._model.disable_adapter():
+                yield
+        finally:
+            self.version = version
 
     @torch.no_grad()
     def generate(

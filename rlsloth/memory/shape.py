@@ -1,0 +1,221 @@
+"""What of a model decides its memory, read from its modules: they may lie on the meta device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from rlsloth.kernels.lora.layer import ALIGNMENT
+
+Group = Literal["linears", "experts", "embeddings", "head", "norms and biases"]
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """A parameter of the base model; tied ones are counted once, as embeddings."""
+
+    group: Group
+    count: int
+    """Elements."""
+    quantised: bool
+    """Whether ``--model.precision nf4`` packs it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """Widths of a decoder layer, in elements a token."""
+
+    on_kernels: bool
+    """Norms, attention and MLP (or all but its experts) run on rlsloth's kernels."""
+    queries: int
+    """Heads times their size."""
+    keys: int
+    """Key heads times their size; 0 where the layer keeps no keys. Values are as wide."""
+    heads: int
+    normed: bool
+    """Norms on queries and keys."""
+    sandwich: bool
+    """Norms behind attention and MLP, too."""
+    scores: bool
+    """Its attention has a softcap or sinks: scores are written out (attention._plain)."""
+    window: int | None
+    """Sliding window in tokens: longer sequences write scores out, too."""
+    width: int
+    """Of the MLP's gate, or of one expert's."""
+    chosen: int
+    """Experts a token is sent to; 0 for a dense MLP."""
+    fused_mlp: bool
+    """Gate and up are one linear (Phi-3), whose halves are not combined with their adapters."""
+    ranks: int
+    """Columns of all adapters' ``x A^T``, in the kernels' multiples."""
+    rank: int
+    """Of the widest adapter."""
+    adapted_inputs: int
+    """Inputs of the adapted linears summed: what PEFT's own modules copy to float32."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelShape:
+    """A causal LM with its adapters."""
+
+    name: str
+    hidden: int
+    vocabulary: int
+    context: int
+    weights: tuple[Weight, ...]
+    layers: tuple[Layer, ...]
+    largest_matrix: int
+    """Elements of the largest linear with its adapters beside it (nf4.ahead.Job)."""
+    trained: tuple[int, ...]
+    """Elements of each trained tensor."""
+    reference: int
+    """Elements of the frozen copy of a starting adapter."""
+    head_rank: int
+    """Columns of the adapter on the output head, 0 without one."""
+
+
+def read_shape(model: Any) -> ModelShape:
+    """Shapes of a PEFT-wrapped causal LM, wrapped by rlsloth's kernels or not."""
+    base = model.get_base_model()
+    config, decoder = base.config.get_text_config(), base.get_decoder()
+    head, embeddings = base.get_output_embeddings(), base.get_input_embeddings()
+    weights, trained, reference = [], [], 0
+    skipped = _not_quantised(base)
+    for module_name, module in base.named_modules():
+        for name, p in module.named_parameters(recurse=False):
+            if p.requires_grad:
+                trained.append(p.numel())
+            elif ".lora_" in module_name:
+                reference += p.numel()
+            elif p is not _weight_of(embeddings) or module is embeddings:
+                group = _group(p, _weight_of(head), _weight_of(embeddings))
+                packed = name == "weight" and type(module) is nn.Linear
+                packed &= not _is_skipped(module_name.removesuffix(".base_layer"), skipped)
+                weights.append(Weight(group, p.numel(), packed))
+    dtype = _weight_of(embeddings).dtype
+    layers = tuple(_layer(layer, config, dtype) for layer in _decoder_layers(decoder))
+    return ModelShape(
+        name=type(base).__name__,
+        hidden=config.hidden_size,
+        vocabulary=_weight_of(head).shape[0],
+        context=int(config.max_position_embeddings),
+        weights=tuple(weights),
+        layers=layers,
+        largest_matrix=max(_with_adapters(layer, skipped) for layer in _decoder_layers(decoder)),
+        trained=tuple(trained),
+        reference=reference,
+        head_rank=_rank(head),
+    )
+
+
+def _not_quantised(base: Any) -> list[str]:
+    """What transformers' bitsandbytes loader leaves alone: the head, tied and fp32 modules."""
+    from transformers.quantizers.base import get_keys_to_not_convert
+
+    kept = [*get_keys_to_not_convert(base), *(base._keep_in_fp32_modules or ())]
+    return [name.replace(".base_layer", "") for name in kept if ".lora_" not in name]
+
+
+def _is_skipped(name: str, skipped: list[str]) -> bool:
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    return not should_convert_module(name, skipped)
+
+
+def _weight_of(module: Any) -> torch.Tensor:
+    weight: torch.Tensor = getattr(module, "base_layer", module).weight
+    return weight
+
+
+def _group(p: torch.Tensor, head: torch.Tensor, embeddings: torch.Tensor) -> Group:
+    if p is embeddings:
+        return "embeddings"
+    if p is head:
+        return "head"
+    if p.dim() >= 3:
+        return "experts"
+    return "linears" if p.dim() == 2 else "norms and biases"
+
+
+def _decoder_layers(decoder: nn.Module) -> list[Any]:
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    return [m for m in decoder.modules() if isinstance(m, GradientCheckpointingLayer)]
+
+
+def _linears(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Names and linears, PEFT-wrapped or not."""
+    for name, child in module.named_modules():
+        if hasattr(child, "base_layer") or (
+            isinstance(child, nn.Linear) and ".lora_" not in f".{name}" and "base_layer" not in name
+        ):
+            yield name, child
+
+
+def _rank(linear: Any) -> int:
+    """Of a linear's adapter, in the kernels' multiples; 0 without one."""
+    adapters = getattr(linear, "lora_A", None)
+    if not adapters:
+        return 0
+    rank: int = next(iter(adapters.values())).weight.shape[0]
+    return -(-rank // ALIGNMENT) * ALIGNMENT
+
+
+def _with_adapters(layer: nn.Module, skipped: list[str]) -> int:
+    """Elements of a layer's largest matrix with its siblings' adapters below or behind it."""
+    found = [(name, *_weight_of(linear).shape, _rank(linear)) for name, linear in _linears(layer)]
+    largest = 0
+    for name, out, into, rank in found:
+        if _is_skipped(name, skipped):
+            continue
+        siblings = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
+        mine = next((s for s in siblings if name.rpartition(".")[2] in s), ())
+        stacked = sum(r for n, *_, r in found if n.rpartition(".")[2] in mine) or rank
+        largest = max(largest, (out + stacked) * into, out * (into + stacked))
+    return largest
+
+
+def _kernels(module: Any, dtype: torch.dtype) -> set[str]:
+    """The kernels that a module's replaced forward runs on (policy.wrap.forwards.Forward)."""
+    forward = vars(module).get("forward")
+    if not hasattr(forward, "linears"):
+        return set()
+    lora = {k for k, linears in forward.linears.items() if not linears.left(dtype)}
+    return {*forward.kernels, *lora}
+
+
+def _layer(layer: Any, config: Any, dtype: torch.dtype) -> Layer:
+    found = dict(_linears(layer))
+    kernels = set().union(*(_kernels(m, dtype) for m in layer.modules()))
+    experts = [m for m in layer.modules() if any(p.dim() == 3 for p in m.parameters(recurse=False))]
+    attention = getattr(layer, "self_attn", None)
+    heads = config.num_attention_heads
+    size = getattr(attention, "head_dim", None) or config.hidden_size // heads
+    down = next((x for n, x in found.items() if n.endswith("down_proj")), None)
+    width = _weight_of(down).shape[1] if down is not None else config.intermediate_size
+    if experts:
+        width = getattr(config, "moe_intermediate_size", None) or config.intermediate_size
+    window = getattr(attention, "sliding_window", None)
+    if window is None and getattr(config, "layer_types", None) is None:
+        window = getattr(config, "sliding_window", None)
+    return Layer(
+        on_kernels={"lora_qkv", "lora_o", "rope"} <= kernels
+        and ("lora_mlp" in kernels or bool(experts)),
+        queries=heads * size,
+        keys=0 if attention is None else (config.num_key_value_heads or heads) * size,
+        heads=heads,
+        normed=hasattr(attention, "q_norm"),
+        sandwich=hasattr(layer, "pre_feedforward_layernorm"),
+        scores=bool(getattr(config, "attn_logit_softcapping", None)) or hasattr(attention, "sinks"),
+        window=window,
+        width=width,
+        chosen=config.num_experts_per_tok if experts else 0,
+        fused_mlp=any(name.endswith("gate_up_proj") for name in found),
+        ranks=sum(_rank(linear) for linear in found.values()),
+        rank=max((_rank(linear) for linear in found.values()), default=0),
+        adapted_inputs=sum(_weight_of(x).shape[1] for x in found.values() if _rank(x)),
+    )

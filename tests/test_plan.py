@@ -1,0 +1,309 @@
+"""The memory plan against real tensors: weights, adapters, states, slots, and measured peaks."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from allocations import stand_in, stream, update_peak
+from test_models import FAMILIES, family_model
+from tiny import tiny_llama, tiny_tokenizer
+
+from rlsloth import cli, planning
+from rlsloth.config import GrpoConfig, LoraConfig, ModelConfig, OptimConfig
+from rlsloth.memory import plan as memory_plan
+from rlsloth.memory.activations import Stream, layer_memory
+from rlsloth.memory.plan import (
+    ACTIVATION_TOLERANCE,
+    GIB,
+    cache_shape,
+    kv_bytes,
+    make_plan,
+    optimizer_bytes,
+    weight_bytes,
+)
+from rlsloth.memory.shape import read_shape
+from rlsloth.policy import attention, packed_layout
+from rlsloth.policy.load import LoadedModel, load_model
+from rlsloth.policy.lora import add_adapter, save_adapter
+from rlsloth.policy.policy import Policy
+from rlsloth.rollout import decode, transformers_engine
+from rlsloth.rollout.slot_cache import PromptCache, SlotCache
+
+WIDE = {
+    "vocab_size": 97, "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 3,
+    "head_dim": 16, "max_position_embeddings": 8192, "sliding_window": None,
+}  # fmt: skip
+EXPERTS = ("qwen3_moe", "gpt_oss")
+
+
+def make_policy(
+    family: str, checkpointing: bool = True, dtype: torch.dtype = torch.float32, name: str = "adamw"
+) -> Policy:
+    window = {"sliding_window": 100_000} if FAMILIES[family].get("sliding_window") else {}
+    model = family_model(family, **WIDE | window).to(dtype)
+    if family in EXPERTS:
+        model.set_experts_implementation("grouped_mm")
+    return Policy(
+        LoadedModel(model, tiny_tokenizer(), torch.device("cpu"), dtype),
+        ModelConfig(gradient_checkpointing=checkpointing), LoraConfig(rank=8),
+        OptimConfig(name=name), temperature=1.0, total_updates=1,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def llama_folder(tmp_path: Path) -> Path:
+    tiny_llama(hidden=128).save_pretrained(tmp_path / "llama")
+    tiny_tokenizer().save_pretrained(tmp_path / "llama")
+    return tmp_path / "llama"
+
+
+# --- weights, adapters, optimizer, slots: exact ---------------------------------------------------
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(("dtype", "precision"), [("float32", "fp32"), ("bfloat16", "bf16")])
+def test_weights_of_a_dense_model(tied, dtype, precision):
+    model = tiny_llama(tied=tied).to(getattr(torch, dtype)).requires_grad_(False)
+    want = sum(p.nbytes for p in model.parameters())
+    shape = read_shape(add_adapter(model, LoraConfig(rank=4), ModelConfig()))
+    assert sum(weight_bytes(w, precision) for w in shape.weights) == want
+    assert ("head" in {w.group for w in shape.weights}) is not tied
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_weights_of_each_family(family):
+    model = family_model(family)
+    want = sum(p.nbytes for p in model.parameters())
+    shape = read_shape(add_adapter(model, LoraConfig(rank=4), ModelConfig()))
+    assert sum(weight_bytes(w, "fp32") for w in shape.weights) == want
+    assert ("experts" in {w.group for w in shape.weights}) is (family in EXPERTS)
+
+
+def test_an_adapted_head_is_counted_once():
+    model = tiny_llama(tied=True).requires_grad_(False)
+    want = sum(p.nbytes for p in model.parameters())
+    lora = LoraConfig(rank=4, targets=["all-linear", "lm_head"])
+    shape = read_shape(add_adapter(model, lora, ModelConfig()))
+    assert sum(weight_bytes(w, "fp32") for w in shape.weights) == want
+    assert shape.head_rank == 16
+
+
+def test_nf4_weights(llama_folder):
+    """Packed codes, scales, scales of scales, tables; the rest stays at 16 bits."""
+    real = load_model(ModelConfig(path=str(llama_folder), precision="nf4", device="cpu")).model
+    packed = other = 0
+    for p in real.parameters():
+        state = getattr(p, "quant_state", None)
+        if state is None:
+            other += 2 * p.numel()  # on a GPU; NF4 computes in fp32 on a CPU
+            continue
+        nested = state.state2
+        tensors = (p.data, state.absmax, state.code, nested.absmax, nested.code, state.offset)
+        packed += sum(t.nbytes for t in tensors)
+    shape = planning.model_shape(GrpoConfig(model=ModelConfig(path=str(llama_folder))))
+    sizes = {True: 0, False: 0}
+    for weight in shape.weights:
+        sizes[weight.quantised] += weight_bytes(weight, "nf4")
+    assert sizes == {True: packed, False: other}
+
+
+@pytest.mark.parametrize("name", ["adamw", "adamw_8bit"])
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+def test_adapter_and_optimizer(name, family):
+    policy = make_policy(family, name=name)
+    trained = list(policy.adapter().tensors.values())
+    shape = read_shape(policy.model)
+    assert 4 * sum(shape.trained) == sum(p.nbytes for p in trained)
+    for p in trained:
+        p.grad = torch.ones_like(p)
+    policy.step()
+    states = policy.optimizer.state.values()
+    seen = {
+        t.data_ptr(): t.nbytes for s in states for t in s.values() if isinstance(t, torch.Tensor)
+    }
+    assert optimizer_bytes(shape.trained, name) == sum(seen.values())
+
+
+def test_a_starting_adapter_is_there_twice(llama_folder, tmp_path):
+    model = tiny_llama(hidden=128).requires_grad_(False)
+    first = add_adapter(model, LoraConfig(rank=8), ModelConfig())
+    save_adapter(first, tmp_path / "adapter")
+    cfg = GrpoConfig(model=ModelConfig(path=str(llama_folder), adapter=tmp_path / "adapter"))
+    shape = planning.model_shape(cfg)
+    assert shape.reference == sum(shape.trained) == sum(read_shape(first).trained)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe", "gemma3_text"])
+def test_slots(family):
+    policy = make_policy(family)
+    decoder = decode.Decoder(policy.model, policy.logit_transform, policy.device, cuda_graphs=False)
+    with torch.no_grad():
+        prompt, _ = decoder.prefill([[1, 2, 3]])
+    assert isinstance(prompt, PromptCache)
+    cache = SlotCache(8, 64, policy.device)
+    cache.admit(prompt, 0, 1)
+    real = sum(t.nbytes for t in [*cache._keys, *cache._values])
+    assert kv_bytes(read_shape(policy.model), 8, 64, 4) == real
+
+
+def test_graphed_slots_are_rounded_up():
+    cfg = GrpoConfig()
+    rollout = cfg.rollout.model_copy(update={"max_sequences": 100, "max_tokens": 300})
+    cfg = cfg.model_copy(update={"rollout": rollout})
+    assert cache_shape(cfg, 4096, 50) == (128, 384)
+    assert cache_shape(cfg, 320, 50)[1] == 384
+    plain = rollout.model_copy(update={"cuda_graphs": False})
+    assert cache_shape(cfg.model_copy(update={"rollout": plain}), 4096, 50) == (100, 350)
+
+
+def test_numbers_that_other_modules_own():
+    assert memory_plan.PREFILL_TOKENS == transformers_engine.PREFILL_TOKENS
+    assert memory_plan.COLUMNS == decode.COLUMNS
+    from rlsloth.kernels.lora.op import DECODED_ROWS
+    from rlsloth.memory import activations
+
+    assert memory_plan.NF4_ROWS == DECODED_ROWS
+    assert activations.TREE_LIMIT == packed_layout.TREE_LIMIT
+    assert activations.BLOCK_ROWS == attention.BLOCK_ROWS
+
+
+# --- activations: an estimate ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_activations_follow_the_measured_peak(family, checkpointing, monkeypatch):
+    """The slope over two sizes is that of the estimate."""
+    stand_in(monkeypatch)
+    if family not in ("gemma2", "gpt_oss"):  # those write scores out, tree by tree
+        monkeypatch.setattr(packed_layout, "TREE_LIMIT", 0)  # by sequence, as on a GPU
+    policy = make_policy(family, checkpointing)
+    sizes = (4, 8)
+    micros = [stream(trees, 40, 40, 3) for trees in sizes]
+    small, large = (update_peak(policy, micro) for micro in micros)
+    tokens = [len(micro.token_ids) for micro in micros]
+    measured = (large - small) / (tokens[1] - tokens[0])
+    assert estimate(policy, checkpointing) == pytest.approx(measured, rel=ACTIVATION_TOLERANCE)
+
+
+@pytest.mark.parametrize("family", ["granite", "cohere"])
+def test_activations_of_transformers_own_modules_in_bf16(family, monkeypatch):
+    monkeypatch.setattr(packed_layout, "TREE_LIMIT", 0)
+    policy = make_policy(family, True, torch.bfloat16)
+    assert not read_shape(policy.model).layers[0].on_kernels
+    micros = [stream(trees, 40, 40, 3) for trees in (4, 8)]
+    small, large = (update_peak(policy, micro) for micro in micros)
+    measured = (large - small) / (len(micros[1].token_ids) - len(micros[0].token_ids))
+    assert estimate(policy, True) == pytest.approx(measured, rel=ACTIVATION_TOLERANCE)
+
+
+def estimate(policy: Policy, checkpointing: bool) -> float:
+    """Bytes a token."""
+    shape, size = read_shape(policy.model), policy.dtype.itemsize
+    layers = [layer_memory(x, shape.hidden, size, Stream(40, 40, 3)) for x in shape.layers]
+    inputs = len(layers) * shape.hidden * size
+    if checkpointing:
+        return inputs + max(x.at_work for x in layers)
+    kept = inputs + sum(x.kept for x in layers)
+    return kept + max(x.at_work - x.kept for x in layers)
+
+
+def test_memory_grows_with_what_the_settings_say():
+    shape, cfg = read_shape(make_policy("llama").model), GrpoConfig()
+    base = make_plan(shape, cfg, 100, GIB)
+    more = make_plan(shape, cfg.model_copy(update={"tokens_per_microbatch": 16384}), 100, GIB)
+    assert more.peak("update") > base.peak("update")
+    assert more.peak("rollout") == base.peak("rollout")
+    off = cfg.model.model_copy(update={"gradient_checkpointing": False})
+    whole = make_plan(shape, cfg.model_copy(update={"model": off}), 100, GIB)
+    assert whole.peak("update") > base.peak("update")
+
+
+# --- the command ----------------------------------------------------------------------------------
+
+
+def run(folder: Path, *more: str) -> int:
+    longest = () if "--env.train" in more else ("--longest-prompt", "50")
+    return cli.main(["plan", "--model.path", str(folder), *longest, *more])
+
+
+def test_fits_and_does_not(llama_folder, capsys):
+    assert run(llama_folder, "--memory-gb", "8") == 0
+    printed = capsys.readouterr().out
+    assert "\nfits\n" in printed
+    assert "estimate" in printed
+    assert "longest prompt 50 tokens (--longest-prompt)" in printed
+    assert run(llama_folder, "--memory-gb", "0.7") == 1
+    assert "does not fit: " in capsys.readouterr().out
+
+
+def test_json_says_the_same_and_the_settings_are_the_largest(llama_folder, capsys):
+    arguments = ("--memory-gb", "1", "--json", "--tokens-per-microbatch")
+    assert run(llama_folder, *arguments, "1000000") == 1
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["fits"] is False
+    most = plan["largest_that_fits"]["tokens_per_microbatch"]
+    assert run(llama_folder, *arguments, str(most)) == 0
+    assert json.loads(capsys.readouterr().out)["left"] >= 0
+    assert run(llama_folder, *arguments, str(most + 256)) == 1
+
+
+def test_the_longest_prompt_comes_from_local_data(llama_folder, tmp_path, capsys):
+    rows = [{"prompt": "a" * 30, "answer": "1"}, {"prompt": "b" * 77, "answer": "2"}]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = ("--memory-gb", "8", "--json", "--env.train", str(data), "--env.heldout", "0")
+    assert run(llama_folder, *arguments) == 0
+    longest = json.loads(capsys.readouterr().out)["longest_prompt"]
+    assert longest == {"tokens": 77, "source": "from the data"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--memory-gb", "0"], "--memory-gb 0"),
+        (["--memory-gbs", "8"], "did you mean '--memory-gb'?"),
+        (["--memory-gb", "8", "--model.path", "./nowhere"], "--model.path ./nowhere"),
+        (["--memory-gb", "8", "--lora.targets", "nope"], "--lora.targets nope"),
+    ],
+)
+def test_bad_input(llama_folder, arguments, said, capsys):
+    assert run(llama_folder, *arguments) == 2
+    printed = capsys.readouterr()
+    assert said in printed.err
+    assert printed.err.count("\n") == 1
+
+
+def test_nf4_experts_are_refused_as_loading_does(tmp_path, capsys):
+    family_model("qwen3_moe", moe_intermediate_size=256).config.save_pretrained(tmp_path)
+    assert run(tmp_path, "--memory-gb", "8", "--model.precision", "nf4") == 2
+    assert "are experts, which bitsandbytes does not quantise" in capsys.readouterr().err
+    assert run(tmp_path, "--memory-gb", "8") == 0
+
+
+def test_without_a_gpu_its_size_is_asked_for(llama_folder, capsys, monkeypatch):
+    monkeypatch.setattr(planning, "gpu_bytes", lambda cfg: None)
+    assert run(llama_folder) == 2
+    assert capsys.readouterr().err == (
+        "error: this machine has no GPU: pass --memory-gb 24, the size of the one meant\n"
+    )
+
+
+@pytest.mark.parametrize(("gib", "warned"), [(None, None), (0.7, True), (24, False)])
+def test_a_run_says_it_in_a_line(llama_folder, gib, warned, monkeypatch):
+    total = None if gib is None else int(gib * GIB)
+    monkeypatch.setattr(planning, "gpu_bytes", lambda cfg: total)
+    said: list[str] = []
+    warnings: list[str] = []
+    cfg: Any = GrpoConfig(model=ModelConfig(path=str(llama_folder)))
+    planning.announce(cfg, [], said.append, warnings.append)
+    if gib is None:
+        assert not said + warnings
+        return
+    assert said[0].startswith("memory: update ")
+    assert f" of {gib:g} GiB" in said[0]
+    assert bool(warnings) is warned
