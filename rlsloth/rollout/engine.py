@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Protocol
 
-from rlsloth.records import Adapter, Completion, SamplingParams
+from rlsloth.records import Adapter, Completion, SamplingParams, UserError
 
 BASE_VERSION = -1
 """Version of tokens that no adapter had a part in; no update takes them for the policy's own."""
@@ -44,3 +44,18 @@ class Engine(Protocol):
     def base_model(self) -> AbstractContextManager[None]:
         """Inside, sample from the base without any adapter, and stamp tokens with BASE_VERSION."""
         ...
+
+
+def most_tokens(prefix: Sequence[int], wanted: int, context: int) -> int:
+    """Tokens that may follow a prefix: those wanted, or what the context leaves.
+
+    Raises:
+        UserError: it leaves no room.
+    """
+    room = context - len(prefix)
+    if room < 1:
+        raise UserError(
+            f"a prompt of {len(prefix)} tokens fills the model's context of {context}; shorten it, "
+            "drop it, or raise --model.max-context"
+        )
+    return min(wanted, room)

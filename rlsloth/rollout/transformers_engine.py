@@ -21,7 +21,7 @@ from rlsloth.records import (
     UserError,
 )
 from rlsloth.rollout.decode import Decoder
-from rlsloth.rollout.engine import BASE_VERSION
+from rlsloth.rollout.engine import BASE_VERSION, most_tokens
 from rlsloth.rollout.sampling import draw
 from rlsloth.rollout.slot_cache import SlotCache
 
@@ -133,13 +133,8 @@ class TransformersEngine:
     ) -> list[_Sequence]:
         sequences = []
         for p, prefix in enumerate(prefixes):
-            room = self._context - len(prefix)
-            if room < 1:
-                raise UserError(
-                    f"a prompt of {len(prefix)} tokens fills the model's context of "
-                    f"{self._context}; shorten it, drop it, or raise --model.max-context"
-                )
-            limit = min(sampling.max_tokens if limits is None else limits[p], room)
+            wanted = sampling.max_tokens if limits is None else limits[p]
+            limit = most_tokens(prefix, wanted, self._context)
             sequences += [_Sequence(p, p * n + i, limit) for i in range(n)]
         return sequences
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from rlsloth.records import Adapter, Completion, SamplingParams, UserError
-from rlsloth.rollout.engine import BASE_VERSION
+from rlsloth.rollout.engine import BASE_VERSION, most_tokens
 from rlsloth.rollout.vllm_start import first_line, start_vllm, stop_vllm
 from rlsloth.seeding import derive_seed
 
@@ -114,13 +114,8 @@ class VllmEngine:
         self._check_adapter()
         prompts, params = [], []
         for p, prefix in enumerate(prefixes):
-            room = self._context - len(prefix)
-            if room < 1:
-                raise UserError(
-                    f"a prompt of {len(prefix)} tokens fills the model's context of "
-                    f"{self._context}; shorten it, drop it, or raise --model.max-context"
-                )
-            limit = min(sampling.max_tokens if limits is None else limits[p], room)
+            wanted = sampling.max_tokens if limits is None else limits[p]
+            limit = most_tokens(prefix, wanted, self._context)
             for i in range(n):
                 # A request and a seed for each: vLLM's own n gives all prompts the same seeds.
                 prompts.append({"prompt_token_ids": list(prefix)})
