@@ -467,7 +467,7 @@ def test_dequantisation_compiles_for_a_gpu(columns, nested, tmp_path, monkeypatc
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     types = TYPES if nested else TYPES | {"absmax_ptr": "*fp32"}
     constants = {"ROW_GROUPS": columns, "SIZE": 64, "GROUPS": triton.DEQUANTIZED_GROUPS}
-    constants["NESTED"] = nested
+    constants |= {"NESTED": nested, "ROW_BLOCKS": 0}
     built = compiled(triton._dequantize_kernel, types, constants, 8)
     assert built.asm["cubin"]
     # No value changes threads: nothing goes through shared memory.
@@ -480,6 +480,7 @@ def compiled_product(capability, rows, out, blocks, nested):
     cut = plan(rows, out, blocks, GPUS[capability])
     constants = {"I": 64 * blocks, "BLOCK_M": cut.block_m, "BLOCK_O": BLOCK_O, "STEPS": cut.steps}
     constants |= {"UNROLL": cut.unroll, "STAGES": cut.stages, "NESTED": nested}
+    constants["STACKED"] = False
     types = TYPES | {"sums_ptr": "*fp32" if cut.splits > 1 else "*bf16"}
     types["absmax_ptr"] = "*i32" if nested else "*fp32"
     return compiled(

@@ -29,7 +29,8 @@ class Nf4Weight:
     """A frozen [O, I] matrix in NF4. The tensors are the quantiser's own: nothing is copied.
 
     The flattened matrix is cut into blocks; ``w = code * absmax[block]``. With double quantisation
-    ``absmax[block] = code_256[absmax_code] * absmax2[block // 256] + offset``.
+    ``absmax[block] = code_256[absmax_code] * absmax2[block // 256] + offset``. Weights that were
+    quantised one by one and then stacked have an offset for each row.
     """
 
     packed_B: Tensor  # noqa: N815 -- fields carry shape suffixes too
@@ -41,7 +42,7 @@ class Nf4Weight:
     absmax2: Tensor | None
     """float32 [ceil(blocks / 256)]; None where not nested."""
     offset: Tensor | None
-    """float32 []; None where not nested."""
+    """float32 [], or [O] where rows are whole blocks; None where not nested."""
     shape: tuple[int, int]
     """(O, I): out, in."""
     dtype: torch.dtype
@@ -83,6 +84,11 @@ class Nf4Weight:
     def device(self) -> torch.device:
         """Where it lies."""
         return self.packed_B.device
+
+    @property
+    def stacked(self) -> bool:
+        """Whether each row has an offset of its own."""
+        return self.offset is not None and self.offset.dim() == 1 and self.offset.numel() > 1
 
 
 def dequantize(weight: Nf4Weight, out_OI: Tensor | None = None) -> Tensor:
@@ -179,7 +185,8 @@ def _dequantize_torch(weight: Nf4Weight) -> Tensor:
         assert weight.absmax2 is not None
         assert weight.offset is not None
         scales = weight.absmax2.repeat_interleave(NESTED_BLOCK)[: absmax.numel()]
-        absmax = weight.code_256[absmax.int()].mul_(scales).add_(weight.offset)
+        absmax = weight.code_256[absmax.int()].mul_(scales)
+        absmax.view(weight.shape[0] if weight.stacked else 1, -1).add_(weight.offset.view(-1, 1))
     count, size = weight.shape[0] * weight.shape[1], weight.blocksize
     values = _pairs(weight.device).index_select(0, weight.packed_B.int()).view(-1)[:count]
     whole = count // size * size
@@ -204,13 +211,15 @@ def _check_weight(weight: Nf4Weight) -> None:
         raise TypeError(f"dtype is {weight.dtype}, expected float32, bfloat16 or float16")
     if weight.blocksize < 8 or weight.blocksize & (weight.blocksize - 1):
         raise ValueError(f"blocksize is {weight.blocksize}, expected a power of two from 8")
+    if weight.stacked and weight.shape[1] % weight.blocksize:
+        raise ValueError(f"rows of {weight.shape[1]} are not whole blocks of {weight.blocksize}")
     absmax_dtype = torch.float32 if weight.code_256 is None else torch.uint8
     expected = {
         "packed_B": (weight.packed_B, -(-count // 2), torch.uint8),
         "absmax": (weight.absmax, blocks, absmax_dtype),
         "code_256": (weight.code_256, 256, torch.float32),
         "absmax2": (weight.absmax2, -(-blocks // NESTED_BLOCK), torch.float32),
-        "offset": (weight.offset, 1, torch.float32),
+        "offset": (weight.offset, weight.shape[0] if weight.stacked else 1, torch.float32),
     }
     for name, (tensor, size, dtype) in expected.items():
         if tensor is None:

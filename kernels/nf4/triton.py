@@ -44,6 +44,7 @@ def dequantize(weight: Nf4Weight, table: Tensor, out_OI: Tensor) -> None:
             SIZE=weight.blocksize,
             GROUPS=DEQUANTIZED_GROUPS,
             NESTED=weight.code_256 is not None,
+            ROW_BLOCKS=columns // weight.blocksize if weight.stacked else 0,
             num_warps=8,
             # A fused multiply-add would round once where bitsandbytes rounds twice.
             enable_fp_fusion=False,
@@ -78,6 +79,7 @@ def matmul(x_MI: Tensor, weight: Nf4Weight, pairs: Tensor) -> Tensor:
             UNROLL=cut.unroll,
             STAGES=cut.stages,
             NESTED=nested,
+            STACKED=weight.stacked,
             num_warps=WARPS,
             maxnreg=REGISTERS,
         )
@@ -104,11 +106,12 @@ def _absmax(
     absmax2_ptr: tl.tensor,
     offset_ptr: tl.tensor,
     NESTED: tl.constexpr,
+    ROW_BLOCKS: tl.constexpr,
 ) -> tl.tensor:
     scale = tl.load(absmax_ptr + block)
     if NESTED:
         scale = tl.load(code_ptr + scale.to(tl.int32)) * tl.load(absmax2_ptr + block // 256)
-        scale += tl.load(offset_ptr)
+        scale += tl.load(offset_ptr + block // ROW_BLOCKS if ROW_BLOCKS else offset_ptr)
     return scale
 
 
@@ -143,6 +146,7 @@ def _dequantize_kernel(
     SIZE: tl.constexpr,
     GROUPS: tl.constexpr,
     NESTED: tl.constexpr,
+    ROW_BLOCKS: tl.constexpr,
 ) -> None:
     """Groups of 8 values, one a thread: 4 bytes in, 16 bytes out, and no data changes threads."""
     group = tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)
@@ -152,7 +156,7 @@ def _dequantize_kernel(
     packed_ptrs = packed_ptr + first // 2 + tl.arange(0, 4)[None, :]
     packed = tl.load(packed_ptrs, mask=last < count, other=0)
     block = tl.minimum(group // (SIZE // 8), ((count - 1) // SIZE).to(tl.int32))
-    scale = _absmax(block, absmax_ptr, code_ptr, absmax2_ptr, offset_ptr, NESTED)
+    scale = _absmax(block, absmax_ptr, code_ptr, absmax2_ptr, offset_ptr, NESTED, ROW_BLOCKS)
     high, low = _exact(packed, table_ptr)
     pairs = tl.join(high * scale[:, None], low * scale[:, None])
     values = tl.reshape(pairs, (GROUPS, 8)).to(out_ptr.dtype.element_ty)
@@ -241,6 +245,7 @@ def _matmul_kernel(
     UNROLL: tl.constexpr,
     STAGES: tl.constexpr,
     NESTED: tl.constexpr,
+    STACKED: tl.constexpr,
 ) -> None:
     """One split of ``W @ x.T`` for a tile of O and M."""
     BLOCKS: tl.constexpr = I // 64
@@ -259,7 +264,7 @@ def _matmul_kernel(
         change = first * 256 + 256 - row
         outer0 = tl.load(absmax2_ptr + first) * UNSCALE
         outer1 = tl.load(absmax2_ptr + last) * UNSCALE
-        offset = tl.load(offset_ptr) * UNSCALE
+        offset = tl.load(offset_ptr + o_read if STACKED else offset_ptr) * UNSCALE
     sums = tl.zeros((BLOCK_O, BLOCK_M), tl.float32)
     for turn in tl.range(0, STEPS // UNROLL, num_stages=STAGES):
         for j in tl.static_range(UNROLL):
