@@ -12,15 +12,14 @@ import torch
 from rlsloth import checkpoint
 from rlsloth.chat import Renderer
 from rlsloth.config import GrpoConfig
-from rlsloth.data import PromptSampler
+from rlsloth.data import PromptSampler, SamplerState
 from rlsloth.engines import open_engine
-from rlsloth.environment import Environment, load_environment, overlap_warning
+from rlsloth.environment import Environment, SingleTurn, load_environment, overlap_warning
 from rlsloth.evaluate import EvalResult, assess, describe, reward_index
 from rlsloth.evaluate_stats import Estimate
 from rlsloth.memory.oom import advise
 from rlsloth.planning import announce
 from rlsloth.policy.policy import Policy
-from rlsloth.probe import probe
 from rlsloth.records import Group, Prompt, SamplingParams, UserError
 from rlsloth.rollout.collect import collect
 from rlsloth.rollout.engine import Engine
@@ -91,9 +90,12 @@ class Assembly:
         renderer = Renderer(policy.tokenizer, cfg.env, policy.eos_token_ids)
         renderer.check([*env.train, *env.heldout])
         longest = _longest(renderer, env.train, policy.context)
-        _longest(renderer, env.heldout[: cfg.eval.problems], policy.context)
-        engine = open_engine(cfg.rollout, policy, renderer, run, stack)
-        probe(policy, engine)
+        heldout = _longest(renderer, env.heldout[: cfg.eval.problems], policy.context)
+        context = policy.context
+        if isinstance(env, SingleTurn):
+            tokens = max(cfg.rollout.max_tokens, cfg.eval.max_tokens or 0)
+            context = min(context, max(longest, heldout) + tokens)
+        engine = open_engine(cfg, policy, renderer, run, stack, context=context)
         prompts = PromptSampler(env.train, cfg.seed)
         run.say(
             f"{len(env.train)} training prompts, {len(env.heldout)} held out; rewards: "
@@ -136,10 +138,14 @@ class Assembly:
             min_p=cfg.min_p,
             stop=tuple(cfg.stop),
             seed=derive_seed(self.cfg.seed, *use),
+            cut_tail=cfg.cut_tail,
         )
 
-    def collect(self, prompts: Sequence[Prompt], n: int, sampling: SamplingParams) -> list[Group]:
-        """``n`` rollouts of each prompt, unscored."""
+    def collect(
+        self, prompts: Sequence[Prompt], n: int, sampling: SamplingParams, *, step: int
+    ) -> list[Group]:
+        """``n`` rollouts of each prompt, unscored; the scorer begins with each group as soon as it
+        is complete."""
         return collect(
             self.engine,
             self.renderer,
@@ -149,6 +155,7 @@ class Assembly:
             sampling,
             max_turns=self.cfg.env.max_turns,
             context=self.policy.context,
+            on_group=lambda group: self.scorer.submit(group, step=step),
         )
 
     def evaluate(self, step: int, *, name: str = "", base: bool = False) -> EvalResult:
@@ -159,10 +166,11 @@ class Assembly:
             self.sampling("evaluation"),
             temperature=cfg.temperature,
             max_tokens=cfg.max_tokens or self.cfg.rollout.max_tokens,
+            cut_tail=1.0,
         )
         policy = self.engine.base_model() if base else nullcontext()
         with self.run.timed("eval"), advise("rollout", self.policy.model), policy:
-            groups = self.collect(problems, cfg.samples, sampling)
+            groups = self.collect(problems, cfg.samples, sampling, step=step)
             report = self.scorer.score(groups, step=step)
         for reward in report.rewards:
             for kind, count in reward.failures.items():
@@ -184,15 +192,16 @@ class Assembly:
                 f"{self.cfg.eval.correct_at:g}: none counts as correct"
             )
 
-    def save(self, progress: Progress) -> None:
-        """Write a checkpoint from which ``resume`` continues to the same next step."""
+    def save(self, progress: Progress, prompts: SamplerState) -> None:
+        """Write a checkpoint from which ``resume`` continues to the same next step, with these
+        prompts."""
         tensors, policy = self.policy.state()
         before = progress.before
         state = {
             "next_step": progress.next_step,
             "num_tokens": progress.num_tokens,
             "before": _plain(before) if before else None,
-            "prompts": self.prompts.state(),
+            "prompts": prompts,
             "policy": policy,
         }
         checkpoint.save(

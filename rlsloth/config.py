@@ -134,10 +134,9 @@ class RolloutConfig(Section):
     """How completions are sampled."""
 
     engine: Literal["transformers", "vllm", "auto"] = "transformers"
-    """transformers: the trained model itself samples, always the same weights and no second copy.
-    vllm: vLLM samples from a copy of the base and the adapter handed over after each step; so far
-    on a CPU only, where it is no faster, so it must be asked for. auto: vllm where it is installed
-    and can run the model, else transformers."""
+    """transformers: the trained model itself samples. vllm: vLLM samples in this process, on a GPU
+    or a CPU, from the very weights that train; adapters are handed over in memory after each step.
+    auto: vllm where it is installed and can run the model, else transformers."""
     max_tokens: int = Field(512, ge=1)
     """Longest completion; longer ones are cut and count as truncated."""
     temperature: float = Field(1.0, ge=0)
@@ -150,6 +149,17 @@ class RolloutConfig(Section):
     """Completions decoded at once."""
     cuda_graphs: bool = True
     """Replay decoding steps as CUDA graphs: several times faster for small models."""
+    kv_cache: Literal["auto", "fp8", "fp8_per_token_head"] = "auto"
+    """Key-value cache of the vLLM engine. auto: the model's type. fp8: half the memory, one scale
+    for all. fp8_per_token_head: a scale for each token and head. 8 bits widen the gap that
+    loss.gap_limit watches."""
+    overlap: bool = False
+    """Sample each step's rollouts while the update before runs (vllm only): faster, with policies
+    one update old, which loss.correction makes up for. The key-value cache then stays in memory."""
+    cut_tail: float = Field(1.0, gt=0, le=1)
+    """Once this share of a step's training completions has finished, the rest is cut where it is
+    and counts as truncated; 1 cuts none. Short answers are favoured: pair it with
+    loss.mask_truncated."""
 
 
 class RewardConfig(Section):
@@ -204,6 +214,12 @@ class LossConfig(Section):
     correction_max: float = Field(3.0, gt=0)
     correction_min: float | None = Field(None, ge=0)
     """Lower bound; default none."""
+    gap_limit: float = Field(0.05, gt=0)
+    """Mean |trainer - rollout log-prob| in nats per token above which gap_action is taken. 16 bits
+    scatter by about 0.03 on the smallest models."""
+    gap_action: Literal["warn", "correct", "stop"] = "warn"
+    """correct: correction token_truncate from the next step to the end of the run. stop: end the
+    run; its checkpoints stay."""
     mask_truncated: bool = False
     """Leave completions cut off by the length limit out of the loss (DAPO's overlong filtering)."""
     overlong_buffer: int = Field(0, ge=0)
@@ -215,6 +231,11 @@ class LossConfig(Section):
         low, high = self.correction_min, self.correction_max
         if low is not None and low > high:
             raise ValueError(f"correction_min {low} exceeds correction_max {high}")
+        if self.gap_action == "correct" and self.correction != "none":
+            raise ValueError(
+                f"gap_action correct puts a correction on, but {self.correction} is on from the "
+                "start: leave out one of them"
+            )
         if self.delta is not None and self.name == "cispo":
             raise ValueError("delta has no effect with cispo; epsilon_high caps its ratio")
         upper = 1 + (self.epsilon_low if self.epsilon_high is None else self.epsilon_high)
@@ -228,7 +249,8 @@ class OptimConfig(Section):
 
     name: Literal["auto", "adamw", "adamw_8bit"] = "auto"
     """auto: adamw_8bit (bitsandbytes) on a GPU, torch's AdamW on a CPU."""
-    lr: float = Field(2e-5, gt=0)
+    lr: float = Field(2e-5, ge=0)
+    """0 samples and measures as ever and changes nothing."""
     betas: tuple[Beta, Beta] = (0.9, 0.99)
     weight_decay: float = Field(0.0, ge=0)
     schedule: Literal["constant", "linear", "cosine"] = "constant"
@@ -309,10 +331,19 @@ class GrpoConfig(Section):
                 f"reward.weights has {len(weights)} numbers for {len(self.rewards)} rewards"
             )
         cut = self.rollout.top_p < 1 or self.rollout.top_k or self.rollout.min_p
-        if cut and self.loss.correction != "none":
+        if cut and (self.loss.correction != "none" or self.loss.gap_action != "warn"):
             raise ValueError(
-                "loss.correction compares whole distributions: with it, leave rollout.top_p, top_k "
-                "and min_p off"
+                "loss.correction and loss.gap_action compare whole distributions: with either, "
+                "leave rollout.top_p, top_k and min_p off"
+            )
+        if self.rollout.overlap and self.rollout.engine == "transformers":
+            raise ValueError("rollout.overlap needs rollout.engine vllm")
+        if self.rollout.kv_cache != "auto" and self.rollout.engine == "transformers":
+            raise ValueError(f"rollout.kv_cache {self.rollout.kv_cache} needs rollout.engine vllm")
+        if self.rollout.overlap and self.loss.correction == "none":
+            raise ValueError(
+                "rollout.overlap trains on rollouts that are one update old: pass loss.correction "
+                "token_truncate"
             )
         if self.loss.overlong_buffer > self.rollout.max_tokens:
             raise ValueError(

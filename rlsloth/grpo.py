@@ -18,8 +18,16 @@ from rlsloth.packing import pack, to_device
 from rlsloth.policy.lora import save_adapter
 from rlsloth.policy.policy import Policy
 from rlsloth.records import Group, LossStats, MicroBatch, PackedBatch, UserError
+from rlsloth.rollouts import Rollouts
 from rlsloth.run.diagnosis import Watch
-from rlsloth.run.metrics import UpdateFigures, count_tokens, rollout_metrics, update_metrics
+from rlsloth.run.gap import GapGuard
+from rlsloth.run.metrics import (
+    LOGP_GAP,
+    UpdateFigures,
+    count_tokens,
+    rollout_metrics,
+    update_metrics,
+)
 from rlsloth.run.run import Run
 from rlsloth.seeding import derive_seed
 
@@ -38,15 +46,15 @@ def train(cfg: GrpoConfig) -> Path:
         at = parts.resume()
         if at.next_step == 1 and cfg.eval.at_start:
             at.before = parts.evaluate(at.next_step - 1)
-        watch = Watch(scorer.names, cfg.loss.mask_truncated, run.history())
+        watch = Watch(scorer.names, cfg.loss.mask_truncated, run.history(), cfg.rollout.cut_tail)
+        guard = GapGuard(cfg, run)
         skips = _Skips(cfg.optim.max_skipped)
+        rollouts = Rollouts(parts, stack)
         for step in run.steps(at.next_step, cfg.steps):
             # For dropout; sampling has a generator of its own.
             torch.manual_seed(derive_seed(cfg.seed, "dropout", step))
-            with run.timed("rollout"), advise("rollout", policy.model):
-                prompts = parts.prompts.take(cfg.prompts_per_step)
-                groups = parts.collect(prompts, cfg.group_size, parts.sampling("rollout", step))
-            with run.timed("reward"):
+            groups = rollouts.take(step)
+            with run.timed("reward"):  # what is left of it once all is sampled
                 report = scorer.score(groups, step=step)
                 shape_overlong(groups, cfg)
             assign_advantages(groups, cfg.advantage)
@@ -56,8 +64,9 @@ def train(cfg: GrpoConfig) -> Path:
                 mask_truncated=cfg.loss.mask_truncated,
                 keep_zero_advantage=cfg.loss.beta > 0,
             )
-            with run.timed("update"), advise("update", policy.model):
-                updates = update(policy, batch, cfg)
+            with run.timed("update"):
+                with rollouts.beside_update(step), advise("update", policy.model):
+                    updates = update(policy, batch, guard.cfg)
                 parts.engine.load(policy.adapter())
             at.num_tokens += count_tokens(groups)
             at.next_step = step + 1
@@ -73,12 +82,13 @@ def train(cfg: GrpoConfig) -> Path:
                 run.warn(sentence)
             for sentence in watch.explain(metrics):
                 run.say(sentence)
+            guard.check(step, metrics[LOGP_GAP])
             skips.check(updates, batch, run, step)
             if cfg.eval.every and step % cfg.eval.every == 0 and step < cfg.steps:
                 parts.evaluate(step)
             if step == cfg.steps or (cfg.run.save_every and step % cfg.run.save_every == 0):
                 with run.timed("checkpoint"):
-                    parts.save(at)
+                    parts.save(at, rollouts.prompts())
         save_adapter(policy.model, run.dir / "adapter")
         after = parts.evaluate(cfg.steps) if cfg.eval.at_end else None
         run.finish(parts.summary(at.before, after, time.monotonic() - started))
@@ -93,7 +103,7 @@ def update(policy: Policy, batch: PackedBatch, cfg: GrpoConfig) -> list[UpdateFi
     either.
     """
     norm = normalizer(batch, cfg.loss, max_tokens=cfg.rollout.max_tokens)
-    _check_version(batch, policy.version)
+    _check_version(batch, policy.version, cfg.rollout.overlap)
     if not batch.microbatches:  # every gradient is zero by construction
         return [
             UpdateFigures(0.0, norm, LossStats(), 0.0, 0.0, 0.0, batch.scored_tokens, policy.idle())
@@ -143,11 +153,12 @@ def update(policy: Policy, batch: PackedBatch, cfg: GrpoConfig) -> list[UpdateFi
     return figures
 
 
-def _check_version(batch: PackedBatch, version: int) -> None:
+def _check_version(batch: PackedBatch, version: int, overlap: bool) -> None:
     """The ratio counts as exactly 1, which holds only for tokens of the very policy that is
-    updated."""
+    updated; overlapped rollouts are one update older, and corrected for it."""
+    known = {version, version - 1} if overlap else {version}
     for micro in batch.microbatches:
-        if stale := sorted(set(micro.policy_version.tolist()) - {version}):
+        if stale := sorted(set(micro.policy_version.tolist()) - known):
             raise RuntimeError(f"rollouts of policy version {stale} met an update of {version}")
 
 

@@ -2,37 +2,30 @@
 
 from __future__ import annotations
 
-import json
 import struct
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from rlsloth.config import GrpoConfig, PlanConfig
-from rlsloth.memory.plan import (
-    ACTIVATION_TOLERANCE,
-    GIB,
-    Plan,
-    asked_sequences,
-    largest_sequences,
-    largest_tokens,
-    make_plan,
-)
+from rlsloth.memory.asked import context_limit
+from rlsloth.memory.plan import largest_sequences, largest_tokens, make_plan
 from rlsloth.memory.shape import ModelShape, read_shape
+from rlsloth.memory.terms import GIB, EngineName, Plan
+from rlsloth.planning_report import SHOWN, Source, as_json, print_plan, summary
 from rlsloth.records import Prompt, UserError
+from rlsloth.rollout.vllm_start import check_installed
 
 DEFAULT_PROMPT = 512
 """Tokens of the longest prompt where the data are not at hand."""
 TOKENIZED = 64
 """Prompts of the most characters that are tokenised to find the longest."""
-SHOWN = ("tokens_per_microbatch", "rollout.max_sequences")
 
 
-def run_plan(cfg: PlanConfig, as_json: bool) -> int:
+def run_plan(cfg: PlanConfig, json: bool) -> int:
     """Print the plan. Returns 0 where the run fits the GPU, 1 where it does not.
 
     Raises:
@@ -45,17 +38,15 @@ def run_plan(cfg: PlanConfig, as_json: bool) -> int:
     shape = model_shape(cfg)
     given = cfg.longest_prompt
     found = (given, "--longest-prompt") if given is not None else find_longest_prompt(cfg)
-    longest, source = found
+    longest, engine = found[0], planned_engine(cfg)
 
     def plan_of(changed: GrpoConfig) -> Plan:
-        return make_plan(shape, changed, longest, total)
+        return make_plan(shape, changed, engine, longest, total)
 
+    source = Source(shape.name, *found, engine_said(cfg, engine))
+    show = as_json if json else print_plan
     plan = plan_of(cfg)
-    advice = settings(plan_of, cfg, shape, longest)
-    if as_json:
-        print(json.dumps(_as_json(plan, shape, longest, source, advice), indent=2))
-    else:
-        _print(plan, cfg, shape, f"longest prompt {longest} tokens ({source})", advice)
+    show(plan, cfg, source, settings(plan_of, cfg, shape, longest))
     return 0 if plan.fits else 1
 
 
@@ -72,7 +63,7 @@ def announce(
         return
     try:
         longest = _longest_of(cfg, prompts) or DEFAULT_PROMPT
-        plan = make_plan(model_shape(cfg), cfg, longest, total)
+        plan = make_plan(model_shape(cfg), cfg, planned_engine(cfg), longest, total)
     except Exception:  # an estimate: whatever it stumbles over must not stop a run
         return
     say(summary(plan))
@@ -83,11 +74,35 @@ def announce(
         )
 
 
-def summary(plan: Plan) -> str:
-    """``memory: update 9.1 GiB, rollout 7.4 GiB of 24 GiB``."""
-    update, rollout = (plan.peak(phase) / GIB for phase in ("update", "rollout"))
-    size = f"{plan.total / GIB:.1f}".removesuffix(".0")
-    return f"memory: update {update:.1f} GiB, rollout {rollout:.1f} GiB of {size} GiB (estimate)"
+def planned_engine(cfg: GrpoConfig) -> EngineName:
+    """The engine that a run would try first (engines.open_engine). vLLM that is asked for by name
+    need not be installed for a plan."""
+    if cfg.rollout.engine != "auto":
+        return cfg.rollout.engine
+    try:
+        check_installed()
+    except UserError:
+        return "transformers"
+    return "vllm"
+
+
+def engine_said(cfg: GrpoConfig, engine: EngineName) -> str:
+    """``transformers (auto: no vLLM that rlsloth knows is installed)``."""
+    if cfg.rollout.engine != "auto":
+        return engine
+    which = "a" if engine == "vllm" else "no"
+    return f"{engine} (auto: {which} vLLM that rlsloth knows is installed)"
+
+
+def settings(
+    plan_of: Callable[[GrpoConfig], Plan], cfg: GrpoConfig, shape: ModelShape, longest: int
+) -> dict[str, int]:
+    """The largest value of each of SHOWN that fits while the other stays; 0 where none does."""
+    least = min(longest + cfg.rollout.max_tokens, context_limit(shape, cfg))
+    return {
+        SHOWN[0]: largest_tokens(plan_of, cfg, least),
+        SHOWN[1]: largest_sequences(plan_of, cfg),
+    }
 
 
 def gpu_bytes(cfg: GrpoConfig) -> int | None:
@@ -106,18 +121,13 @@ def model_shape(cfg: GrpoConfig) -> ModelShape:
     """Built on meta with its adapter and kernels, as Policy makes it: some seconds.
 
     Raises:
-        UserError: no configuration there, targets or an adapter that do not fit it, or an engine
-            whose memory is not known.
+        UserError: no configuration there, or targets or an adapter that do not fit it.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from rlsloth.policy.lora import add_adapter
     from rlsloth.policy.wrap.wrap import wrap
 
-    if cfg.rollout.engine == "vllm":
-        raise UserError(
-            "--rollout.engine vllm: its memory is not planned; pass --rollout.engine transformers"
-        )
     place, options = _place(cfg)
     try:
         config = AutoConfig.from_pretrained(place, **options)
@@ -200,88 +210,3 @@ def _longest_of(cfg: GrpoConfig, prompts: Sequence[Prompt]) -> int:
         return max((len(renderer.prompt_ids(prompt)) for prompt in longest), default=0)
     except (UserError, OSError, ValueError, KeyError, RuntimeError, struct.error):
         return 0
-
-
-# --- what to turn, and printing ------------------------------------------------------------------
-
-
-def settings(
-    plan_of: Callable[[GrpoConfig], Plan], cfg: GrpoConfig, shape: ModelShape, longest: int
-) -> dict[str, int]:
-    """The largest value of each of SHOWN that fits while the other stays; 0 where none does."""
-    least = min(longest + cfg.rollout.max_tokens, cfg.model.max_context or shape.context)
-    return {
-        SHOWN[0]: largest_tokens(plan_of, cfg, least),
-        SHOWN[1]: largest_sequences(plan_of, cfg),
-    }
-
-
-def _advice(plan: Plan, cfg: GrpoConfig, largest: dict[str, int]) -> list[str]:
-    tokens, sequences = (largest[name] for name in SHOWN)
-    said = []
-    if tokens:
-        said.append(f"largest --tokens-per-microbatch that fits: {tokens} (now"
-                    f" {cfg.tokens_per_microbatch})")  # fmt: skip
-    if sequences:
-        most = " (all that are asked for at once)" if sequences == asked_sequences(cfg) else ""
-        said.append(f"largest --rollout.max-sequences that fits: {sequences}{most}"
-                    f" (now {cfg.rollout.max_sequences})")  # fmt: skip
-    if not said:
-        smaller = "" if cfg.model.precision == "nf4" else "--model.precision nf4, "
-        said.append(
-            "neither setting alone makes it fit: lower both --tokens-per-microbatch and "
-            f"--rollout.max-sequences, or take {smaller}a smaller --rollout.max-tokens or model"
-        )
-    return said
-
-
-def _as_json(
-    plan: Plan, shape: ModelShape, longest: int, source: str, largest: dict[str, int]
-) -> dict[str, Any]:
-    """Sizes in bytes."""
-    return {
-        "fits": plan.fits,
-        "model": shape.name,
-        "total": plan.total,
-        "left": plan.left,
-        "peak": {"rollout": plan.peak("rollout"), "update": plan.peak("update")},
-        "terms": [asdict(term) for term in plan.terms],
-        "longest_prompt": {"tokens": longest, "source": source},
-        "largest_that_fits": largest,
-        "activations": f"estimate, within {ACTIVATION_TOLERANCE:.0%} of measured on a CPU",
-    }
-
-
-def _print(
-    plan: Plan, cfg: GrpoConfig, shape: ModelShape, prompt: str, largest: dict[str, int]
-) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(show_edge=False, header_style="bold")
-    table.add_column("GiB", overflow="fold")
-    for heading in ("rollout", "update"):
-        table.add_column(heading, justify="right")
-    for term in plan.terms:
-        cells = []
-        for size in (term.rollout, term.update):
-            text = f"{size / GIB:.2f}" if size else ""
-            cells.append(f"({text})" if term.moment and text else text)
-        table.add_row(term.name, *cells)
-    table.add_section()
-    peaks = (plan.peak("rollout"), plan.peak("update"))
-    table.add_row("peak", *(f"{size / GIB:.2f}" for size in peaks))
-    table.add_row(
-        f"left of {plan.total / GIB:g}", *(f"{(plan.total - s) / GIB:.2f}" for s in peaks)
-    )
-    console = Console(highlight=False, soft_wrap=True)
-    console.print(f"{shape.name} {cfg.model.path}, {prompt}", markup=False)
-    console.print(table)
-    console.print(
-        "(In brackets): at different moments, the largest counts. Activations are an estimate: on "
-        f"a CPU within {ACTIVATION_TOLERANCE:.0%} of the measured peak, not measured on a GPU."
-    )
-    verdict = "fits" if plan.fits else f"does not fit: {-plan.left / GIB:.2f} GiB too much"
-    console.print(verdict, style="bold green" if plan.fits else "bold red")
-    for line in _advice(plan, cfg, largest):
-        console.print(line, markup=False)

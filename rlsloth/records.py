@@ -61,6 +61,9 @@ class SamplingParams:
     seed: int = 0
     """Seed of the engine's private generator for this call: same seed, same prompts, same
     samples."""
+    cut_tail: float = 1.0
+    """Once this share of a call's completions has finished, the others end where they are, as
+    ``length``; 1 cuts none."""
 
 
 @dataclass(frozen=True, slots=True)

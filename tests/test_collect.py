@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +15,7 @@ from test_policy import one_by_one
 from tiny import CHATML, tiny_llama, tiny_tokenizer
 
 from rlsloth.chat import Renderer, ToolCall
-from rlsloth.config import EnvConfig, LoraConfig, ModelConfig, OptimConfig
+from rlsloth.config import EnvConfig, LoraConfig, ModelConfig, OptimConfig, RewardConfig
 from rlsloth.environment import Environment, load_environment
 from rlsloth.packing import pack
 from rlsloth.policy import attention
@@ -22,6 +24,7 @@ from rlsloth.policy.policy import Policy
 from rlsloth.records import Completion, Group, Rollout, SamplingParams
 from rlsloth.rollout.collect import collect
 from rlsloth.rollout.transformers_engine import TransformersEngine
+from rlsloth.scoring.scorer import Scorer
 
 HERMES = (
     "{% if tools %}<|im_start|>system\n<tools>{% for t in tools %}{{ t | tojson }}{% endfor %}"
@@ -41,7 +44,8 @@ def call(expression: str, name: str = "calculate") -> str:
 
 @dataclass
 class ScriptedEngine:
-    """Says what it is told: turn by turn, one list of texts for all continuations."""
+    """Says what it is told: turn by turn, one list of texts for all continuations; the last prefix
+    is done first."""
 
     turns: list[list[str]]
     version: int = 3
@@ -55,6 +59,7 @@ class ScriptedEngine:
         n: int,
         sampling: SamplingParams,
         limits: Sequence[int] | None = None,
+        done: Callable[[int, list[Completion]], None] | None = None,
     ) -> list[list[Completion]]:
         texts = self.turns[len(self.prefixes)]
         self.prefixes.append([list(p) for p in prefixes])
@@ -68,7 +73,10 @@ class ScriptedEngine:
             finish = "stop" if len(ids) <= limit and text.endswith(END) else "length"
             ids = ids[:limit]
             made.append(Completion(ids, [-0.25] * len(ids), finish, self.version))
-        return [made[i * n : (i + 1) * n] for i in range(len(prefixes))]
+        groups = [made[i * n : (i + 1) * n] for i in range(len(prefixes))]
+        for p in reversed(range(len(groups))):
+            done(p, groups[p])
+        return groups
 
 
 def calculator(template: str = CHATML, **settings: Any) -> tuple[Environment, Renderer]:
@@ -87,10 +95,19 @@ def run(
     max_turns: int = 8,
     context: int = 10_000,
     seed: int = 0,
+    on_group: Callable[[Group], None] | None = None,
 ) -> list[Group]:
-    sampling = SamplingParams(max_tokens=max_tokens, seed=seed)
-    chosen = env.train[:prompts]
-    return collect(engine, renderer, env, chosen, n, sampling, max_turns=max_turns, context=context)
+    return collect(
+        engine,
+        renderer,
+        env,
+        env.train[:prompts],
+        n,
+        SamplingParams(max_tokens=max_tokens, seed=seed),
+        max_turns=max_turns,
+        context=context,
+        on_group=on_group,
+    )
 
 
 def parts(rollout: Rollout) -> list[tuple[bool, str]]:
@@ -192,7 +209,16 @@ def test_rollouts_go_on_alone() -> None:
             ["d" + END],
         ]
     )
-    groups = run(engine, env, renderer, prompts=3, n=2)
+    seen: list[tuple[int, Group]] = []  # after which turn, and what it looked like
+    groups = run(
+        engine,
+        env,
+        renderer,
+        prompts=3,
+        n=2,
+        on_group=lambda group: seen.append((len(engine.prefixes), copy.deepcopy(group))),
+    )
+    assert seen == [(2, groups[2]), (2, groups[0]), (3, groups[1])]
     rollouts = [r for group in groups for r in group.rollouts]
     assert [r.text for r in rollouts] == ["a", "b", "cut", "d", "e", "f"]
     assert [r.finish for r in rollouts] == ["stop", "stop", "length", "stop", "stop", "stop"]
@@ -209,6 +235,7 @@ def test_a_rollout_that_calls_for_ever_is_cut(max_turns: int) -> None:
     engine = ScriptedEngine([[call("1+1") + END]] * max_turns)
     (rollout,) = run(engine, env, renderer, max_turns=max_turns)[0].rollouts
     assert len(engine.prefixes) == max_turns
+    assert rollout.text == call("1+1")
     assert rollout.tool_calls == max_turns - 1
     assert rollout.finish == "length"
     assert rollout.loss_mask[-1]  # what would answer the last call is not appended
@@ -268,10 +295,55 @@ def test_a_single_turn_environment_ends_with_the_first_answer(tmp_path) -> None:
     cfg = EnvConfig(train=str(data), heldout=0)
     env, renderer = load_environment(cfg, 0), Renderer(tiny_tokenizer(), cfg)
     engine = ScriptedEngine([[call("1+1") + END, "no end"]])
-    (group,) = run(engine, env, renderer, n=2)
+    seen: list[Group] = []
+    (group,) = run(engine, env, renderer, n=2, on_group=seen.append)
+    assert seen == [group]
     assert [r.finish for r in group.rollouts] == ["stop", "length"]
     assert [r.tool_calls for r in group.rollouts] == [0, 0]
     assert all(all(r.loss_mask) for r in group.rollouts)
+
+
+# Scoring while others are sampled
+
+
+class Watched(Scorer):
+    """Tells when it has scored a group."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.scored = threading.Event()
+
+    def _score(self, *arguments: Any) -> Any:
+        outcome = super()._score(*arguments)
+        self.scored.set()
+        return outcome
+
+
+def test_scoring_begins_before_the_last_group_is_sampled(tmp_path) -> None:
+    (tmp_path / "data.jsonl").write_text('{"question": "a"}\n{"question": "b"}\n')
+    (tmp_path / "reward.py").write_text(
+        "def size(completions, **_): return [len(c[0]['content']) for c in completions]"
+    )
+    cfg = EnvConfig(train=str(tmp_path / "data.jsonl"), heldout=0)
+    env, renderer = load_environment(cfg, 0), Renderer(tiny_tokenizer(), cfg)
+
+    def rewards(stream: bool) -> list[float | None]:
+        with Watched([f"{tmp_path / 'reward.py'}:size"], RewardConfig(workers=1)) as scorer:
+
+            def on_group(group: Group) -> None:
+                if group.prompt.index == 0:  # the engine tells of it last, and has not returned
+                    assert scorer.scored.wait(60)
+                scorer.submit(group)
+
+            engine = ScriptedEngine([["one" + END, "two" + END, "three" + END, "four"]])
+            groups = run(
+                engine, env, renderer, prompts=2, n=2, on_group=on_group if stream else None
+            )
+            assert scorer.scored.is_set() == stream
+            scorer.score(groups)
+        return [r.reward for group in groups for r in group.rollouts]
+
+    assert rewards(True) == rewards(False) == [3, 3, 5, 4]
 
 
 # A real engine, to the trainer's log-probs

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 
 from rlsloth.records import Group, Prompt, Rollout, Score
@@ -54,7 +52,7 @@ def only(groups, **kwargs):
 
 
 def test_nothing_to_say_of_a_sound_step():
-    assert diagnose([MIXED, ZEROS], NAMES, True, logp_gap=0.01) == []
+    assert diagnose([MIXED, ZEROS], NAMES, True) == []
 
 
 def test_all_zero_is_too_hard():
@@ -89,7 +87,7 @@ def test_an_unweighted_reward_is_named():
 def test_all_truncated_and_masked():
     group = make_group([(1.0, 0.0), (0.0, 0.0)], truncated=(0, 1))
     text = only([group], mask_truncated=True)
-    assert "all 2 completions hit the length limit and are masked" in text
+    assert "all 2 completions were cut off and are masked" in text
     assert "--rollout.max-tokens" in text
 
 
@@ -102,12 +100,25 @@ def test_the_only_difference_is_masked():
     group = make_group([(0.5, 0.0), (1.0, 0.0), (0.0, 0.0)], truncated=(1, 2))
     texts = diagnose([group], NAMES, True)
     assert texts[0].startswith(
-        "no gradient: the only completions that differ in reward hit the len"
+        "no gradient: the only completions that differ in reward were cut off and are masked"
     )
 
 
 def test_half_truncated_is_not_yet_worth_a_warning():
     assert diagnose([make_group([(1.0, 0.0), (0.0, 0.0)], truncated=(0,))], NAMES, False) == []
+
+
+@pytest.mark.parametrize(("truncated", "said"), [(7, False), (8, False), (9, True)])
+def test_a_tail_that_was_cut_on_purpose_did_not_hit_the_limit(truncated, said):
+    group = make_group([(1.0, 0.0), (0.0, 0.0)] * 5, truncated=range(truncated))
+    watch = Watch(NAMES, False, cut_tail=0.3)
+    texts = watch.step([group], metrics())
+    assert texts == diagnose([group], NAMES, False, cut_tail=0.3)
+    assert bool(texts) is said
+    if said:
+        assert texts[0].startswith(
+            "2 of 3 completions hit the length limit, besides 7 that --rollout.cut-tail may have"
+        )
 
 
 def test_failed_rewards_are_named_with_kind_and_detail():
@@ -125,12 +136,6 @@ def test_a_few_failures_are_mentioned_and_do_not_stop_learning():
 def test_inapplicable_rewards_are_named():
     text = only([make_group([(None, None)] * 2)])
     assert "correct, short applied to none" in text
-
-
-@pytest.mark.parametrize(("gap", "said"), [(0.03, True), (0.02, False), (math.nan, False)])
-def test_gap_between_sampler_and_trainer(gap, said):
-    texts = diagnose([MIXED], NAMES, False, logp_gap=gap)
-    assert texts == [] if not said else "0.030 nats a token" in texts[0]
 
 
 # --- over time

@@ -1,4 +1,4 @@
-"""Which engine a run samples with, where vLLM is not installed."""
+"""Which engine a run samples with where vLLM is not installed, and vLLM's cache where it is."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ import importlib.metadata
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 from tiny import tiny_llama, tiny_tokenizer
 
 from rlsloth.chat import Renderer
@@ -17,9 +20,12 @@ from rlsloth.config import (
     LoraConfig,
     ModelConfig,
     OptimConfig,
-    RolloutConfig,
 )
-from rlsloth.engines import open_engine
+from rlsloth.engines import CPU_CACHE, open_engine, size_cache
+from rlsloth.memory.plan import make_plan
+from rlsloth.memory.shape import read_shape
+from rlsloth.memory.terms import GIB
+from rlsloth.policy.lora import add_adapter
 from rlsloth.policy.policy import Policy
 from rlsloth.records import SamplingParams, UserError
 from rlsloth.rollout.engine import BASE_VERSION, Engine
@@ -54,10 +60,12 @@ def start(
         )
         renderer = Renderer(policy.tokenizer, EnvConfig())
         with ExitStack() as stack:
-            config = GrpoConfig.model_validate({"run": {"dir": str(tmp_path / "run")}})
+            config = GrpoConfig.model_validate(
+                {"run": {"dir": str(tmp_path / "run")}, "rollout": {"engine": name}}
+            )
             run = stack.enter_context(Run.start(config))
             monkeypatch.setattr(run, "say", said.append)
-            return open_engine(RolloutConfig(engine=name), policy, renderer, run, stack), said
+            return open_engine(config, policy, renderer, run, stack, context=64), said
 
     return start
 
@@ -84,3 +92,54 @@ def test_the_default_says_nothing_and_base_tokens_have_no_version(start) -> None
         base = engine.generate([[5]], 1, sampling)[0][0]
     assert base.policy_version == BASE_VERSION
     assert engine.generate([[5]], 1, sampling)[0][0].policy_version == engine.version == 0
+
+
+# --- vLLM's cache --------------------------------------------------------------------------------
+
+CONFIG = GrpoConfig.model_validate({"rollout": {"engine": "vllm"}})
+ONE = (2 * 2 * 16) * 2 * (64 + 32)
+"""Bytes of one completion of 64 tokens: keys and values of two layers, in blocks."""
+
+
+@pytest.fixture
+def policy() -> Any:
+    model = add_adapter(tiny_llama(), LoraConfig(rank=2), ModelConfig())
+    return SimpleNamespace(model=model, device=torch.device("cuda"), dtype=torch.bfloat16)
+
+
+def gpu(monkeypatch: pytest.MonkeyPatch, free: int, total: int) -> None:
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, total))
+
+
+def test_the_cache_holds_all_where_a_gpu_has_room(policy: Any, monkeypatch) -> None:
+    gpu(monkeypatch, 20 * GIB, 24 * GIB)
+    cache = size_cache(CONFIG, policy, 64)
+    assert (cache.size, cache.holds, cache.asked, cache.context) == (256 * ONE, 256, 256, 64)
+
+
+def test_what_another_program_holds_is_not_given_away(policy: Any, monkeypatch) -> None:
+    shape = read_shape(policy.model)
+    plan = make_plan(shape, CONFIG, "vllm", 1, 24 * GIB, context=64)
+    beside = plan.peak("rollout", to_come=True) - 256 * ONE
+    gpu(monkeypatch, beside + 255 * ONE + 7, 24 * GIB)
+    cache = size_cache(CONFIG, policy, 64)
+    assert (cache.holds, cache.size) == (255, 255 * ONE + 7)
+
+
+def test_no_room_is_one_line_that_says_what_to_do(policy: Any, monkeypatch) -> None:
+    gpu(monkeypatch, GIB // 2, 24 * GIB)
+    with pytest.raises(UserError) as caught:
+        size_cache(CONFIG, policy, 64)
+    text = str(caught.value)
+    assert text.startswith("of the GPU's 24.0 GiB 0.5 are free beside the model, but sampling ")
+    assert "for one completion of 64 tokens: lower --rollout.max-tokens" in text
+    assert "\n" not in text
+
+
+@pytest.mark.parametrize(("context", "holds"), [(64, 256), (12_000_000, 1)])
+def test_a_cpu_gives_so_much(policy: Any, context: int, holds: int) -> None:
+    policy.device = torch.device("cpu")
+    cache = size_cache(CONFIG, policy, context)
+    assert cache.holds == holds
+    assert cache.size == 256 * ONE if holds == 256 else cache.size >= CPU_CACHE

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 from tiny import tiny_llama, tiny_tokenizer
+
+from rlsloth.run.metrics import LOGP_GAP
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -49,6 +54,51 @@ def test_profile_step(examples, model_folder, tmp_path, capsys, monkeypatch):
     assert sum(shares) == pytest.approx(100, abs=0.5)
     assert all(share >= 0 for share in shares)
     assert shares[1] > 0
+
+
+def gaps(folder, values):
+    folder.mkdir()
+    rows = [{"step": 0, "eval_avg@8": 0.5}]
+    rows += [{"step": i, LOGP_GAP: value} for i, value in enumerate(values, 1)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def test_gap_slope_finds_a_drift_and_none_in_noise(examples, tmp_path, capsys):
+    import gap_slope
+
+    noise = np.random.default_rng(0).normal(0, 1e-3, 40)
+    gap_slope.main(gaps(tmp_path / "still", [0.01, None, *(0.01 + noise)]))
+    assert capsys.readouterr().out.count("0 is inside") == 2
+    gap_slope.main(gaps(tmp_path / "drifts", 0.01 + 1e-4 * np.arange(40) + noise))
+    assert capsys.readouterr().out.count("0 is outside") == 2
+
+
+def test_gap_slope_of_a_textbook_line(examples):
+    import gap_slope
+
+    # By hand: 0.8 + 0.6 x leaves 0.6, -1, 0.4, -0.2, 0.2; their products with x - 3 have the
+    # autocovariances 2.64, -1.28, -0.2, with weights 1, 2/3, 1/3.
+    slope, plain, robust = gap_slope.fit(np.arange(1, 6), np.array([2.0, 1.0, 3.0, 3.0, 4.0]))
+    assert slope == pytest.approx(0.6)
+    assert plain == pytest.approx(math.sqrt(1.6 / 3 / 10))
+    assert robust == pytest.approx(math.sqrt(0.8 * 5 / 3) / 10)
+
+
+def test_gap_slope_needs_steps(examples, tmp_path):
+    import gap_slope
+
+    with pytest.raises(SystemExit, match=r"2 steps with a gap; a slope needs at least 4"):
+        gap_slope.main(gaps(tmp_path / "short", [0.1, 0.2]))
+
+
+def test_rollout_speed_says_what_it_needs(examples, monkeypatch, tmp_path):
+    import rollout_speed
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    arguments = ["rlsloth", "--tokenizer", str(tmp_path), "--adapter", str(tmp_path)]
+    with pytest.raises(SystemExit, match="needs a GPU"):
+        rollout_speed.main(arguments)
 
 
 def test_every_example_is_run_here():

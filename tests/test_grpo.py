@@ -408,6 +408,7 @@ def test_kl_starts_at_0_from_the_starting_policy(train: Train, updates) -> None:
         "--loss.name cispo --loss.overlong-buffer 4 --optim.schedule cosine",
         "--rollout.top-k 20 --rollout.top-p 0.9 --rollout.stop e f --model.precision bf16",
         "--rollout.temperature 0 --model.gradient-checkpointing false",
+        "--rollout.cut-tail 0.6 --loss.mask-truncated --loss.gap-action correct",
     ],
 )
 def test_every_mode_trains_with_finite_figures(flags: str, train: Train, whole: Path) -> None:
@@ -421,6 +422,57 @@ def test_every_mode_trains_with_finite_figures(flags: str, train: Train, whole: 
         assert idle or not missing - {"completions/mean_terminated_length"}, missing
         assert row["skipped_updates"] == 0
     assert (sum(row["grad_norm"] for row in steps) > 0) != idle
+
+
+def test_the_tail_is_cut_in_training_and_never_in_evaluations(train: Train, whole: Path) -> None:
+    folder = train("cut", "--steps", "1", "--rollout.cut-tail", "0.3", "--eval.at-end", "false")
+    assert rows(folder)[0]["completions/clipped_ratio"] > 0.5
+    assert rows(whole)[0]["completions/clipped_ratio"] < 0.5
+    figures = [rows(f, "eval_avg@4")[0] for f in (folder, whole)]
+    assert figures[0] | {"eval_runtime": 0} == figures[1] | {"eval_runtime": 0}
+
+
+# The gap between sampler and trainer: dropout makes one once the adapter is no longer zero
+
+ALWAYS = ("--loss.gap-limit", "1e-12")
+RATIO = "sampling/importance_sampling_ratio/mean"
+GAP_SAID = "warning: step 1: trainer and sampler disagree by "
+
+
+def test_a_wide_gap_is_warned_of_once(train: Train) -> None:
+    folder = train("gap warned", *QUICK, *ALWAYS)
+    assert (folder / "log.txt").read_text().count("trainer and sampler disagree") == 1
+    assert [row[RATIO] for row in rows(folder)] == [1, 1]
+
+
+def test_a_wide_gap_is_corrected_from_the_next_step_on_and_after_a_resume(train: Train) -> None:
+    flags = (*QUICK, *ALWAYS, "--loss.gap-action", "correct")
+    folder = train("gap corrected", *flags)
+    first, second = rows(folder)
+    assert first[RATIO] == 1 != second[RATIO]
+    log = (folder / "log.txt").read_text()
+    assert log.count("trainer and sampler disagree") == log.count(GAP_SAID) == 1
+    train("gap corrected", *flags, "--steps", "3", "--run.resume")
+    assert rows(folder)[2][RATIO] != 1
+    assert (folder / "log.txt").read_text().count(GAP_SAID) == 2  # once a start
+
+
+def test_a_wide_gap_stops_the_run_and_leaves_what_was_before(train: Train, capsys) -> None:
+    flags = "--loss.gap-action stop --loss.gap-limit 1e-5 --run.save-every 1"
+    folder = train("gap stopped", *QUICK, *flags.split(), status=2)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: step 2: trainer and sampler disagree by ")
+    assert "(above --loss.gap-limit 1e-05): raise it or pass --loss.gap-action correct" in line
+    assert [p.name for p in (folder / "checkpoints").glob("step*")] == ["step_00001"]
+    assert not (folder / "adapter").exists()
+    train("gap stopped", *QUICK, "--run.resume")
+    assert [row["step"] for row in rows(folder)] == [1, 2]
+
+
+def test_a_rate_of_0_measures_and_changes_nothing(train: Train) -> None:
+    folder = train("no rate", *QUICK, "--optim.lr", "0")
+    assert all(row["grad_norm"] > 0 for row in rows(folder))
+    assert not any(t.any() for name, t in adapter(folder).items() if "lora_B" in name)
 
 
 # Steps that teach nothing

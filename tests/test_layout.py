@@ -261,6 +261,10 @@ def is_triton_file(module: Module) -> bool:
     return module.part == "kernels" and module.path.name in ("triton.py", "bench.py")
 
 
+def is_vllm_file(module: Module) -> bool:
+    return module.path.name in ("vllm_weights.py", "vllm_worker.py")
+
+
 def test_accelerator_libraries_stay_in_their_places() -> None:
     def misplaced() -> Iterator[str]:
         for module in MODULES:
@@ -268,13 +272,22 @@ def test_accelerator_libraries_stay_in_their_places() -> None:
                 library = top_level(found.module)
                 right = {
                     "triton": is_triton_file(module),
-                    "vllm": module.part == "rollout" and found.lazy,
+                    "vllm": module.part == "rollout" and (found.lazy or is_vllm_file(module)),
                     "ray": module.part == "cluster" and found.lazy,
                 }
                 if not right.get(library, True):
                     yield f"{module.path}:{found.line}: {library}"
 
     assert not complaints(misplaced())
+
+
+def test_what_needs_vllm_is_loaded_only_beside_it() -> None:
+    assert not complaints(
+        f"{module.path}:{found.line}: import {found.module} inside the function that needs it"
+        for module in MODULES
+        for found in module.imports()
+        if re.fullmatch(r"rlsloth\.rollout\.vllm_(weights|worker)", found.module) and not found.lazy
+    )
 
 
 def test_triton_is_loaded_only_when_a_kernel_is_chosen() -> None:

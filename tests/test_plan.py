@@ -14,18 +14,17 @@ from tiny import tiny_llama, tiny_tokenizer
 
 from rlsloth import cli, planning
 from rlsloth.config import GrpoConfig, LoraConfig, ModelConfig, OptimConfig
-from rlsloth.memory import plan as memory_plan
+from rlsloth.memory import rollout_transformers
 from rlsloth.memory.activations import Stream, layer_memory
 from rlsloth.memory.plan import (
     ACTIVATION_TOLERANCE,
-    GIB,
-    cache_shape,
-    kv_bytes,
     make_plan,
     optimizer_bytes,
     weight_bytes,
 )
+from rlsloth.memory.rollout_transformers import slots_shape
 from rlsloth.memory.shape import read_shape
+from rlsloth.memory.terms import GIB
 from rlsloth.policy import attention, packed_layout
 from rlsloth.policy.load import LoadedModel, load_model
 from rlsloth.policy.lora import add_adapter, save_adapter
@@ -111,6 +110,13 @@ def test_nf4_weights(llama_folder):
     assert sizes == {True: packed, False: other}
 
 
+@pytest.mark.parametrize("precision", ["nf4", "bf16"])
+def test_a_loaded_model_has_the_shape_that_was_planned(llama_folder, precision):
+    cfg = GrpoConfig(model=ModelConfig(path=str(llama_folder), precision=precision, device="cpu"))
+    policy = Policy.load(cfg.model, cfg.lora, OptimConfig(), temperature=1.0, total_updates=1)
+    assert read_shape(policy.model) == planning.model_shape(cfg)
+
+
 @pytest.mark.parametrize("name", ["adamw", "adamw_8bit"])
 @pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
 def test_adapter_and_optimizer(name, family):
@@ -147,26 +153,28 @@ def test_slots(family):
     cache = SlotCache(8, 64, policy.device)
     cache.admit(prompt, 0, 1)
     real = sum(t.nbytes for t in [*cache._keys, *cache._values])
-    assert kv_bytes(read_shape(policy.model), 8, 64, 4) == real
+    assert read_shape(policy.model).kv_width * 8 * 64 * 4 == real
 
 
 def test_graphed_slots_are_rounded_up():
     cfg = GrpoConfig()
     rollout = cfg.rollout.model_copy(update={"max_sequences": 100, "max_tokens": 300})
     cfg = cfg.model_copy(update={"rollout": rollout})
-    assert cache_shape(cfg, 4096, 50) == (128, 384)
-    assert cache_shape(cfg, 320, 50)[1] == 384
+    shape = read_shape(make_policy("llama").model)
+    assert slots_shape(shape, cfg, 50) == (128, 384)
+    short = cfg.model_copy(update={"model": ModelConfig(max_context=320)})
+    assert slots_shape(shape, short, 50)[1] == 384
     plain = rollout.model_copy(update={"cuda_graphs": False})
-    assert cache_shape(cfg.model_copy(update={"rollout": plain}), 4096, 50) == (100, 350)
+    assert slots_shape(shape, cfg.model_copy(update={"rollout": plain}), 50) == (100, 350)
 
 
 def test_numbers_that_other_modules_own():
-    assert memory_plan.PREFILL_TOKENS == transformers_engine.PREFILL_TOKENS
-    assert memory_plan.COLUMNS == decode.COLUMNS
+    assert rollout_transformers.PREFILL_TOKENS == transformers_engine.PREFILL_TOKENS
+    assert rollout_transformers.COLUMNS == decode.COLUMNS
     from rlsloth.kernels.lora.op import DECODED_ROWS
     from rlsloth.memory import activations
 
-    assert memory_plan.NF4_ROWS == DECODED_ROWS
+    assert rollout_transformers.NF4_ROWS == DECODED_ROWS
     assert activations.TREE_LIMIT == packed_layout.TREE_LIMIT
     assert activations.BLOCK_ROWS == attention.BLOCK_ROWS
 
@@ -214,12 +222,13 @@ def estimate(policy: Policy, checkpointing: bool) -> float:
 
 def test_memory_grows_with_what_the_settings_say():
     shape, cfg = read_shape(make_policy("llama").model), GrpoConfig()
-    base = make_plan(shape, cfg, 100, GIB)
-    more = make_plan(shape, cfg.model_copy(update={"tokens_per_microbatch": 16384}), 100, GIB)
+    base = make_plan(shape, cfg, "transformers", 100, GIB)
+    larger = cfg.model_copy(update={"tokens_per_microbatch": 16384})
+    more = make_plan(shape, larger, "transformers", 100, GIB)
     assert more.peak("update") > base.peak("update")
     assert more.peak("rollout") == base.peak("rollout")
     off = cfg.model.model_copy(update={"gradient_checkpointing": False})
-    whole = make_plan(shape, cfg.model_copy(update={"model": off}), 100, GIB)
+    whole = make_plan(shape, cfg.model_copy(update={"model": off}), "transformers", 100, GIB)
     assert whole.peak("update") > base.peak("update")
 
 
@@ -283,6 +292,12 @@ def test_nf4_experts_are_refused_as_loading_does(tmp_path, capsys):
     assert run(tmp_path, "--memory-gb", "8", "--model.precision", "nf4") == 2
     assert "are experts, which bitsandbytes does not quantise" in capsys.readouterr().err
     assert run(tmp_path, "--memory-gb", "8") == 0
+    capsys.readouterr()
+    assert run(tmp_path, "--memory-gb", "0.5", "--rollout.engine", "vllm") == 1
+    printed = capsys.readouterr().out
+    assert (
+        "or take --rollout.engine transformers, a smaller --rollout.max-tokens or model" in printed
+    )
 
 
 def test_without_a_gpu_its_size_is_asked_for(llama_folder, capsys, monkeypatch):

@@ -1,8 +1,10 @@
-"""The plan of the update beside what a CUDA GPU allocates for it."""
+"""The plan beside what a CUDA GPU allocates: of the update, and of both phases with vLLM."""
 
 from __future__ import annotations
 
 import gc
+from contextlib import ExitStack
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,11 +13,14 @@ from tiny import tiny_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from rlsloth.config import GrpoConfig, LoraConfig, ModelConfig, OptimConfig
+from rlsloth.engines import open_engine
 from rlsloth.kernels.nf4 import ahead
-from rlsloth.memory.plan import GIB, Plan, make_plan, stream_of
+from rlsloth.memory.plan import make_plan, stream_of
+from rlsloth.memory.terms import GIB, Plan
 from rlsloth.packing import to_device
 from rlsloth.planning import model_shape
 from rlsloth.policy.policy import Policy
+from rlsloth.records import MicroBatch, SamplingParams
 
 pytestmark = [
     pytest.mark.gpu,
@@ -24,26 +29,55 @@ pytestmark = [
 TOKENS, PROMPT = 16384, 200
 NOT_HERE = ("key-value slots", "logits, decoding step", "CUDA context")
 """Terms of the engine, which does not run here, and of what torch does not count."""
+NEW = 184
+"""Tokens of each completion with vLLM."""
+
+
+def saved(path, vocabulary: int, hidden: int, width: int):
+    config = LlamaConfig(
+        vocab_size=vocabulary, hidden_size=hidden, intermediate_size=width, num_hidden_layers=8,
+        num_attention_heads=hidden // 64, num_key_value_heads=hidden // 256,
+        max_position_embeddings=4096,
+    )  # fmt: skip
+    with torch.device("cuda"):
+        model = LlamaForCausalLM(config).to(torch.bfloat16)
+    model.save_pretrained(path)
+    tiny_tokenizer().save_pretrained(path)
+    return path
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("model")
-    config = LlamaConfig(
-        vocab_size=32000, hidden_size=1024, intermediate_size=2816, num_hidden_layers=8,
-        num_attention_heads=16, num_key_value_heads=4, max_position_embeddings=4096,
-    )  # fmt: skip
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(path)
-    tiny_tokenizer().save_pretrained(path)
-    return path
+    return saved(tmp_path_factory.mktemp("model"), 32000, 1024, 2816)
+
+
+@pytest.fixture(scope="module")
+def wide_folder(tmp_path_factory):
+    return saved(tmp_path_factory.mktemp("wide"), 128_000, 2048, 8192)
+
+
+def clear() -> None:
+    """Free what other tests have left."""
+    ahead._POOL.clear()
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def used() -> int:
+    """Bytes of the GPU that somebody holds; torch's allocator holds on to a phase's peak."""
+    torch.cuda.synchronize()
+    free, total = torch.cuda.mem_get_info()
+    return total - free
+
+
+def backward(policy: Policy, micro: MicroBatch) -> None:
+    policy.logprobs(micro).logprobs.sum().backward()
 
 
 @pytest.mark.parametrize("checkpointing", [True, False])
 @pytest.mark.parametrize("precision", ["nf4", "bf16"])
 def test_update_peak(folder, precision, checkpointing):
-    ahead._POOL.clear()  # buffers of other tests
-    gc.collect()
-    torch.cuda.empty_cache()
+    clear()
     before = torch.cuda.memory_allocated()
     model = ModelConfig(
         path=str(folder), precision=precision, gradient_checkpointing=checkpointing, device="cuda"
@@ -55,23 +89,68 @@ def test_update_peak(folder, precision, checkpointing):
     micro = to_device(stream(trees, PROMPT, like.completion, like.group), policy.device)
     tokens = len(micro.token_ids)
 
-    def backward() -> None:
-        policy.logprobs(micro).logprobs.sum().backward()
-
-    backward()
+    backward(policy, micro)
     policy.step()  # states, buffers, compiled kernels
-    backward()  # gradients of a first micro-batch
+    backward(policy, micro)  # gradients of a first micro-batch
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
-    backward()
+    backward(policy, micro)
     torch.cuda.synchronize()
     measured = torch.cuda.max_memory_allocated() - before
 
     cfg = cfg.model_copy(update={"tokens_per_microbatch": tokens})
-    plan = make_plan(model_shape(cfg), cfg, PROMPT, 80 * GIB)
-    here = Plan(tuple(t for t in plan.terms if not t.name.startswith(NOT_HERE)), plan.total)
+    plan = make_plan(model_shape(cfg), cfg, "transformers", PROMPT, 80 * GIB)
+    terms = tuple(t for t in plan.terms if not t.name.startswith(NOT_HERE))
+    here = Plan(plan.engine, terms, plan.total)
     planned = here.peak("update")
     print(f"{precision} {tokens} tokens: plan {planned / GIB:.3f}, took {measured / GIB:.3f} GiB")
     for term in here.terms:
         print(f"  {term.update / GIB:.3f} {'at a moment' if term.moment else ''} {term.name}")
     assert planned == pytest.approx(measured, rel=0.15)
+
+
+@pytest.mark.parametrize("precision", ["nf4", "bf16"])
+def test_phases_with_vllm(wide_folder, precision):
+    """Rollouts of as many sequences as are decoded at once, and an update of full micro-batches."""
+    pytest.importorskip("vllm")
+    clear()
+    before = used()
+    cfg = GrpoConfig.model_validate({
+        "model": {"path": str(wide_folder), "precision": precision, "device": "cuda"},
+        "lora": {"rank": 32}, "tokens_per_microbatch": TOKENS, "prompts_per_step": 64,
+        "rollout": {"engine": "vllm", "max_tokens": NEW, "max_sequences": 512},
+        "eval": {"at_start": False, "at_end": False},
+    })  # fmt: skip
+    policy = Policy.load(cfg.model, cfg.lora, cfg.optim, temperature=1.0, total_updates=4)
+    like = stream_of(cfg, PROMPT)
+    trees = TOKENS // (PROMPT + like.group * like.completion)
+    micro = to_device(stream(trees, PROMPT, like.completion, like.group), policy.device)
+    prompts = torch.randint(3, 1000, (64, PROMPT)).tolist()
+    run, renderer = SimpleNamespace(say=print), SimpleNamespace(stop_ids=[])
+    measured = {}
+    with ExitStack() as stack:
+        engine = open_engine(cfg, policy, renderer, run, stack, context=PROMPT + NEW)
+        for seed in range(2):  # the second finds gradients and states
+            engine.load(policy.adapter())
+            engine.generate(prompts, 8, SamplingParams(NEW, seed=seed))
+            measured["rollout"] = used() - before
+            engine.release()
+            torch.cuda.empty_cache()
+            backward(policy, micro)
+            backward(policy, micro)
+            policy.step()
+            measured["update"] = used() - before
+    cfg = cfg.model_copy(update={"tokens_per_microbatch": len(micro.token_ids)})
+    plan = make_plan(model_shape(cfg), cfg, "vllm", PROMPT, torch.cuda.mem_get_info()[1])
+    # The context was there before; gaps are what may come on top.
+    terms = tuple(t for t in plan.terms if "context" not in t.name and "gaps" not in t.name)
+    here = Plan(plan.engine, terms, plan.total)
+    for phase, took in measured.items():
+        print(f"{precision} {phase}: plan {here.peak(phase) / GIB:.2f}, took {took / GIB:.2f} GiB")
+    for term in here.terms:
+        print(f"  {term.rollout / GIB:.3f} {term.update / GIB:.3f} {term.moment} {term.name}")
+    assert plan.cache is not None
+    assert plan.cache.holds == 512
+    assert plan.cache.size > 2 * GIB  # more than what is allowed for below: it was released
+    for phase, took in measured.items():
+        assert here.peak(phase) == pytest.approx(took, abs=0.7 * GIB), phase

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -156,6 +158,67 @@ def test_completions_carry_the_adapters_version(make_engine):
     assert engine.generate(PROMPTS[:1], 1, sampling)[0][0].policy_version == engine.version == 0
     engine.load(Adapter(7, {}))
     assert engine.generate(PROMPTS[:1], 1, sampling)[0][0].policy_version == engine.version == 7
+
+
+# Early ends
+
+
+@pytest.mark.parametrize("max_sequences", [3, 64])
+def test_a_prefix_is_told_of_when_its_last_completion_ends(make_engine, monkeypatch, max_sequences):
+    engine, sampling = make_engine(max_sequences), SamplingParams(max_tokens=24, seed=1)
+    steps = 0
+    plain_step = engine._decoder.step
+
+    def step(*arguments: Any) -> Any:
+        nonlocal steps
+        steps += 1
+        return plain_step(*arguments)
+
+    monkeypatch.setattr(engine._decoder, "step", step)
+    told: dict[int, tuple[int, list[Completion]]] = {}
+
+    def done(prefix: int, completions: list[Completion]) -> None:
+        assert prefix not in told
+        told[prefix] = steps, completions
+
+    got = engine.generate(PROMPTS, 5, sampling, done=done)
+    assert [told[p][1] for p in range(len(PROMPTS))] == got
+    if max_sequences == 64:  # all start at once, with a first token that takes no step
+        for at, group in told.values():
+            assert at == max(len(c.token_ids) for c in group) - 1
+    assert len({at for at, _ in told.values()}) > 1
+
+
+@pytest.mark.parametrize("share", [0.01, 0.5, 0.8, 0.99])
+def test_the_tail_is_cut_once_a_share_has_finished(make_engine, share):
+    sampling = SamplingParams(max_tokens=40, seed=6)
+    whole, cut = (
+        [c for group in make_engine().generate(PROMPTS, 6, s) for c in group]
+        for s in (sampling, replace(sampling, cut_tail=share))
+    )
+    # All start at once, so the step in which enough have finished is known.
+    last = sorted(len(c.token_ids) for c in whole)[math.ceil(share * len(whole)) - 1]
+    for long, short in zip(whole, cut, strict=True):
+        assert short.token_ids == long.token_ids[:last]
+        assert len(short.logprobs) == len(short.token_ids)
+        assert short.finish == (long.finish if len(long.token_ids) <= last else "length")
+    assert (cut == whole) == (last == 40)
+
+
+def test_what_waits_when_the_tail_is_cut_gets_its_first_token(make_engine):
+    sampling = SamplingParams(max_tokens=40, seed=6)
+    told: dict[int, list[Completion]] = {}
+    whole, cut = (
+        make_engine(3).generate(PROMPTS, 6, s, done=told.__setitem__)
+        for s in (sampling, replace(sampling, cut_tail=0.25))
+    )
+    assert [told[p] for p in range(len(PROMPTS))] == cut
+    finished = 0
+    for long, short in zip(chain(*tokens(whole)), chain(*tokens(cut)), strict=True):
+        assert short == long[: len(short)]
+        finished += short == long
+    assert 9 <= finished < 20
+    assert {len(ids) for ids in chain(*tokens(cut[2:]))} == {1}
 
 
 # Ends

@@ -225,6 +225,39 @@ def test_contract(contract: Scorer) -> None:
     assert report.rewards[0].cpu_seconds > 0
 
 
+def test_submitted_groups_score_the_same(contract: Scorer) -> None:
+    def groups() -> list[Group]:
+        columns = {"tags": ["a"], "entry": {"n": 1}}
+        return [make_group(*texts, **columns) for texts in (["aa", "cut"], ["bbbb"], ["c", "dd"])]
+
+    plain, early = groups(), groups()
+    want = contract.score(plain, step=5)
+    for group in reversed(early[1:]):
+        contract.submit(group, step=5)
+    got = contract.score(early, step=5)
+    assert early == plain
+    assert (got.metrics, got.extras, got.details) == (want.metrics, want.extras, want.details)
+    for mine, theirs in zip(got.rewards, want.rewards, strict=True):
+        assert (mine.scored, mine.failures) == (theirs.scored, theirs.failures)
+
+
+def test_what_goes_wrong_with_a_submitted_group_is_raised_by_score(hostile_file: str) -> None:
+    with Scorer([f"{hostile_file}:needs"], RewardConfig(workers=1)) as scorer:
+        group = make_group("ok", answer="1")
+        scorer.submit(group)
+        with pytest.raises(UserError, match="needs a column 'anser'"):
+            scorer.score([make_group("ok", anser="1"), group])
+
+
+def test_close_does_not_wait_for_submitted_groups(hostile_file: str) -> None:
+    """As when sampling fails after some groups are complete."""
+    start = time.monotonic()
+    with Scorer([f"{hostile_file}:hostile"], RewardConfig(workers=1)) as scorer:
+        for _ in range(3):
+            scorer.submit(make_group("sleep"))
+    assert time.monotonic() - start < 20  # not three times the 60 s of the backstop
+
+
 def test_weights_and_chat_messages(hostile_file: str) -> None:
     specs = [f"{hostile_file}:chats", f"{hostile_file}:later", f"{hostile_file}:hostile"]
     with Scorer([*specs[:2], "length"], RewardConfig(workers=1, weights=[2, 0.5, 0])) as scorer:

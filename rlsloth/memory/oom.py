@@ -13,7 +13,7 @@ from rlsloth.records import UserError
 ADVICE = {
     "rollout": "lower --rollout.max-sequences or --rollout.max-tokens",
     "update": "lower --tokens-per-microbatch (the gradient stays the same) or "
-    "--rollout.max-sequences (its key-value cache stays allocated), leave "
+    "--rollout.max-sequences (engine transformers keeps its key-value cache), leave "
     "--model.gradient-checkpointing on",
 }
 

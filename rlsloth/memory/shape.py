@@ -12,6 +12,8 @@ from torch import nn
 from rlsloth.kernels.lora.layer import ALIGNMENT
 
 Group = Literal["linears", "experts", "embeddings", "head", "norms and biases"]
+SIBLINGS = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
+"""Linears of one input: nf4.ahead stacks their adapters, vLLM fuses them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +59,22 @@ class Layer:
     adapted_inputs: int
     """Inputs of the adapted linears summed: what PEFT's own modules copy to float32."""
 
+    @property
+    def key_heads(self) -> int:
+        """Heads of keys, and of values."""
+        return self.keys * self.heads // self.queries
+
+
+@dataclass(frozen=True, slots=True)
+class Fused:
+    """A linear of vLLM's: one of the model's, or siblings beside each other."""
+
+    out: int
+    into: int
+    rank: int
+    """Of all adapters on it."""
+    quantised: bool
+
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
@@ -76,10 +94,17 @@ class ModelShape:
     """Elements of the frozen copy of a starting adapter."""
     head_rank: int
     """Columns of the adapter on the output head, 0 without one."""
+    fused: tuple[Fused, ...]
+    """All of them; the output head only if it is adapted."""
+
+    @property
+    def kv_width(self) -> int:
+        """Elements of a token's keys and values."""
+        return sum(2 * layer.keys for layer in self.layers)
 
 
 def read_shape(model: Any) -> ModelShape:
-    """Shapes of a PEFT-wrapped causal LM, wrapped by rlsloth's kernels or not."""
+    """Shapes of a PEFT-wrapped causal LM, wrapped by rlsloth's kernels or not, quantised or not."""
     base = model.get_base_model()
     config, decoder = base.config.get_text_config(), base.get_decoder()
     head, embeddings = base.get_output_embeddings(), base.get_input_embeddings()
@@ -93,22 +118,27 @@ def read_shape(model: Any) -> ModelShape:
                 reference += p.numel()
             elif p is not _weight_of(embeddings) or module is embeddings:
                 group = _group(p, _weight_of(head), _weight_of(embeddings))
-                packed = name == "weight" and type(module) is nn.Linear
+                packed = name == "weight" and (type(module) is nn.Linear or _is_packed(p))
                 packed &= not _is_skipped(module_name.removesuffix(".base_layer"), skipped)
-                weights.append(Weight(group, p.numel(), packed))
+                weights.append(Weight(group, _shape_of(p).numel(), packed))
     dtype = _weight_of(embeddings).dtype
-    layers = tuple(_layer(layer, config, dtype) for layer in _decoder_layers(decoder))
+    modules = _decoder_layers(decoder)
+    fused = [joined for layer in modules for joined in _fused(layer, skipped)]
+    if _lora_rank(head):
+        out, into = _shape_of(_weight_of(head))
+        fused.append(Fused(out, into, _lora_rank(head), quantised=False))
     return ModelShape(
         name=type(base).__name__,
         hidden=config.hidden_size,
         vocabulary=_weight_of(head).shape[0],
         context=int(config.max_position_embeddings),
         weights=tuple(weights),
-        layers=layers,
-        largest_matrix=max(_with_adapters(layer, skipped) for layer in _decoder_layers(decoder)),
+        layers=tuple(_layer(layer, config, dtype) for layer in modules),
+        largest_matrix=max(_with_adapters(layer, skipped) for layer in modules),
         trained=tuple(trained),
         reference=reference,
         head_rank=_rank(head),
+        fused=tuple(fused),
     )
 
 
@@ -129,6 +159,16 @@ def _is_skipped(name: str, skipped: list[str]) -> bool:
 def _weight_of(module: Any) -> torch.Tensor:
     weight: torch.Tensor = getattr(module, "base_layer", module).weight
     return weight
+
+
+def _is_packed(weight: torch.Tensor) -> bool:
+    return getattr(weight, "quant_state", None) is not None
+
+
+def _shape_of(weight: Any) -> torch.Size:
+    """Of a parameter as it was before NF4 packed it."""
+    shape: torch.Size = weight.quant_state.shape if _is_packed(weight) else weight.shape
+    return shape
 
 
 def _group(p: torch.Tensor, head: torch.Tensor, embeddings: torch.Tensor) -> Group:
@@ -156,27 +196,48 @@ def _linears(module: nn.Module) -> Iterator[tuple[str, Any]]:
             yield name, child
 
 
-def _rank(linear: Any) -> int:
-    """Of a linear's adapter, in the kernels' multiples; 0 without one."""
+def _lora_rank(linear: Any) -> int:
+    """Of a linear's adapter; 0 without one."""
     adapters = getattr(linear, "lora_A", None)
-    if not adapters:
-        return 0
-    rank: int = next(iter(adapters.values())).weight.shape[0]
-    return -(-rank // ALIGNMENT) * ALIGNMENT
+    return next(iter(adapters.values())).weight.shape[0] if adapters else 0
+
+
+def _rank(linear: Any) -> int:
+    """The same in the kernels' multiples."""
+    return -(-_lora_rank(linear) // ALIGNMENT) * ALIGNMENT
 
 
 def _with_adapters(layer: nn.Module, skipped: list[str]) -> int:
     """Elements of a layer's largest matrix with its siblings' adapters below or behind it."""
-    found = [(name, *_weight_of(linear).shape, _rank(linear)) for name, linear in _linears(layer)]
+    found = [
+        (name, *_shape_of(_weight_of(linear)), _rank(linear)) for name, linear in _linears(layer)
+    ]
     largest = 0
     for name, out, into, rank in found:
         if _is_skipped(name, skipped):
             continue
-        siblings = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
-        mine = next((s for s in siblings if name.rpartition(".")[2] in s), ())
+        mine = next((s for s in SIBLINGS if name.rpartition(".")[2] in s), ())
         stacked = sum(r for n, *_, r in found if n.rpartition(".")[2] in mine) or rank
         largest = max(largest, (out + stacked) * into, out * (into + stacked))
     return largest
+
+
+def _fused(layer: nn.Module, skipped: list[str]) -> list[Fused]:
+    """A layer's linears as vLLM has them."""
+    groups: dict[str, list[tuple[str, Any]]] = {}
+    for name, linear in _linears(layer):
+        parent, _, last = name.rpartition(".")
+        place = next((f"{parent} {s}" for s in SIBLINGS if last in s), name)
+        groups.setdefault(place, []).append((name, linear))
+    return [
+        Fused(
+            out=sum(_shape_of(_weight_of(linear))[0] for _, linear in parts),
+            into=_shape_of(_weight_of(parts[0][1]))[1],
+            rank=sum(_lora_rank(linear) for _, linear in parts),
+            quantised=not _is_skipped(parts[0][0], skipped),
+        )
+        for parts in groups.values()
+    ]
 
 
 def _kernels(module: Any, dtype: torch.dtype) -> set[str]:
@@ -196,7 +257,7 @@ def _layer(layer: Any, config: Any, dtype: torch.dtype) -> Layer:
     heads = config.num_attention_heads
     size = getattr(attention, "head_dim", None) or config.hidden_size // heads
     down = next((x for n, x in found.items() if n.endswith("down_proj")), None)
-    width = _weight_of(down).shape[1] if down is not None else config.intermediate_size
+    width = _shape_of(_weight_of(down))[1] if down is not None else config.intermediate_size
     if experts:
         width = getattr(config, "moe_intermediate_size", None) or config.intermediate_size
     window = getattr(attention, "sliding_window", None)
@@ -217,5 +278,5 @@ def _layer(layer: Any, config: Any, dtype: torch.dtype) -> Layer:
         fused_mlp=any(name.endswith("gate_up_proj") for name in found),
         ranks=sum(_rank(linear) for linear in found.values()),
         rank=max((_rank(linear) for linear in found.values()), default=0),
-        adapted_inputs=sum(_weight_of(x).shape[1] for x in found.values() if _rank(x)),
+        adapted_inputs=sum(_shape_of(_weight_of(x))[1] for x in found.values() if _rank(x)),
     )

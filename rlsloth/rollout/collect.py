@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from rlsloth.chat import Renderer, ToolCall
@@ -29,6 +29,8 @@ class _Trajectory:
     session: Session | None
     turn_ids: list[int] = field(default_factory=list)
     """Tokens of the last sampled turn."""
+    calls: list[ToolCall] = field(default_factory=list)
+    """Its calls that wait for an answer; without any the rollout has ended."""
     token_ids: list[int] = field(default_factory=list)
     loss_mask: list[bool] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
@@ -40,7 +42,7 @@ class _Trajectory:
     tool_calls: int = 0
     tool_failures: int = 0
 
-    def add_completion(self, completion: Completion, text: str) -> None:
+    def add_completion(self, completion: Completion, renderer: Renderer) -> None:
         """Append sampled tokens, which carry loss."""
         count = len(completion.token_ids)
         self.turn_ids = completion.token_ids
@@ -50,8 +52,10 @@ class _Trajectory:
         self.policy_version += [completion.policy_version] * count
         self.finish = completion.finish
         self.sampled += count
-        self.text = text
-        self.messages.append({"role": "assistant", "content": text})
+        self.text = renderer.decode(completion.token_ids)
+        self.messages.append({"role": "assistant", "content": self.text})
+        calling = self.session is not None and completion.finish == "stop"
+        self.calls = renderer.parse_tool_calls(self.text) if calling else []
 
     def add_context(self, token_ids: list[int]) -> None:
         """Append tokens the policy did not choose: tool output and template glue."""
@@ -60,6 +64,11 @@ class _Trajectory:
         self.loss_mask += [False] * count
         self.logprobs += [0.0] * count
         self.policy_version += [-1] * count
+
+    def cut(self) -> None:
+        """End it although calls wait."""
+        self.calls = []
+        self.finish = "length"
 
     def rollout(self) -> Rollout:
         """The finished record."""
@@ -86,44 +95,54 @@ def collect(
     *,
     max_turns: int,
     context: int,
+    on_group: Callable[[Group], None] | None = None,
 ) -> list[Group]:
     """``n`` rollouts of each prompt, in order, unscored.
 
     ``sampling.max_tokens`` bounds what the policy samples over all turns of a rollout. A rollout
     finishes as ``length`` when it still calls tools with no turn or token left, or when the tools'
-    answers leave no room in the model's ``context``.
+    answers leave no room in the model's ``context``. ``on_group`` is called with each group as soon
+    as all of its rollouts have ended, while others are still being sampled.
     """
     prefixes = [renderer.prompt_ids(prompt) for prompt in prompts]
-    trajectories: list[_Trajectory] = []
-    for g, completions in enumerate(engine.generate(prefixes, n, sampling)):
-        for completion in completions:
-            trajectory = _Trajectory(g, prefixes[g], env.start(prompts[g]))
-            trajectory.add_completion(completion, renderer.decode(completion.token_ids))
-            trajectories.append(trajectory)
-    pending = [t for t in trajectories if t.session is not None and t.finish == "stop"]
+    started = [
+        [_Trajectory(g, prefix, env.start(prompts[g])) for _ in range(n)]
+        for g, prefix in enumerate(prefixes)
+    ]
+    groups: dict[int, Group] = {}
+
+    def close(g: int) -> None:
+        if g not in groups and not any(t.calls for t in started[g]):
+            groups[g] = Group(prompts[g], prefixes[g], [t.rollout() for t in started[g]])
+            if on_group is not None:
+                on_group(groups[g])
+
+    def first_turn(g: int, completions: list[Completion]) -> None:
+        for trajectory, completion in zip(started[g], completions, strict=True):
+            trajectory.add_completion(completion, renderer)
+        close(g)
+
+    engine.generate(prefixes, n, sampling, done=first_turn)
     for turn in range(1, max_turns + 1):
-        last = turn == max_turns
-        pending = [t for t in pending if _answer_tools(t, renderer, sampling, context, last)]
+        pending = [t for group in started for t in group if t.calls]
+        for trajectory in pending:
+            _answer_tools(trajectory, renderer, sampling, context, last=turn == max_turns)
+            close(trajectory.group)
+        pending = [t for t in pending if t.calls]
         if not pending:
             break
-        _continue(engine, renderer, pending, sampling, turn)
-        pending = [t for t in pending if t.finish == "stop"]
-    groups = [Group(p, ids, []) for p, ids in zip(prompts, prefixes, strict=True)]
-    for trajectory in trajectories:
-        groups[trajectory.group].rollouts.append(trajectory.rollout())
-    return groups
+        _continue(engine, renderer, pending, sampling, turn, close)
+    return [groups[g] for g in range(len(prompts))]
 
 
 def _answer_tools(
     trajectory: _Trajectory, renderer: Renderer, sampling: SamplingParams, context: int, last: bool
-) -> bool:
-    """Run the tools the last turn called; True when the rollout goes on."""
-    calls = renderer.parse_tool_calls(trajectory.text)
-    if not calls:
-        return False
+) -> None:
+    """Run the tools the last turn called, or end the rollout where it cannot go on."""
+    calls = trajectory.calls
     if last or trajectory.sampled >= sampling.max_tokens:
-        trajectory.finish = "length"
-        return False
+        trajectory.cut()
+        return
     assert trajectory.session is not None
     results: list[Message] = []
     for call in calls:
@@ -141,10 +160,9 @@ def _answer_tools(
     trajectory.messages += results
     glue = renderer.tool_turn_ids(trajectory.turn_ids, results)
     if len(trajectory.prompt_ids) + len(trajectory.token_ids) + len(glue) >= context:
-        trajectory.finish = "length"
-        return False
+        trajectory.cut()
+        return
     trajectory.add_context(glue)
-    return True
 
 
 def _as_data(call: ToolCall) -> Message:
@@ -158,13 +176,18 @@ def _continue(
     pending: Sequence[_Trajectory],
     sampling: SamplingParams,
     turn: int,
+    close: Callable[[int], None],
 ) -> None:
-    """Sample the next turn of each pending rollout."""
-    completions = engine.generate(
+    """Sample the next turn of each pending rollout; ``close`` its group if it is complete."""
+
+    def next_turn(i: int, completions: list[Completion]) -> None:
+        pending[i].add_completion(completions[0], renderer)
+        close(pending[i].group)
+
+    engine.generate(
         [t.prompt_ids + t.token_ids for t in pending],
         1,
         replace(sampling, seed=derive_seed(sampling.seed, "turn", turn)),
         limits=[sampling.max_tokens - t.sampled for t in pending],
+        done=next_turn,
     )
-    for trajectory, (completion,) in zip(pending, completions, strict=True):
-        trajectory.add_completion(completion, renderer.decode(completion.token_ids))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Protocol
 
@@ -24,6 +24,7 @@ class Engine(Protocol):
         n: int,
         sampling: SamplingParams,
         limits: Sequence[int] | None = None,
+        done: Callable[[int, list[Completion]], None] | None = None,
     ) -> list[list[Completion]]:
         """``n`` continuations of each token prefix, in the order given.
 
@@ -32,6 +33,12 @@ class Engine(Protocol):
         it without an end token or stop string finishes as ``length``. ``limits`` gives each prefix
         a cap of its own, at most ``sampling.max_tokens``.
 
+        Once ``sampling.cut_tail`` of the call's completions have finished, the others are cut: they
+        finish as ``length`` with the tokens they have, or with their first where they have none.
+
+        ``done`` is called once for each prefix, with its number and its ``n`` completions, as soon
+        as the last of them has finished, while others are still being sampled.
+
         Raises:
             UserError: a prefix leaves no room in the model's context.
         """
@@ -39,6 +46,10 @@ class Engine(Protocol):
 
     def load(self, adapter: Adapter) -> None:
         """Sample from these weights from now on, and stamp tokens with their version."""
+        ...
+
+    def release(self) -> None:
+        """Give the memory back that only sampling needs, until ``generate`` takes it again."""
         ...
 
     def base_model(self) -> AbstractContextManager[None]:

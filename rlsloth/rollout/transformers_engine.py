@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -47,6 +47,9 @@ class _Sequence:
     def done(self) -> bool:
         return self.finish == "stop" or len(self.token_ids) >= self.limit
 
+    def completion(self, version: int) -> Completion:
+        return Completion(self.token_ids, self.logprobs, self.finish, version)
+
 
 class TransformersEngine:
     """Continuous batching on a transformers model: no second copy of weights, nothing handed over.
@@ -81,6 +84,9 @@ class TransformersEngine:
         """Nothing moves: the adapter is live in the shared model. Only the version is noted."""
         self.version = adapter.version
 
+    def release(self) -> None:
+        """Nothing: on a GPU the cache is part of the CUDA graphs, which are not made anew."""
+
     @contextmanager
     def base_model(self) -> Iterator[None]:
         """See Engine.base_model. In the shared model, so the trainer's is off as well."""
@@ -98,6 +104,7 @@ class TransformersEngine:
         n: int,
         sampling: SamplingParams,
         limits: Sequence[int] | None = None,
+        done: Callable[[int, list[Completion]], None] | None = None,
     ) -> list[list[Completion]]:
         """See Engine.generate."""
         sequences = self._sequences(prefixes, n, sampling, limits)
@@ -109,6 +116,9 @@ class TransformersEngine:
         uniform = uniform.to(self._device)
         self._model.eval()
         queue, running = deque(sequences), list[_Sequence]()
+        out: list[list[Completion]] = [[] for _ in prefixes]
+        left = [n] * len(prefixes)
+        finished = 0
         while queue or running:
             groups = self._next_groups(queue, prefixes, cache)
             if groups:
@@ -118,10 +128,16 @@ class TransformersEngine:
             else:
                 logits = self._decoder.step(cache, [s.token_ids[-1] for s in running])
                 self._advance(running, logits, uniform, sampling)
-            self._retire(running, cache)
-        out: list[list[Completion]] = [[] for _ in prefixes]
-        for s in sequences:
-            out[s.prefix].append(Completion(s.token_ids, s.logprobs, s.finish, self.version))
+            finished += sum(s.done for s in running)
+            if finished >= sampling.cut_tail * len(sequences):
+                for s in (*running, *queue):
+                    s.limit = max(len(s.token_ids), 1)
+            for p in self._retire(running, cache):
+                left[p] -= 1
+                if left[p] == 0:
+                    out[p] = [s.completion(self.version) for s in sequences[p * n : (p + 1) * n]]
+                    if done is not None:
+                        done(p, out[p])
         return out
 
     def _sequences(
@@ -208,12 +224,16 @@ class TransformersEngine:
         text = self._tokenizer.decode(tail, clean_up_tokenization_spaces=False)
         return any(s in text for s in stop)
 
-    def _retire(self, running: list[_Sequence], cache: SlotCache) -> None:
+    def _retire(self, running: list[_Sequence], cache: SlotCache) -> list[int]:
+        """Free the rows of finished sequences; the prefix of each."""
+        prefixes = []
         for row in reversed(range(len(running))):
             if running[row].done:
+                prefixes.append(running[row].prefix)
                 cache.drop(row)
                 running[row] = running[-1]
                 running.pop()
+        return prefixes
 
 
 def _leading_group(queue: deque[_Sequence]) -> list[_Sequence]:

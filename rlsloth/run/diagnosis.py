@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter, deque
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
 from rlsloth.records import Group, Rollout
-from rlsloth.run.metrics import ZERO_STD, group_std, is_number
+from rlsloth.run.metrics import LOGP_GAP, ZERO_STD, group_std, is_number
 
 CLIPPED_RATIO = 0.5
 """More truncated completions than this are worth a warning."""
-LOGP_GAP = 0.02
-"""Mean |trainer - sampling log-prob| per token above which rollouts are no longer the policy's own
-(nats)."""
 NO_ADVANTAGE = 1e-6
 """Advantages below this come from rounding."""
 NEAR_ZERO_LOSS = 0.05
@@ -34,8 +32,7 @@ def diagnose(
     groups: Sequence[Group],
     reward_names: Sequence[str],
     mask_truncated: bool,
-    *,
-    logp_gap: float | None = None,
+    cut_tail: float = 1.0,
 ) -> list[str]:
     """Why this step's gradient is zero or small; empty when nothing is wrong.
 
@@ -43,16 +40,13 @@ def diagnose(
         groups: scored, with advantages assigned.
         reward_names: in the order of each rollout's scores.
         mask_truncated: whether truncated completions carry no loss (``loss.mask_truncated``).
-        logp_gap: mean |trainer - sampling log-prob| per token, where it is known.
+        cut_tail: the share of completions that may finish (``rollout.cut_tail``).
     """
-    return list(_findings(groups, reward_names, mask_truncated, logp_gap).values())
+    return list(_findings(groups, reward_names, mask_truncated, cut_tail).values())
 
 
 def _findings(
-    groups: Sequence[Group],
-    reward_names: Sequence[str],
-    mask_truncated: bool,
-    logp_gap: float | None,
+    groups: Sequence[Group], reward_names: Sequence[str], mask_truncated: bool, cut_tail: float
 ) -> dict[str, str]:
     """What is wrong, by kind; the kind stays the same from step to step while the figures
     change."""
@@ -68,18 +62,22 @@ def _findings(
     ]
     if not teaching:
         found |= _no_gradient(groups, rollouts, reward_names, mask_truncated)
-    truncated = sum(rollout.truncated for rollout in rollouts)
-    if truncated > CLIPPED_RATIO * len(rollouts) and "truncated" not in found:
-        found["clipped"] = (
-            f"{truncated} of {len(rollouts)} completions hit the length limit: "
-            "raise --rollout.max-tokens, or ask for shorter answers"
-        )
-    if is_number(logp_gap) and logp_gap > LOGP_GAP:
-        found["gap"] = (
-            f"trainer and sampler disagree by {logp_gap:.3f} nats a token (above {LOGP_GAP}): "
-            "the rollouts are not quite the policy's own; expect instability"
-        )
+    if "truncated" not in found and (clipped := _clipped(rollouts, cut_tail)):
+        found["clipped"] = clipped
     return found
+
+
+def _clipped(rollouts: Sequence[Rollout], cut_tail: float) -> str:
+    """Truncated ones beyond those that ``rollout.cut_tail`` may have cut."""
+    cut = len(rollouts) - math.ceil(cut_tail * len(rollouts))
+    finished, truncated = len(rollouts) - cut, sum(r.truncated for r in rollouts) - cut
+    if truncated <= CLIPPED_RATIO * finished:
+        return ""
+    besides = f", besides {cut} that --rollout.cut-tail may have cut" if cut else ""
+    return (
+        f"{truncated} of {finished} completions hit the length limit{besides}: "
+        "raise --rollout.max-tokens, or ask for shorter answers"
+    )
 
 
 def _failures(rollouts: Sequence[Rollout], reward_names: Sequence[str]) -> str:
@@ -102,8 +100,8 @@ def _no_gradient(
 ) -> dict[str, str]:
     if mask_truncated and all(rollout.truncated for rollout in rollouts):
         return {
-            "truncated": f"no gradient: all {len(rollouts)} completions hit the length limit "
-            "and are masked; raise --rollout.max-tokens, or set --loss.mask-truncated false"
+            "truncated": f"no gradient: all {len(rollouts)} completions were cut off and are "
+            "masked; raise --rollout.max-tokens, or set --loss.mask-truncated false"
         }
     if all(rollout.reward is None for rollout in rollouts):
         why = _inapplicable(rollouts, reward_names)
@@ -112,8 +110,8 @@ def _no_gradient(
         return {"cancel": cancelled}
     if any(group_std(group) > ZERO_STD for group in groups):
         return {
-            "masked": "no gradient: the only completions that differ in reward hit the length "
-            "limit and are masked; raise --rollout.max-tokens"
+            "masked": "no gradient: the only completions that differ in reward were cut off and "
+            "are masked; raise --rollout.max-tokens"
         }
     return {"equal": _equal(groups)}
 
@@ -124,11 +122,8 @@ def _inapplicable(rollouts: Sequence[Rollout], reward_names: Sequence[str]) -> s
         for index, name in enumerate(reward_names)
         if all(r.scores[index].value is None and r.scores[index].failure is None for r in rollouts)
     ]
-    return (
-        f"; {', '.join(names)} applied to none (does the data have the column it needs?)"
-        if names
-        else ""
-    )
+    listed = ", ".join(names)
+    return f"; {listed} applied to none (does the data have the column it needs?)" if names else ""
 
 
 def _cancelled(groups: Sequence[Group], reward_names: Sequence[str]) -> str:
@@ -185,9 +180,23 @@ def _short(text: str) -> str:
     return line if len(line) <= 120 else line[:119] + "…"
 
 
+class Episodes:
+    """Gives each warning when it begins to hold, and again only after it has been clear for
+    `WINDOW` steps."""
+
+    def __init__(self) -> None:
+        self._quiet: dict[str, int] = {}  # steps for which a kind of warning is not repeated
+
+    def new(self, found: Mapping[str, str]) -> list[str]:
+        """Of a step's warnings by kind, those to give now."""
+        new = [text for kind, text in found.items() if kind not in self._quiet]
+        self._quiet = {kind: left - 1 for kind, left in self._quiet.items() if left > 1}
+        self._quiet |= dict.fromkeys(found, WINDOW)
+        return new
+
+
 class Watch:
-    """Follows a run: each warning is given when it begins to hold, and again only after it has
-    been clear for `WINDOW` steps.
+    """Follows a run and gives its warnings, each once an episode.
 
     Trends compare the mean of the last `WINDOW` steps with that of the first `WINDOW`: entropy
     below `ENTROPY_LEFT` of its beginning, and length above `LENGTH_GROWTH` times it, each only
@@ -199,22 +208,17 @@ class Watch:
         reward_names: Sequence[str],
         mask_truncated: bool,
         history: Iterable[Mapping[str, float | None]] = (),
+        cut_tail: float = 1.0,
     ) -> None:
         """``history``: rows of the steps before a resume (``Run.history``), so that trends keep
-        their beginning."""
+        their beginning. For the others see ``diagnose``."""
         self._names = list(reward_names)
         self._mask_truncated = mask_truncated
-        self._quiet: dict[str, int] = {}  # steps for which a kind of warning is not repeated
+        self._cut_tail = cut_tail
+        self._episodes = Episodes()
         self._explained = False
-        self._trends = {
-            name: _Trend()
-            for name in (
-                "reward",
-                "entropy",
-                "completions/mean_length",
-                "sampling/sampling_logp_difference/mean",
-            )
-        }
+        names = ("reward", "entropy", "completions/mean_length", LOGP_GAP)
+        self._trends = {name: _Trend() for name in names}
         for row in history:
             self._explained = self._explained or "loss" in row
             self._follow(row)
@@ -222,12 +226,8 @@ class Watch:
     def step(self, groups: Sequence[Group], metrics: Mapping[str, float]) -> list[str]:
         """Warnings that are new after a step; ``metrics`` are the step's own, updates included."""
         self._follow(metrics)
-        gap = metrics.get("sampling/sampling_logp_difference/mean")
-        found = _findings(groups, self._names, self._mask_truncated, gap) | self._drifts()
-        new = [text for kind, text in found.items() if kind not in self._quiet]
-        self._quiet = {kind: left - 1 for kind, left in self._quiet.items() if left > 1}
-        self._quiet |= dict.fromkeys(found, WINDOW)
-        return new
+        found = _findings(groups, self._names, self._mask_truncated, self._cut_tail)
+        return self._episodes.new(found | self._drifts())
 
     def _follow(self, row: Mapping[str, float | None]) -> None:
         for name, trend in self._trends.items():

@@ -19,6 +19,10 @@ from rlsloth.records import Group, LossStats, Rollout, StepStats
 NAN = float("nan")
 Floats = NDArray[np.float64]
 
+LOGP_GAP = "sampling/sampling_logp_difference/mean"
+"""Mean |trainer - sampling log-prob| per trained token, in nats; the trainer before a step's first
+update."""
+
 ZERO_STD = 1e-8
 """A group's rewards count as equal when their standard deviation is at most this (torch.isclose's
 own)."""
@@ -181,7 +185,7 @@ def _one_update(update: UpdateFigures, loss_name: str, beta: float) -> dict[str,
         "policy_loss": stats.policy / update.normalizer if update.normalizer else NAN,
         "entropy": update.entropy / trained,
         "importance_ratio/mean": stats.ratio / trained,
-        "sampling/sampling_logp_difference/mean": update.logp_gap / trained,
+        LOGP_GAP: update.logp_gap / trained,
         "sampling/importance_sampling_ratio/mean": stats.correction / trained,
         "sampling/corrected_ratio": stats.corrected / trained,
         "grad_norm": update.step.grad_norm,

@@ -11,7 +11,7 @@ import queue
 import time
 from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 
@@ -51,6 +51,8 @@ class Scorer:
         for worker in self._workers:
             self._idle.put(worker)
         self._threads = ThreadPoolExecutor(cfg.workers, thread_name_prefix="scorer")
+        self._submitted: dict[int, tuple[Group, list[Future[Outcome]]]] = {}
+        """By identity, which the group held here keeps from being given to another."""
 
     def wait_ready(self) -> None:
         """Wait until the workers have imported the rewards; for use before the first ``score``.
@@ -77,18 +79,26 @@ class Scorer:
             for reward in range(len(self.names)):
                 self._score(Group(prompt, [], [_empty_rollout()]), reward, 0)
 
+    def submit(self, group: Group, *, step: int = 0) -> None:
+        """Begin to score a complete group in the background, for a ``score`` of it to come."""
+        jobs = [self._threads.submit(self._score, group, r, step) for r in range(len(self.names))]
+        self._submitted[id(group)] = group, jobs
+
     def score(self, groups: Sequence[Group], *, step: int = 0) -> ScoringReport:
         """Fill ``scores`` and ``reward`` of every rollout. ``step`` is trainer_state.global_step.
+
+        Groups that were submitted before are not scored again.
 
         Raises:
             UserError: a reward cannot be imported or raised UserError itself; a column is missing,
                 has the name of an argument, or cannot be written as JSON.
         """
-        jobs = [(group, reward) for group in groups for reward in range(len(self.names))]
-        outcomes = list(self._threads.map(lambda job: self._score(job[0], job[1], step), jobs))
-        width = len(self.names)
-        by_group = [outcomes[i : i + width] for i in range(0, len(outcomes), width)]
-        report = assign_scores(groups, self.names, by_group)
+        for group in groups:
+            if id(group) not in self._submitted:
+                self.submit(group, step=step)
+        jobs = [self._submitted.pop(id(group))[1] for group in groups]
+        outcomes = [[job.result() for job in of_group] for of_group in jobs]
+        report = assign_scores(groups, self.names, outcomes)
         for group in groups:
             for rollout in group.rollouts:
                 rollout.reward = self._weighted_sum(rollout)

@@ -40,7 +40,8 @@ class Linears:
 
     def left(self, dtype: torch.dtype) -> list[str]:
         """Why training leaves some of them to their own forward; empty if it leaves none."""
-        found = (self._read(name, dtype, training=True) for name in self._names)
+        found = [self._read(name, dtype, training=True) for name in self._names]
+        self._kept.clear()  # before the first forward an engine may move the weights
         return [reason for reason in found if isinstance(reason, str)]
 
     def _read(self, name: str, dtype: torch.dtype, training: bool) -> LoraLinear | str:

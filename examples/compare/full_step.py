@@ -1,0 +1,195 @@
+"""Whole GRPO steps of one trainer: seconds by phase, memory, tokens. One process, one trainer.
+
+    python examples/compare/full_step.py --trainer rlsloth --model DIR --precision nf4 --json OUT
+    python examples/compare/full_step.py --trainer unsloth --model DIR --precision nf4 --json OUT
+    python examples/compare/full_step.py --trainer trl --model DIR --precision bf16 --json OUT
+
+Work: --prompts prompts of exactly --prompt-tokens tokens, --group completions each of exactly
+--new-tokens tokens (no token ends one), a reward that is never equal within a group, LoRA on all
+linear layers, one update by AdamW in 8 bits. The same prompts and bytes of key-value cache for all.
+The first step warms up. --sleep gives the cache's memory back while the model trains.
+
+What cannot be made equal:
+- TRL trains in bf16 only here: it hands vLLM 4-bit codes of a merged adapter without their scales.
+  Its cache is bf16: it has no setting for that. It samples from a second copy of the weights, and
+  vLLM computes 4096 prompt tokens at a time (with the others about 8192).
+- A micro-batch is --micro-tokens of stream in rlsloth, whose completions share a prompt in it, and
+  as many whole rows as fit that number in TRL and Unsloth, which repeat the prompt in each.
+- Unsloth keeps checkpointed activations in the host's memory, the others on the device.
+- rlsloth calls rewards in worker processes while it still samples, the others afterwards.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from measure import GIB, Meter, machine, need, need_gpu, set_environment
+from work import LEARNING_RATE, completions, context, texts
+
+REWARD = Path(__file__).parent / "reward.py"
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    set_environment()
+    need("torch", "transformers", "psutil")
+    if args.trainer == "rlsloth":
+        need("rlsloth", *(["vllm"] if args.engine == "vllm" else []))
+        if args.engine == "vllm":
+            need_gpu("--engine vllm")
+        meter = rlsloth(args)
+    else:
+        import peers
+
+        meter = peers.unsloth(args) if args.trainer == "unsloth" else peers.trl(args)
+    meter.close()
+    result = {
+        "trainer": args.trainer,
+        "settings": {name: str(value) for name, value in vars(args).items() if name != "json"},
+        "machine": machine(),
+        "first_step_done_s": meter.first_step_done_s,
+        "steps": meter.steps,
+    }
+    print(json.dumps(result, indent=1))
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=1))
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--trainer", choices=["rlsloth", "unsloth", "trl"], required=True)
+    add("--model", required=True, help="a folder (make_model.py writes one)")
+    add("--precision", choices=["nf4", "bf16"], default="nf4")
+    add("--prompts", type=int, default=64)
+    add("--group", type=int, default=8)
+    add("--prompt-tokens", type=int, default=256)
+    add("--new-tokens", type=int, default=1024)
+    add("--steps", type=int, default=3, help="measured ones, after one that warms up")
+    add("--rank", type=int, default=16)
+    add("--micro-tokens", type=int, default=20480, help="trained on at once, by any trainer")
+    add("--kv-gb", type=float, default=20.0, help="GiB of the key-value cache")
+    add("--kv-cache", choices=["fp8", "auto"], default="fp8", help="its type; auto: the model's")
+    add("--sleep", action=argparse.BooleanOptionalAction, default=False)
+    add("--gradient-checkpointing", action=argparse.BooleanOptionalAction, default=True)
+    add("--engine", choices=["vllm", "transformers"], default="vllm", help="rlsloth only")
+    add("--json", type=Path, help="also write the result here")
+    args = parser.parse_args(argv)
+    if not Path(args.model).is_dir():
+        sys.exit(f"--model {args.model}: no such folder; make_model.py writes one")
+    if args.trainer != "rlsloth" and args.engine != "vllm":
+        sys.exit("--engine is for --trainer rlsloth: the others sample with vLLM here")
+    if args.trainer == "trl" and args.precision != "bf16":
+        sys.exit("--trainer trl: pass --precision bf16 (the head of this file says why)")
+    if args.sleep and args.engine != "vllm":
+        sys.exit("--sleep: only --engine vllm has a cache to give back")
+    if args.trainer == "trl" or args.engine == "transformers":
+        args.kv_cache = "auto"  # they have no setting for that
+    return args
+
+
+def rlsloth(args: argparse.Namespace) -> Meter:
+    """`rlsloth grpo`, with the meter in its parts."""
+    from transformers import AutoTokenizer
+
+    from rlsloth import grpo
+    from rlsloth.records import UserError
+
+    rows = [{"prompt": text} for text in texts(AutoTokenizer.from_pretrained(args.model), args)]
+    meter = Meter()
+    hook(args, meter)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            data = Path(folder) / "prompts.jsonl"
+            data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            grpo.train(config(args, data, Path(folder) / "run"))
+    except UserError as error:
+        sys.exit(f"rlsloth: {error}")
+    return meter
+
+
+def config(args: argparse.Namespace, data: Path, folder: Path) -> Any:
+    """The work in rlsloth's terms."""
+    from rlsloth.config import GrpoConfig
+
+    return GrpoConfig.model_validate(
+        {
+            "steps": 1 + args.steps,
+            "prompts_per_step": args.prompts,
+            "group_size": args.group,
+            "tokens_per_microbatch": args.micro_tokens,
+            "rewards": [f"{REWARD}:checksum"],
+            "model": {
+                "path": args.model,
+                "precision": args.precision,
+                "max_context": context(args),
+                "gradient_checkpointing": args.gradient_checkpointing,
+            },
+            "lora": {"rank": args.rank, "alpha": 2 * args.rank},
+            "env": {"train": str(data), "heldout": 0},
+            "rollout": {
+                "engine": args.engine,
+                "max_tokens": args.new_tokens,
+                "max_sequences": completions(args),
+                "kv_cache": args.kv_cache,
+            },
+            "optim": {"lr": LEARNING_RATE},
+            "eval": {"at_start": False, "at_end": False},
+            "run": {"dir": folder, "show_samples": 0},
+        }
+    )
+
+
+def hook(args: argparse.Namespace, meter: Meter) -> None:
+    """Time the parts of a step, and fix what no setting fixes."""
+    from rlsloth import assembly, engines
+    from rlsloth.run.run import Run
+    from rlsloth.scoring.scorer import Scorer
+
+    # No token ends a completion.
+    engines.TransformersEngine = with_fixed(engines.TransformersEngine, stop_ids=())
+    size = int(args.kv_gb * GIB)
+    engines.VllmEngine = with_fixed(engines.VllmEngine, stop_ids=(), kv_bytes=size)
+    open_engine, collect, steps = assembly.open_engine, assembly.Assembly.collect, Run.steps
+
+    def opened(*positional: Any, **named: Any) -> Any:
+        engine: Any = open_engine(*positional, **named)
+        engine.load = meter.timed("hand-over", engine.load)
+        if not args.sleep:
+            engine.release = lambda: None
+        return engine
+
+    def counted(parts: Any, *positional: Any, **named: Any) -> Any:
+        with meter.phase("rollout"):
+            groups = collect(parts, *positional, **named)
+        for group in groups:
+            for rollout in group.rollouts:
+                meter.count(len(group.prompt_ids), rollout.length)
+        return groups
+
+    def metered(run: Run, first: int, total: int) -> Iterator[int]:
+        meter.begin()
+        for step in steps(run, first, total):
+            yield step
+            meter.step_done()
+
+    assembly.open_engine = opened
+    assembly.Assembly.collect = counted
+    assembly.Assembly.save = lambda *_: None  # no trainer saves here
+    Scorer.score = meter.timed("reward", Scorer.score)
+    Run.steps = metered
+
+
+def with_fixed(make: Callable[..., Any], **fixed: Any) -> Callable[..., Any]:
+    """The same with some of its arguments decided."""
+    return lambda *positional, **named: make(*positional, **named | fixed)
+
+
+if __name__ == "__main__":
+    main()

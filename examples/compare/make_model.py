@@ -1,0 +1,179 @@
+"""A model folder with random weights in a real shape, for timing where no weights are at hand.
+
+    python examples/compare/make_model.py --tokenizer FOLDER_OR_GGUF --out DIR
+    python examples/compare/make_model.py --tokenizer FOLDER_OR_GGUF --out DIR --shape tiny
+    python examples/compare/make_model.py --unpack SmolLM2-135M-Instruct.Q4_1.gguf --out DIR
+
+Weights are bf16, normal with a standard deviation of 0.02, norms 1; trainers quantise them as they
+load. They are made on the GPU where there is one. The tokenizer may know fewer tokens than the
+shape has: what is sampled need not be text. --unpack writes the weights and the tokenizer of a GGUF
+file in bf16 instead, for trainers that read folders only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from measure import need, set_environment
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "qwen3-8b": {
+        "vocab_size": 151936,
+        "hidden_size": 4096,
+        "intermediate_size": 12288,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+    },
+    # To try the scripts out without a GPU.
+    "tiny": {
+        "vocab_size": 49152,
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+    },
+}
+COMMON = {
+    "max_position_embeddings": 40960,
+    "rms_norm_eps": 1e-6,
+    "rope_parameters": {"rope_theta": 1e6, "rope_type": "default"},
+    "tie_word_embeddings": False,
+}
+STD = 0.02
+SHARD_BYTES = 2 * 2**30
+WRITERS = 4
+"""Shards made and written at the same time."""
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--shape", choices=SHAPES, default="qwen3-8b")
+    parser.add_argument("--layers", type=int, help="fewer than the shape has, to save time")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, required=True)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--tokenizer", help="a folder or a GGUF file")
+    source.add_argument("--unpack", help="a GGUF file to write as a folder")
+    args = parser.parse_args(argv)
+    set_environment()
+    need("torch", "transformers", "safetensors", "rlsloth")
+    from rlsloth.records import UserError
+
+    start = time.perf_counter()
+    args.out.mkdir(parents=True, exist_ok=True)
+    try:
+        count = unpack(args) if args.unpack else make(args)
+    except UserError as error:
+        sys.exit(str(error))
+    print(f"{count / 1e9:.2f}e9 weights in {args.out}, {time.perf_counter() - start:.0f} s")
+
+
+def unpack(args: argparse.Namespace) -> int:
+    """Write a GGUF file as a folder; the number of its weights."""
+    from rlsloth.config import ModelConfig
+    from rlsloth.policy.load import load_model
+
+    loaded = load_model(ModelConfig(path=args.unpack, precision="bf16", device="cpu"))
+    model = loaded.model
+    model.hf_quantizer = None  # the weights are unpacked, but some releases refuse to save them
+    model.save_pretrained(args.out)
+    loaded.tokenizer.save_pretrained(args.out)
+    return sum(p.numel() for p in model.parameters())
+
+
+def make(args: argparse.Namespace) -> int:
+    """Write configuration, tokenizer and random weights; the number of weights."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+    tokenizer = read_tokenizer(args.tokenizer)
+    ids = {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    shape = SHAPES[args.shape] | ({"num_hidden_layers": args.layers} if args.layers else {})
+    config = AutoConfig.for_model("qwen3", **shape, **COMMON, **ids)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    config.architectures = [type(model).__name__]
+    config.dtype = torch.bfloat16
+    config.save_pretrained(args.out)
+    GenerationConfig(**ids).save_pretrained(args.out)
+    tokenizer.save_pretrained(args.out)
+    return write_weights(model.state_dict(), args.out, args.seed)
+
+
+def read_tokenizer(path: str) -> Any:
+    """From a folder or a GGUF file. Pad and end differ: Unsloth adds a token where they do not."""
+    from transformers import AutoTokenizer
+
+    from rlsloth.policy.gguf_tokenizer import restore_pretokenizer
+
+    file = Path(path)
+    if not file.exists():
+        sys.exit(f"--tokenizer {path}: no such folder or file")
+    if file.is_dir():
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
+        restore_pretokenizer(tokenizer, file)
+    if tokenizer.pad_token in (None, tokenizer.eos_token):
+        others = [t for t in tokenizer.all_special_tokens if t != tokenizer.eos_token]
+        tokenizer.pad_token = others[-1] if others else tokenizer.eos_token
+    return tokenizer
+
+
+def write_weights(tensors: dict[str, Any], folder: Path, seed: int) -> int:
+    """Random values in the shapes of ``tensors``, as numbered safetensors files and their index."""
+    import torch
+    from safetensors.torch import save_file
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    shards = cut(tensors)
+    names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+
+    def write(i: int) -> None:
+        generator = torch.Generator(device).manual_seed(seed * len(shards) + i)
+        made = {}
+        for name in shards[i]:
+            value = torch.ones(tensors[name].shape, dtype=torch.bfloat16, device=device)
+            if value.dim() > 1:
+                value.normal_(0, STD, generator=generator)
+            made[name] = value.cpu()
+        save_file(made, folder / names[i], metadata={"format": "pt"})
+
+    with ThreadPoolExecutor(WRITERS) as pool:
+        list(pool.map(write, range(len(shards))))
+    total = sum(t.numel() for t in tensors.values())
+    where = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
+    index = {"metadata": {"total_size": 2 * total}, "weight_map": where}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+    return total
+
+
+def cut(tensors: dict[str, Any]) -> list[list[str]]:
+    """Names in groups of at most SHARD_BYTES, or of one tensor."""
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name, tensor in tensors.items():
+        if shards[-1] and size + 2 * tensor.numel() > SHARD_BYTES:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += 2 * tensor.numel()
+    return shards
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""What a run says and does when sampler and trainer disagree."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+
+from rlsloth.config import GrpoConfig
+from rlsloth.records import UserError
+from rlsloth.run.diagnosis import WINDOW
+from rlsloth.run.gap import GapGuard
+from rlsloth.run.metrics import LOGP_GAP
+
+
+class FakeRun:
+    """Remembers warnings; has the history it is given."""
+
+    def __init__(self, *gaps: float | None) -> None:
+        self.rows = [{"step": 0, "eval_avg@8": 0.5}]
+        self.rows += [{"step": step, LOGP_GAP: gap} for step, gap in enumerate(gaps, 1)]
+        self.warned: list[str] = []
+
+    def history(self) -> list[dict[str, Any]]:
+        return self.rows
+
+    def warn(self, text: str) -> None:
+        self.warned.append(text)
+
+
+def make(action: str, run: FakeRun, kv_cache: str = "auto") -> GapGuard:
+    cfg = GrpoConfig.model_validate(
+        {
+            "loss": {"gap_action": action, "gap_limit": 0.1},
+            "rollout": {"kv_cache": kv_cache, "engine": "auto"},
+        }
+    )
+    return GapGuard(cfg, run)
+
+
+@pytest.mark.parametrize("gap", [0.1, math.nan, None])
+@pytest.mark.parametrize("action", ["warn", "correct", "stop"])
+def test_a_gap_within_the_limit_or_unknown_is_left_alone(action, gap):
+    run = FakeRun(0.05, None)
+    guard = make(action, run)
+    guard.check(3, gap)
+    assert guard.cfg.loss.correction == "none"
+    assert not run.warned
+
+
+def test_a_warning_is_given_once_an_episode():
+    run = FakeRun(0.3)  # what was said before a resume is not said again
+    guard = make("warn", run)
+    for step in range(2, 6):
+        guard.check(step, 0.2)
+    assert run.warned == [
+        "step 2: trainer and sampler disagree by 0.2 nats a token (above --loss.gap-limit 0.1): "
+        "the rollouts are not quite the policy's own"
+    ]
+    for step in range(6, 6 + WINDOW):
+        guard.check(step, 0.01)
+    guard.check(99, 0.4)
+    assert len(run.warned) == 2
+
+
+def test_a_correction_stays_on_and_is_said_once():
+    run = FakeRun()
+    guard = make("correct", run)
+    for step, gap in enumerate([0.05, 0.25, 0.3, 0.01], 1):
+        before = guard.cfg.loss.correction
+        guard.check(step, gap)
+        assert before == ("token_truncate" if step > 2 else "none")
+    (text,) = run.warned
+    assert text.startswith("step 2: trainer and sampler disagree by 0.25 nats")
+    assert text.endswith("at most 3")
+    assert guard.cfg.loss.correction == "token_truncate"
+
+
+def test_a_resumed_run_stays_corrected():
+    run = FakeRun(0.01, 0.2, 0.01)
+    assert make("correct", run).cfg.loss.correction == "token_truncate"
+    assert [text[:7] for text in run.warned] == ["step 2:"]
+
+
+def test_a_stop_names_gap_limit_and_way_out():
+    guard = make("stop", FakeRun(0.5))  # of a time when the run was told to go on
+    with pytest.raises(UserError, match=r"^step 4: .* 0\.2 nats .* 0\.1\): .*--run\.resume$"):
+        guard.check(4, 0.2)
+
+
+def test_an_8_bit_cache_is_named_as_the_cause():
+    run = FakeRun()
+    make("warn", run, "fp8").check(1, 0.2)
+    make("correct", run, "fp8_per_token_head").check(1, 0.2)
+    assert ["; --rollout.kv-cache auto narrows it)" in text for text in run.warned] == [True] * 2
+    with pytest.raises(UserError, match=r"--rollout\.kv-cache auto"):
+        make("stop", run, "fp8").check(1, 0.2)
