@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import astuple, dataclass, replace
 from typing import Any
 
@@ -57,16 +58,17 @@ class Assembly:
     @classmethod
     def open(cls, cfg: GrpoConfig, stack: ExitStack, *, trains: bool = True) -> Assembly:
         """Make every part, the cheap ones that can refuse bad input first. Raises UserError."""
-        env = load_environment(cfg.env, cfg.seed)
-        rewards = cfg.rewards or list(env.default_rewards)
-        if not rewards:
-            raise UserError(
-                f"environment {env.name} brings no reward of its own: pass --rewards NAME "
-                "(see `rlsloth rewards list`)"
-            )
-        scorer = stack.enter_context(Scorer(rewards, cfg.reward))
-        reward_index(cfg, scorer.names)
-        scorer.wait_ready()
+        with _importing_libraries():
+            env = load_environment(cfg.env, cfg.seed)
+            rewards = cfg.rewards or list(env.default_rewards)
+            if not rewards:
+                raise UserError(
+                    f"environment {env.name} brings no reward of its own: pass --rewards NAME "
+                    "(see `rlsloth rewards list`)"
+                )
+            scorer = stack.enter_context(Scorer(rewards, cfg.reward))
+            reward_index(cfg, scorer.names)
+            scorer.wait_ready()
         scorer.check([*env.train, *env.heldout])
         run = stack.enter_context(Run.start(cfg))
         _refuse_changes(run)
@@ -248,6 +250,23 @@ class Assembly:
         device = self.policy.device
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
         return row | {"steps": self.cfg.steps, "seconds": round(seconds, 1), "device": name}
+
+
+@contextmanager
+def _importing_libraries() -> Iterator[None]:
+    """Import what loading needs, which takes about as long as the processes of environments and
+    rewards take to start."""
+
+    def run() -> None:
+        import peft  # noqa: F401
+        from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401
+
+    thread = threading.Thread(target=run, name="imports")
+    thread.start()
+    try:
+        yield
+    finally:
+        thread.join()
 
 
 def _refuse_changes(run: Run) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import json
 import os
 import sys
 import threading
@@ -134,6 +135,7 @@ class Meter:
         row |= {"seconds": sum(row.values()), "tokens": self._tokens}
         row |= {"prompt_tokens": self._prompt_tokens, "allocated_gib": _allocated() / GIB}
         self.steps.append(row | {"device_gib": self._used / GIB})
+        print(f"step {len(self.steps)} measured: {json.dumps(self.steps[-1])}", flush=True)
         if len(self.steps) == 1:
             self.first_step_done_s = since_start()
             # Not earlier: the first step may capture CUDA graphs, which other threads must not

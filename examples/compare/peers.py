@@ -60,6 +60,10 @@ def unsloth(args: argparse.Namespace) -> Meter:
         sys.exit(f"unsloth: {error}")
     need_gpu("unsloth")
     set_cache_size(args)
+    # Its empty stand-in for FlashInfer is taken for FlashInfer by vLLM's warm-up.
+    import vllm.model_executor.warmup.kernel_warmup as warmup
+
+    warmup.has_flashinfer = lambda: False
     from trl import GRPOConfig, GRPOTrainer
 
     # Its own choice: activations at layer borders wait in the host's memory.
