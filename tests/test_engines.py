@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 import torch
 from tiny import tiny_llama, tiny_tokenizer
 
+from rlsloth import engines
 from rlsloth.chat import Renderer
 from rlsloth.config import (
     EnvConfig,
@@ -27,7 +29,7 @@ from rlsloth.memory.shape import read_shape
 from rlsloth.memory.terms import GIB
 from rlsloth.policy.lora import add_adapter
 from rlsloth.policy.policy import Policy
-from rlsloth.records import SamplingParams, UserError
+from rlsloth.records import Completion, SamplingParams, UserError
 from rlsloth.rollout.engine import BASE_VERSION, Engine
 from rlsloth.rollout.transformers_engine import TransformersEngine
 from rlsloth.run.run import Run
@@ -92,6 +94,37 @@ def test_the_default_says_nothing_and_base_tokens_have_no_version(start) -> None
         base = engine.generate([[5]], 1, sampling)[0][0]
     assert base.policy_version == BASE_VERSION
     assert engine.generate([[5]], 1, sampling)[0][0].policy_version == engine.version == 0
+
+
+class Wrong(TransformersEngine):
+    """An engine in vLLM's place that samples from something else."""
+
+    closed = 0
+
+    def __init__(self, *parts: Any, kv_cache: str, kv_bytes: int, dtype: torch.dtype, **named: Any):
+        super().__init__(*parts, **named)
+
+    def generate(self, *args: Any, **named: Any) -> list[list[Completion]]:
+        groups = super().generate(*args, **named)
+        return [
+            [replace(c, logprobs=[x - 1.0 for x in c.logprobs]) for c in group] for group in groups
+        ]
+
+    def close(self) -> None:
+        Wrong.closed += 1
+
+
+def test_a_vllm_that_samples_otherwise_is_closed_and_replaced(start, monkeypatch) -> None:
+    monkeypatch.setattr(engines, "VllmEngine", Wrong)
+    monkeypatch.setattr(engines, "check_installed", lambda: None)
+    with pytest.raises(
+        UserError, match=r"vllm: sampling from .* \(1 nats a token"
+    ):
+        start("vllm")
+    engine, said = start("auto")
+    assert type(engine) is TransformersEngine
+    assert any("gives other log-probs" in line and "with transformers" in line for line in said)
+    assert Wrong.closed == 2
 
 
 # --- vLLM's cache --------------------------------------------------------------------------------

@@ -21,7 +21,6 @@ from rlsloth.config import LoraConfig, ModelConfig, OptimConfig
 from rlsloth.packing import pack
 from rlsloth.policy.policy import Policy
 from rlsloth.records import Completion, Group, Prompt, Rollout, SamplingParams, UserError
-from rlsloth.rollout import vllm_weights
 from rlsloth.rollout.vllm_engine import VllmEngine
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
@@ -252,6 +251,8 @@ def test_an_adapter_that_vllm_passes_over_is_refused(make, monkeypatch):
 def test_a_weight_that_vllm_is_not_given_is_an_error(make, monkeypatch, name):
     """A norm of its own, a layer's only weight, one of the three that a layer fuses."""
     policy = make()
+    from rlsloth.rollout import vllm_weights  # which imports vLLM
+
     real = vllm_weights.checkpoint
 
     def lacking(base: Any) -> dict[str, Tensor]:

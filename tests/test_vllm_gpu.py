@@ -1,0 +1,130 @@
+"""The vLLM engine on a CUDA GPU: graphs that see new adapters, memory given back, FP8 caches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from tiny import tiny_llama, tiny_tokenizer
+
+from rlsloth.config import LoraConfig, ModelConfig, OptimConfig
+from rlsloth.policy.policy import Policy
+from rlsloth.records import Adapter, Completion, SamplingParams
+from rlsloth.rollout.vllm_engine import VllmEngine
+
+pytest.importorskip("vllm")
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+]
+CACHE = 2 * 2**30
+PREFIXES = [list(range(3, 60)), list(range(5, 62)), list(range(9, 90))]
+SAMPLING = SamplingParams(24, seed=1)
+
+
+@pytest.fixture(scope="module", params=["bf16", "nf4"])
+def policy(request, tmp_path_factory) -> Policy:
+    folder = tmp_path_factory.mktemp("model")
+    tiny_llama(hidden=256, layers=4).bfloat16().save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    torch.manual_seed(0)
+    return Policy.load(
+        ModelConfig(path=str(folder), precision=request.param),
+        LoraConfig(rank=12),
+        OptimConfig(),
+        temperature=1.0,
+        total_updates=1,
+    )
+
+
+def start(policy: Policy, kv_cache: str = "auto") -> VllmEngine:
+    return VllmEngine(
+        policy.model,
+        policy.tokenizer,
+        stop_ids=[],
+        context=128,
+        max_sequences=300,
+        dtype=policy.dtype,
+        device=policy.device,
+        kv_cache=kv_cache,
+        kv_bytes=CACHE,
+    )
+
+
+@pytest.fixture(scope="module")
+def engine(policy) -> Iterator[VllmEngine]:
+    engine = start(policy)
+    engine.load(policy.adapter())
+    yield engine
+    engine.close()
+
+
+def changed(policy: Policy, version: int) -> Adapter:
+    """The policy's adapter, now another one."""
+    with torch.no_grad():
+        for name, p in policy.adapter().tensors.items():
+            if "lora_B" in name:
+                p.normal_(0, 0.05 * version)
+    return Adapter(version, policy.adapter().tensors)
+
+
+def gap(policy: Policy, groups: list[list[Completion]]) -> float:
+    own = [
+        policy.plain_logprobs(prefix, c.token_ids)
+        for prefix, group in zip(PREFIXES, groups, strict=True)
+        for c in group
+    ]
+    sampled = torch.tensor([x for group in groups for c in group for x in c.logprobs])
+    return float((sampled - torch.cat(own).cpu()).abs().mean())
+
+
+def used() -> int:
+    torch.cuda.synchronize()
+    free, total = torch.cuda.mem_get_info()
+    return total - free
+
+
+# First, before the fixture starts an engine: vLLM holds one at a time.
+@pytest.mark.parametrize("asleep", [True, False])
+def test_close_frees_everything(policy, asleep, capfd):
+    torch.cuda.empty_cache()
+    before = used()
+    engine = start(policy, "fp8")
+    engine.load(changed(policy, 1))
+    found = gap(policy, engine.generate(PREFIXES, 2, SAMPLING))
+    print(f"FP8 cache: mean |difference| {found:.4f}")
+    assert found < 0.2
+    if asleep:
+        engine.release()
+    engine.close()
+    assert used() - before < 2**29  # libraries' workspaces and loaded kernels stay
+    assert "CUDA Error" not in "".join(capfd.readouterr())
+
+
+@pytest.mark.parametrize("n", [1, 100])  # 3 rows, and more than NF4's product decodes by itself
+def test_graphs_see_each_adapter_and_the_base_stays(policy, engine, n):
+    before = {k: v.clone() for k, v in policy.model.state_dict().items() if ".lora_" not in k}
+    for version in (1, 2, 3):
+        engine.load(changed(policy, version))
+        groups = engine.generate(PREFIXES, n, SAMPLING)
+        found = gap(policy, groups)
+        print(f"version {version}, {3 * n} completions: mean |difference| {found:.4f}")
+        assert found < 0.05
+        assert {c.policy_version for group in groups for c in group} == {version}
+    with engine.base_model(), policy.base_model():
+        assert gap(policy, engine.generate(PREFIXES, n, SAMPLING)) < 0.05
+    after = policy.model.state_dict()
+    assert all(torch.equal(after[k], v) for k, v in before.items())
+
+
+def test_only_the_cache_gives_way(policy, engine):
+    engine.load(changed(policy, 1))
+    wanted = engine.generate(PREFIXES, 2, SAMPLING)
+    torch.cuda.empty_cache()
+    awake = used()
+    engine.release()
+    assert 0.95 * CACHE < awake - used() < 1.05 * CACHE
+    engine.release()  # again, nothing
+    assert engine.generate(PREFIXES, 2, SAMPLING) == wanted
+    assert used() > awake - 2**26
