@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import astuple, dataclass, replace
 from typing import Any
 
@@ -258,15 +258,14 @@ def _importing_libraries() -> Iterator[None]:
     rewards take to start."""
 
     def run() -> None:
-        import peft  # noqa: F401
-        from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401
+        with suppress(Exception):  # it comes again where it is imported in earnest
+            import peft  # noqa: F401
+            from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401
 
     thread = threading.Thread(target=run, name="imports")
     thread.start()
-    try:
-        yield
-    finally:
-        thread.join()
+    yield
+    thread.join()  # not beside other imports; bad input does not wait for it
 
 
 def _refuse_changes(run: Run) -> None:

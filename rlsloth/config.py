@@ -155,7 +155,8 @@ class RolloutConfig(Section):
     loss.gap_limit watches."""
     overlap: bool = False
     """Sample each step's rollouts while the update before runs (vllm only): faster, with policies
-    one update old, which loss.correction makes up for. The key-value cache then stays in memory."""
+    one update old, which loss.correction makes up for. The key-value cache then stays in memory,
+    and on a CPU dropout depends on timing."""
     cut_tail: float = Field(1.0, gt=0, le=1)
     """Once this share of a step's training completions has finished, the rest is cut where it is
     and counts as truncated; 1 cuts none. Short answers are favoured: pair it with

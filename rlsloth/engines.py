@@ -9,18 +9,19 @@ import torch
 from rlsloth.chat import Renderer
 from rlsloth.config import GrpoConfig
 from rlsloth.memory.asked import sequences_at_once
+from rlsloth.memory.oom import advise
 from rlsloth.memory.plan import make_plan
 from rlsloth.memory.rollout_vllm import completion_bytes, fit_cache
 from rlsloth.memory.shape import read_shape
-from rlsloth.memory.terms import GIB, Cache
+from rlsloth.memory.terms import GIB, Cache, Phase
 from rlsloth.planning_report import describe
 from rlsloth.policy.policy import Policy
-from rlsloth.probe import probe
+from rlsloth.probe import PROMPT_TOKENS, SAMPLED_TOKENS, probe
 from rlsloth.records import UserError
 from rlsloth.rollout.engine import Engine
 from rlsloth.rollout.transformers_engine import TransformersEngine
-from rlsloth.rollout.vllm_engine import VllmEngine
-from rlsloth.rollout.vllm_start import check_installed
+from rlsloth.rollout.vllm_engine import VllmEngine, check_temperature
+from rlsloth.rollout.vllm_start import check_installed, free_memory
 from rlsloth.run.run import Run
 
 CPU_CACHE = 2 * GIB
@@ -39,16 +40,16 @@ def open_engine(
         UserError: vllm was asked for by name and cannot sample from this policy, or packed training
             does not support it.
     """
-    asked = cfg.rollout.engine
-    if asked != "transformers":
+    if cfg.rollout.engine != "transformers":
         try:
             return _open_vllm(cfg, policy, renderer, run, stack, context)
         except UserError as error:
-            if asked == "vllm":
+            if cfg.rollout.engine == "vllm":
                 raise UserError(f"--rollout.engine vllm: {error}") from error
             if cfg.rollout.overlap:
                 raise UserError(f"--rollout.overlap needs vLLM: {error}") from error
             run.say(f"{error}; sampling with transformers")
+        free_memory()  # what the failed engine had, which the error has kept until here
     engine = TransformersEngine(
         policy.model,
         policy.tokenizer,
@@ -59,7 +60,8 @@ def open_engine(
         device=policy.device,
         cuda_graphs=cfg.rollout.cuda_graphs,
     )
-    probe(policy, engine)
+    with advise("rollout", policy.model):
+        probe(policy, engine)
     return engine
 
 
@@ -67,6 +69,9 @@ def _open_vllm(
     cfg: GrpoConfig, policy: Policy, renderer: Renderer, run: Run, stack: ExitStack, context: int
 ) -> VllmEngine:
     check_installed()
+    for temperature in (cfg.rollout.temperature, cfg.eval.temperature):
+        check_temperature(temperature)
+    context = max(context, PROMPT_TOKENS + SAMPLED_TOKENS)
     cache = size_cache(cfg, policy, context)
     engine = VllmEngine(
         policy.model,
@@ -80,9 +85,10 @@ def _open_vllm(
         kv_bytes=cache.size,
     )
     try:
-        engine.load(policy.adapter())
-        probe(policy, engine, kv_cache=cfg.rollout.kv_cache)
-    except UserError:
+        with advise("rollout", policy.model):
+            engine.load(policy.adapter())
+            probe(policy, engine, kv_cache=cfg.rollout.kv_cache)
+    except BaseException:
         engine.close()
         raise
     stack.callback(engine.close)
@@ -107,11 +113,13 @@ def size_cache(cfg: GrpoConfig, policy: Policy, context: int) -> Cache:
     plan = make_plan(shape, cfg, "vllm", longest_prompt, total, context=context, free=free)
     assert plan.cache is not None  # of a plan with vLLM
     if plan.cache.holds == 0:
-        beside = plan.peak("rollout", to_come=True) - plan.cache.size
+        phases: tuple[Phase, ...] = ("rollout", "update") if cfg.rollout.overlap else ("rollout",)
+        beside = max(plan.peak(phase, to_come=True) for phase in phases) - plan.cache.size
         raise UserError(
             f"of the GPU's {total / GIB:.1f} GiB {free / GIB:.1f} are free beside the model, but "
             f"sampling needs {beside / GIB:.1f} and {plan.cache.size / GIB:.2f} for one completion "
             f"of {context} tokens: lower --rollout.max-tokens or --rollout.max-sequences, pass "
+            f"{'--rollout.overlap false, ' if cfg.rollout.overlap else ''}"
             "--model.precision nf4, or --rollout.engine transformers"
         )
     return plan.cache

@@ -103,7 +103,7 @@ def update(policy: Policy, batch: PackedBatch, cfg: GrpoConfig) -> list[UpdateFi
     either.
     """
     norm = normalizer(batch, cfg.loss, max_tokens=cfg.rollout.max_tokens)
-    _check_version(batch, policy.version, cfg.rollout.overlap)
+    _check_version(batch, policy.version, cfg)
     if not batch.microbatches:  # every gradient is zero by construction
         return [
             UpdateFigures(0.0, norm, LossStats(), 0.0, 0.0, 0.0, batch.scored_tokens, policy.idle())
@@ -153,12 +153,13 @@ def update(policy: Policy, batch: PackedBatch, cfg: GrpoConfig) -> list[UpdateFi
     return figures
 
 
-def _check_version(batch: PackedBatch, version: int, overlap: bool) -> None:
+def _check_version(batch: PackedBatch, version: int, cfg: GrpoConfig) -> None:
     """The ratio counts as exactly 1, which holds only for tokens of the very policy that is
-    updated; overlapped rollouts are one update older, and corrected for it."""
-    known = {version, version - 1} if overlap else {version}
+    updated; overlapped rollouts are one step older, and corrected for it."""
+    late = cfg.updates_per_rollout if cfg.rollout.overlap else 0
+    known = range(version - late, version + 1)
     for micro in batch.microbatches:
-        if stale := sorted(set(micro.policy_version.tolist()) - known):
+        if stale := sorted(v for v in set(micro.policy_version.tolist()) if v not in known):
             raise RuntimeError(f"rollouts of policy version {stale} met an update of {version}")
 
 

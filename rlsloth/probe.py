@@ -50,7 +50,7 @@ def probe(policy: Policy, engine: Engine, *, kv_cache: str = "auto") -> None:
         micro = to_device(batch.microbatches[0], policy.device)
         packed = policy.eval_logprobs(micro).cpu()
         own = torch.cat([policy.plain_logprobs(prompt, c.token_ids) for c in completions])
-    except UserError:
+    except (UserError, torch.OutOfMemoryError):
         raise
     except Exception as error:
         raise UserError(

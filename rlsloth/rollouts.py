@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 
@@ -41,9 +42,12 @@ class Rollouts:
             self._parts.engine.release()
             yield
             return
-        job = self._pool.submit(self._sample_on_a_stream, step + 1)
+        job = self._pool.submit(self._sample_on_a_stream, step + 1, self._event())
         try:
             yield
+        except BaseException:
+            self._parts.engine.interrupt()
+            raise
         finally:
             job.exception()  # whatever happens to the update, the engine must have come to rest
         with advise("rollout", self._parts.policy.model):
@@ -60,13 +64,18 @@ class Rollouts:
         sampling = parts.sampling("rollout", step)
         return parts.collect(prompts, parts.cfg.group_size, sampling, step=step)
 
-    def _sample_on_a_stream(self, step: int) -> list[Group]:
-        device = self._parts.policy.device
-        if device.type != "cuda":
+    def _event(self) -> Any:
+        """Until which the update's stream has work that sampling needs: the adapter."""
+        on_gpu = self._parts.policy.device.type == "cuda"
+        return torch.cuda.current_stream().record_event() if on_gpu else None
+
+    def _sample_on_a_stream(self, step: int, event: Any) -> list[Group]:
+        if event is None:
             return self._sample(step)
+        device = self._parts.policy.device
         # Decoding waits for each of its small kernels; the update's need not be on time.
         stream = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.default_stream(device))  # for the adapter
+        stream.wait_event(event)
         with torch.cuda.stream(stream):
             groups = self._sample(step)
             stream.synchronize()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
@@ -29,7 +30,9 @@ from rlsloth.memory.shape import read_shape
 from rlsloth.memory.terms import GIB
 from rlsloth.policy.lora import add_adapter
 from rlsloth.policy.policy import Policy
+from rlsloth.probe import PROMPT_TOKENS, SAMPLED_TOKENS
 from rlsloth.records import Completion, SamplingParams, UserError
+from rlsloth.rollout import vllm_start
 from rlsloth.rollout.engine import BASE_VERSION, Engine
 from rlsloth.rollout.transformers_engine import TransformersEngine
 from rlsloth.run.run import Run
@@ -52,7 +55,7 @@ def start(
     tiny_tokenizer().save_pretrained(tmp_path / "model")
     said: list[str] = []
 
-    def start(name: str) -> tuple[Engine, list[str]]:
+    def start(name: str, context: int = 64, **changes: Any) -> tuple[Engine, list[str]]:
         policy = Policy.load(
             ModelConfig(path=str(tmp_path / "model"), device="cpu"),
             LoraConfig(rank=2),
@@ -63,11 +66,11 @@ def start(
         renderer = Renderer(policy.tokenizer, EnvConfig())
         with ExitStack() as stack:
             config = GrpoConfig.model_validate(
-                {"run": {"dir": str(tmp_path / "run")}, "rollout": {"engine": name}}
+                {"run": {"dir": str(tmp_path / "run")}, "rollout": {"engine": name}, **changes}
             )
             run = stack.enter_context(Run.start(config))
             monkeypatch.setattr(run, "say", said.append)
-            return open_engine(config, policy, renderer, run, stack, context=64), said
+            return open_engine(config, policy, renderer, run, stack, context=context), said
 
     return start
 
@@ -96,12 +99,37 @@ def test_the_default_says_nothing_and_base_tokens_have_no_version(start) -> None
     assert engine.generate([[5]], 1, sampling)[0][0].policy_version == engine.version == 0
 
 
+def test_a_vllm_that_cannot_be_imported_is_replaced(start, monkeypatch) -> None:
+    monkeypatch.setattr(engines, "check_installed", lambda: None)
+    monkeypatch.setattr(vllm_start, "check_installed", lambda: None)
+    monkeypatch.setitem(sys.modules, "vllm", None)  # importing it is an ImportError now
+    engine, said = start("auto")
+    assert type(engine) is TransformersEngine
+    assert any("vLLM does not start with LlamaForCausalLM: import of vllm" in x for x in said)
+
+
+def test_another_gpu_than_the_first_is_refused(monkeypatch) -> None:
+    monkeypatch.setattr(vllm_start, "check_installed", lambda: None)
+    with pytest.raises(UserError, match=r"instead of --model\.device cuda:1 set CUDA_"):
+        vllm_start.start_vllm(
+            None, None, context=8, max_sequences=1, dtype=torch.bfloat16,
+            device=torch.device("cuda:1"), kv_cache="auto", kv_bytes=1,
+        )  # fmt: skip
+
+
+def test_temperatures_of_evaluations_are_checked_at_the_start(start, monkeypatch) -> None:
+    monkeypatch.setattr(engines, "check_installed", lambda: None)
+    with pytest.raises(UserError, match="no temperature between 0 and"):
+        start("vllm", eval={"temperature": 0.005})
+
+
 class Wrong(TransformersEngine):
     """An engine in vLLM's place that samples from something else."""
 
     closed = 0
 
     def __init__(self, *parts: Any, kv_cache: str, kv_bytes: int, dtype: torch.dtype, **named: Any):
+        assert named["context"] >= PROMPT_TOKENS + SAMPLED_TOKENS
         super().__init__(*parts, **named)
 
     def generate(self, *args: Any, **named: Any) -> list[list[Completion]]:
@@ -117,11 +145,9 @@ class Wrong(TransformersEngine):
 def test_a_vllm_that_samples_otherwise_is_closed_and_replaced(start, monkeypatch) -> None:
     monkeypatch.setattr(engines, "VllmEngine", Wrong)
     monkeypatch.setattr(engines, "check_installed", lambda: None)
-    with pytest.raises(
-        UserError, match=r"vllm: sampling from .* \(1 nats a token"
-    ):
+    with pytest.raises(UserError, match=r"vllm: sampling from .* \(1 nats a token"):
         start("vllm")
-    engine, said = start("auto")
+    engine, said = start("auto", context=6)
     assert type(engine) is TransformersEngine
     assert any("gives other log-probs" in line and "with transformers" in line for line in said)
     assert Wrong.closed == 2

@@ -50,7 +50,7 @@ def test_a_gap_within_the_limit_or_unknown_is_left_alone(action, gap):
 
 
 def test_a_warning_is_given_once_an_episode():
-    run = FakeRun(0.3)  # what was said before a resume is not said again
+    run = FakeRun(0.3)
     guard = make("warn", run)
     for step in range(2, 6):
         guard.check(step, 0.2)

@@ -12,6 +12,7 @@ import torch
 
 from rlsloth.config import GrpoConfig
 from rlsloth.data import PromptSampler
+from rlsloth.grpo import _check_version
 from rlsloth.records import Prompt, UserError
 from rlsloth.rollouts import Rollouts
 
@@ -91,14 +92,15 @@ def test_a_resumed_run_samples_again_what_was_ahead():
     assert steps(resumed, first=2)[0][2] == ahead[2]
 
 
-def test_a_failed_update_waits_for_the_engine_to_rest():
-    parts, resting = Parts(overlap=True), threading.Event()
-    collect = parts.collect
+def test_a_failed_update_interrupts_the_engine_and_waits_for_the_engine_to_rest():
+    parts, resting, told = Parts(overlap=True), threading.Event(), threading.Event()
+    parts.engine.interrupt = told.set
 
     def slow(*args: Any, **named: Any) -> list[Any]:
+        assert told.wait(30)
         threading.Event().wait(0.2)
         resting.set()
-        return collect(*args, **named)
+        raise RuntimeError("sampling was interrupted")
 
     parts.collect = slow  # type: ignore[method-assign]
     with ExitStack() as stack:
@@ -115,6 +117,20 @@ def test_a_failure_in_the_background_is_the_runs():
         parts.fails = True
         with pytest.raises(UserError, match="the engine broke"), rollouts.beside_update(1):
             pass
+
+
+@pytest.mark.parametrize(("overlap", "updates", "oldest"), [(True, 3, 2), (False, 3, 5)])
+def test_an_update_takes_overlapped_tokens_of_one_step_before(overlap, updates, oldest):
+    cfg = Parts(overlap).cfg.model_copy(update={"updates_per_rollout": updates})
+
+    def check(version: int) -> None:
+        micro = SimpleNamespace(policy_version=torch.tensor([version, 5]))
+        _check_version(SimpleNamespace(microbatches=[micro]), 5, cfg)  # type: ignore[arg-type]
+
+    check(oldest)
+    for stale in (oldest - 1, 6):
+        with pytest.raises(RuntimeError, match=rf"policy version \[{stale}\] met an update of 5"):
+            check(stale)
 
 
 @pytest.mark.parametrize(

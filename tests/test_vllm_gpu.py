@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 import torch
@@ -128,3 +130,37 @@ def test_only_the_cache_gives_way(policy, engine):
     engine.release()  # again, nothing
     assert engine.generate(PREFIXES, 2, SAMPLING) == wanted
     assert used() > awake - 2**26
+
+
+def test_beside_other_work_on_a_stream_of_its_own(policy, engine):
+    """As rollout.overlap samples."""
+    engine.load(changed(policy, 2))
+    wanted = engine.generate(PREFIXES, 8, SAMPLING)
+    busy = torch.randn(4096, 4096, device="cuda", dtype=torch.bfloat16)
+
+    def sample() -> list[list[Completion]]:
+        with torch.cuda.stream(torch.cuda.Stream(priority=-1)):
+            groups = engine.generate(PREFIXES, 8, SAMPLING)
+            torch.cuda.current_stream().synchronize()
+            return groups
+
+    with ThreadPoolExecutor(1) as pool:
+        for _ in range(3):
+            job = pool.submit(sample)
+            while not job.done():
+                for _ in range(20):
+                    busy @ busy
+                torch.cuda.current_stream().synchronize()
+            assert job.result() == wanted
+    assert engine.generate(PREFIXES, 8, SAMPLING) == wanted
+
+
+def test_what_is_cut_leaves_nothing_behind(policy, engine):
+    """With the next step under way when the others are cut, as vLLM schedules on a GPU."""
+    engine.load(changed(policy, 1))
+    wanted = engine.generate(PREFIXES, 20, SAMPLING)
+    limits = [2, 24, 24]
+    (short, *others) = engine.generate(PREFIXES, 20, replace(SAMPLING, cut_tail=0.3), limits)
+    assert all(len(c.token_ids) == 2 for c in short)
+    assert all(1 <= len(c.token_ids) < 24 for group in others for c in group)
+    assert engine.generate(PREFIXES, 20, SAMPLING) == wanted

@@ -187,7 +187,7 @@ def _continue(
     engine.generate(
         [t.prompt_ids + t.token_ids for t in pending],
         1,
-        replace(sampling, seed=derive_seed(sampling.seed, "turn", turn)),
+        replace(sampling, seed=derive_seed(sampling.seed, "turn", turn), cut_tail=1.0),
         limits=[sampling.max_tokens - t.sampled for t in pending],
         done=next_turn,
     )

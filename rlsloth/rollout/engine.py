@@ -52,6 +52,10 @@ class Engine(Protocol):
         """Give the memory back that only sampling needs, until ``generate`` takes it again."""
         ...
 
+    def interrupt(self) -> None:
+        """From another thread: let ``generate`` fail soon. The engine is then of no use."""
+        ...
+
     def base_model(self) -> AbstractContextManager[None]:
         """Inside, sample from the base without any adapter, and stamp tokens with BASE_VERSION."""
         ...

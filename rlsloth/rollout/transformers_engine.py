@@ -87,6 +87,9 @@ class TransformersEngine:
     def release(self) -> None:
         """Nothing: on a GPU the cache is part of the CUDA graphs, which are not made anew."""
 
+    def interrupt(self) -> None:
+        """Nothing: it samples in the thread that trains."""
+
     @contextmanager
     def base_model(self) -> Iterator[None]:
         """See Engine.base_model. In the shared model, so the trainer's is off as well."""

@@ -4,8 +4,9 @@ adapter."""
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +20,15 @@ from rlsloth.seeding import derive_seed
 
 COLDEST = 0.01
 """vLLM raises any temperature between 0 and this one to it."""
+
+
+def check_temperature(temperature: float) -> None:
+    """Raises UserError for one at which vLLM does not sample."""
+    if 0 < temperature < COLDEST:
+        raise UserError(
+            f"vLLM samples at no temperature between 0 and {COLDEST}: pass 0 or at least "
+            f"{COLDEST}, or --rollout.engine transformers"
+        )
 
 
 class VllmEngine:
@@ -58,6 +68,9 @@ class VllmEngine:
         """The one that samples."""
         self._sleeps = device.type == "cuda"
         self._asleep = False
+        self._interrupted = threading.Event()
+        self._broken = False
+        """Whether vLLM has failed: then it can only be closed."""
         self._llm, self._slots = start_vllm(
             model,
             tokenizer,
@@ -88,13 +101,15 @@ class VllmEngine:
     @contextmanager
     def base_model(self) -> Iterator[None]:
         """See Engine.base_model."""
-        adapter, self._adapter, self.version = self._adapter, None, BASE_VERSION
+        adapter, version = self._adapter, self.version
+        self._adapter, self.version = None, BASE_VERSION
         clear(self._slots)
         self._forget()
         try:
             yield
         finally:
-            if adapter is not None:
+            self.version = version
+            if adapter is not None and not self._broken:
                 self.load(adapter)
 
     def generate(
@@ -106,11 +121,7 @@ class VllmEngine:
         done: Callable[[int, list[Completion]], None] | None = None,
     ) -> list[list[Completion]]:
         """See Engine.generate."""
-        if 0 < sampling.temperature < COLDEST:
-            raise UserError(
-                f"vLLM samples at no temperature between 0 and {COLDEST}: pass 0 or at least "
-                f"{COLDEST}, or --rollout.engine transformers"
-            )
+        check_temperature(sampling.temperature)
         self._live()
         if self._adapter is None and self.version != BASE_VERSION:
             raise RuntimeError("no adapter is loaded; the base samples only inside base_model()")
@@ -150,7 +161,9 @@ class VllmEngine:
                 prompt = tokens_input(list(prefix))
                 engine.add_request(name, prompt, params)
             while going:
-                for output in self._step(engine, going):
+                if self._interrupted.is_set():
+                    raise RuntimeError("sampling was interrupted")
+                for output in self._step(engine):
                     growing = going[output.request_id]
                     growing.add(output.outputs[0])
                     if output.finished:
@@ -162,13 +175,14 @@ class VllmEngine:
                     for name in cut:
                         yield name, going.pop(name).completion(self.version)
         finally:
-            engine.abort_request(list(going))
+            if not self._broken:
+                engine.abort_request(list(going))
 
-    def _step(self, engine: Any, going: dict[str, _Growing]) -> Any:
+    def _step(self, engine: Any) -> Any:
         try:
             return engine.step()
         except Exception as error:
-            going.clear()  # there is nothing left to abort
+            self._broken = True
             if isinstance(error, torch.OutOfMemoryError):
                 raise
             raise UserError(
@@ -182,18 +196,32 @@ class VllmEngine:
             self._live().sleep(level=1)
             self._asleep = True
 
+    def interrupt(self) -> None:
+        """See Engine.interrupt."""
+        self._interrupted.set()
+
     def _wake(self) -> None:
         if self._asleep:
             torch.cuda.empty_cache()  # what the update has freed
-            self._live().wake_up()
+            try:
+                self._live().wake_up()
+            except RuntimeError as error:
+                raise torch.OutOfMemoryError(
+                    f"vLLM's cache does not fit any more: {first_line(error)}"
+                ) from error
             self._asleep = False
 
     def close(self) -> None:
         """Free weights and cache. The engine is of no use afterwards."""
-        if self._llm is not None:
+        if self._llm is None:
+            return
+        with suppress(torch.OutOfMemoryError):
             self._wake()  # vLLM cannot free a cache that is asleep
+        with suppress(Exception) if self._broken else nullcontext():
             stop_vllm(self._llm)
-            self._llm, self._slots = None, []
+        self._llm = None
+        self._slots.clear()
+        with suppress(Exception) if self._broken else nullcontext():
             free_memory()
 
     def _live(self) -> Any:

@@ -10,7 +10,7 @@ import random
 import tempfile
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -108,63 +108,73 @@ def start_vllm(
             model.
     """
     check_installed()
-    base = model.get_base_model()
-    family = type(base).__name__
+    if device.type == "cuda" and device.index:
+        raise UserError(
+            f"vLLM runs on the first GPU that it sees: instead of --model.device {device} set "
+            f"CUDA_VISIBLE_DEVICES={device.index}"
+        )
+    family = type(model.get_base_model()).__name__
+    slots: list[Slot] = []
     with _as_it_was(), tempfile.TemporaryDirectory(prefix="rlsloth-vllm-") as folder:
-        from vllm import LLM, ModelRegistry
-
-        from rlsloth.rollout import vllm_weights
-
-        if family not in ModelRegistry.get_supported_archs():
-            raise UserError(f"vLLM does not know {family}")
-        config = copy.deepcopy(base.config)
-        config.quantization_config = {"quant_method": vllm_weights.NAME}
-        config.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        slots = vllm_weights.share(model)
         try:
-            _register(family)
+            options = _prepare(folder, family, model, tokenizer, slots)
+            from vllm import LLM
+
             llm = LLM(
                 folder,
-                load_format=vllm_weights.NAME,
-                hf_overrides={"architectures": [family]},
+                **options,
+                **_for_device(device, max_sequences),
                 dtype=str(dtype).removeprefix("torch."),
                 max_model_len=context,
                 max_num_seqs=max_sequences,
                 max_num_batched_tokens=max(BATCHED_TOKENS, max_sequences),
-                block_size=BLOCK[device.type],
                 kv_cache_dtype=kv_cache,
                 kv_cache_memory_bytes=kv_bytes,
                 enable_prefix_caching=True,
                 logprobs_mode="processed_logprobs",
                 generation_config="vllm",  # none of the model's own sampling defaults
                 disable_log_stats=True,
-                **_for_device(device, max_sequences),
             )
-        except UserError:
-            raise
-        except Exception as error:  # its models fail in ways of their own
-            stop_vllm(None)
-            free_memory()
+        except Exception as error:  # its models fail in ways of their own, and so do its imports
+            slots.clear()
+            with suppress(Exception):
+                stop_vllm(None)
+            if isinstance(error, UserError):
+                raise
             raise UserError(f"vLLM does not start with {family}: {first_line(error)}") from error
     return llm, slots
 
 
-def _register(family: str) -> None:
+def _prepare(
+    folder: str, family: str, model: Any, tokenizer: Any, slots: list[Slot]
+) -> dict[str, Any]:
+    """Make vLLM's next model of this family run on the trainer's weights, with its configuration
+    from ``folder``; the arguments that say so."""
     from vllm import ModelRegistry
 
+    from rlsloth.rollout import vllm_weights
+
+    if family not in ModelRegistry.get_supported_archs():
+        raise UserError(f"vLLM does not know {family}")
     implementation = ModelRegistry.models[family].load_model_cls()
     if ".transformers" in implementation.__module__:
         # It would run on transformers' classes, which it changes under the trainer.
         raise UserError(f"vLLM has no implementation of its own of {family}")
     # vLLM looks at a class that it has not loaded in another process, which takes 24 s.
     ModelRegistry.register_model(family, implementation)
+    config = copy.deepcopy(model.get_base_model().config)
+    config.quantization_config = {"quant_method": vllm_weights.NAME}
+    config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    vllm_weights.share(model, slots)
+    return {"load_format": vllm_weights.NAME, "hf_overrides": {"architectures": [family]}}
 
 
 def _for_device(device: torch.device, max_sequences: int) -> dict[str, Any]:
+    block = {"block_size": BLOCK[device.type]}
     if device.type == "cpu":
-        return {"enforce_eager": True}
-    return {
+        return block | {"enforce_eager": True}
+    return block | {
         "worker_cls": "rlsloth.rollout.vllm_worker.SharedWorker",
         "enable_sleep_mode": True,
         "gpu_memory_utilization": 0.01,  # kv_cache_memory_bytes says how much
@@ -206,7 +216,8 @@ def first_line(error: Exception) -> str:
 
 @contextmanager
 def _as_it_was() -> Iterator[None]:
-    """Let vLLM start here, and undo what it does to this process: seeds, threads, warnings."""
+    """Let vLLM start here, and undo what would change the run: seeds on the CPU, threads, warnings.
+    Its environment variables stay."""
     os.environ.update(FORCED)
     for name, value in WISHED.items():
         os.environ.setdefault(name, value)

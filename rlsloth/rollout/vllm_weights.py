@@ -1,4 +1,5 @@
-"""vLLM on the trainer's own weights: registered by reference, nothing is copied.
+"""vLLM on the trainer's own weights: linears, embeddings and the head by reference. Norms, biases
+and experts, which keep vLLM's own methods, are copied.
 
 vLLM makes its modules without storage; each is then bound to the tensor that trains. Where vLLM
 fuses several weights (q, k and v; gate and up) they move into one storage, of which the trainer's
@@ -46,15 +47,14 @@ class Trainer:
         return cls({p.data_ptr(): p for p in base.parameters()}, adapted_linears(model))
 
 
-def share(model: Any) -> list[Slot]:
+def share(model: Any, slots: list[Slot]) -> None:
     """Make vLLM's next model run on the base weights of a PEFT model, as ``load_format`` NAME and
     with ``quantization_config`` {"quant_method": NAME}.
 
-    Returns:
-        The slots of adapters, once vLLM has loaded.
+    Args:
+        slots: gets those of the adapters as vLLM loads. vLLM keeps the list: clear it in the end.
     """
     source = weakref.ref(model)  # vLLM keeps the class
-    slots: list[Slot] = []
 
     @register_model_loader(NAME)
     class SharedWeights(BaseModelLoader):  # type: ignore[misc]
@@ -71,8 +71,6 @@ def share(model: Any) -> list[Slot]:
                 if isinstance(method := getattr(module, "quant_method", None), _Shared):
                     method.bind(module, trainer)
                     slots.extend([] if module.slot is None else [module.slot])
-
-    return slots
 
 
 def checkpoint(base: Any) -> dict[str, Tensor]:
@@ -153,7 +151,13 @@ class _Shared:
     def bind(self, layer: Any, trainer: Trainer) -> None:
         """Let the layer's weight be the trainer's, with a slot for the adapters on it."""
         parts = _in_order(layer.weight.given)
+        for part in parts:
+            owner = trainer.owners.get(part.data_ptr())
+            if owner is None or owner.shape != part.shape:
+                raise ValueError(f"a weight {list(part.shape)} is only a part of the trainer's")
         adapted = [trainer.adapted.get(part.data_ptr()) for part in parts]
+        if type(layer) is VocabParallelEmbedding:  # an adapter here is that of a head tied to it
+            adapted = [None]
         outs, into = self.take(layer, parts, trainer)
         self.check(layer, outs)
         if any(adapted):
@@ -236,8 +240,7 @@ def _fuse(parts: Sequence[Tensor], owners: dict[int, nn.Parameter]) -> Tensor:
     fused = torch.cat([part.data for part in parts])
     at = 0
     for part in parts:
-        if (owner := owners.get(part.data_ptr())) is not None:
-            owner.data = fused[at : at + len(part)]
+        owners[part.data_ptr()].data = fused[at : at + len(part)]
         at += len(part)
     return fused
 

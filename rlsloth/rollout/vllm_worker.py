@@ -24,8 +24,18 @@ class SharedWorker(Worker):  # type: ignore[misc]
 
     def determine_available_memory(self) -> int:
         """Bytes of the key-value cache: as asked, without a run of the largest batch to see."""
+        if self.model_config.is_moe or self.model_config.use_mla:
+            # Their kernels share a workspace, which must have its full size before graphs point
+            # at it.
+            self.model_runner.profile_run()
         size: int = self.cache_config.kv_cache_memory_bytes
         return size
+
+    def execute_model(self, *args: Any, **named: Any) -> Any:
+        """On the stream of the caller, which overlapped rollouts change: vLLM keeps the one that it
+        has first seen."""
+        self.model_runner.__dict__.pop("main_stream", None)
+        return super().execute_model(*args, **named)
 
     def compile_or_warm_up_model(self) -> Any:
         """Capture the CUDA graphs. Kernels are compiled when first used: vLLM would compile those
