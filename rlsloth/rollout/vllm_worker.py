@@ -6,6 +6,8 @@ import gc
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import torch
+from vllm.config import set_current_vllm_config
 from vllm.v1.worker.gpu_worker import Worker
 from vllm.v1.worker.worker_base import CompilationTimes
 
@@ -27,7 +29,8 @@ class SharedWorker(Worker):  # type: ignore[misc]
         if self.model_config.is_moe or self.model_config.use_mla:
             # Their kernels share a workspace, which must have its full size before graphs point
             # at it.
-            self.model_runner.profile_run()
+            with torch.inference_mode(), set_current_vllm_config(self.vllm_config):
+                self.model_runner.profile_run()
         size: int = self.cache_config.kv_cache_memory_bytes
         return size
 
