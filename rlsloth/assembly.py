@@ -19,7 +19,7 @@ from rlsloth.environment import Environment, SingleTurn, load_environment, overl
 from rlsloth.evaluate import EvalResult, assess, describe, reward_index
 from rlsloth.evaluate_stats import Estimate
 from rlsloth.memory.oom import advise
-from rlsloth.planning import announce
+from rlsloth.planning import decide
 from rlsloth.policy.policy import Policy
 from rlsloth.records import Group, Prompt, SamplingParams, UserError
 from rlsloth.rollout.collect import collect
@@ -74,8 +74,9 @@ class Assembly:
         _refuse_changes(run)
         if text := overlap_warning(env):
             run.warn(text)
+        asked = cfg.tokens_per_microbatch
         if trains:
-            announce(cfg, env.train, run.say, run.warn)
+            cfg = decide(cfg, env.train, run.say, run.warn)
         run.say(f"loading {cfg.model.path}")
         if cfg.model.adapter is not None:
             run.say(f"continuing {cfg.model.adapter}: its rank, alpha and targets, not --lora.*")
@@ -93,6 +94,9 @@ class Assembly:
         renderer.check([*env.train, *env.heldout])
         longest = _longest(renderer, env.train, policy.context)
         heldout = _longest(renderer, env.heldout[: cfg.eval.problems], policy.context)
+        if asked is None:
+            one = min(longest + cfg.rollout.max_tokens, policy.context)
+            cfg = cfg.model_copy(update={"tokens_per_microbatch": max(cfg.microbatch, one)})
         context = policy.context
         if isinstance(env, SingleTurn):
             tokens = max(cfg.rollout.max_tokens, cfg.eval.max_tokens or 0)
@@ -111,11 +115,11 @@ class Assembly:
         if cfg.eval.at_start or cfg.eval.every or cfg.eval.at_end:
             self.problems()
         total = min(self.longest_prompt + cfg.rollout.max_tokens, self.policy.context)
-        if total > cfg.tokens_per_microbatch:
+        if total > cfg.microbatch:
             raise UserError(
                 f"a prompt of {self.longest_prompt} tokens with --rollout.max-tokens "
                 f"{cfg.rollout.max_tokens} may not fit --tokens-per-microbatch "
-                f"{cfg.tokens_per_microbatch}; raise it to {total}, or lower --rollout.max-tokens"
+                f"{cfg.microbatch}; raise it to {total}, or lower --rollout.max-tokens"
             )
 
     def problems(self) -> Sequence[Prompt]:

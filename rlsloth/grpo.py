@@ -42,7 +42,7 @@ def train(cfg: GrpoConfig) -> Path:
     with ExitStack() as stack:
         parts = Assembly.open(cfg, stack)
         parts.check_training()
-        run, policy, scorer = parts.run, parts.policy, parts.scorer
+        cfg, run, policy, scorer = parts.cfg, parts.run, parts.policy, parts.scorer
         at = parts.resume()
         if at.next_step == 1 and cfg.eval.at_start:
             at.before = parts.evaluate(at.next_step - 1)
@@ -60,7 +60,7 @@ def train(cfg: GrpoConfig) -> Path:
             assign_advantages(groups, cfg.advantage)
             batch = pack(
                 groups,
-                cfg.tokens_per_microbatch,
+                cfg.microbatch,
                 mask_truncated=cfg.loss.mask_truncated,
                 keep_zero_advantage=cfg.loss.beta > 0,
             )

@@ -12,7 +12,7 @@ import torch
 
 from rlsloth.config import GrpoConfig, PlanConfig
 from rlsloth.memory.asked import context_limit
-from rlsloth.memory.plan import largest_sequences, largest_tokens, make_plan
+from rlsloth.memory.plan import largest_sequences, largest_tokens, make_plan, with_microbatch
 from rlsloth.memory.shape import ModelShape, read_shape
 from rlsloth.memory.terms import GIB, EngineName, Plan
 from rlsloth.planning_report import SHOWN, Source, as_json, print_plan, summary
@@ -45,33 +45,43 @@ def run_plan(cfg: PlanConfig, json: bool) -> int:
 
     source = Source(shape.name, *found, engine_said(cfg, engine))
     show = as_json if json else print_plan
-    plan = plan_of(cfg)
-    show(plan, cfg, source, settings(plan_of, cfg, shape, longest))
+    decided = with_microbatch(plan_of, cfg, _one_completion(shape, cfg, longest))
+    plan = plan_of(decided)
+    show(plan, decided, source, settings(plan_of, decided, shape, longest))
     return 0 if plan.fits else 1
 
 
-def announce(
+def decide(
     cfg: GrpoConfig,
     prompts: Sequence[Prompt],
     say: Callable[[str], None],
     warn: Callable[[str], None],
-) -> None:
-    """The plan in one line at the start of a run, and a warning where it does not fit. Silent
-    without a GPU. What cannot be read here is left for loading to complain about."""
+) -> GrpoConfig:
+    """The configuration with what it leaves to the plan. The plan is said in one line, with a
+    warning where it does not fit. Without a GPU nothing is; what cannot be read here is left for
+    loading to complain about."""
     total = gpu_bytes(cfg)
     if total is None:
-        return
+        return cfg
     try:
         longest = _longest_of(cfg, prompts) or DEFAULT_PROMPT
-        plan = make_plan(model_shape(cfg), cfg, planned_engine(cfg), longest, total)
+        shape, engine = model_shape(cfg), planned_engine(cfg)
+
+        def plan_of(changed: GrpoConfig) -> Plan:
+            return make_plan(shape, changed, engine, longest, total)
+
+        decided = with_microbatch(plan_of, cfg, _one_completion(shape, cfg, longest))
+        plan = plan_of(decided)
     except Exception:  # an estimate: whatever it stumbles over must not stop a run
-        return
-    say(summary(plan))
+        return cfg
+    chosen = "" if decided is cfg else f"; micro-batches of {decided.microbatch} tokens"
+    say(summary(plan) + chosen)
     if not plan.fits:
         warn(
             f"by estimate {-plan.left / GIB:.1f} GiB too much for this GPU; "
             "`rlsloth plan` with the same arguments says which settings fit"
         )
+    return decided
 
 
 def planned_engine(cfg: GrpoConfig) -> EngineName:
@@ -98,11 +108,16 @@ def settings(
     plan_of: Callable[[GrpoConfig], Plan], cfg: GrpoConfig, shape: ModelShape, longest: int
 ) -> dict[str, int]:
     """The largest value of each of SHOWN that fits while the other stays; 0 where none does."""
-    least = min(longest + cfg.rollout.max_tokens, context_limit(shape, cfg))
+    least = _one_completion(shape, cfg, longest)
     return {
         SHOWN[0]: largest_tokens(plan_of, cfg, least),
         SHOWN[1]: largest_sequences(plan_of, cfg),
     }
+
+
+def _one_completion(shape: ModelShape, cfg: GrpoConfig, longest: int) -> int:
+    """Tokens of the longest with its prompt."""
+    return min(longest + cfg.rollout.max_tokens, context_limit(shape, cfg))
 
 
 def gpu_bytes(cfg: GrpoConfig) -> int | None:

@@ -57,7 +57,7 @@ def advice(plan: Plan, cfg: GrpoConfig, largest: Mapping[str, int]) -> list[str]
         said.append(describe(plan.cache) + (": others wait for room" if waits else ""))
     if tokens:
         said.append(f"largest --tokens-per-microbatch that fits: {tokens} (now"
-                    f" {cfg.tokens_per_microbatch})")  # fmt: skip
+                    f" {cfg.microbatch})")  # fmt: skip
     # vLLM makes do with the cache that there is: more than fit are no mistake.
     if sequences and (plan.cache is None or plan.cache.holds == 0):
         most = " (all that are asked for at once)" if sequences == asked_sequences(cfg) else ""

@@ -21,10 +21,11 @@ from rlsloth.memory.plan import (
     make_plan,
     optimizer_bytes,
     weight_bytes,
+    with_microbatch,
 )
 from rlsloth.memory.rollout_transformers import slots_shape
 from rlsloth.memory.shape import read_shape
-from rlsloth.memory.terms import GIB
+from rlsloth.memory.terms import GIB, Plan
 from rlsloth.policy import attention, packed_layout
 from rlsloth.policy.load import LoadedModel, load_model
 from rlsloth.policy.lora import add_adapter, save_adapter
@@ -246,7 +247,8 @@ def test_fits_and_does_not(llama_folder, capsys):
     assert "\nfits\n" in printed
     assert "estimate" in printed
     assert "longest prompt 50 tokens (--longest-prompt)" in printed
-    assert run(llama_folder, "--memory-gb", "0.7") == 1
+    small = ("--memory-gb", "0.7", "--tokens-per-microbatch")
+    assert run(llama_folder, *small, "8192") == 1
     assert "does not fit: " in capsys.readouterr().out
 
 
@@ -308,6 +310,31 @@ def test_without_a_gpu_its_size_is_asked_for(llama_folder, capsys, monkeypatch):
     )
 
 
+def test_the_plan_decides_the_micro_batch_where_the_user_does_not(llama_folder):
+    cfg: Any = GrpoConfig(model=ModelConfig(path=str(llama_folder)))
+    shape = planning.model_shape(cfg)
+
+    def decided(total: int, least: int, **changes: Any) -> GrpoConfig:
+        def plan(c: GrpoConfig) -> Plan:
+            return make_plan(shape, c, "transformers", 100, total)
+
+        return with_microbatch(plan, cfg.model_copy(update=changes), least)
+
+    assert decided(80 * GIB, 600).microbatch == 16384
+    for total in (2 * GIB, 4 * GIB, 6 * GIB):
+        chosen = decided(total, 600)
+        larger = chosen.model_copy(update={"tokens_per_microbatch": 2 * chosen.microbatch})
+        peaks = [make_plan(shape, c, "transformers", 100, total).peak("update") / total
+                 for c in (chosen, larger)]  # fmt: skip
+        assert chosen.microbatch == 600 or peaks[0] <= 0.9
+        assert chosen.microbatch == 16384 or peaks[1] > 0.9
+    assert decided(GIB // 4, 600).microbatch == 600
+    assert decided(80 * GIB, 20000).microbatch == 20000
+    assert decided(GIB // 4, 600, tokens_per_microbatch=700).microbatch == 700
+    late = cfg.rollout.model_copy(update={"overlap": True})
+    assert decided(80 * GIB, 600, rollout=late).microbatch == 8192
+
+
 @pytest.mark.parametrize(("gib", "warned"), [(None, None), (0.7, True), (24, False)])
 def test_a_run_says_it_in_a_line(llama_folder, gib, warned, monkeypatch):
     total = None if gib is None else int(gib * GIB)
@@ -315,10 +342,12 @@ def test_a_run_says_it_in_a_line(llama_folder, gib, warned, monkeypatch):
     said: list[str] = []
     warnings: list[str] = []
     cfg: Any = GrpoConfig(model=ModelConfig(path=str(llama_folder)))
-    planning.announce(cfg, [], said.append, warnings.append)
+    decided = planning.decide(cfg, [], said.append, warnings.append)
     if gib is None:
         assert not said + warnings
+        assert decided is cfg
         return
+    assert f"micro-batches of {decided.tokens_per_microbatch} tokens" in said[0]
     assert said[0].startswith("memory: update ")
     assert f" of {gib:g} GiB" in said[0]
     assert bool(warnings) is warned

@@ -210,7 +210,7 @@ def test_a_run_says_it_in_a_line(llama_folder: Path, monkeypatch):  # noqa: F811
     monkeypatch.setattr(planning, "gpu_bytes", lambda cfg: 8 * GIB)
     said: list[str] = []
     cfg = config().model_copy(update={"model": ModelConfig(path=str(llama_folder))})
-    planning.announce(cfg, [], said.append, said.append)
+    planning.decide(cfg, [], said.append, said.append)
     (line,) = said
     assert line.startswith("memory: update ")
     assert "of 8 GiB (estimate, engine vllm); key-value cache " in line

@@ -15,7 +15,7 @@ from dataclasses import replace
 
 import torch
 
-from rlsloth.config import GrpoConfig
+from rlsloth.config import MICROBATCH, GrpoConfig
 from rlsloth.kernels.linear_logprob.op import most_rows
 from rlsloth.kernels.nf4.ahead import BUFFERS
 from rlsloth.memory.activations import Stream, layer_memory
@@ -27,6 +27,10 @@ from rlsloth.memory.terms import GIB, EngineName, Phase, Plan, Precision, Term, 
 
 ACTIVATION_TOLERANCE = 0.12
 """Of the estimate, found on a CPU for nine families (tests/test_plan.py)."""
+MICROBATCHES = (16384, 8192, 4096, 2048, 1024, 512)
+"""Tokens to choose from."""
+KEPT_FREE = 0.1
+"""Share of a GPU that the choice leaves to errors of the estimate and to fragmentation."""
 CONTEXT = int(0.6 * GIB)
 """CUDA context, loaded kernels and cuBLAS workspaces: an allowance, outside what torch counts."""
 SPARE = 32
@@ -91,6 +95,24 @@ def largest_tokens(plan: Callable[[GrpoConfig], Plan], cfg: GrpoConfig, least: i
     return _largest(
         lambda tokens: plan(cfg.model_copy(update={"tokens_per_microbatch": tokens})).fits, least
     )
+
+
+def with_microbatch(plan: Callable[[GrpoConfig], Plan], cfg: GrpoConfig, least: int) -> GrpoConfig:
+    """The configuration with the largest of MICROBATCHES whose update leaves a share KEPT_FREE of
+    the GPU, ``least`` where none does. One that names a micro-batch stays as it is."""
+    if cfg.tokens_per_microbatch is not None:
+        return cfg
+
+    def having(tokens: int) -> GrpoConfig:
+        return cfg.model_copy(update={"tokens_per_microbatch": max(tokens, least)})
+
+    if cfg.rollout.overlap:  # vLLM's cache then takes whatever an update leaves
+        return having(MICROBATCH)
+    for tokens in MICROBATCHES:
+        made = plan(having(tokens))
+        if made.peak("update") <= (1 - KEPT_FREE) * made.total:
+            return having(tokens)
+    return having(least)
 
 
 def largest_sequences(plan: Callable[[GrpoConfig], Plan], cfg: GrpoConfig) -> int:
@@ -172,14 +194,14 @@ def stream_of(cfg: GrpoConfig, longest_prompt: int) -> Stream:
     """What a micro-batch is taken to hold: the longest prompt, completions of half the limit (short
     ones repeat the prompt in attention more often) and as many of a group as fit."""
     completion = max(1, cfg.rollout.max_tokens // 2)
-    room = max(1, (cfg.tokens_per_microbatch - longest_prompt) // completion)
+    room = max(1, (cfg.microbatch - longest_prompt) // completion)
     return Stream(longest_prompt, completion, min(cfg.group_size, room))
 
 
 def _activations(
     shape: ModelShape, cfg: GrpoConfig, precision: Precision, longest_prompt: int
 ) -> list[Term]:
-    size, tokens = element_size(precision), cfg.tokens_per_microbatch
+    size, tokens = element_size(precision), cfg.microbatch
     stream = stream_of(cfg, longest_prompt)
     layers = [layer_memory(layer, shape.hidden, size, stream) for layer in shape.layers]
     # Each layer's input; under checkpointing that is all, and a layer's own is made again.
