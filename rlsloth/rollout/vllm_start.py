@@ -135,12 +135,12 @@ def start_vllm(
                 generation_config="vllm",  # none of the model's own sampling defaults
                 disable_log_stats=True,
             )
+        except UserError:  # nothing has started
+            raise
         except Exception as error:  # its models fail in ways of their own, and so do its imports
             slots.clear()
             with suppress(Exception):
                 stop_vllm(None)
-            if isinstance(error, UserError):
-                raise
             raise UserError(f"vLLM does not start with {family}: {first_line(error)}") from error
     return llm, slots
 
