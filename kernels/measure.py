@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -122,6 +123,7 @@ def peak_bytes(run: Run, device: torch.device) -> int:
 
 
 def _peak_bytes_cpu(run: Run) -> int:
+    gc.collect()  # what is older than the run and freed in it would count as less than nothing
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         run()
     assert profiler.profiler is not None
