@@ -14,11 +14,11 @@ from rlsloth.assembly import Assembly
 from rlsloth.config import GrpoConfig
 from rlsloth.losses import normalizer, policy_loss
 from rlsloth.memory.oom import advise
+from rlsloth.overlap import Rollouts
 from rlsloth.packing import pack, to_device
 from rlsloth.policy.lora import save_adapter
 from rlsloth.policy.policy import Policy
 from rlsloth.records import Group, LossStats, MicroBatch, PackedBatch, UserError
-from rlsloth.rollouts import Rollouts
 from rlsloth.run.diagnosis import Watch
 from rlsloth.run.gap import GapGuard
 from rlsloth.run.metrics import (

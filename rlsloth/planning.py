@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,13 +40,9 @@ def run_plan(cfg: PlanConfig, json: bool) -> int:
     given = cfg.longest_prompt
     found = (given, "--longest-prompt") if given is not None else find_longest_prompt(cfg)
     longest, engine = found[0], planned_engine(cfg)
-
-    def plan_of(changed: GrpoConfig) -> Plan:
-        return make_plan(shape, changed, engine, longest, total)
-
     source = Source(shape.name, *found, engine_said(cfg, engine))
     show = as_json if json else print_plan
-    decided = with_microbatch(plan_of, cfg, _one_completion(shape, cfg, longest))
+    plan_of, decided = _decided(cfg, shape, engine, longest, total)
     plan = plan_of(decided)
     show(plan, decided, source, settings(plan_of, decided, shape, longest))
     return 0 if plan.fits else 1
@@ -65,14 +62,10 @@ def decide(
         return cfg
     try:
         longest = _longest_of(cfg, prompts) or DEFAULT_PROMPT
-        shape, engine = model_shape(cfg), planned_engine(cfg)
-
-        def plan_of(changed: GrpoConfig) -> Plan:
-            return make_plan(shape, changed, engine, longest, total)
-
-        decided = with_microbatch(plan_of, cfg, _one_completion(shape, cfg, longest))
+        plan_of, decided = _decided(cfg, model_shape(cfg), planned_engine(cfg), longest, total)
         plan = plan_of(decided)
-    except Exception:  # an estimate: whatever it stumbles over must not stop a run
+    except Exception as error:  # an estimate: whatever it stumbles over must not stop a run
+        say(f"memory is not planned ({type(error).__name__}: {str(error)[:100]})")
         return cfg
     chosen = "" if decided is cfg else f"; micro-batches of {decided.microbatch} tokens"
     say(summary(plan) + chosen)
@@ -82,6 +75,20 @@ def decide(
             "`rlsloth plan` with the same arguments says which settings fit"
         )
     return decided
+
+
+def _decided(
+    cfg: GrpoConfig, shape: ModelShape, engine: EngineName, longest: int, total: int
+) -> tuple[Callable[[GrpoConfig], Plan], GrpoConfig]:
+    """What plans a configuration, and ``cfg`` with what it leaves to the plan."""
+
+    def plan_with(engine: EngineName, changed: GrpoConfig) -> Plan:
+        return make_plan(shape, changed, engine, longest, total)
+
+    # ``auto`` may end with the transformers engine, whose slots stay during the update.
+    cautious = engine if cfg.rollout.engine == "vllm" else "transformers"
+    least = _one_completion(shape, cfg, longest)
+    return partial(plan_with, engine), with_microbatch(partial(plan_with, cautious), cfg, least)
 
 
 def planned_engine(cfg: GrpoConfig) -> EngineName:

@@ -206,6 +206,34 @@ def test_auto_says_which_engine_is_planned(llama_folder, installed, capsys, monk
     assert f"rollout engine: {said} that rlsloth knows is installed)" in capsys.readouterr().out
 
 
+def test_the_plan_counts_what_vllm_is_started_with():
+    assert vllm_start.BATCHED_TOKENS == rollout_vllm.BATCHED_TOKENS
+    assert all(rollout_vllm.BLOCK % block == 0 for block in vllm_start.BLOCK.values())
+
+
+def test_auto_decides_for_the_engine_that_takes_more(llama_folder: Path, monkeypatch):  # noqa: F811
+    def decided(engine: str, total: int) -> int | None:
+        monkeypatch.setattr(planning, "gpu_bytes", lambda cfg: total)
+        monkeypatch.setattr(planning, "check_installed", lambda: None)
+        rollout = config().rollout.model_copy(update={"engine": engine})
+        changes = {"model": ModelConfig(path=str(llama_folder)), "rollout": rollout}
+        said: list[str] = []
+        cfg = config().model_copy(update={**changes, "tokens_per_microbatch": None})
+        return planning.decide(cfg, [], said.append, said.append).tokens_per_microbatch
+
+    totals = [GIB * n // 4 for n in range(3, 17)]
+    found = [[decided(name, total) for total in totals] for name in ("auto", "transformers")]
+    assert found[0] == found[1] != [decided("vllm", total) for total in totals]
+
+
+def test_what_cannot_be_planned_is_said(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(planning, "gpu_bytes", lambda cfg: 8 * GIB)
+    said: list[str] = []
+    cfg = config().model_copy(update={"model": ModelConfig(path=str(tmp_path / "none"))})
+    assert planning.decide(cfg, [], said.append, said.append) is cfg
+    assert said[0].startswith("memory is not planned (UserError: --model.path ")
+
+
 def test_a_run_says_it_in_a_line(llama_folder: Path, monkeypatch):  # noqa: F811
     monkeypatch.setattr(planning, "gpu_bytes", lambda cfg: 8 * GIB)
     said: list[str] = []

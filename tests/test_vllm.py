@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import math
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import chain
 
 import pytest
 import torch
 from test_smollm2 import load
+from vllm_parts import CONTEXT, EOS, LONG, QUESTIONS, chat, gap, logprobs, make, tokens
 
 from rlsloth.policy.policy import Policy
 from rlsloth.records import Adapter, Completion, SamplingParams, UserError
@@ -24,30 +25,10 @@ from rlsloth.rollout.vllm_engine import VllmEngine
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
-CONTEXT = 256
-CACHE = 256 * 2**20
-EOS = 2
-QUESTIONS = ["What is 17 + 25?", "Name a colour.", "State the sum of 3 and 4 in one word."]
-LONG = "Count with me: " + ", ".join(str(i) for i in range(40)) + ". Go on from there. "
-"""Longer than several blocks of the prefix cache."""
-
 
 @pytest.fixture(scope="module")
 def policy() -> Policy:
     return load("fp32")
-
-
-def make(policy: Policy, **changes: object) -> VllmEngine:
-    settings = {
-        "stop_ids": [EOS],
-        "context": CONTEXT,
-        "max_sequences": 64,
-        "dtype": policy.dtype,
-        "device": policy.device,
-        "kv_cache": "auto",
-        "kv_bytes": CACHE,
-    }
-    return VllmEngine(policy.model, policy.tokenizer, **(settings | changes))
 
 
 @pytest.fixture(scope="module")
@@ -88,32 +69,6 @@ def embedded(policy) -> TransformersEngine:
 @pytest.fixture(scope="module")
 def prefixes(policy) -> list[list[int]]:
     return [chat(policy, question) for question in QUESTIONS]
-
-
-def chat(policy: Policy, text: str) -> list[int]:
-    messages = [{"role": "user", "content": text}]
-    rendered = policy.tokenizer.apply_chat_template(messages, add_generation_prompt=True)
-    return list(rendered["input_ids"])
-
-
-def tokens(completions: list[list[Completion]]) -> list[list[list[int]]]:
-    return [[c.token_ids for c in group] for group in completions]
-
-
-def logprobs(completions: list[list[Completion]]) -> list[float]:
-    return [x for group in completions for c in group for x in c.logprobs]
-
-
-def gap(
-    policy: Policy, prefixes: Sequence[list[int]], completions: list[list[Completion]]
-) -> torch.Tensor:
-    """Each token's |difference of log-probs| from the trainer's now, by transformers' modules."""
-    want = [
-        policy.plain_logprobs(prefix, c.token_ids)
-        for prefix, group in zip(prefixes, completions, strict=True)
-        for c in group
-    ]
-    return (torch.tensor(logprobs(completions)) - torch.cat(want)).abs()
 
 
 # What it samples

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from test_smollm2 import load
-from test_vllm import chat, make
+from vllm_parts import chat, make
 
 from rlsloth.packing import pack
 from rlsloth.records import Group, MicroBatch, Prompt, Rollout, SamplingParams

@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import torch
 from test_models import COMMON, FAMILIES, MOE, family_policy
+from vllm_parts import gap
 
 from rlsloth.policy.policy import Policy
-from rlsloth.records import Completion, SamplingParams, UserError
+from rlsloth.records import SamplingParams, UserError
 from rlsloth.rollout.vllm_engine import VllmEngine
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
@@ -60,16 +61,6 @@ def start(policy: Policy) -> VllmEngine:
     )
 
 
-def gap(policy: Policy, groups: list[list[Completion]]) -> float:
-    own = [
-        policy.plain_logprobs(prefix, c.token_ids)
-        for prefix, group in zip(PREFIXES, groups, strict=True)
-        for c in group
-    ]
-    sampled = torch.tensor([x for group in groups for c in group for x in c.logprobs])
-    return float((sampled - torch.cat(own)).abs().mean())
-
-
 @pytest.mark.parametrize("family", [name for name in VARIANTS if name != "olmo2"])
 def test_samples_what_the_trainer_computes(family, policy_of):
     policy = policy_of(family)
@@ -77,11 +68,11 @@ def test_samples_what_the_trainer_computes(family, policy_of):
     try:
         engine.load(policy.adapter())
         sampling = SamplingParams(20, seed=1)
-        adapted = gap(policy, engine.generate(PREFIXES, 2, sampling))
+        adapted = gap(policy, PREFIXES, engine.generate(PREFIXES, 2, sampling)).mean()
         with engine.base_model():
             groups = engine.generate(PREFIXES, 2, sampling)
         with policy.base_model():
-            plain = gap(policy, groups)
+            plain = gap(policy, PREFIXES, groups).mean()
     finally:
         engine.close()
     print(f"{family}: {adapted:.2g} with the adapter, {plain:.2g} without")

@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from tiny import tiny_llama, tiny_tokenizer
+from vllm_parts import gap
 
 from rlsloth.config import LoraConfig, ModelConfig, OptimConfig
 from rlsloth.policy.policy import Policy
@@ -71,16 +72,6 @@ def changed(policy: Policy, version: int) -> Adapter:
     return Adapter(version, policy.adapter().tensors)
 
 
-def gap(policy: Policy, groups: list[list[Completion]]) -> float:
-    own = [
-        policy.plain_logprobs(prefix, c.token_ids)
-        for prefix, group in zip(PREFIXES, groups, strict=True)
-        for c in group
-    ]
-    sampled = torch.tensor([x for group in groups for c in group for x in c.logprobs])
-    return float((sampled - torch.cat(own).cpu()).abs().mean())
-
-
 def used() -> int:
     torch.cuda.synchronize()
     free, total = torch.cuda.mem_get_info()
@@ -94,7 +85,7 @@ def test_close_frees_everything(policy, asleep, capfd):
     before = used()
     engine = start(policy, "fp8")
     engine.load(changed(policy, 1))
-    found = gap(policy, engine.generate(PREFIXES, 2, SAMPLING))
+    found = float(gap(policy, PREFIXES, engine.generate(PREFIXES, 2, SAMPLING)).mean())
     print(f"FP8 cache: mean |difference| {found:.4f}")
     assert found < 0.2
     if asleep:
@@ -110,12 +101,12 @@ def test_graphs_see_each_adapter_and_the_base_stays(policy, engine, n):
     for version in (1, 2, 3):
         engine.load(changed(policy, version))
         groups = engine.generate(PREFIXES, n, SAMPLING)
-        found = gap(policy, groups)
+        found = float(gap(policy, PREFIXES, groups).mean())
         print(f"version {version}, {3 * n} completions: mean |difference| {found:.4f}")
         assert found < 0.05
         assert {c.policy_version for group in groups for c in group} == {version}
     with engine.base_model(), policy.base_model():
-        assert gap(policy, engine.generate(PREFIXES, n, SAMPLING)) < 0.05
+        assert gap(policy, PREFIXES, engine.generate(PREFIXES, n, SAMPLING)).mean() < 0.05
     after = policy.model.state_dict()
     assert all(torch.equal(after[k], v) for k, v in before.items())
 

@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 import torch
-from test_vllm import gap, logprobs, tokens
 from tiny import tiny_llama, tiny_tokenizer
 from torch import Tensor
+from vllm_parts import gap, logprobs, tokens
 
 from rlsloth.config import LoraConfig, ModelConfig, OptimConfig
 from rlsloth.packing import pack
@@ -174,24 +174,19 @@ def test_nf4_is_shared_where_it_lies(make, hidden):
             assert not layer.self_attn.qkv_proj.weight.numel()
 
 
-@pytest.mark.parametrize("rank", [3, 200])
-def test_any_rank(make, rank):
-    policy = make(rank=rank)
-    with start(policy) as engine:
-        engine.load(policy.adapter())
-        sampled = engine.generate(PREFIXES, 4, SAMPLING)
-        assert gap(policy, PREFIXES, sampled).mean() <= 2e-5
-        with engine.base_model():
-            base = engine.generate(PREFIXES, 4, SAMPLING)
-        assert logprobs(base) != pytest.approx(logprobs(sampled), abs=1e-2)
-
-
 @pytest.mark.parametrize("precision", ["fp32", "nf4"])
 @pytest.mark.parametrize(
-    "targets", [["q_proj", "v_proj", "down_proj"], ["k_proj", "up_proj", "lm_head"]]
+    "lora",
+    [
+        {"rank": 3},
+        {"rank": 200},
+        {"targets": ["q_proj", "v_proj", "down_proj"]},
+        {"targets": ["k_proj", "up_proj", "lm_head"]},
+    ],
+    ids=str,
 )
-def test_any_linears(make, targets, precision):
-    policy = make(precision, targets=targets)
+def test_any_rank_on_any_linears(make, lora, precision):
+    policy = make(precision, **lora)
     with start(policy) as engine:
         engine.load(policy.adapter())
         sampled = engine.generate(PREFIXES, 4, SAMPLING)

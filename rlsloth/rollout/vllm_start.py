@@ -31,28 +31,8 @@ longer than many prompts."""
 BATCHED_TOKENS = 8192
 """Prompt tokens computed at once."""
 GRAPHED = (
-    1,
-    2,
-    4,
-    8,
-    16,
-    24,
-    32,
-    48,
-    64,
-    96,
-    128,
-    160,
-    192,
-    256,
-    320,
-    384,
-    448,
-    512,
-    640,
-    768,
-    1024,
-)
+    1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 256, 320, 384, 448, 512, 640, 768, 1024,
+)  # fmt: skip
 """Numbers of sequences whose decoding step is captured as a CUDA graph: between them a step is
 padded. vLLM's own 51 take three times as long to capture."""
 

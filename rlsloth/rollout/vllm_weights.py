@@ -9,6 +9,7 @@ parameters become views.
 from __future__ import annotations
 
 import weakref
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -122,7 +123,7 @@ class SharedConfig(QuantizationConfig):  # type: ignore[misc]
         return None
 
 
-class _Shared:
+class _Shared(ABC):
     """Makes an empty parameter that notes what it is given, and later stands for just that."""
 
     def create_weights(
@@ -145,9 +146,6 @@ class _Shared:
         layer.slot = None
         layer.nf4 = []
 
-    def process_weights_after_loading(self, layer: Any) -> None:
-        """Nothing: the weight stays in the trainer's layout."""
-
     def bind(self, layer: Any, trainer: Trainer) -> None:
         """Let the layer's weight be the trainer's, with a slot for the adapters on it."""
         parts = _in_order(layer.weight.given)
@@ -163,9 +161,9 @@ class _Shared:
         if any(adapted):
             layer.slot = Slot(adapted, outs, into, layer.weight)
 
+    @abstractmethod
     def take(self, layer: Any, parts: Sequence[Tensor], trainer: Trainer) -> tuple[list[int], int]:
         """Take the weights over. Returns each one's outputs, and their inputs."""
-        raise NotImplementedError
 
     def check(self, layer: Any, outs: Sequence[int]) -> None:
         """Refuse a layer that was given too little: vLLM sees only whether it was given some."""
@@ -188,6 +186,9 @@ class SharedEmbedding(_Shared, UnquantizedEmbeddingMethod):  # type: ignore[misc
         (loaded,) = parts
         layer.weight.data = loaded.data
         return [loaded.shape[0]], loaded.shape[1]
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        """Nothing: the weight stays in the trainer's layout."""
 
     def check(self, layer: Any, outs: Sequence[int]) -> None:
         """Nothing: vLLM's sizes are padded."""

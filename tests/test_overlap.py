@@ -13,8 +13,8 @@ import torch
 from rlsloth.config import GrpoConfig
 from rlsloth.data import PromptSampler
 from rlsloth.grpo import _check_version
+from rlsloth.overlap import Rollouts
 from rlsloth.records import Prompt, UserError
-from rlsloth.rollouts import Rollouts
 
 
 class Parts:
