@@ -75,9 +75,9 @@ class ModelConfig(Section):
     """auto: the first GPU if there is one, else the CPU."""
     attention: Literal["auto", "fa4", "cudnn", "varlen", "flex", "sdpa"] = "auto"
     """Attention of the packed training forward. auto: the fastest that this machine has."""
-    gradient_checkpointing: bool = True
-    """Recompute layers in the backward pass: less memory, a third more time. Off pays on small
-    models."""
+    gradient_checkpointing: Literal["auto"] | bool = "auto"
+    """Recompute layers in the backward pass: less memory, up to a third more time. auto: off where
+    the GPU has room without it, by plan; on a CPU on."""
     fused_kernels: bool = True
     """Run the layers of known model families on rlsloth's kernels. Off: on transformers' own
     modules."""

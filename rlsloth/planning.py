@@ -13,10 +13,10 @@ import torch
 
 from rlsloth.config import GrpoConfig, PlanConfig
 from rlsloth.memory.asked import context_limit
-from rlsloth.memory.plan import largest_sequences, largest_tokens, make_plan, with_microbatch
+from rlsloth.memory.plan import decide_update, largest_sequences, largest_tokens, make_plan
 from rlsloth.memory.shape import ModelShape, read_shape
 from rlsloth.memory.terms import GIB, EngineName, Plan
-from rlsloth.planning_report import SHOWN, Source, as_json, print_plan, summary
+from rlsloth.planning_report import SHOWN, Source, as_json, print_plan, summary, update_said
 from rlsloth.records import Prompt, UserError
 from rlsloth.rollout.vllm_start import check_installed
 
@@ -67,8 +67,7 @@ def decide(
     except Exception as error:  # an estimate: whatever it stumbles over must not stop a run
         say(f"memory is not planned ({type(error).__name__}: {str(error)[:100]})")
         return cfg
-    chosen = "" if decided is cfg else f"; micro-batches of {decided.microbatch} tokens"
-    say(summary(plan) + chosen)
+    say(f"{summary(plan)}; {update_said(decided)}")
     if not plan.fits:
         warn(
             f"by estimate {-plan.left / GIB:.1f} GiB too much for this GPU; "
@@ -88,7 +87,7 @@ def _decided(
     # ``auto`` may end with the transformers engine, whose slots stay during the update.
     cautious = engine if cfg.rollout.engine == "vllm" else "transformers"
     least = _one_completion(shape, cfg, longest)
-    return partial(plan_with, engine), with_microbatch(partial(plan_with, cautious), cfg, least)
+    return partial(plan_with, engine), decide_update(partial(plan_with, cautious), cfg, least)
 
 
 def planned_engine(cfg: GrpoConfig) -> EngineName:

@@ -39,6 +39,12 @@ def summary(plan: Plan) -> str:
     )
 
 
+def update_said(cfg: GrpoConfig) -> str:
+    """``micro-batches of 8192 tokens, no gradient checkpointing``."""
+    kept = "" if cfg.model.gradient_checkpointing else "no "
+    return f"micro-batches of {cfg.microbatch} tokens, {kept}gradient checkpointing"
+
+
 def describe(cache: Cache) -> str:
     """``key-value cache 8.10 GiB holds 128 completions of 812 tokens at once (of 256)``."""
     size = f"key-value cache {cache.size / GIB:.2f} GiB"
@@ -90,6 +96,8 @@ def as_json(plan: Plan, cfg: GrpoConfig, source: Source, largest: Mapping[str, i
         "peak": {"rollout": plan.peak("rollout"), "update": plan.peak("update")},
         "terms": [asdict(term) for term in plan.terms],
         "kv_cache": None if plan.cache is None else asdict(plan.cache),
+        "tokens_per_microbatch": cfg.microbatch,
+        "gradient_checkpointing": bool(cfg.model.gradient_checkpointing),
         "longest_prompt": {"tokens": source.longest_prompt, "source": source.prompts},
         "largest_that_fits": dict(largest),
         "activations": f"estimate, within {ACTIVATION_TOLERANCE:.0%} of measured on a CPU",
@@ -122,6 +130,7 @@ def print_plan(plan: Plan, cfg: GrpoConfig, source: Source, largest: Mapping[str
     prompt = f"longest prompt {source.longest_prompt} tokens ({source.prompts})"
     console.print(f"{source.model} {cfg.model.path}, {prompt}", markup=False)
     console.print(f"rollout engine: {source.engine}", markup=False)
+    console.print(f"update: {update_said(cfg)}", markup=False)
     console.print(table)
     console.print(
         "(In brackets): at different moments, the largest counts. Activations are an estimate: on "

@@ -11,6 +11,7 @@ import torch
 from allocations import stand_in, stream, update_peak
 from test_models import FAMILIES, family_model
 from tiny import tiny_llama, tiny_tokenizer
+from transformers import LlamaConfig
 
 from rlsloth import cli, planning
 from rlsloth.config import GrpoConfig, LoraConfig, ModelConfig, OptimConfig
@@ -18,10 +19,10 @@ from rlsloth.memory import rollout_transformers
 from rlsloth.memory.activations import Stream, layer_memory
 from rlsloth.memory.plan import (
     ACTIVATION_TOLERANCE,
+    decide_update,
     make_plan,
     optimizer_bytes,
     weight_bytes,
-    with_microbatch,
 )
 from rlsloth.memory.rollout_transformers import slots_shape
 from rlsloth.memory.shape import read_shape
@@ -310,29 +311,52 @@ def test_without_a_gpu_its_size_is_asked_for(llama_folder, capsys, monkeypatch):
     )
 
 
-def test_the_plan_decides_the_micro_batch_where_the_user_does_not(llama_folder):
-    cfg: Any = GrpoConfig(model=ModelConfig(path=str(llama_folder)))
+def test_the_plan_decides_of_the_update_what_the_user_does_not(tmp_path):
+    sizes = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16}
+    heads = {"num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 32000}
+    LlamaConfig(**sizes, **heads).save_pretrained(tmp_path)
+    cfg: Any = GrpoConfig(model=ModelConfig(path=str(tmp_path)))
     shape = planning.model_shape(cfg)
 
     def decided(total: int, least: int, **changes: Any) -> GrpoConfig:
         def plan(c: GrpoConfig) -> Plan:
             return make_plan(shape, c, "transformers", 100, total)
 
-        return with_microbatch(plan, cfg.model_copy(update=changes), least)
+        return decide_update(plan, cfg.model_copy(update=changes), least)
 
+    def checkpoints(value: bool | str) -> ModelConfig:
+        return cfg.model.model_copy(update={"gradient_checkpointing": value})
+
+    found = set()
+    for gib in range(4, 48):
+        chosen = decided(gib * GIB, 600)
+        found.add((chosen.model.gradient_checkpointing, chosen.microbatch))
+    # Without checkpointing as long as that leaves batches of some size, then with it.
+    off = {(False, n) for n in (16384, 8192, 4096)}
+    assert found > off
+    assert {on for on, n in found - off} == {True}
+    assert max(n for on, n in found - off) > 4096
     assert decided(80 * GIB, 600).microbatch == 16384
-    for total in (2 * GIB, 4 * GIB, 6 * GIB):
-        chosen = decided(total, 600)
+    on = {"model": checkpoints(True)}
+    for total in (4 * GIB, 6 * GIB, 8 * GIB):
+        chosen = decided(total, 600, **on)
+        assert chosen.model.gradient_checkpointing is True
         larger = chosen.model_copy(update={"tokens_per_microbatch": 2 * chosen.microbatch})
         peaks = [make_plan(shape, c, "transformers", 100, total).peak("update") / total
                  for c in (chosen, larger)]  # fmt: skip
         assert chosen.microbatch == 600 or peaks[0] <= 0.9
         assert chosen.microbatch == 16384 or peaks[1] > 0.9
-    assert decided(GIB // 4, 600).microbatch == 600
+    small = decided(GIB // 4, 600)
+    assert (small.microbatch, small.model.gradient_checkpointing) == (600, True)
     assert decided(80 * GIB, 20000).microbatch == 20000
-    assert decided(GIB // 4, 600, tokens_per_microbatch=700).microbatch == 700
+    for total, kept in ((GIB // 4, True), (80 * GIB, False)):
+        named = decided(total, 600, tokens_per_microbatch=700)
+        assert (named.microbatch, named.model.gradient_checkpointing) == (700, kept)
+    never = decided(GIB // 4, 600, model=checkpoints(False))
+    assert (never.microbatch, never.model.gradient_checkpointing) == (600, False)
     late = cfg.rollout.model_copy(update={"overlap": True})
-    assert decided(80 * GIB, 600, rollout=late).microbatch == 8192
+    overlapping = decided(80 * GIB, 600, rollout=late)
+    assert (overlapping.microbatch, overlapping.model.gradient_checkpointing) == (8192, True)
 
 
 @pytest.mark.parametrize(("gib", "warned"), [(None, None), (0.7, True), (24, False)])
@@ -347,7 +371,9 @@ def test_a_run_says_it_in_a_line(llama_folder, gib, warned, monkeypatch):
         assert not said + warnings
         assert decided is cfg
         return
-    assert f"micro-batches of {decided.tokens_per_microbatch} tokens" in said[0]
+    off = "" if decided.model.gradient_checkpointing else "no "
+    how = f"; micro-batches of {decided.tokens_per_microbatch} tokens, {off}gradient checkpointing"
+    assert said[0].endswith(how)
     assert said[0].startswith("memory: update ")
     assert f" of {gib:g} GiB" in said[0]
     assert bool(warnings) is warned

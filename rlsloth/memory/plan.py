@@ -29,6 +29,9 @@ ACTIVATION_TOLERANCE = 0.12
 """Of the estimate, found on a CPU for nine families (tests/test_plan.py)."""
 MICROBATCHES = (16384, 8192, 4096, 2048, 1024, 512)
 """Tokens to choose from."""
+WORTH_KEEPING = 4096
+"""Tokens from which layers are kept rather than made again: with fewer, a prompt is computed for
+fewer of its completions at once, and the base dequantised for fewer tokens."""
 KEPT_FREE = 0.1
 """Share of a GPU that the choice leaves to errors of the estimate and to fragmentation."""
 CONTEXT = int(0.6 * GIB)
@@ -97,22 +100,29 @@ def largest_tokens(plan: Callable[[GrpoConfig], Plan], cfg: GrpoConfig, least: i
     )
 
 
-def with_microbatch(plan: Callable[[GrpoConfig], Plan], cfg: GrpoConfig, least: int) -> GrpoConfig:
-    """The configuration with the largest of MICROBATCHES whose update leaves a share KEPT_FREE of
-    the GPU, ``least`` where none does. One that names a micro-batch stays as it is."""
-    if cfg.tokens_per_microbatch is not None:
-        return cfg
+def decide_update(plan: Callable[[GrpoConfig], Plan], cfg: GrpoConfig, least: int) -> GrpoConfig:
+    """The configuration with ``tokens_per_microbatch`` and ``model.gradient_checkpointing`` decided
+    where it leaves them open: an update that leaves a share KEPT_FREE of the GPU, without
+    checkpointing rather than with it, with the largest of MICROBATCHES rather than a smaller one;
+    ``least`` tokens, checkpointed, where none does."""
+    named, auto = cfg.tokens_per_microbatch, cfg.model.gradient_checkpointing == "auto"
 
-    def having(tokens: int) -> GrpoConfig:
-        return cfg.model_copy(update={"tokens_per_microbatch": max(tokens, least)})
+    def having(tokens: int, checkpointing: bool) -> GrpoConfig:
+        model = cfg.model.model_copy(update={"gradient_checkpointing": checkpointing})
+        tokens = named or max(tokens, least)
+        return cfg.model_copy(update={"model": model, "tokens_per_microbatch": tokens})
 
+    checkpointing = bool(cfg.model.gradient_checkpointing)
     if cfg.rollout.overlap:  # vLLM's cache then takes whatever an update leaves
-        return having(MICROBATCH)
-    for tokens in MICROBATCHES:
-        made = plan(having(tokens))
+        return having(MICROBATCH, checkpointing)
+    choices = [having(tokens, checkpointing) for tokens in MICROBATCHES]
+    if auto:
+        choices = [having(n, False) for n in MICROBATCHES if n >= WORTH_KEEPING] + choices
+    for choice in choices:
+        made = plan(choice)
         if made.peak("update") <= (1 - KEPT_FREE) * made.total:
-            return having(tokens)
-    return having(least)
+            return choice
+    return having(least, checkpointing)
 
 
 def largest_sequences(plan: Callable[[GrpoConfig], Plan], cfg: GrpoConfig) -> int:
