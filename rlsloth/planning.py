@@ -17,6 +17,7 @@ from rlsloth.memory.plan import decide_update, largest_sequences, largest_tokens
 from rlsloth.memory.shape import ModelShape, read_shape
 from rlsloth.memory.terms import GIB, EngineName, Plan
 from rlsloth.planning_report import SHOWN, Source, as_json, print_plan, summary, update_said
+from rlsloth.policy.gguf_once import parsed_once
 from rlsloth.records import Prompt, UserError
 from rlsloth.rollout.vllm_start import check_installed
 
@@ -151,7 +152,8 @@ def model_shape(cfg: GrpoConfig) -> ModelShape:
 
     place, options = _place(cfg)
     try:
-        config = AutoConfig.from_pretrained(place, **options)
+        with parsed_once():
+            config = AutoConfig.from_pretrained(place, **options)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(
                 config,
@@ -226,7 +228,9 @@ def _longest_of(cfg: GrpoConfig, prompts: Sequence[Prompt]) -> int:
 
     place, options = _place(cfg)
     try:
-        renderer = Renderer(AutoTokenizer.from_pretrained(place, **options), cfg.env)
+        with parsed_once():
+            tokenizer = AutoTokenizer.from_pretrained(place, **options)
+        renderer = Renderer(tokenizer, cfg.env)
         longest = sorted(prompts, key=characters)[-TOKENIZED:]
         return max((len(renderer.prompt_ids(prompt)) for prompt in longest), default=0)
     except (UserError, OSError, ValueError, KeyError, RuntimeError, struct.error):

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from pathlib import Path
 
 import pytest
 import torch
 from test_policy import one_by_one
 
+from rlsloth import planning
 from rlsloth.chat import Renderer
-from rlsloth.config import EnvConfig, LoraConfig, ModelConfig, OptimConfig
+from rlsloth.config import EnvConfig, GrpoConfig, LoraConfig, ModelConfig, OptimConfig
 from rlsloth.packing import pack
+from rlsloth.policy.load import load_model
 from rlsloth.policy.policy import Policy
 from rlsloth.records import Group, Prompt, Rollout, SamplingParams
 from rlsloth.rollout.transformers_engine import TransformersEngine
@@ -109,3 +112,27 @@ def test_nf4_trains_and_keeps_its_base(groups):
     assert policy.version == 1
     assert layer.weight.dtype == torch.uint8
     assert torch.equal(layer.weight, before)
+
+
+def test_a_gguf_is_parsed_once(monkeypatch, tmp_path):
+    import gguf as package
+    import gguf.gguf_reader as reader
+
+    theirs, parsed = package.GGUFReader, []
+
+    class Counting(theirs):
+        def __init__(self, *args):
+            parsed.append(args)
+            super().__init__(*args)
+
+    monkeypatch.setattr(reader, "GGUFReader", Counting)
+    file = tmp_path / "model.gguf"
+    file.write_bytes(gguf().read_bytes())
+    cfg = GrpoConfig(model=ModelConfig(path=str(file)))
+    assert planning.model_shape(cfg).name == "LlamaForCausalLM"
+    load_model(cfg.model)
+    assert len(parsed) == 1
+    assert package.GGUFReader is theirs
+    os.utime(file, (1, 1))
+    planning.model_shape(cfg)
+    assert len(parsed) == 2

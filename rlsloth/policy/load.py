@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 
 from rlsloth.config import ModelConfig
 from rlsloth.policy.attention import NAME, register
+from rlsloth.policy.gguf_once import parsed_once
 from rlsloth.policy.gguf_tokenizer import restore_pretokenizer
 from rlsloth.records import UserError
 
@@ -259,7 +260,8 @@ def _from_gguf(path: Path, dtype: torch.dtype, nf4: bool, device: torch.device) 
         raise UserError(f"--model.path: no file {path} (looked from {Path.cwd()})")
     folder, name = os.path.split(path)
     try:
-        with redirect_stderr(io.StringIO()):  # a progress bar with no switch of its own
+        # A progress bar has no switch of its own.
+        with parsed_once(), redirect_stderr(io.StringIO()):
             tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
             model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=dtype)
     except (OSError, ValueError, KeyError, RuntimeError, struct.error) as error:
@@ -267,7 +269,8 @@ def _from_gguf(path: Path, dtype: torch.dtype, nf4: bool, device: torch.device) 
         raise UserError(
             f"--model.path {path}: transformers cannot read this GGUF file: {first}"
         ) from error
-    restore_pretokenizer(tokenizer, path)
+    with parsed_once():
+        restore_pretokenizer(tokenizer, path)
     tokenizer.model_max_length = model.config.max_position_embeddings
     # The config would otherwise claim a quantisation that the dequantised weights no longer have.
     del model.config.quantization_config

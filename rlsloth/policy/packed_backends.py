@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from rlsloth.policy.packed_layout import PackedLayout
+from rlsloth.policy.packed_layout import PackedLayout, Repeated
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, packed: PackedLayout, scale: float) -> Tensor:
@@ -28,16 +28,7 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, packed: PackedLayout, scale: float) -
             enable_gqa=True,
         )
         pieces.append(square.transpose(1, 2).flatten(0, 1)[bucket.places])
-    pieces += _causal_squares(q, k, v, packed.long_sequences, scale)
-    return torch.cat(pieces)[packed.back]
-
-
-def _causal_squares(
-    q: Tensor, k: Tensor, v: Tensor, squares: tuple[tuple[Tensor, int], ...], scale: float
-) -> list[Tensor]:
-    """One call a sequence; a rollout's goes over its prompt again, in attention only."""
-    pieces = []
-    for rows, keep in squares:
+    for rows, keep in packed.long_sequences:
         square = scaled_dot_product_attention(
             q[None, :, rows],
             k[None, :, rows],
@@ -47,21 +38,70 @@ def _causal_squares(
             enable_gqa=True,
         )
         pieces.append(square[0, :, -keep:].transpose(0, 1))
-    return pieces
+    return torch.cat(pieces)[packed.back]
+
+
+class _Repeat(torch.autograd.Function):
+    """[T, ...] to [T_kv, ...]. Indexing would do it; its gradient sums in the type of ``x``, and
+    sorts all rows for that."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rows: Repeated, summed: bool) -> Tensor:
+        ctx.rows, ctx.summed = rows, summed
+        return x.index_select(0, rows.index)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (grad,), rows = grads, ctx.rows
+        own = grad.index_select(0, rows.own)
+        if not ctx.summed or not len(rows.again):
+            return own, None, None
+        total, places = own.float(), (rows.index[rows.again],)
+        total.index_put_(places, grad.index_select(0, rows.again).float(), accumulate=True)
+        return total.to(grad.dtype), None, None
+
+
+class _Keep(torch.autograd.Function):
+    """[T_kv, ...] to [T, ...]: each row where it comes for its own sake."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rows: Repeated) -> Tensor:
+        ctx.rows = rows
+        return x.index_select(0, rows.own)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (grad,), rows = grads, ctx.rows
+        spread = grad.new_zeros(len(rows.index), *grad.shape[1:])
+        return spread.index_copy_(0, rows.own, grad), None
+
+
+def _repeat(x: Tensor, packed: PackedLayout, summed: bool = True) -> Tensor:
+    """[heads, T, D] to [T_kv, heads, D] with prompts laid out again. ``summed``: repetitions have a
+    part in the gradient."""
+    return _Repeat.apply(x.transpose(0, 1), packed.repeated, summed)  # type: ignore[no-untyped-call, no-any-return]
 
 
 def _cudnn(q: Tensor, k: Tensor, v: Tensor, packed: PackedLayout, scale: float) -> Tensor:
+    """One call a segment, over its prompt, too. A prompt's rows are kept where it stands alone, so
+    the queries of its repetitions get a gradient of exactly 0."""
+    streams = (_repeat(q, packed, summed=False), _repeat(k, packed), _repeat(v, packed))
+    pieces = (torch.split(s.transpose(0, 1)[None], packed.lengths, 2) for s in streams)
     # cuDNN refuses a single key; such sequences go to the next one.
     backends = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
     with sdpa_kernel(backends, set_priority=True):
-        return torch.cat(_causal_squares(q, k, v, packed.sequences, scale))
+        squares = [
+            scaled_dot_product_attention(a, b, c, is_causal=True, scale=scale, enable_gqa=True)
+            for a, b, c in zip(*pieces, strict=True)
+        ]
+    stream = torch.cat(squares, 2)[0].transpose(0, 1)
+    return _Keep.apply(stream, packed.repeated)  # type: ignore[no-untyped-call, no-any-return]
 
 
 def _stream(q: Tensor, k: Tensor, v: Tensor, packed: PackedLayout) -> tuple[Tensor, Tensor, Tensor]:
     """[T, heads, D] queries, and [T_kv, kv_heads, D] keys and values with prompts laid out
     again."""
-    keys, values = (x.transpose(0, 1)[packed.kv_index] for x in (k, v))
-    return q.transpose(0, 1).contiguous(), keys, values
+    return q.transpose(0, 1).contiguous(), _repeat(k, packed), _repeat(v, packed)
 
 
 def _varlen(q: Tensor, k: Tensor, v: Tensor, packed: PackedLayout, scale: float) -> Tensor:

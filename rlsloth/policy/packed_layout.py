@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -27,6 +28,18 @@ class Bucket:
     """[n] positions in the flattened [B, L] that are not padding."""
 
 
+@dataclass(frozen=True, slots=True)
+class Repeated:
+    """The stream with each prompt laid out again before each of its completions, T_kv rows."""
+
+    index: Tensor
+    """[T_kv] stream row of each."""
+    own: Tensor
+    """[T] where each stream row comes for its own sake, in the stream's order."""
+    again: Tensor
+    """[T_kv - T] all other places."""
+
+
 class PackedLayout:
     """A micro-batch's segments, on its device; each form is made when first asked for."""
 
@@ -36,8 +49,11 @@ class PackedLayout:
         self.cu_k = micro.cu_seqlens_k
         self.kv_index = micro.kv_index
         self.positions = micro.positions
-        self.max_q = int(self.cu_q.diff().max())
-        self.max_k = int(self.cu_k.diff().max())
+        self._q, self._k = (cu.tolist() for cu in (self.cu_q, self.cu_k))
+        self.lengths = [end - start for start, end in pairwise(self._k)]
+        """Of each segment with its prompt."""
+        self.max_k = max(self.lengths)
+        self.max_q = max(end - start for start, end in pairwise(self._q))
         self._tree_of = micro.tree_of
 
     @cached_property
@@ -82,19 +98,23 @@ class PackedLayout:
         return Bucket(index, mask[:, None], real.flatten().nonzero()[:, 0])
 
     @cached_property
-    def sequences(self) -> tuple[tuple[Tensor, int], ...]:
-        """Each segment as a square over prompt and own rows: (stream rows, last ones to keep)."""
-        return self._squares(range(len(self._tree_of)))
+    def repeated(self) -> Repeated:
+        """What takes a stream [T, ...] to [T_kv, ...] and back."""
+        shift = (self.cu_k - self.cu_q)[1:].long()[self._segment]
+        own = torch.arange(len(shift), device=shift.device) + shift
+        others = torch.ones_like(self.kv_index, dtype=torch.bool)
+        others[own] = False
+        return Repeated(self.kv_index, own, others.nonzero()[:, 0])
 
     @cached_property
     def long_sequences(self) -> tuple[tuple[Tensor, int], ...]:
-        """The sequences of trees over TREE_LIMIT, which are in no bucket."""
+        """The segments of trees over TREE_LIMIT, which are in no bucket, each as a square over
+        prompt and own rows: (stream rows, last ones to keep)."""
         long = (self._tree_sizes > TREE_LIMIT)[self._tree_of]
-        return self._squares(long.nonzero()[:, 0].tolist())
-
-    def _squares(self, segments: Any) -> tuple[tuple[Tensor, int], ...]:
-        q, k = self.cu_q.tolist(), self.cu_k.tolist()
-        return tuple((self.kv_index[k[s] : k[s + 1]], q[s + 1] - q[s]) for s in segments)
+        q, k = self._q, self._k
+        return tuple(
+            (self.kv_index[k[s] : k[s + 1]], q[s + 1] - q[s]) for s in long.nonzero()[:, 0].tolist()
+        )
 
     @cached_property
     def back(self) -> Tensor:

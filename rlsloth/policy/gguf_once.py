@@ -1,0 +1,47 @@
+"""A GGUF file, parsed once.
+
+transformers (5.16 - 5.19) parses the file anew for the configuration, twice for the tokenizer and
+twice for the weights, a plan does so before a run, and the map of tensor names is made again for
+every module: most of a small model's start.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+
+@contextmanager
+def parsed_once() -> Iterator[None]:
+    """Within it, gguf gives the file that it read last out of memory while that is unchanged."""
+    import gguf
+
+    ours = {"GGUFReader": _reader, "get_tensor_name_map": _tensor_names}
+    theirs = {name: getattr(gguf, name) for name in ours}
+    vars(gguf).update(ours)
+    try:
+        yield
+    finally:
+        vars(gguf).update(theirs)
+
+
+def _reader(path: str | Path) -> Any:
+    file = Path(path)
+    return _parsed(file, file.stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=1)
+def _parsed(file: Path, changed: int) -> Any:
+    from gguf.gguf_reader import GGUFReader
+
+    return GGUFReader(file)
+
+
+@lru_cache
+def _tensor_names(*args: Any) -> Any:
+    from gguf.tensor_mapping import get_tensor_name_map
+
+    return get_tensor_name_map(*args)

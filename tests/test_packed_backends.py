@@ -1,0 +1,54 @@
+"""The packed stream laid out sequence by sequence, on a CPU: values and gradients."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from test_policy import make_groups
+
+from rlsloth.packing import pack
+from rlsloth.policy.packed_backends import BACKENDS
+from rlsloth.policy.packed_layout import PackedLayout
+
+HEADS, KV_HEADS, WIDTH = 4, 2, 8
+
+
+def attended(backend: str, micro: Any) -> tuple[torch.Tensor, ...]:
+    """The output [T, heads, D] for random float64 input, and the gradients of q, k and v."""
+    total = len(micro.token_ids)
+    generator = torch.Generator().manual_seed(7)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    # As the layers give them: [T, heads, D] seen as [heads, T, D].
+    q, k, v = (random(total, h, WIDTH).transpose(0, 1) for h in (HEADS, KV_HEADS, KV_HEADS))
+    for x in (q, k, v):
+        x.requires_grad_()
+    out = BACKENDS[backend](q, k, v, PackedLayout(micro, backend), 0.3)
+    grads = torch.autograd.grad((out * random(total, HEADS, WIDTH)).sum(), (q, k, v))
+    return (out.detach(), *grads)
+
+
+@pytest.mark.parametrize("tokens", [40, 400, 4000])
+def test_a_call_a_segment_equals_masked_squares(tokens: int) -> None:
+    micros = pack(make_groups(4), tokens, mask_truncated=False, keep_zero_advantage=True)
+    shared = 0
+    for micro in micros.microbatches:
+        shared += len(micro.kv_index) - len(micro.token_ids)
+        want = attended("sdpa", micro)
+        # float64, but for the sum over a prompt's repetitions, which is in float32
+        for got, expected in zip(attended("cudnn", micro), want, strict=True):
+            assert torch.allclose(got, expected, atol=1e-5, rtol=1e-5)
+    assert shared > 0
+
+
+def test_every_row_has_one_place_of_its_own() -> None:
+    (micro, *_) = pack(make_groups(1), 4000, mask_truncated=False,
+                       keep_zero_advantage=True).microbatches  # fmt: skip
+    repeated = PackedLayout(micro, "cudnn").repeated
+    assert torch.equal(repeated.index[repeated.own], torch.arange(len(micro.token_ids)))
+    both = torch.cat([repeated.own, repeated.again]).sort().values
+    assert torch.equal(both, torch.arange(len(micro.kv_index)))
