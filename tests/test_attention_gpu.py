@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from test_packed_backends import attended
 from test_policy import make_groups
 from tiny import tiny_tokenizer
 
@@ -75,6 +76,19 @@ def test_backend_agrees_with_float32(backend, exact):
     assert (got - want).abs().max() < 0.05
     assert (got - want).abs().mean() < 0.01
     assert torch.nn.functional.cosine_similarity(grad, want_grad, 0) > 0.999
+
+
+def test_cudnn_reads_streams_of_every_length():
+    """Segments of one shape in streams of several lengths: torch keeps cuDNN's plans by shape."""
+    for groups in (4, 1, 2):
+        same = [make_groups(0, 1)[0] for _ in range(groups)]
+        (micro,) = pack(same, 4000, mask_truncated=False, keep_zero_advantage=True).microbatches
+        micro = to_device(micro, torch.device("cuda"))
+        want = attended("sdpa", micro, torch.float32, "cuda")
+        for got, expected in zip(
+            attended("cudnn", micro, torch.bfloat16, "cuda"), want, strict=True
+        ):
+            assert (got - expected).norm() < 0.02 * expected.norm()
 
 
 def test_graphed_decoding_equals_eager():

@@ -15,13 +15,15 @@ from rlsloth.policy.packed_layout import PackedLayout
 HEADS, KV_HEADS, WIDTH = 4, 2, 8
 
 
-def attended(backend: str, micro: Any) -> tuple[torch.Tensor, ...]:
-    """The output [T, heads, D] for random float64 input, and the gradients of q, k and v."""
+def attended(
+    backend: str, micro: Any, dtype: torch.dtype = torch.float64, device: str = "cpu"
+) -> tuple[torch.Tensor, ...]:
+    """The output [T, heads, D] for random input, and the gradients of q, k and v."""
     total = len(micro.token_ids)
     generator = torch.Generator().manual_seed(7)
 
     def random(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+        return torch.randn(*shape, generator=generator).to(device, dtype)
 
     # As the layers give them: [T, heads, D] seen as [heads, T, D].
     q, k, v = (random(total, h, WIDTH).transpose(0, 1) for h in (HEADS, KV_HEADS, KV_HEADS))

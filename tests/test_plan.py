@@ -332,16 +332,17 @@ def test_the_plan_decides_of_the_update_what_the_user_does_not(tmp_path):
         chosen = decided(gib * GIB, 600)
         found.add((chosen.model.gradient_checkpointing, chosen.microbatch))
     # Without checkpointing as long as that leaves batches of some size, then with it.
-    off = {(False, n) for n in (16384, 8192, 4096)}
-    assert found > off
-    assert {on for on, n in found - off} == {True}
-    assert max(n for on, n in found - off) > 4096
+    kept = [n for on, n in found if not on]
+    again = [n for on, n in found if on]
+    assert (min(kept) >= 4096, max(kept)) == (True, 16384)
+    assert len(kept) > 3
+    assert min(again) < 4096 < max(again)
     assert decided(80 * GIB, 600).microbatch == 16384
     on = {"model": checkpoints(True)}
     for total in (4 * GIB, 6 * GIB, 8 * GIB):
         chosen = decided(total, 600, **on)
         assert chosen.model.gradient_checkpointing is True
-        larger = chosen.model_copy(update={"tokens_per_microbatch": 2 * chosen.microbatch})
+        larger = chosen.model_copy(update={"tokens_per_microbatch": chosen.microbatch + 512})
         peaks = [make_plan(shape, c, "transformers", 100, total).peak("update") / total
                  for c in (chosen, larger)]  # fmt: skip
         assert chosen.microbatch == 600 or peaks[0] <= 0.9

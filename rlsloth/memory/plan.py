@@ -27,7 +27,7 @@ from rlsloth.memory.terms import GIB, EngineName, Phase, Plan, Precision, Term, 
 
 ACTIVATION_TOLERANCE = 0.12
 """Of the estimate, found on a CPU for nine families (tests/test_plan.py)."""
-MICROBATCHES = (16384, 8192, 4096, 2048, 1024, 512)
+MICROBATCHES = range(16384, 0, -512)
 """Tokens to choose from."""
 WORTH_KEEPING = 4096
 """Tokens from which layers are kept rather than made again: with fewer, a prompt is computed for

@@ -94,7 +94,9 @@ def _cudnn(q: Tensor, k: Tensor, v: Tensor, packed: PackedLayout, scale: float) 
             scaled_dot_product_attention(a, b, c, is_causal=True, scale=scale, enable_gqa=True)
             for a, b, c in zip(*pieces, strict=True)
         ]
-    stream = torch.cat(squares, 2)[0].transpose(0, 1)
+    # squeeze, because [0] would give the output's gradient strides that grow with the stream: torch
+    # keeps cuDNN's plans without them, and would read past the end (torch 2.11).
+    stream = torch.cat(squares, 2).squeeze(0).transpose(0, 1)
     return _Keep.apply(stream, packed.repeated)  # type: ignore[no-untyped-call, no-any-return]
 
 
