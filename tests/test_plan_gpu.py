@@ -106,7 +106,8 @@ def test_update_peak(folder, precision, checkpointing):
     print(f"{precision} {tokens} tokens: plan {planned / GIB:.3f}, took {measured / GIB:.3f} GiB")
     for term in here.terms:
         print(f"  {term.update / GIB:.3f} {'at a moment' if term.moment else ''} {term.name}")
-    assert planned == pytest.approx(measured, rel=0.15)
+    # Queries repeat their prompt in the estimate, as on a CPU and with cuDNN; not so elsewhere.
+    assert 0.95 * measured < planned < 1.25 * measured
 
 
 @pytest.mark.parametrize("precision", ["nf4", "bf16"])

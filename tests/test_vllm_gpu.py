@@ -87,7 +87,7 @@ def test_close_frees_everything(policy, asleep, capfd):
     engine.load(changed(policy, 1))
     found = float(gap(policy, PREFIXES, engine.generate(PREFIXES, 2, SAMPLING)).mean())
     print(f"FP8 cache: mean |difference| {found:.4f}")
-    assert found < 0.2
+    assert found < 0.5  # eight bits tell on random weights
     if asleep:
         engine.release()
     engine.close()

@@ -46,9 +46,6 @@ FORCED = {
 }
 WISHED = {"VLLM_LOGGING_LEVEL": "ERROR"}
 """Environment variables that a user may have set otherwise."""
-_POOLS: list[Any] = []
-"""Empty memory pools of stopped engines. vLLM 0.26 drops the last one's while it makes the next
-one's, and torch aborts the process on that."""
 
 
 def check_installed() -> None:
@@ -176,11 +173,11 @@ def _graphed(max_sequences: int) -> list[int]:
 def stop_vllm(llm: Any) -> None:
     """End what vLLM runs and the process group that it made; its memory is free once nobody has
     ``llm`` any more, after ``free_memory``."""
-    from vllm.device_allocator.cumem import CuMemAllocator
     from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+    from vllm.platforms import current_platform
 
-    if CuMemAllocator.instance is not None:
-        _POOLS.extend(CuMemAllocator.instance.allocator_and_pools.values())
+    # Once its graphs are gone torch takes no more into their pool, and vLLM would offer it again.
+    type(current_platform)._global_graph_pool = None
     if llm is not None:
         llm.llm_engine.renderer.shutdown()  # its threads
         llm.llm_engine.engine_core.shutdown()
