@@ -152,7 +152,7 @@ def model_shape(cfg: GrpoConfig) -> ModelShape:
 
     place, options = _place(cfg)
     try:
-        with parsed_once():
+        with parsed_once("gguf_file" in options):
             config = AutoConfig.from_pretrained(place, **options)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(
@@ -228,7 +228,7 @@ def _longest_of(cfg: GrpoConfig, prompts: Sequence[Prompt]) -> int:
 
     place, options = _place(cfg)
     try:
-        with parsed_once():
+        with parsed_once("gguf_file" in options):
             tokenizer = AutoTokenizer.from_pretrained(place, **options)
         renderer = Renderer(tokenizer, cfg.env)
         longest = sorted(prompts, key=characters)[-TOKENIZED:]

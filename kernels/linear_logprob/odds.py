@@ -52,7 +52,10 @@ def empty_stats(hidden_NH: Tensor) -> Tensor:
     and p their softmax: a reference exponent, ``total = sum(exp(z - reference))`` and ``mean =
     sum(p * (z - reference))``; then the target's own z.
     """
-    return torch.empty(4, hidden_NH.shape[0], dtype=torch.float32, device=hidden_NH.device)
+    count = hidden_NH.shape[0]
+    # Rows of whole 64 bytes: Triton compiles a kernel anew for pointers that are aligned otherwise.
+    rows = torch.empty(4, -(-count // 16) * 16, dtype=torch.float32, device=hidden_NH.device)
+    return rows[:, :count]
 
 
 def chunks(

@@ -201,7 +201,7 @@ def _target_kernel(
     tl.store(out_ptr + row, _scaled(raw, slope, ceiling, SOFTCAP))
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["rows", "row_group", "programs"])  # type: ignore[untyped-decorator]
 def _odds_kernel(
     hidden_desc: tl.tensor,
     weight_desc: tl.tensor,
@@ -283,7 +283,7 @@ def _odds_kernel(
         odds_desc.store([row_tile * ROWS, column_tile * COLUMNS], odds.to(odds_desc.dtype))
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["plane", "stats_stride"])  # type: ignore[untyped-decorator]
 def _rows_kernel(
     partial_ptr: tl.tensor,
     plane: tl.tensor,
@@ -322,7 +322,7 @@ def _rows_kernel(
     tl.store(stats_ptr + 2 * stats_stride + row, weighted / total / LOG2E)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["stats_stride"])  # type: ignore[untyped-decorator]
 def _finish_kernel(
     sum_ptr: tl.tensor,
     sum_stride: tl.tensor,
@@ -372,7 +372,7 @@ def _scale_kernel(
     tl.store(pointer, value.to(tensor_ptr.dtype.element_ty), mask=column < width)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["count"])  # type: ignore[untyped-decorator]
 def _scale_all_kernel(
     tensor_ptr: tl.tensor, factor_ptr: tl.tensor, count: tl.tensor, BLOCK: tl.constexpr
 ) -> None:

@@ -16,9 +16,17 @@ from rlsloth.kernels.nf4.ahead import Job, dequantize_ahead
 Layers = tuple[LoraLinear, ...]
 
 
-def linears(x_TI: Tensor, layers: Layers) -> tuple[list[Tensor], Tensor | None]:
+class Adapters:
+    """Of siblings, as their products take them; the backward finds those of the forward."""
+
+    def __init__(self, layers: Layers) -> None:
+        self.stacked: Stack | None = stack(layers)
+        self.b_OR = [scaled_b(layer) for layer in layers]
+
+
+def linears(x_TI: Tensor, layers: Layers, adapters: Adapters) -> tuple[list[Tensor], Tensor | None]:
     """Each layer's output, and ``x A^T`` of the stack, which comes out of the first product."""
-    stacked = stack(layers)
+    stacked = adapters.stacked
     first, *others = layers
     below_RI = None if stacked is None else stacked.a_RI
     jobs = [Job(first.weight, below_RI=below_RI), *(Job(layer.weight) for layer in others)]
@@ -31,25 +39,28 @@ def linears(x_TI: Tensor, layers: Layers) -> tuple[list[Tensor], Tensor | None]:
     low_TR = wide_TO[:, out:].clone()  # a view would keep all of it
     outputs.insert(0, x_TI.new_empty(x_TI.shape[0], out))
     bases = [wide_TO[:, :out], *outputs[1:]]
-    _add_adapters(bases, low_TR, stacked, layers, outputs)
+    _add_adapters(bases, low_TR, stacked, adapters.b_OR, outputs)
     return outputs, low_TR
 
 
 def linears_decoded(x_TI: Tensor, layers: Layers) -> list[Tensor]:
     """The outputs for a few rows, without a gradient: NF4 weights stay as they lie."""
-    stacked = stack(layers)
+    adapters = Adapters(layers)
     outputs = [products.decoded(x_TI, layer) for layer in layers]
-    if stacked is not None:
-        _add_adapters(outputs, x_TI @ stacked.a_RI.t(), stacked, layers, outputs)
+    if (stacked := adapters.stacked) is not None:
+        _add_adapters(outputs, x_TI @ stacked.a_RI.t(), stacked, adapters.b_OR, outputs)
     return outputs
 
 
 def _add_adapters(
-    bases: list[Tensor], low_TR: Tensor, stacked: Stack, layers: Layers, outputs: list[Tensor]
+    bases: list[Tensor],
+    low_TR: Tensor,
+    stacked: Stack,
+    factors: list[Tensor | None],
+    outputs: list[Tensor],
 ) -> None:
     """``out = base + low B^T`` of each layer; an output may be its base."""
-    for base_TO, span, layer, out_TO in zip(bases, stacked.spans, layers, outputs, strict=True):
-        b_OR = scaled_b(layer)
+    for base_TO, span, b_OR, out_TO in zip(bases, stacked.spans, factors, outputs, strict=True):
         if b_OR is not None:
             products.add_product(base_TO, low_TR[:, span], b_OR.t(), out_TO)
         elif out_TO is not base_TO:
@@ -61,12 +72,13 @@ class LinearsFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x_TI: Tensor, layers: Layers, *adapters: Tensor | None
+        ctx: Any, x_TI: Tensor, layers: Layers, *parameters: Tensor | None
     ) -> tuple[Tensor, ...]:
-        outputs, low_TR = linears(x_TI, layers)
-        # The adapters are the layers' own. Saved all the same: autograd then notices a change.
-        ctx.save_for_backward(x_TI, low_TR, *adapters)
-        ctx.layers = layers
+        adapters = Adapters(layers)
+        outputs, low_TR = linears(x_TI, layers, adapters)
+        # The parameters are the layers' own. Saved all the same: autograd then notices a change.
+        ctx.save_for_backward(x_TI, low_TR, *parameters)
+        ctx.layers, ctx.adapters = layers, adapters
         ctx.set_materialize_grads(False)
         return tuple(outputs)
 
@@ -79,12 +91,15 @@ class LinearsFunction(torch.autograd.Function):
         if not live:
             return (None,) * (2 + 2 * len(ctx.layers))
         with torch.autocast(x_TI.device.type, enabled=False):
-            result = _gradients(ctx.layers, x_TI, low_TR, live, grads, ctx.needs_input_grad[0])
+            result = _gradients(
+                ctx.layers, ctx.adapters, x_TI, low_TR, live, grads, ctx.needs_input_grad[0]
+            )
         return tuple(result)
 
 
 def _gradients(
     layers: Layers,
+    adapters: Adapters,
     x_TI: Tensor,
     low_TR: Tensor,
     live: list[int],
@@ -92,9 +107,9 @@ def _gradients(
     with_input: bool,
 ) -> list[Tensor | None]:
     """What ``LinearsFunction.backward`` returns."""
-    stacked = stack(layers)
+    stacked = adapters.stacked
     backward = _input_gradient if with_input else _low_gradient
-    grad_x_TI, grad_low_TR = backward(layers, stacked, live, grads)
+    grad_x_TI, grad_low_TR = backward(layers, adapters, live, grads)
     result: list[Tensor | None] = [grad_x_TI, None]
     if stacked is None:
         return result + [None, None] * len(layers)
@@ -110,10 +125,10 @@ def _gradients(
 
 
 def _input_gradient(
-    layers: Layers, stacked: Stack | None, live: list[int], grads: tuple[Any, ...]
+    layers: Layers, adapters: Adapters, live: list[int], grads: tuple[Any, ...]
 ) -> tuple[Tensor, Tensor | None]:
     """dx and low; each sibling's columns of low come out behind its ``dy W``."""
-    blocks = [_block(layers[index], stacked, index) for index in live]
+    blocks = [_block(layers[index], adapters, index) for index in live]
     matrices = dequantize_ahead(
         [Job(layers[i].weight, behind_OR=b) for i, b in zip(live, blocks, strict=True)]
     )
@@ -121,7 +136,7 @@ def _input_gradient(
     for index, block_OR, matrix in zip(live, blocks, matrices, strict=True):
         wide_TI = products.back_with_low(grads[index], matrix, layers[index], block_OR, wide_TI)
     assert wide_TI is not None
-    if stacked is None:
+    if (stacked := adapters.stacked) is None:
         return wide_TI, None
     into = layers[0].weight.shape[1]
     low_TR = wide_TI[:, into:]
@@ -131,23 +146,23 @@ def _input_gradient(
 
 
 def _low_gradient(
-    layers: Layers, stacked: Stack | None, live: list[int], grads: tuple[Any, ...]
+    layers: Layers, adapters: Adapters, live: list[int], grads: tuple[Any, ...]
 ) -> tuple[None, Tensor | None]:
     """low alone."""
     low_TR = None
     for index in live:
-        block_OR = _block(layers[index], stacked, index)
+        block_OR = _block(layers[index], adapters, index)
         if block_OR is not None and (low_TR is None or layers[index].lora_b is not None):
             part_TR = grads[index] @ block_OR
             low_TR = part_TR if low_TR is None else low_TR.add_(part_TR)
     return None, low_TR
 
 
-def _block(layer: LoraLinear, stacked: Stack | None, index: int) -> Tensor | None:
+def _block(layer: LoraLinear, adapters: Adapters, index: int) -> Tensor | None:
     """scale * B in the columns of the stack that are the layer's; zeros in its siblings'."""
+    stacked, b_OR = adapters.stacked, adapters.b_OR[index]
     if stacked is None:
         return None
-    b_OR = scaled_b(layer)
     total, span = stacked.a_RI.shape[0], stacked.spans[index]
     if b_OR is None:
         return stacked.a_RI.new_zeros(layer.weight.shape[0], total)

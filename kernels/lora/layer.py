@@ -48,20 +48,22 @@ class Stack:
 
 def stack(layers: Sequence[LoraLinear]) -> Stack | None:
     """None where every adapter is off."""
-    parts: list[Tensor] = []
-    spans, end = [], 0
-    for layer in layers:
-        start = end
-        if layer.lora_a is not None:
-            a_RI = layer.lora_a.detach().to(layer.weight.dtype).contiguous()
-            if missing := -len(a_RI) % ALIGNMENT:
-                a_RI = pad(a_RI, (0, 0, 0, missing))
-            parts.append(a_RI)
-            end += len(a_RI)
-        spans.append(slice(start, end))
-    if not parts:
+    given = [None if layer.lora_a is None else layer.lora_a.detach() for layer in layers]
+    live = [a for a in given if a is not None]
+    if not live:
         return None
-    return Stack(parts[0] if len(parts) == 1 else torch.cat(parts), tuple(spans))
+    spans, end = [], 0
+    for a in given:
+        start, rank = end, 0 if a is None else len(a)
+        end += rank + -rank % ALIGNMENT
+        spans.append(slice(start, end))
+    make = torch.empty if end == sum(len(a) for a in live) else torch.zeros
+    a_RI = make(end, live[0].shape[1], dtype=layers[0].weight.dtype, device=live[0].device)
+    rows = [
+        a_RI[span.start :][: len(a)] for a, span in zip(given, spans, strict=True) if a is not None
+    ]
+    torch._foreach_copy_(rows, live)  # one kernel: there are many of these, and each is short
+    return Stack(a_RI, tuple(spans))
 
 
 def scaled_b(layer: LoraLinear) -> Tensor | None:

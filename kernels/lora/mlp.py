@@ -28,7 +28,7 @@ Mlp = tuple[LoraLinear, LoraLinear, LoraLinear]
 
 
 class Parts:
-    """The adapters of an MLP as its products take them, made once a pass."""
+    """The adapters of an MLP as its products take them; the backward finds those of the forward."""
 
     def __init__(self, layers: Mlp, activation: str) -> None:
         gate, up, down = layers
@@ -118,8 +118,7 @@ class InnerFunction(torch.autograd.Function):
         h_wide, *kept = inner(x_TH, parts, matrices)
         # The adapters are the layers' own. Saved all the same: autograd then notices a change.
         ctx.save_for_backward(x_TH, *kept, *adapters)
-        # Not the parts: copies of every layer's adapters would wait for the backward.
-        ctx.layers, ctx.activation = parts.layers, parts.activation
+        ctx.parts = parts
         ctx.mark_non_differentiable(h_wide)
         ctx.set_materialize_grads(False)  # or h would be given zeros as wide as itself
         shape = x_TH.shape[0], parts.layers[2].weight.shape[0]
@@ -132,9 +131,8 @@ class InnerFunction(torch.autograd.Function):
         # shared buffers.
         x_TH, gate_wide, up_TF, low_TR, *_ = ctx.saved_tensors
         with torch.autocast(x_TH.device.type, enabled=False):
-            parts = Parts(ctx.layers, ctx.activation)
             grad_x_TH, grads = _gradients(
-                parts, x_TH, gate_wide, up_TF, low_TR, grad_TH, ctx.needs_input_grad[0]
+                ctx.parts, x_TH, gate_wide, up_TF, low_TR, grad_TH, ctx.needs_input_grad[0]
             )
         return grad_x_TH, None, None, *grads
 

@@ -217,15 +217,17 @@ def _activations(
     # Each layer's input; under checkpointing that is all, and a layer's own is made again.
     inputs = len(layers) * shape.hidden * size
     if cfg.model.gradient_checkpointing:
-        kept, work = float(inputs), max(layer.at_work for layer in layers)
+        kept, work, copies = float(inputs), max(layer.at_work for layer in layers), 0
         name = "activations: layer inputs (checkpointing)"
     else:
         kept = inputs + sum(layer.kept for layer in layers)
         work = max(layer.at_work - layer.kept for layer in layers)
+        # lora.autograd.Adapters, lora.mlp.Parts
+        copies = size * sum(shape.trained) if shape.layers[0].on_kernels else 0
         name = "activations: all layers (no checkpointing)"
     at_work = tokens * work + max(layer.fixed for layer in layers)
     return [
-        Term(f"{name} (estimate)", 0, int(tokens * kept)),
+        Term(f"{name} (estimate)", 0, int(tokens * kept) + copies),
         Term("activations: one layer's backward (estimate)", 0, int(at_work), moment=True),
         Term("linear_logprob", 0, head_bytes(shape, tokens, precision), moment=True),
     ]

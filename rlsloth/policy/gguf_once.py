@@ -15,8 +15,12 @@ from typing import Any
 
 
 @contextmanager
-def parsed_once() -> Iterator[None]:
-    """Within it, gguf gives the file that it read last out of memory while that is unchanged."""
+def parsed_once(read: bool = True) -> Iterator[None]:
+    """Within it, gguf gives the file that it read last out of memory while that is unchanged.
+    Without ``read`` no such file is read, and gguf not imported."""
+    if not read:
+        yield
+        return
     import gguf
 
     ours = {"GGUFReader": _reader, "get_tensor_name_map": _tensor_names}

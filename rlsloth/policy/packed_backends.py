@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -129,10 +131,20 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, packed: PackedLayout, scale: float)
     return attended
 
 
-def _fa4(q: Tensor, k: Tensor, v: Tensor, packed: PackedLayout, scale: float) -> Tensor:
+@cache
+def _flash_attention_4() -> Callable[..., Any]:
+    """It compiles for 10 s in each process unless told to keep the result, and where."""
+    place = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rlsloth"
+    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
+    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", str(place / "flash_attention_4"))
     from flash_attn.cute import flash_attn_varlen_func
 
-    out = flash_attn_varlen_func(
+    function: Callable[..., Any] = flash_attn_varlen_func
+    return function
+
+
+def _fa4(q: Tensor, k: Tensor, v: Tensor, packed: PackedLayout, scale: float) -> Tensor:
+    out = _flash_attention_4()(
         *_stream(q, k, v, packed),
         cu_seqlens_q=packed.cu_q,
         cu_seqlens_k=packed.cu_k,
@@ -140,6 +152,7 @@ def _fa4(q: Tensor, k: Tensor, v: Tensor, packed: PackedLayout, scale: float) ->
         max_seqlen_k=packed.max_k,
         softmax_scale=scale,
         causal=True,
+        return_lse=not q.requires_grad,  # one kernel with and without gradients
     )
     attended: Tensor = out[0] if isinstance(out, tuple) else out
     return attended

@@ -7,6 +7,7 @@ import gc
 import importlib.metadata
 import os
 import random
+import sys
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -97,6 +98,8 @@ def start_vllm(
     slots: list[Slot] = []
     with _as_it_was(), tempfile.TemporaryDirectory(prefix="rlsloth-vllm-") as folder:
         try:
+            if device.type == "cuda":
+                _hide_flashinfer(kv_cache)
             options = _prepare(folder, family, model, tokenizer, slots)
             from vllm import LLM
 
@@ -148,6 +151,16 @@ def _prepare(
     tokenizer.save_pretrained(folder)
     vllm_weights.share(model, slots)
     return {"load_format": vllm_weights.NAME, "hf_overrides": {"architectures": [family]}}
+
+
+def _hide_flashinfer(kv_cache: str) -> None:
+    """Keep vLLM from importing FlashInfer, which takes 4 s, only to look at it among others: where
+    it takes FlashAttention, and where FlashInfer cannot compile."""
+    from vllm.utils.flashinfer import has_flashinfer
+
+    major = torch.cuda.get_device_capability()[0]
+    if major == 9 or (major == 8 and kv_cache == "auto") or not has_flashinfer():
+        sys.modules.setdefault("flashinfer", None)  # type: ignore[arg-type]
 
 
 def _for_device(device: torch.device, max_sequences: int) -> dict[str, Any]:
@@ -213,5 +226,7 @@ def _as_it_was() -> Iterator[None]:
     finally:
         random.setstate(states[0])
         np.random.set_state(states[1])
+        if "flashinfer" in sys.modules and sys.modules["flashinfer"] is None:
+            del sys.modules["flashinfer"]
         torch.set_num_threads = set_num_threads  # vLLM puts one in its place that refuses
         torch.set_num_threads(threads)
