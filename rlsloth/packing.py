@@ -6,9 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from rlsloth.records import Group, MicroBatch, PackedBatch, Rollout
+
+Array = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +58,7 @@ def pack(
 
 def _stream_length(rollout: Rollout) -> int:
     """Tokens of a rollout that are fed to the model: all before its last scored one."""
-    return max(i for i, scored in enumerate(rollout.loss_mask) if scored)
+    return len(rollout.loss_mask) - 1 - rollout.loss_mask[::-1].index(True)
 
 
 def _split(g: int, group: Group, packed: list[int], budget: int) -> list[_Tree]:
@@ -91,64 +95,83 @@ def _first_fit(trees: list[_Tree], budget: int) -> list[list[_Tree]]:
 
 
 def _microbatch(groups: Sequence[Group], trees: list[_Tree]) -> MicroBatch:
-    tokens: list[int] = []
-    positions: list[int] = []
-    cu_q, cu_k = [0], [0]
-    kv_index: list[int] = []
-    tree_of: list[int] = []
-    score_index: list[int] = []
-    targets: list[int] = []
-    rollout_of: list[int] = []
+    stream = _Stream()
     advantages: list[float] = []
-    logprobs: list[float] = []
-    versions: list[int] = []
+    counts: list[int] = []
     source: list[tuple[int, int]] = []
-
-    def segment(ids: list[int], first_position: int, prefix: range, tree: int) -> range:
-        start = len(tokens)
-        own = range(start, start + len(ids))
-        tokens.extend(ids)
-        positions.extend(range(first_position, first_position + len(ids)))
-        kv_index.extend(prefix)
-        kv_index.extend(own)
-        cu_q.append(len(tokens))
-        cu_k.append(len(kv_index))
-        tree_of.append(tree)
-        return own
-
     for t, tree in enumerate(trees):
         group = groups[tree.group]
-        prompt = segment(group.prompt_ids, 0, range(0), t)
+        prompt = stream.prompt(np.array(group.prompt_ids, np.int64), t)
         for r in tree.rollouts:
             rollout = group.rollouts[r]
-            fed = _stream_length(rollout)
-            own = segment(rollout.token_ids[:fed], len(prompt), prompt, t) if fed else range(0)
-            scored = [j for j, on in enumerate(rollout.loss_mask) if on]
-            # Token j is predicted by the state before it; the first by the prompt's last token.
-            score_index.extend(own[j - 1] if j else prompt[-1] for j in scored)
-            targets.extend(rollout.token_ids[j] for j in scored)
-            rollout_of.extend([len(source)] * len(scored))
-            advantages.extend([rollout.advantage] * len(scored))
-            logprobs.extend(rollout.logprobs[j] for j in scored)
-            versions.extend(rollout.policy_version[j] for j in scored)
+            counts.append(stream.rollout(rollout, prompt, t))
+            advantages.append(rollout.advantage)
             source.append((tree.group, r))
-
+    scored = torch.tensor(counts)
     return MicroBatch(
-        token_ids=torch.tensor(tokens),
-        positions=torch.tensor(positions),
-        cu_seqlens_q=torch.tensor(cu_q, dtype=torch.int32),
-        kv_index=torch.tensor(kv_index),
-        cu_seqlens_k=torch.tensor(cu_k, dtype=torch.int32),
-        tree_of=torch.tensor(tree_of),
-        score_index=torch.tensor(score_index),
-        target_ids=torch.tensor(targets),
-        rollout_of=torch.tensor(rollout_of),
-        advantages=torch.tensor(advantages, dtype=torch.float32),
-        rollout_logprobs=torch.tensor(logprobs, dtype=torch.float32),
-        policy_version=torch.tensor(versions),
+        token_ids=_joined(stream.tokens),
+        positions=_joined(stream.positions),
+        cu_seqlens_q=torch.tensor(stream.cu_q, dtype=torch.int32),
+        kv_index=_joined(stream.kv_index),
+        cu_seqlens_k=torch.tensor(stream.cu_k, dtype=torch.int32),
+        tree_of=torch.tensor(stream.tree_of),
+        score_index=_joined(stream.score_index),
+        target_ids=_joined(stream.targets),
+        rollout_of=torch.arange(len(source)).repeat_interleave(scored),
+        advantages=torch.tensor(advantages, dtype=torch.float32).repeat_interleave(scored),
+        rollout_logprobs=_joined(stream.logprobs),
+        policy_version=_joined(stream.versions),
         rollout_count=len(source),
         source=tuple(source),
     )
+
+
+class _Stream:
+    """A micro-batch that grows, as arrays to be joined: a step may have half a million tokens."""
+
+    def __init__(self) -> None:
+        self.tokens: list[Array] = []
+        self.positions: list[Array] = []
+        self.cu_q, self.cu_k = [0], [0]
+        self.kv_index: list[Array] = []
+        self.tree_of: list[int] = []
+        self.score_index: list[Array] = []
+        self.targets: list[Array] = []
+        self.logprobs: list[Array] = []
+        self.versions: list[Array] = []
+
+    def prompt(self, ids: Array, tree: int) -> Array:
+        """A segment of its own. Returns its places in the stream, as `rollout` takes them."""
+        return self._segment(ids, 0, np.arange(0), tree)
+
+    def rollout(self, rollout: Rollout, prompt: Array, tree: int) -> int:
+        """A segment that also sees its prompt. Returns the number of its scored tokens."""
+        ids, fed = np.array(rollout.token_ids, np.int64), _stream_length(rollout)
+        start = self.cu_q[-1]
+        if fed:
+            self._segment(ids[:fed], len(prompt), prompt, tree)
+        scored = np.flatnonzero(np.array(rollout.loss_mask))
+        # Token j is predicted by the state before it; the first by the prompt's last token.
+        self.score_index.append(np.where(scored > 0, start + scored - 1, prompt[-1]))
+        self.targets.append(ids[scored])
+        self.logprobs.append(np.array(rollout.logprobs, np.float32)[scored])
+        self.versions.append(np.array(rollout.policy_version, np.int64)[scored])
+        return len(scored)
+
+    def _segment(self, ids: Array, first_position: int, prefix: Array, tree: int) -> Array:
+        start, count = self.cu_q[-1], len(ids)
+        own = np.arange(start, start + count)
+        self.tokens.append(ids)
+        self.positions.append(np.arange(first_position, first_position + count))
+        self.kv_index += [prefix, own]
+        self.cu_q.append(start + count)
+        self.cu_k.append(self.cu_k[-1] + len(prefix) + count)
+        self.tree_of.append(tree)
+        return own
+
+
+def _joined(parts: list[Array]) -> Tensor:
+    return torch.from_numpy(np.concatenate(parts))
 
 
 def to_device(micro: MicroBatch, device: torch.device) -> MicroBatch:
