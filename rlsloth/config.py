@@ -74,7 +74,8 @@ class ModelConfig(Section):
     device: str = "auto"
     """auto: the first GPU if there is one, else the CPU."""
     attention: Literal["auto", "fa4", "cudnn", "varlen", "flex", "sdpa"] = "auto"
-    """Attention of the packed training forward. auto: the fastest that this machine has."""
+    """Attention of the packed training forward. auto: the fastest that this machine has; under a
+    billion parameters varlen, which neither compiles nor needs a call a sequence."""
     gradient_checkpointing: Literal["auto"] | bool = "auto"
     """Recompute layers in the backward pass: less memory, up to a third more time. auto: off where
     the GPU has room without it, by plan; on a CPU on."""

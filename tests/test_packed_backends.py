@@ -9,8 +9,10 @@ import torch
 from test_policy import make_groups
 
 from rlsloth.packing import pack
+from rlsloth.policy import attention
 from rlsloth.policy.packed_backends import BACKENDS
 from rlsloth.policy.packed_layout import PackedLayout
+from rlsloth.records import UserError
 
 HEADS, KV_HEADS, WIDTH = 4, 2, 8
 
@@ -54,3 +56,22 @@ def test_every_row_has_one_place_of_its_own() -> None:
     assert torch.equal(repeated.index[repeated.own], torch.arange(len(micro.token_ids)))
     both = torch.cat([repeated.own, repeated.again]).sort().values
     assert torch.equal(both, torch.arange(len(micro.kv_index)))
+
+
+@pytest.mark.parametrize(
+    ("parameters", "installed", "chosen"),
+    [
+        (8 * 10**9, ["fa4", "cudnn", "varlen", "flex", "sdpa"], "fa4"),
+        (8 * 10**9, ["cudnn", "varlen", "flex", "sdpa"], "cudnn"),
+        (135 * 10**6, ["fa4", "cudnn", "varlen", "flex", "sdpa"], "varlen"),
+        (135 * 10**6, ["sdpa"], "sdpa"),
+    ],
+)
+def test_auto_weighs_what_a_backend_takes_to_start(monkeypatch, parameters, installed, chosen):
+    monkeypatch.setattr(attention, "available_backends", lambda: installed)
+    device = torch.device("cuda")
+    assert attention.choose_backend("auto", device, torch.bfloat16, parameters) == chosen
+    assert attention.choose_backend("sdpa", device, torch.bfloat16, parameters) == "sdpa"
+    with pytest.raises(UserError, match="--model.attention bad does not work"):
+        attention.choose_backend("bad", device, torch.bfloat16, parameters)
+    assert attention.choose_backend("auto", device, torch.float32, parameters) == "sdpa"

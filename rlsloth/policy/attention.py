@@ -26,6 +26,9 @@ from rlsloth.records import UserError
 NAME = "rlsloth"
 BLOCK_ROWS = 512
 """Rows of a long sequence whose scores exist at once on the plain path."""
+SMALL = 10**9
+"""Parameters of a model whose layers are too short for what is fastest at length: flash-attention 4
+takes 3 s to import and 10 s to compile, cuDNN a call for each sequence."""
 
 
 def available_backends() -> list[str]:
@@ -47,8 +50,8 @@ def _has_fa4() -> bool:
         return False
 
 
-def choose_backend(asked: str, device: torch.device, dtype: torch.dtype) -> str:
-    """The attention backend of a run.
+def choose_backend(asked: str, device: torch.device, dtype: torch.dtype, parameters: int) -> str:
+    """The attention backend of a run; ``parameters``: the model's.
 
     Raises:
         UserError: the backend asked for does not work here.
@@ -56,7 +59,7 @@ def choose_backend(asked: str, device: torch.device, dtype: torch.dtype) -> str:
     half = dtype in (torch.bfloat16, torch.float16)
     usable = available_backends() if device.type == "cuda" and half else ["sdpa"]
     if asked == "auto":
-        return usable[0]
+        return "varlen" if "varlen" in usable and parameters < SMALL else usable[0]
     if asked not in usable:
         raise UserError(
             f"--model.attention {asked} does not work on {device} in {str(dtype)[6:]}; "

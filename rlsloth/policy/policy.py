@@ -54,7 +54,8 @@ class Policy:
         self.tokenizer = loaded.tokenizer
         self.device = loaded.device
         self.dtype = loaded.dtype
-        self.backend = choose_backend(model.attention, loaded.device, loaded.dtype)
+        count = loaded.model.num_parameters()
+        self.backend = choose_backend(model.attention, loaded.device, loaded.dtype, count)
         self.model = add_adapter(loaded.model, lora, model)
         self._fresh = model.adapter is None
         self.wrapped = wrap(self.model) if model.fused_kernels else None
