@@ -72,6 +72,6 @@ def test_auto_weighs_what_a_backend_takes_to_start(monkeypatch, parameters, inst
     device = torch.device("cuda")
     assert attention.choose_backend("auto", device, torch.bfloat16, parameters) == chosen
     assert attention.choose_backend("sdpa", device, torch.bfloat16, parameters) == "sdpa"
-    with pytest.raises(UserError, match="--model.attention bad does not work"):
+    with pytest.raises(UserError, match=r"--model\.attention bad does not work"):
         attention.choose_backend("bad", device, torch.bfloat16, parameters)
     assert attention.choose_backend("auto", device, torch.float32, parameters) == "sdpa"
