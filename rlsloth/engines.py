@@ -83,6 +83,7 @@ def _open_vllm(
         device=policy.device,
         kv_cache=cfg.rollout.kv_cache,
         kv_bytes=cache.size,
+        kv_stays=cache.stays,
     )
     try:
         with advise("rollout", policy.model):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from rlsloth import planning
 from rlsloth.config import GrpoConfig, LoraConfig, ModelConfig
 from rlsloth.memory import rollout_vllm
 from rlsloth.memory.asked import longest_sequence
-from rlsloth.memory.plan import SPARE, make_plan
+from rlsloth.memory.plan import SMALL_CACHE, SPARE, make_plan
 from rlsloth.memory.rollout_vllm import completion_bytes, fit_cache
 from rlsloth.memory.shape import ModelShape, read_shape
 from rlsloth.memory.terms import GIB, Cache, Plan
@@ -125,18 +126,31 @@ def tight(shape: ModelShape, completions: float) -> int:
 def test_the_cache_takes_what_rollouts_leave_and_is_gone_in_the_update(shape):
     one = completion_bytes(shape, "auto", 612, 2)
     ample = make_plan(shape, config(), "vllm", 100, 80 * GIB)
-    assert cache_of(ample) == Cache(256 * one, 256, 256, 612)
+    assert cache_of(ample) == Cache(256 * one, 256, 256, 612, stays=True)
     small = make_plan(shape, config(), "vllm", 100, tight(shape, 100.5))
     assert cache_of(small).holds == 100
     assert cache_of(small).size == pytest.approx(100.5 * one, abs=2)
     assert small.peak("rollout") == small.total
     assert size_of(small, "key-value cache") == (cache_of(small).size, 0)
-    assert ample.peak("update") == small.peak("update")
+    assert ample.peak("update") == small.peak("update") + cache_of(ample).size
     assert ample.fits
     assert small.fits
     none = make_plan(shape, config(), "vllm", 100, tight(shape, 0.9))
     assert cache_of(none) == Cache(one, 256, 0, 612)
     assert not none.fits
+
+
+def test_a_small_cache_stays_where_both_find_room(shape):
+    cfg = config({"max_tokens": 4000})
+    size = cache_of(make_plan(shape, cfg, "vllm", 100, 80 * GIB)).size
+    for total, stays in ((SMALL_CACHE * size, True), (SMALL_CACHE * size - 20, False)):
+        plan = make_plan(shape, cfg, "vllm", 100, total)
+        assert cache_of(plan) == replace(cache_of(plan), size=size, stays=stays)
+        assert size_of(plan, "key-value cache") == (size, size if stays else 0)
+    hungry = cfg.model_copy(update={"tokens_per_microbatch": 10**7})
+    full = make_plan(shape, hungry, "vllm", 100, SMALL_CACHE * size)
+    assert full.peak("update") > full.total
+    assert not cache_of(full).stays
 
 
 def test_overlapped_sampling_keeps_it_beside_the_update(shape):

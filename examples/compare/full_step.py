@@ -155,7 +155,9 @@ def hook(args: argparse.Namespace, meter: Meter) -> None:
     # No token ends a completion.
     engines.TransformersEngine = with_fixed(engines.TransformersEngine, stop_ids=())
     size = int(args.kv_gb * GIB)
-    engines.VllmEngine = with_fixed(engines.VllmEngine, stop_ids=(), kv_bytes=size)
+    engines.VllmEngine = with_fixed(
+        engines.VllmEngine, stop_ids=(), kv_bytes=size, kv_stays=not args.sleep
+    )
     open_engine, collect, steps = assembly.open_engine, assembly.Assembly.collect, Run.steps
 
     def opened(*positional: Any, **named: Any) -> Any:

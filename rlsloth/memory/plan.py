@@ -38,6 +38,9 @@ CONTEXT = int(0.6 * GIB)
 """CUDA context, loaded kernels and cuBLAS workspaces: an allowance, outside what torch counts."""
 SPARE = 32
 """One part in so many of a GPU is not given to vLLM's cache: allocators lose some to gaps."""
+SMALL_CACHE = 20
+"""A cache of at most one part in so many of a GPU stays for the update where both find room. To
+give one back and take it again costs 30 ms a step, and torch the memory that it has at hand."""
 
 
 def make_plan(
@@ -82,15 +85,17 @@ def make_plan(
 
 
 def _with_cache(plan: Plan, one: int, cfg: GrpoConfig, context: int, free: int | None) -> Plan:
-    """vLLM's cache takes what the phases leave in which it is held; sleeping, it has none."""
+    """vLLM's cache takes what the phases leave in which it is held. A small one is held in both."""
     phases: tuple[Phase, ...] = ("rollout", "update") if cfg.rollout.overlap else ("rollout",)
     room = min(plan.total - plan.peak(phase) for phase in phases)
     if free is not None:
         room = min(room, *(free - plan.peak(phase, to_come=True) for phase in phases))
     cache = fit_cache(one, sequences_at_once(cfg), context, room)
+    beside = plan.peak("update") + cache.size <= (1 - KEPT_FREE) * plan.total
+    stays = cfg.rollout.overlap or (beside and SMALL_CACHE * cache.size <= plan.total)
     name = f"vLLM: key-value cache, {max(1, cache.holds)} x {context}"
-    term = Term(name, cache.size, cache.size if cfg.rollout.overlap else 0)
-    return replace(plan, terms=(*plan.terms, term), cache=cache)
+    term = Term(name, cache.size, cache.size if stays else 0)
+    return replace(plan, terms=(*plan.terms, term), cache=replace(cache, stays=stays))
 
 
 def largest_tokens(plan: Callable[[GrpoConfig], Plan], cfg: GrpoConfig, least: int) -> int:

@@ -38,6 +38,8 @@ class Cache:
     then that of one."""
     context: int
     """Tokens of the longest prompt and completion."""
+    stays: bool = False
+    """Whether it is held while the policy is updated, too."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -49,6 +49,7 @@ class VllmEngine:
         device: torch.device,
         kv_cache: str,
         kv_bytes: int,
+        kv_stays: bool = False,
     ) -> None:
         """Start vLLM on ``model``'s base weights. Nothing samples before ``load``.
 
@@ -56,6 +57,7 @@ class VllmEngine:
             model: a transformers causal LM wrapped by PEFT; its base is not quantised or in NF4.
             kv_cache: type of the key-value cache: auto (the model's), fp8, fp8_per_token_head.
             kv_bytes: its size.
+            kv_stays: ``release`` keeps it.
 
         Raises:
             UserError: vLLM is not installed, or a release that this engine does not know; it cannot
@@ -66,7 +68,7 @@ class VllmEngine:
         self._context = context
         self._adapter: Adapter | None = None
         """The one that samples."""
-        self._sleeps = device.type == "cuda"
+        self._sleeps = device.type == "cuda" and not kv_stays
         self._asleep = False
         self._interrupted = threading.Event()
         self._broken = False
@@ -191,7 +193,8 @@ class VllmEngine:
             ) from error
 
     def release(self) -> None:
-        """See Engine.release: the key-value cache is freed, and with it what prefixes it held."""
+        """See Engine.release: the key-value cache is freed, and with it what prefixes it held,
+        unless it stays."""
         if not self._asleep and self._sleeps:
             self._live().sleep(level=1)
             self._asleep = True
