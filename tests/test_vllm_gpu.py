@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -78,6 +79,20 @@ def used() -> int:
     return total - free
 
 
+def differences(found: list[list[Completion]], wanted: list[list[Completion]]) -> list[Any]:
+    """Of completions that are not equal: the first other token, and how far log-probs lie apart
+    before it."""
+    told = []
+    for g, groups in enumerate(zip(found, wanted, strict=True)):
+        for i, (a, b) in enumerate(zip(*groups, strict=True)):
+            if a != b:
+                pairs = zip(a.token_ids, b.token_ids, strict=False)
+                first = next((at for at, (x, y) in enumerate(pairs) if x != y), None)
+                before = zip(a.logprobs[:first], b.logprobs[:first], strict=False)
+                told.append((g, i, first, max((abs(x - y) for x, y in before), default=0.0)))
+    return told
+
+
 # First, before the fixture starts an engine: vLLM holds one at a time.
 @pytest.mark.parametrize("asleep", [True, False])
 def test_close_frees_everything(policy, asleep, capfd):
@@ -119,7 +134,7 @@ def test_only_the_cache_gives_way(policy, engine):
     engine.release()
     assert 0.95 * CACHE < awake - used() < 1.05 * CACHE
     engine.release()  # again, nothing
-    assert engine.generate(PREFIXES, 2, SAMPLING) == wanted
+    assert not differences(engine.generate(PREFIXES, 2, SAMPLING), wanted)
     assert used() > awake - 2**26
 
 
@@ -142,8 +157,8 @@ def test_beside_other_work_on_a_stream_of_its_own(policy, engine):
                 for _ in range(20):
                     busy @ busy
                 torch.cuda.current_stream().synchronize()
-            assert job.result() == wanted
-    assert engine.generate(PREFIXES, 8, SAMPLING) == wanted
+            assert not differences(job.result(), wanted)
+    assert not differences(engine.generate(PREFIXES, 8, SAMPLING), wanted)
 
 
 def test_what_is_cut_leaves_nothing_behind(policy, engine):
@@ -154,4 +169,4 @@ def test_what_is_cut_leaves_nothing_behind(policy, engine):
     (short, *others) = engine.generate(PREFIXES, 20, replace(SAMPLING, cut_tail=0.3), limits)
     assert all(len(c.token_ids) == 2 for c in short)
     assert all(1 <= len(c.token_ids) < 24 for group in others for c in group)
-    assert engine.generate(PREFIXES, 20, SAMPLING) == wanted
+    assert not differences(engine.generate(PREFIXES, 20, SAMPLING), wanted)
