@@ -78,7 +78,7 @@ class ModelConfig(Section):
     billion parameters varlen, which neither compiles nor needs a call a sequence."""
     gradient_checkpointing: Literal["auto"] | bool = "auto"
     """Recompute layers in the backward pass: less memory, up to a third more time. auto: off where
-    the GPU has room without it, by plan; on a CPU on."""
+    the GPU has room without it, by plan; on without a plan, on a CPU, and with rollout.overlap."""
     fused_kernels: bool = True
     """Run the layers of known model families on rlsloth's kernels. Off: on transformers' own
     modules."""

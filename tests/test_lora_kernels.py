@@ -1,5 +1,6 @@
 """kernels/lora on a CPU: outputs and every gradient against the reference in float64."""
 
+import weakref
 from dataclasses import dataclass, replace
 
 import pytest
@@ -7,6 +8,8 @@ import torch
 from interpreted import AGREED, check_interpreted
 from torch.utils.checkpoint import checkpoint
 
+from rlsloth.kernels.lora import autograd as autograd_module
+from rlsloth.kernels.lora import layer as layer_module
 from rlsloth.kernels.lora import mlp as mlp_module
 from rlsloth.kernels.lora.bench import cases
 from rlsloth.kernels.lora.op import LoraLinear, lora_linear, lora_linears, lora_mlp
@@ -426,3 +429,32 @@ def test_triton_kernels_in_their_interpreter():
 
 if __name__ == "__main__":
     check_triton_in_interpreter()
+
+
+def test_checkpointing_lets_go_of_adapter_copies(monkeypatch):
+    made = []
+
+    def watched(layers):
+        stacked = layer_module.stack(layers)
+        made.append(weakref.ref(stacked.a_RI))
+        return stacked
+
+    monkeypatch.setattr(autograd_module, "stack", watched)
+    monkeypatch.setattr(mlp_module, "stack", watched)
+    siblings, mlp = (make(64, 64), make(64, 64, seed=1)), make_mlp((PLAIN,) * 3)
+
+    def block(x):
+        return lora_mlp(x + sum(lora_linears(x, siblings)), *mlp, "silu")
+
+    x = torch.randn(300, 64, requires_grad=True)
+    plain = block(x)
+    assert [copy() is not None for copy in made] == [True] * 3  # the backward finds them
+    made.clear()
+    kept = checkpoint(block, x, use_reentrant=False)
+    assert [copy() for copy in made] == [None] * 3
+    plain.sum().backward()
+    want, x.grad = x.grad, None
+    made.clear()
+    kept.sum().backward()
+    assert torch.equal(x.grad, want)
+    assert [copy() for copy in made] == [None] * 3

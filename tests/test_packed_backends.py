@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import torch
 from test_policy import make_groups
+from transformers import DeepseekV3Config, LlamaConfig
 
 from rlsloth.packing import pack
-from rlsloth.policy import attention
+from rlsloth.policy import attention, packed_backends
 from rlsloth.policy.packed_backends import BACKENDS
 from rlsloth.policy.packed_layout import PackedLayout
 from rlsloth.records import UserError
@@ -70,8 +71,32 @@ def test_every_row_has_one_place_of_its_own() -> None:
 def test_auto_weighs_what_a_backend_takes_to_start(monkeypatch, parameters, installed, chosen):
     monkeypatch.setattr(attention, "available_backends", lambda: installed)
     device = torch.device("cuda")
-    assert attention.choose_backend("auto", device, torch.bfloat16, parameters) == chosen
-    assert attention.choose_backend("sdpa", device, torch.bfloat16, parameters) == "sdpa"
+    config = LlamaConfig()
+    assert attention.choose_backend("auto", device, torch.bfloat16, config, parameters) == chosen
+    assert attention.choose_backend("sdpa", device, torch.bfloat16, config, parameters) == "sdpa"
     with pytest.raises(UserError, match=r"--model\.attention bad does not work"):
-        attention.choose_backend("bad", device, torch.bfloat16, parameters)
-    assert attention.choose_backend("auto", device, torch.float32, parameters) == "sdpa"
+        attention.choose_backend("bad", device, torch.bfloat16, config, parameters)
+    assert attention.choose_backend("auto", device, torch.float32, config, parameters) == "sdpa"
+
+
+@pytest.mark.parametrize(
+    ("config", "taken"),
+    [
+        (LlamaConfig(hidden_size=576, num_attention_heads=9), True),
+        (LlamaConfig(hidden_size=64, num_attention_heads=16), False),
+        (LlamaConfig(head_dim=384), False),
+        (DeepseekV3Config(), False),
+    ],
+)
+def test_varlen_is_chosen_for_heads_that_it_takes(monkeypatch, config, taken):
+    monkeypatch.setattr(attention, "available_backends", lambda: ["cudnn", "varlen", "sdpa"])
+    chosen = attention.choose_backend("auto", torch.device("cuda"), torch.bfloat16, config, 10**6)
+    assert chosen == ("varlen" if taken else "cudnn")
+
+
+def test_no_cache_folder_where_nothing_can_be_written(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert packed_backends._cache_folder() == tmp_path / "rlsloth" / "flash_attention_4"
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert packed_backends._cache_folder() is None

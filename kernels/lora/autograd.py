@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,18 +12,33 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
 from rlsloth.kernels.lora import products
-from rlsloth.kernels.lora.layer import LoraLinear, Stack, gradients, scaled_b, stack
+from rlsloth.kernels.lora.layer import LoraLinear, Stack, gradients, scaled_b, spans_of, stack
 from rlsloth.kernels.nf4.ahead import Job, dequantize_ahead
 
 Layers = tuple[LoraLinear, ...]
 
 
+@dataclass(frozen=True, slots=True)
 class Adapters:
-    """Of siblings, as their products take them; the backward finds those of the forward."""
+    """Of siblings, as their products take them."""
 
-    def __init__(self, layers: Layers) -> None:
-        self.stacked: Stack | None = stack(layers)
-        self.b_OR = [scaled_b(layer) for layer in layers]
+    stacked: Stack | None
+    b_OR: list[Tensor | None]  # noqa: N815 -- fields carry shape suffixes too
+
+    @classmethod
+    def of(cls, layers: Layers) -> Adapters:
+        """Made from the parameters."""
+        return cls(stack(layers), [scaled_b(layer) for layer in layers])
+
+    def tensors(self) -> list[Tensor | None]:
+        """What the backward finds again of the forward, through ``again``."""
+        return [None if self.stacked is None else self.stacked.a_RI, *self.b_OR]
+
+    @classmethod
+    def again(cls, layers: Layers, tensors: Sequence[Tensor | None]) -> Adapters:
+        """The inverse of ``tensors``."""
+        a_RI, *b_OR = tensors
+        return cls(None if a_RI is None else Stack(a_RI, spans_of(layers)), b_OR)
 
 
 def linears(x_TI: Tensor, layers: Layers, adapters: Adapters) -> tuple[list[Tensor], Tensor | None]:
@@ -45,7 +62,7 @@ def linears(x_TI: Tensor, layers: Layers, adapters: Adapters) -> tuple[list[Tens
 
 def linears_decoded(x_TI: Tensor, layers: Layers) -> list[Tensor]:
     """The outputs for a few rows, without a gradient: NF4 weights stay as they lie."""
-    adapters = Adapters(layers)
+    adapters = Adapters.of(layers)
     outputs = [products.decoded(x_TI, layer) for layer in layers]
     if (stacked := adapters.stacked) is not None:
         _add_adapters(outputs, x_TI @ stacked.a_RI.t(), stacked, adapters.b_OR, outputs)
@@ -74,11 +91,12 @@ class LinearsFunction(torch.autograd.Function):
     def forward(
         ctx: Any, x_TI: Tensor, layers: Layers, *parameters: Tensor | None
     ) -> tuple[Tensor, ...]:
-        adapters = Adapters(layers)
+        adapters = Adapters.of(layers)
         outputs, low_TR = linears(x_TI, layers, adapters)
         # The parameters are the layers' own. Saved all the same: autograd then notices a change.
-        ctx.save_for_backward(x_TI, low_TR, *parameters)
-        ctx.layers, ctx.adapters = layers, adapters
+        # Their copies are, so that activation checkpointing lets go of them.
+        ctx.save_for_backward(x_TI, low_TR, *adapters.tensors(), *parameters)
+        ctx.layers = layers
         ctx.set_materialize_grads(False)
         return tuple(outputs)
 
@@ -86,13 +104,14 @@ class LinearsFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         # A gradient is None where an output was not used.
-        x_TI, low_TR, *_ = ctx.saved_tensors
+        x_TI, low_TR, *copies = ctx.saved_tensors
+        adapters = Adapters.again(ctx.layers, copies[: 1 + len(ctx.layers)])
         live = [index for index, grad in enumerate(grads) if grad is not None]
         if not live:
             return (None,) * (2 + 2 * len(ctx.layers))
         with torch.autocast(x_TI.device.type, enabled=False):
             result = _gradients(
-                ctx.layers, ctx.adapters, x_TI, low_TR, live, grads, ctx.needs_input_grad[0]
+                ctx.layers, adapters, x_TI, low_TR, live, grads, ctx.needs_input_grad[0]
             )
         return tuple(result)
 

@@ -52,18 +52,25 @@ def stack(layers: Sequence[LoraLinear]) -> Stack | None:
     live = [a for a in given if a is not None]
     if not live:
         return None
-    spans, end = [], 0
-    for a in given:
-        start, rank = end, 0 if a is None else len(a)
-        end += rank + -rank % ALIGNMENT
-        spans.append(slice(start, end))
+    spans = spans_of(layers)
+    end = spans[-1].stop
     make = torch.empty if end == sum(len(a) for a in live) else torch.zeros
     a_RI = make(end, live[0].shape[1], dtype=layers[0].weight.dtype, device=live[0].device)
     rows = [
         a_RI[span.start :][: len(a)] for a, span in zip(given, spans, strict=True) if a is not None
     ]
     torch._foreach_copy_(rows, live)  # one kernel: there are many of these, and each is short
-    return Stack(a_RI, tuple(spans))
+    return Stack(a_RI, spans)
+
+
+def spans_of(layers: Sequence[LoraLinear]) -> tuple[slice, ...]:
+    """Of their stack."""
+    spans, end = [], 0
+    for layer in layers:
+        start, rank = end, 0 if layer.lora_a is None else len(layer.lora_a)
+        end += rank + -rank % ALIGNMENT
+        spans.append(slice(start, end))
+    return tuple(spans)
 
 
 def scaled_b(layer: LoraLinear) -> Tensor | None:

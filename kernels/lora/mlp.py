@@ -6,7 +6,7 @@ A^T``, which comes out of gate's product. What it makes of down's, ``h A^T``, go
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from rlsloth.kernels.adapted_glu.op import (
     adapted_glu_forward,
 )
 from rlsloth.kernels.lora import products
-from rlsloth.kernels.lora.layer import LoraLinear, Stack, gradients, scaled_b, stack
+from rlsloth.kernels.lora.layer import LoraLinear, Stack, gradients, scaled_b, spans_of, stack
 from rlsloth.kernels.nf4.ahead import Job, dequantize_ahead
 
 Mlp = tuple[LoraLinear, LoraLinear, LoraLinear]
@@ -28,17 +28,18 @@ Mlp = tuple[LoraLinear, LoraLinear, LoraLinear]
 
 
 class Parts:
-    """The adapters of an MLP as its products take them; the backward finds those of the forward."""
+    """The adapters of an MLP as its products take them."""
 
-    def __init__(self, layers: Mlp, activation: str) -> None:
-        gate, up, down = layers
+    def __init__(
+        self, layers: Mlp, activation: str, made: Sequence[Tensor | None] | None = None
+    ) -> None:
+        """``made``: the ``tensors`` of the forward, which the backward finds again."""
         self.layers, self.activation = layers, activation
-        self.siblings: Stack | None = stack((gate, up))
-        self.last: Stack | None = stack((down,))
-        self.down_b_OR = scaled_b(down)
-        self.adapters = GluAdapters(
-            scaled_b(gate), scaled_b(up), None if self.last is None else self.last.a_RI
-        )
+        self.tensors = list(made) if made is not None else _adapters(layers)
+        siblings_a, last_a, gate_b, up_b, self.down_b_OR = self.tensors
+        self.siblings = _stacked(siblings_a, layers[:2])
+        self.last = _stacked(last_a, layers[2:])
+        self.adapters = GluAdapters(gate_b, up_b, last_a)
 
     def jobs(self) -> tuple[Job, Job, Job]:
         """gate with A below it, up, and down with B behind it: the same forward and backward."""
@@ -56,6 +57,15 @@ class Parts:
         low_TR = gate_wide[:, width:]
         gate, up = (slice(0, 0),) * 2 if self.siblings is None else self.siblings.spans
         return GluInputs(gate_wide[:, :width], up_TF, low_TR[:, gate], low_TR[:, up])
+
+
+def _adapters(layers: Mlp) -> list[Tensor | None]:
+    stacks = stack(layers[:2]), stack(layers[2:])
+    return [None if s is None else s.a_RI for s in stacks] + [scaled_b(layer) for layer in layers]
+
+
+def _stacked(a_RI: Tensor | None, layers: Sequence[LoraLinear]) -> Stack | None:
+    return None if a_RI is None else Stack(a_RI, spans_of(layers))
 
 
 def inner(x_TH: Tensor, parts: Parts, matrices: Iterator[Tensor]) -> tuple[Tensor, ...]:
@@ -117,8 +127,9 @@ class InnerFunction(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         h_wide, *kept = inner(x_TH, parts, matrices)
         # The adapters are the layers' own. Saved all the same: autograd then notices a change.
-        ctx.save_for_backward(x_TH, *kept, *adapters)
-        ctx.parts = parts
+        # Their copies are, so that activation checkpointing lets go of them.
+        ctx.save_for_backward(x_TH, *kept, *parts.tensors, *adapters)
+        ctx.layers, ctx.activation = parts.layers, parts.activation
         ctx.mark_non_differentiable(h_wide)
         ctx.set_materialize_grads(False)  # or h would be given zeros as wide as itself
         shape = x_TH.shape[0], parts.layers[2].weight.shape[0]
@@ -129,10 +140,11 @@ class InnerFunction(torch.autograd.Function):
     def backward(ctx: Any, grad_TH: Tensor, _: None) -> tuple[Tensor | None, ...]:
         # First of all: under activation checkpointing this runs the forward, which takes the
         # shared buffers.
-        x_TH, gate_wide, up_TF, low_TR, *_ = ctx.saved_tensors
+        x_TH, gate_wide, up_TF, low_TR, *copies = ctx.saved_tensors
         with torch.autocast(x_TH.device.type, enabled=False):
+            parts = Parts(ctx.layers, ctx.activation, copies[:5])
             grad_x_TH, grads = _gradients(
-                ctx.parts, x_TH, gate_wide, up_TF, low_TR, grad_TH, ctx.needs_input_grad[0]
+                parts, x_TH, gate_wide, up_TF, low_TR, grad_TH, ctx.needs_input_grad[0]
             )
         return grad_x_TH, None, None, *grads
 

@@ -53,7 +53,7 @@ def lora_linears(x: Tensor, layers: tuple[LoraLinear, ...]) -> tuple[Tensor, ...
         elif _decodes(x_TI):
             outputs = autograd.linears_decoded(x_TI, layers)
         else:
-            outputs, _ = autograd.linears(x_TI, layers, autograd.Adapters(layers))
+            outputs, _ = autograd.linears(x_TI, layers, autograd.Adapters.of(layers))
     return tuple(y_TO.view(*x.shape[:-1], y_TO.shape[-1]) for y_TO in outputs)
 
 

@@ -13,8 +13,8 @@ from rlsloth.records import UserError
 ADVICE = {
     "rollout": "lower --rollout.max-sequences or --rollout.max-tokens",
     "update": "lower --tokens-per-microbatch (the gradient stays the same) or "
-    "--rollout.max-sequences (engine transformers keeps its key-value cache), leave "
-    "--model.gradient-checkpointing on",
+    "--rollout.max-sequences (engine transformers keeps its key-value cache), pass "
+    "--model.gradient-checkpointing true",
 }
 
 

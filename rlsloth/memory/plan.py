@@ -17,6 +17,7 @@ import torch
 
 from rlsloth.config import MICROBATCH, GrpoConfig
 from rlsloth.kernels.linear_logprob.op import most_rows
+from rlsloth.kernels.lora.layer import ALIGNMENT
 from rlsloth.kernels.nf4.ahead import BUFFERS
 from rlsloth.memory.activations import Stream, layer_memory
 from rlsloth.memory.asked import asked_sequences, longest_sequence, sequences_at_once
@@ -91,7 +92,10 @@ def _with_cache(plan: Plan, one: int, cfg: GrpoConfig, context: int, free: int |
     if free is not None:
         room = min(room, *(free - plan.peak(phase, to_come=True) for phase in phases))
     cache = fit_cache(one, sequences_at_once(cfg), context, room)
-    beside = plan.peak("update") + cache.size <= (1 - KEPT_FREE) * plan.total
+    left = plan.total - plan.peak("update")
+    if free is not None:
+        left = min(left, free - plan.peak("update", to_come=True))
+    beside = cache.size + KEPT_FREE * plan.total <= left
     stays = cfg.rollout.overlap or (beside and SMALL_CACHE * cache.size <= plan.total)
     name = f"vLLM: key-value cache, {max(1, cache.holds)} x {context}"
     term = Term(name, cache.size, cache.size if stays else 0)
@@ -228,7 +232,10 @@ def _activations(
         kept = inputs + sum(layer.kept for layer in layers)
         work = max(layer.at_work - layer.kept for layer in layers)
         # lora.autograd.Adapters, lora.mlp.Parts
-        copies = size * sum(shape.trained) if shape.layers[0].on_kernels else 0
+        rank = cfg.lora.rank
+        padded = (rank + -rank % ALIGNMENT) / rank
+        on_kernels = shape.layers[0].on_kernels
+        copies = int(size * sum(shape.trained) * padded) if on_kernels else 0
         name = "activations: all layers (no checkpointing)"
     at_work = tokens * work + max(layer.fixed for layer in layers)
     return [

@@ -50,8 +50,10 @@ def _has_fa4() -> bool:
         return False
 
 
-def choose_backend(asked: str, device: torch.device, dtype: torch.dtype, parameters: int) -> str:
-    """The attention backend of a run; ``parameters``: the model's.
+def choose_backend(
+    asked: str, device: torch.device, dtype: torch.dtype, config: Any, parameters: int
+) -> str:
+    """The attention backend of a run, for a model of this text configuration.
 
     Raises:
         UserError: the backend asked for does not work here.
@@ -59,13 +61,21 @@ def choose_backend(asked: str, device: torch.device, dtype: torch.dtype, paramet
     half = dtype in (torch.bfloat16, torch.float16)
     usable = available_backends() if device.type == "cuda" and half else ["sdpa"]
     if asked == "auto":
-        return "varlen" if "varlen" in usable and parameters < SMALL else usable[0]
+        small = parameters < SMALL and _varlen_takes(config)
+        return "varlen" if "varlen" in usable and small else usable[0]
     if asked not in usable:
         raise UserError(
             f"--model.attention {asked} does not work on {device} in {str(dtype)[6:]}; "
             f"here: {', '.join(usable)}"
         )
     return asked
+
+
+def _varlen_takes(config: Any) -> bool:
+    """Heads of one size, which torch's varlen attention does not pad."""
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    others = (getattr(config, name, None) or size for name in ("v_head_dim", "global_head_dim"))
+    return size % 8 == 0 and size <= 256 and all(other == size for other in others)
 
 
 def attend(

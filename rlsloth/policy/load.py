@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 
 from rlsloth.config import ModelConfig
 from rlsloth.policy.attention import NAME, register
-from rlsloth.policy.gguf_once import parsed_once
+from rlsloth.policy.gguf_once import forget, parsed_once
 from rlsloth.policy.gguf_tokenizer import restore_pretokenizer
 from rlsloth.records import UserError
 
@@ -271,6 +271,7 @@ def _from_gguf(path: Path, dtype: torch.dtype, nf4: bool, device: torch.device) 
         ) from error
     with parsed_once():
         restore_pretokenizer(tokenizer, path)
+    forget()
     tokenizer.model_max_length = model.config.max_position_embeddings
     # The config would otherwise claim a quantisation that the dequantised weights no longer have.
     del model.config.quantization_config

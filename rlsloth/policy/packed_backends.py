@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import inspect
 import os
 from collections.abc import Callable
@@ -131,12 +132,28 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, packed: PackedLayout, scale: float)
     return attended
 
 
+_FA4_CACHE = "FLASH_ATTENTION_CUTE_DSL_CACHE_"
+
+
+def _cache_folder() -> Path | None:
+    """Where files can be written and locked, as flash-attention 4 does; None if not there."""
+    try:
+        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        place = root / "rlsloth" / "flash_attention_4"
+        place.mkdir(parents=True, exist_ok=True)
+        with open(place / "lock", "w") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except (OSError, RuntimeError):  # no home; a read-only or full one; one without locks
+        return None
+    return place
+
+
 @cache
 def _flash_attention_4() -> Callable[..., Any]:
     """It compiles for 10 s in each process unless told to keep the result, and where."""
-    place = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rlsloth"
-    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
-    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", str(place / "flash_attention_4"))
+    if _FA4_CACHE + "ENABLED" not in os.environ and (place := _cache_folder()):
+        os.environ[_FA4_CACHE + "ENABLED"] = "1"
+        os.environ.setdefault(_FA4_CACHE + "DIR", str(place))
     from flash_attn.cute import flash_attn_varlen_func
 
     function: Callable[..., Any] = flash_attn_varlen_func

@@ -54,8 +54,13 @@ class Policy:
         self.tokenizer = loaded.tokenizer
         self.device = loaded.device
         self.dtype = loaded.dtype
-        count = loaded.model.num_parameters()
-        self.backend = choose_backend(model.attention, loaded.device, loaded.dtype, count)
+        self.backend = choose_backend(
+            model.attention,
+            loaded.device,
+            loaded.dtype,
+            loaded.model.config.get_text_config(),
+            loaded.model.num_parameters(),
+        )
         self.model = add_adapter(loaded.model, lora, model)
         self._fresh = model.adapter is None
         self.wrapped = wrap(self.model) if model.fused_kernels else None
