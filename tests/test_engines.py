@@ -128,7 +128,15 @@ class Wrong(TransformersEngine):
 
     closed = 0
 
-    def __init__(self, *parts: Any, kv_cache: str, kv_bytes: int, dtype: torch.dtype, **named: Any):
+    def __init__(
+        self,
+        *parts: Any,
+        kv_cache: str,
+        kv_bytes: int,
+        kv_stays: bool,
+        dtype: torch.dtype,
+        **named: Any,
+    ):
         assert named["context"] >= PROMPT_TOKENS + SAMPLED_TOKENS
         super().__init__(*parts, **named)
 
