@@ -427,10 +427,6 @@ def test_triton_kernels_in_their_interpreter():
     check_interpreted(__file__)
 
 
-if __name__ == "__main__":
-    check_triton_in_interpreter()
-
-
 def test_checkpointing_lets_go_of_adapter_copies(monkeypatch):
     made = []
 
@@ -458,3 +454,7 @@ def test_checkpointing_lets_go_of_adapter_copies(monkeypatch):
     kept.sum().backward()
     assert torch.equal(x.grad, want)
     assert [copy() for copy in made] == [None] * 3
+
+
+if __name__ == "__main__":
+    check_triton_in_interpreter()
