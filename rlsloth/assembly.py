@@ -24,6 +24,7 @@ from rlsloth.policy.policy import Policy
 from rlsloth.records import Group, Prompt, SamplingParams, UserError
 from rlsloth.rollout.collect import collect
 from rlsloth.rollout.engine import Engine
+from rlsloth.rollout.vllm_start import check_installed, import_vllm
 from rlsloth.run.folder import SUMMARY
 from rlsloth.run.run import Run
 from rlsloth.scoring.scorer import Scorer
@@ -58,7 +59,7 @@ class Assembly:
     @classmethod
     def open(cls, cfg: GrpoConfig, stack: ExitStack, *, trains: bool = True) -> Assembly:
         """Make every part, the cheap ones that can refuse bad input first. Raises UserError."""
-        with _importing_libraries():
+        with _importing_libraries(cfg):
             env = load_environment(cfg.env, cfg.seed)
             rewards = cfg.rewards or list(env.default_rewards)
             if not rewards:
@@ -257,19 +258,28 @@ class Assembly:
 
 
 @contextmanager
-def _importing_libraries() -> Iterator[None]:
-    """Import what loading needs, which takes about as long as the processes of environments and
-    rewards take to start."""
+def _importing_libraries(cfg: GrpoConfig) -> Iterator[None]:
+    """Import what loading and sampling need while the processes of environments and rewards
+    start."""
+    refused = threading.Event()
 
     def run() -> None:
         with suppress(Exception):  # it comes again where it is imported in earnest
             import peft  # noqa: F401
             from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401
 
+            if cfg.rollout.engine != "transformers" and not refused.is_set():
+                check_installed()
+                import_vllm(cfg.rollout.kv_cache)
+
     thread = threading.Thread(target=run, name="imports")
     thread.start()
-    yield
-    thread.join()  # not beside other imports; bad input does not wait for it
+    try:
+        yield
+    except BaseException:
+        refused.set()  # bad input waits for as little as possible
+        raise
+    thread.join()  # not beside other imports
 
 
 def _refuse_changes(run: Run) -> None:

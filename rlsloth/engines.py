@@ -75,7 +75,7 @@ def _open_vllm(
     cache = size_cache(cfg, policy, context)
     engine = VllmEngine(
         policy.model,
-        policy.tokenizer,
+        policy.tokenizer if cfg.rollout.stop else None,  # it costs a second
         stop_ids=renderer.stop_ids,
         context=context,
         max_sequences=cache.asked,

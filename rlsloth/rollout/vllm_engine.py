@@ -55,6 +55,7 @@ class VllmEngine:
 
         Args:
             model: a transformers causal LM wrapped by PEFT; its base is not quantised or in NF4.
+            tokenizer: the model's, to look for stop strings. Without it there can be none.
             kv_cache: type of the key-value cache: auto (the model's), fp8, fp8_per_token_head.
             kv_bytes: its size.
             kv_stays: ``release`` keeps it.

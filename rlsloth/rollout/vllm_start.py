@@ -81,6 +81,7 @@ def start_vllm(
     vLLM reads the model's configuration from a folder that exists only meanwhile.
 
     Args:
+        tokenizer: for stop strings; None where there are none.
         kv_cache: type of keys and values, as vLLM names it.
         kv_bytes: size of the key-value cache.
 
@@ -98,11 +99,8 @@ def start_vllm(
     slots: list[Slot] = []
     with _as_it_was(), tempfile.TemporaryDirectory(prefix="rlsloth-vllm-") as folder:
         try:
-            if device.type == "cuda":
-                _hide_flashinfer(kv_cache)
+            LLM = import_vllm(kv_cache)
             options = _prepare(folder, family, model, tokenizer, slots)
-            from vllm import LLM
-
             llm = LLM(
                 folder,
                 **options,
@@ -115,6 +113,7 @@ def start_vllm(
                 kv_cache_memory_bytes=kv_bytes,
                 enable_prefix_caching=True,
                 logprobs_mode="processed_logprobs",
+                skip_tokenizer_init=tokenizer is None,
                 generation_config="vllm",  # none of the model's own sampling defaults
                 disable_log_stats=True,
             )
@@ -126,6 +125,18 @@ def start_vllm(
                 stop_vllm(None)
             raise UserError(f"vLLM does not start with {family}: {first_line(error)}") from error
     return llm, slots
+
+
+def import_vllm(kv_cache: str) -> Any:
+    """Set its environment variables, which stay, and import vLLM. Returns vllm.LLM."""
+    os.environ.update(FORCED)
+    for name, value in WISHED.items():
+        os.environ.setdefault(name, value)
+    if torch.cuda.is_available():
+        _hide_flashinfer(kv_cache)
+    from vllm import LLM
+
+    return LLM
 
 
 def _prepare(
@@ -148,7 +159,8 @@ def _prepare(
     config = copy.deepcopy(model.get_base_model().config)
     config.quantization_config = {"quant_method": vllm_weights.NAME}
     config.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
     vllm_weights.share(model, slots)
     return {"load_format": vllm_weights.NAME, "hf_overrides": {"architectures": [family]}}
 
@@ -212,11 +224,8 @@ def first_line(error: Exception) -> str:
 
 @contextmanager
 def _as_it_was() -> Iterator[None]:
-    """Let vLLM start here, and undo what would change the run: seeds on the CPU, threads, warnings.
-    Its environment variables stay."""
-    os.environ.update(FORCED)
-    for name, value in WISHED.items():
-        os.environ.setdefault(name, value)
+    """Let vLLM start here, and undo what would change the run: seeds on the CPU, threads,
+    warnings."""
     threads, set_num_threads = torch.get_num_threads(), torch.set_num_threads
     states = random.getstate(), np.random.get_state()
     try:
