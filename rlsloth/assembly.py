@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, nullcontext
 from dataclasses import astuple, dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,13 +18,14 @@ from rlsloth.engines import open_engine
 from rlsloth.environment import Environment, SingleTurn, load_environment, overlap_warning
 from rlsloth.evaluate import EvalResult, assess, describe, reward_index
 from rlsloth.evaluate_stats import Estimate
+from rlsloth.imports import beside, import_sampler, import_transformers
 from rlsloth.memory.oom import advise
 from rlsloth.planning import decide
 from rlsloth.policy.policy import Policy
+from rlsloth.probe import trial_backward
 from rlsloth.records import Group, Prompt, SamplingParams, UserError
 from rlsloth.rollout.collect import collect
 from rlsloth.rollout.engine import Engine
-from rlsloth.rollout.vllm_start import check_installed, import_vllm
 from rlsloth.run.folder import SUMMARY
 from rlsloth.run.run import Run
 from rlsloth.scoring.scorer import Scorer
@@ -59,7 +60,7 @@ class Assembly:
     @classmethod
     def open(cls, cfg: GrpoConfig, stack: ExitStack, *, trains: bool = True) -> Assembly:
         """Make every part, the cheap ones that can refuse bad input first. Raises UserError."""
-        with _importing_libraries(cfg):
+        with beside(import_transformers):
             env = load_environment(cfg.env, cfg.seed)
             rewards = cfg.rewards or list(env.default_rewards)
             if not rewards:
@@ -76,21 +77,10 @@ class Assembly:
         if text := overlap_warning(env):
             run.warn(text)
         asked = cfg.tokens_per_microbatch
-        if trains:
-            cfg = decide(cfg, env.train, run.say, run.warn)
-        run.say(f"loading {cfg.model.path}")
-        if cfg.model.adapter is not None:
-            run.say(f"continuing {cfg.model.adapter}: its rank, alpha and targets, not --lora.*")
-        torch.manual_seed(cfg.seed)  # the adapter's starting weights
-        policy = Policy.load(
-            cfg.model,
-            cfg.lora,
-            cfg.optim,
-            temperature=cfg.rollout.temperature,
-            total_updates=cfg.steps * cfg.updates_per_rollout,
-        )
-        if policy.wrapped is not None:
-            run.say(policy.wrapped.line())
+        with beside(partial(import_sampler, cfg.rollout)):
+            if trains:
+                cfg = decide(cfg, env.train, run.say, run.warn)
+            policy = _load_policy(cfg, run, trains=trains)
         renderer = Renderer(policy.tokenizer, cfg.env, policy.eos_token_ids)
         renderer.check([*env.train, *env.heldout])
         longest = _longest(renderer, env.train, policy.context)
@@ -257,29 +247,25 @@ class Assembly:
         return row | {"steps": self.cfg.steps, "seconds": round(seconds, 1), "device": name}
 
 
-@contextmanager
-def _importing_libraries(cfg: GrpoConfig) -> Iterator[None]:
-    """Import what loading and sampling need while the processes of environments and rewards
-    start."""
-    refused = threading.Event()
-
-    def run() -> None:
-        with suppress(Exception):  # it comes again where it is imported in earnest
-            import peft  # noqa: F401
-            from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401
-
-            if cfg.rollout.engine != "transformers" and not refused.is_set():
-                check_installed()
-                import_vllm(cfg.rollout.kv_cache)
-
-    thread = threading.Thread(target=run, name="imports")
-    thread.start()
-    try:
-        yield
-    except BaseException:
-        refused.set()  # bad input waits for as little as possible
-        raise
-    thread.join()  # not beside other imports
+def _load_policy(cfg: GrpoConfig, run: Run, *, trains: bool) -> Policy:
+    """Loaded and tried out. Raises UserError."""
+    run.say(f"loading {cfg.model.path}")
+    if cfg.model.adapter is not None:
+        run.say(f"continuing {cfg.model.adapter}: its rank, alpha and targets, not --lora.*")
+    torch.manual_seed(cfg.seed)  # the adapter's starting weights
+    policy = Policy.load(
+        cfg.model,
+        cfg.lora,
+        cfg.optim,
+        temperature=cfg.rollout.temperature,
+        total_updates=cfg.steps * cfg.updates_per_rollout,
+    )
+    if policy.wrapped is not None:
+        run.say(policy.wrapped.line())
+    if trains:
+        with advise("update", policy.model):
+            trial_backward(policy)
+    return policy
 
 
 def _refuse_changes(run: Run) -> None:

@@ -6,12 +6,23 @@ and a wrong log-prob trains silently. Two short made-up rollouts settle it.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
 from rlsloth.packing import pack, to_device
 from rlsloth.policy.policy import Policy
-from rlsloth.records import Group, Prompt, Rollout, SamplingParams, UserError
+from rlsloth.records import (
+    Completion,
+    Group,
+    MicroBatch,
+    Prompt,
+    Rollout,
+    SamplingParams,
+    UserError,
+)
 from rlsloth.rollout.engine import Engine
 
 PROMPT_TOKENS = 7
@@ -21,6 +32,21 @@ TOLERANCE = {torch.float32: 1e-3}
 TOLERANCE_16_BITS = 0.1
 TOLERANCE_8_BIT_CACHE = 0.5
 """Random weights of 36 layers: 0.33. Each step's gap is watched besides (loss.gap_limit)."""
+
+
+def trial_backward(policy: Policy) -> None:
+    """Forward and backward of two made-up rollouts, so that kernels are compiled before the first
+    step. Leaves no gradient.
+
+    Raises:
+        UserError: an architecture that cannot be trained packed.
+    """
+    prompt, *completions = _made_up(policy)
+    rollouts = [Completion(ids, [0.0] * len(ids), "length", 0) for ids in completions]
+    with _refusing(policy):
+        scored = policy.logprobs(_packed(policy, prompt, rollouts))
+        torch.autograd.backward(scored.logprobs.sum())
+        policy.optimizer.zero_grad(set_to_none=True)
 
 
 @torch.no_grad()
@@ -33,34 +59,53 @@ def probe(policy: Policy, engine: Engine, *, kv_cache: str = "auto") -> None:
     Raises:
         UserError: an architecture that packed training or the engine does not support.
     """
-    name = type(policy.model.get_base_model()).__name__
-    vocabulary = policy.config.vocab_size
-    generator = torch.Generator().manual_seed(0)
-    prompt = torch.randint(vocabulary, (PROMPT_TOKENS,), generator=generator).tolist()
+    name = _name(policy)
+    prompt = _made_up(policy)[0]
     sampling = SamplingParams(SAMPLED_TOKENS, temperature=policy.temperature)
-    try:
+    with _refusing(policy):
         completions = engine.generate([prompt], 2, sampling)[0]
-        n = [len(c.token_ids) for c in completions]
-        rollouts = [
-            Rollout(c.token_ids, [True] * k, c.logprobs, [0] * k, c.finish, "", [])
-            for c, k in zip(completions, n, strict=True)
-        ]
-        group = Group(Prompt(0, "", {}), prompt, rollouts)
-        batch = pack([group], 10_000, mask_truncated=False, keep_zero_advantage=True)
-        micro = to_device(batch.microbatches[0], policy.device)
-        packed = policy.eval_logprobs(micro).cpu()
+        packed = policy.eval_logprobs(_packed(policy, prompt, completions)).cpu()
         own = torch.cat([policy.plain_logprobs(prompt, c.token_ids) for c in completions])
-    except (UserError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        raise UserError(
-            f"{name} is not supported: {type(error).__name__} in a trial step ({error})"
-        ) from error
     sampled = torch.tensor([x for c in completions for x in c.logprobs])
     limit = TOLERANCE.get(policy.dtype, TOLERANCE_16_BITS)
     _compare(f"packed training of {name}", packed, own, limit)
     cache_limit = limit if kv_cache == "auto" else TOLERANCE_8_BIT_CACHE
     _compare(f"sampling from {name}", sampled, own, cache_limit)
+
+
+def _made_up(policy: Policy) -> list[list[int]]:
+    """A prompt and two completions."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = PROMPT_TOKENS, SAMPLED_TOKENS, SAMPLED_TOKENS
+    vocabulary = policy.config.vocab_size
+    return [torch.randint(vocabulary, (n,), generator=generator).tolist() for n in lengths]
+
+
+def _packed(policy: Policy, prompt: list[int], completions: Sequence[Completion]) -> MicroBatch:
+    counts = [len(c.token_ids) for c in completions]
+    rollouts = [
+        Rollout(c.token_ids, [True] * n, c.logprobs, [0] * n, c.finish, "", [])
+        for c, n in zip(completions, counts, strict=True)
+    ]
+    group = Group(Prompt(0, "", {}), prompt, rollouts)
+    batch = pack([group], 10_000, mask_truncated=False, keep_zero_advantage=True)
+    return to_device(batch.microbatches[0], policy.device)
+
+
+@contextmanager
+def _refusing(policy: Policy) -> Iterator[None]:
+    try:
+        yield
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise UserError(
+            f"{_name(policy)} is not supported: {type(error).__name__} in a trial step ({error})"
+        ) from error
+
+
+def _name(policy: Policy) -> str:
+    return type(policy.model.get_base_model()).__name__
 
 
 def _compare(what: str, got: Tensor, own: Tensor, limit: float) -> None:

@@ -8,7 +8,7 @@ from test_models import FAMILIES, family_policy
 from test_policy import make_policy
 
 from rlsloth.policy.policy import Policy
-from rlsloth.probe import probe
+from rlsloth.probe import probe, trial_backward
 from rlsloth.records import LogitTransform, UserError
 from rlsloth.rollout.transformers_engine import TransformersEngine
 
@@ -28,8 +28,13 @@ def engine_of(policy: Policy) -> TransformersEngine:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_supported_families_pass(family):
     policy = family_policy(family)
+    before = {name: p.clone() for name, p in policy.model.state_dict().items()}
+    trial_backward(policy)
     probe(policy, engine_of(policy))
     assert policy.version == 0
+    assert all(p.grad is None for p in policy.model.parameters())
+    after = policy.model.state_dict()
+    assert all(torch.equal(after[name], p) for name, p in before.items())
 
 
 def test_wrong_logits_are_refused_in_training_and_in_sampling():
@@ -55,3 +60,22 @@ def test_an_engine_that_breaks_is_one_clear_error(monkeypatch):
     monkeypatch.setattr(engine._decoder, "prefill", lambda prompts: prompts.get_seq_length())
     with pytest.raises(UserError, match=r"not supported: AttributeError in a trial step"):
         probe(policy, engine)
+
+
+def test_an_architecture_without_a_backward_is_one_clear_error(monkeypatch):
+    policy = make_policy()
+
+    class Forward(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, dx):
+            raise NotImplementedError("no derivative")
+
+    norm = policy.model.get_base_model().model.norm
+    forward = norm.forward
+    monkeypatch.setattr(norm, "forward", lambda x: Forward.apply(forward(x)))
+    with pytest.raises(UserError, match=r"NotImplementedError in a trial step \(no derivative\)"):
+        trial_backward(policy)
