@@ -20,17 +20,20 @@ EXPERTS = [*ATTENTION, "gate_proj", "up_proj", "down_proj"]
 CASES = [("qwen3_moe", ATTENTION), ("qwen3_moe", EXPERTS), ("gpt_oss", ATTENTION)]
 
 
-def policy_of(folder: Path, family: str, targets: list[str]) -> Policy:
+def policy_of(folder: Path, family: str, targets: list[str], **changes: int) -> Policy:
     """Of one layer: rounding before a second would give some tokens other experts there."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
-    config = AutoConfig.for_model(
-        family, vocab_size=VOCAB, hidden_size=256, intermediate_size=128, moe_intermediate_size=128,
-        num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, head_dim=64,
-        num_experts=32, num_local_experts=32, num_experts_per_tok=4, max_position_embeddings=4096,
-        initializer_range=0.05, eos_token_id=1, pad_token_id=0,
-    )  # fmt: skip
+    shape = {
+        "vocab_size": VOCAB, "hidden_size": 256, "num_hidden_layers": 1, "head_dim": 64,
+        "intermediate_size": 128, "moe_intermediate_size": 128,
+        "num_attention_heads": 4, "num_key_value_heads": 2,
+        "num_experts": 32, "num_local_experts": 32, "num_experts_per_tok": 4,
+        "max_position_embeddings": 4096, "initializer_range": 0.05,
+        "eos_token_id": 1, "pad_token_id": 0,
+    }  # fmt: skip
+    config = AutoConfig.for_model(family, **shape | changes)
     AutoModelForCausalLM.from_config(config).bfloat16().save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     policy = Policy.load(

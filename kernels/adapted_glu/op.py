@@ -164,8 +164,8 @@ def _adapted(inputs: GluInputs, adapters: GluAdapters, rows: slice) -> tuple[Ten
 def _plus(base_TN: Tensor, low_TR: Tensor, factor_RN: Tensor | None) -> Tensor:
     if factor_RN is None:
         return base_TN
-    # Contiguous: on CPUs with AMX oneDNN also reads what lies beside bf16 rows of an odd length, and
-    # a NaN there, times zero, is NaN.
+    # Contiguous: on CPUs with AMX oneDNN also reads what lies beside bf16 rows of an odd length,
+    # and a NaN there, times zero, is NaN.
     return torch.addmm(base_TN, low_TR.contiguous(), factor_RN)
 
 
