@@ -77,14 +77,17 @@ class Assembly:
         if text := overlap_warning(env):
             run.warn(text)
         asked = cfg.tokens_per_microbatch
-        with beside(partial(import_sampler, cfg.rollout)):
+        with beside(partial(import_sampler, cfg)):
             if trains:
                 cfg = decide(cfg, env.train, run.say, run.warn)
-            policy = _load_policy(cfg, run, trains=trains)
-        renderer = Renderer(policy.tokenizer, cfg.env, policy.eos_token_ids)
-        renderer.check([*env.train, *env.heldout])
-        longest = _longest(renderer, env.train, policy.context)
-        heldout = _longest(renderer, env.heldout[: cfg.eval.problems], policy.context)
+            policy = _load_policy(cfg, run)
+            renderer = Renderer(policy.tokenizer, cfg.env, policy.eos_token_ids)
+            renderer.check([*env.train, *env.heldout])
+            longest = _longest(renderer, env.train, policy.context)
+            heldout = _longest(renderer, env.heldout[: cfg.eval.problems], policy.context)
+            if trains:
+                with advise("update", policy.model):
+                    trial_backward(policy)
         if asked is None:
             one = min(longest + cfg.rollout.max_tokens, policy.context)
             cfg = cfg.model_copy(update={"tokens_per_microbatch": max(cfg.microbatch, one)})
@@ -247,8 +250,8 @@ class Assembly:
         return row | {"steps": self.cfg.steps, "seconds": round(seconds, 1), "device": name}
 
 
-def _load_policy(cfg: GrpoConfig, run: Run, *, trains: bool) -> Policy:
-    """Loaded and tried out. Raises UserError."""
+def _load_policy(cfg: GrpoConfig, run: Run) -> Policy:
+    """Raises UserError."""
     run.say(f"loading {cfg.model.path}")
     if cfg.model.adapter is not None:
         run.say(f"continuing {cfg.model.adapter}: its rank, alpha and targets, not --lora.*")
@@ -262,9 +265,6 @@ def _load_policy(cfg: GrpoConfig, run: Run, *, trains: bool) -> Policy:
     )
     if policy.wrapped is not None:
         run.say(policy.wrapped.line())
-    if trains:
-        with advise("update", policy.model):
-            trial_backward(policy)
     return policy
 
 

@@ -6,12 +6,15 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
-from rlsloth.config import RolloutConfig
+from rlsloth.config import GrpoConfig
+from rlsloth.policy.load import pick_device
+from rlsloth.rollout.vllm_start import check_installed, import_vllm
 
 
 @contextmanager
 def beside(load: Callable[[], None]) -> Iterator[None]:
-    """Run ``load`` in a thread meanwhile. Bad input, which raises here, does not wait for it."""
+    """Run ``load`` in a thread meanwhile. What is raised here is raised at once; the command ends
+    when both have."""
 
     def run() -> None:
         with suppress(Exception):  # it comes again where they are imported in earnest
@@ -20,27 +23,24 @@ def beside(load: Callable[[], None]) -> Iterator[None]:
     thread = threading.Thread(target=run, name="imports")
     thread.start()
     yield
-    thread.join()
+    thread.join()  # two threads in one library's import find each other's modules half made
 
 
 def import_transformers() -> None:
     """What loading a model needs."""
-    import transformers.utils
+    from transformers import utils
 
     # Its assisted decoding, of which there is none here, would import scikit-learn for 1.6 s.
-    found = transformers.utils.is_sklearn_available
-    transformers.utils.is_sklearn_available = lambda: False
+    utils.is_sklearn_available = lambda: False
     try:
         import peft  # noqa: F401
         from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401
     finally:
-        transformers.utils.is_sklearn_available = found
+        utils.is_sklearn_available = utils.import_utils.is_sklearn_available
 
 
-def import_sampler(cfg: RolloutConfig) -> None:
+def import_sampler(cfg: GrpoConfig) -> None:
     """vLLM, where it may sample."""
-    from rlsloth.rollout.vllm_start import check_installed, import_vllm
-
-    if cfg.engine != "transformers":
+    if cfg.rollout.engine != "transformers":
         check_installed()
-        import_vllm(cfg.kv_cache)
+        import_vllm(pick_device(cfg.model.device), cfg.rollout.kv_cache)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from rlsloth.packing import pack, to_device
 from rlsloth.policy.policy import Policy
+from rlsloth.policy.wrap.wrap import forget
 from rlsloth.records import (
     Completion,
     Group,
@@ -36,7 +37,7 @@ TOLERANCE_8_BIT_CACHE = 0.5
 
 def trial_backward(policy: Policy) -> None:
     """Forward and backward of two made-up rollouts, so that kernels are compiled before the first
-    step. Leaves no gradient.
+    step. Nothing is left of it: no gradient, no buffer, no hold on a weight.
 
     Raises:
         UserError: an architecture that cannot be trained packed.
@@ -47,6 +48,7 @@ def trial_backward(policy: Policy) -> None:
         scored = policy.logprobs(_packed(policy, prompt, rollouts))
         torch.autograd.backward(scored.logprobs.sum())
         policy.optimizer.zero_grad(set_to_none=True)
+    forget(policy.model)
 
 
 @torch.no_grad()

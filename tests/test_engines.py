@@ -161,6 +161,21 @@ def test_a_vllm_that_samples_otherwise_is_closed_and_replaced(start, monkeypatch
     assert Wrong.closed == 2
 
 
+@pytest.mark.parametrize("stop", [[], ["\n"]])
+def test_vllm_gets_a_tokenizer_where_it_looks_for_stop_strings(start, monkeypatch, stop) -> None:
+    given: list[Any] = []
+
+    def engine(model: Any, tokenizer: Any, **named: Any) -> Engine:
+        given.append(tokenizer)
+        raise UserError("seen")
+
+    monkeypatch.setattr(engines, "VllmEngine", engine)
+    monkeypatch.setattr(engines, "check_installed", lambda: None)
+    with pytest.raises(UserError, match="seen"):
+        start("vllm", rollout={"engine": "vllm", "stop": stop})
+    assert [tokenizer is not None for tokenizer in given] == [bool(stop)]
+
+
 # --- vLLM's cache --------------------------------------------------------------------------------
 
 CONFIG = GrpoConfig.model_validate({"rollout": {"engine": "vllm"}})

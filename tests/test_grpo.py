@@ -21,9 +21,10 @@ import yaml
 from safetensors.torch import load_file
 from tiny import tiny_llama, tiny_tokenizer
 
-from rlsloth import cli, grpo
+from rlsloth import assembly, cli, grpo
 from rlsloth.config import GrpoConfig
-from rlsloth.records import LossOutput
+from rlsloth.policy.policy import Policy
+from rlsloth.records import LossOutput, UserError
 from rlsloth.run.metrics import UpdateFigures
 
 GOLDEN = Path(__file__).parent / "golden" / "grpo_tiny.json"
@@ -284,6 +285,17 @@ def test_eval_of_a_run(whole: Path, workplace: Path) -> None:
     names = [sorted(k for k in row if "avg@4" in k)[0] for row in rows(folder, "step")]
     assert names == ["eval_base_avg@4", "eval_adapter_avg@4"]
     assert len(rows(whole)) == 6  # the run's own folder is left alone
+
+
+def test_the_trial_backward_is_for_training_alone(workplace: Path, monkeypatch, capsys) -> None:
+    def refuse(policy: Policy) -> None:
+        raise UserError("no backward")
+
+    monkeypatch.setattr(assembly, "trial_backward", refuse)
+    eval_only = ["--run.dir", "no trial", "--eval.problems", "2"]
+    assert cli.main(["eval", "config.yaml", *eval_only]) == 0
+    assert cli.main(["grpo", "config.yaml", "--run.dir", "trial"]) == 2
+    assert "error: no backward" in capsys.readouterr().err
 
 
 def test_eval_of_a_base_alone(workplace: Path) -> None:

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
+from bitsandbytes.nn import Params4bit
 from test_models import FAMILIES, family_policy
 from test_policy import make_policy
+from tiny import tiny_llama, tiny_tokenizer
+from torch import nn
 
+from rlsloth.config import LoraConfig, ModelConfig, OptimConfig
+from rlsloth.kernels.nf4.stack import stack
 from rlsloth.policy.policy import Policy
 from rlsloth.probe import probe, trial_backward
 from rlsloth.records import LogitTransform, UserError
@@ -60,6 +67,30 @@ def test_an_engine_that_breaks_is_one_clear_error(monkeypatch):
     monkeypatch.setattr(engine._decoder, "prefill", lambda prompts: prompts.get_seq_length())
     with pytest.raises(UserError, match=r"not supported: AttributeError in a trial step"):
         probe(policy, engine)
+
+
+def code_bytes() -> int:
+    """Of all living 8-bit storages."""
+    gc.collect()
+    tensors = [x for x in gc.get_objects() if type(x) in (torch.Tensor, nn.Parameter, Params4bit)]
+    storages = [t.untyped_storage() for t in tensors if t.dtype == torch.uint8]
+    return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
+
+
+def test_nf4_weights_that_move_afterwards_leave_nothing_behind(tmp_path):
+    tiny_llama(hidden=128).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    policy = Policy.load(
+        ModelConfig(path=str(tmp_path), precision="nf4", device="cpu"), LoraConfig(rank=2),
+        OptimConfig(), temperature=1.0, total_updates=1,
+    )  # fmt: skip
+    before = code_bytes()
+    trial_backward(policy)
+    for layer in policy.model.get_base_model().model.layers:
+        mlp = layer.mlp
+        stack([m.base_layer.weight for m in (mlp.gate_proj, mlp.up_proj)])
+    assert before > 0
+    assert code_bytes() == before
 
 
 def test_an_architecture_without_a_backward_is_one_clear_error(monkeypatch):

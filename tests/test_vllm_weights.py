@@ -74,6 +74,20 @@ def start(policy: Policy, **changes: Any) -> Iterator[VllmEngine]:
         engine.close()
 
 
+def test_a_weight_that_is_missing_is_refused(make, monkeypatch):
+    from rlsloth.rollout import vllm_weights
+
+    whole = vllm_weights.checkpoint
+
+    def cut(base: Any) -> dict[str, Tensor]:
+        return {name: t for name, t in whole(base).items() if name != "model.norm.weight"}
+
+    monkeypatch.setattr(vllm_weights, "checkpoint", cut)
+    refusal = pytest.raises(UserError, match=r"1 weights were not filled \(model\.norm\.weight")
+    with refusal, start(make("fp32")):
+        raise AssertionError("it started")
+
+
 def base_of(policy: Policy) -> dict[str, Tensor]:
     """All of the base, packed weights and what they are quantised with included."""
     state: dict[str, Tensor] = policy.model.get_base_model().state_dict()

@@ -142,6 +142,13 @@ class _Pool:
 _POOL: dict[tuple[torch.device, int], _Pool] = {}
 
 
+def release_buffers() -> None:
+    """Give the memory of all buffers back; the next call takes it anew."""
+    for pool in _POOL.values():
+        pool.side.synchronize()
+    _POOL.clear()
+
+
 def _matrix(job: Job, buffer: Tensor | None, held: bool) -> Tensor:
     weight = job.weight
     if not isinstance(weight, Nf4Weight):

@@ -99,24 +99,24 @@ def start_vllm(
     slots: list[Slot] = []
     with _as_it_was(), tempfile.TemporaryDirectory(prefix="rlsloth-vllm-") as folder:
         try:
-            LLM = import_vllm(kv_cache)
-            options = _prepare(folder, family, model, tokenizer, slots)
-            llm = LLM(
-                folder,
-                **options,
-                **_for_device(device, max_sequences),
-                dtype=str(dtype).removeprefix("torch."),
-                max_model_len=context,
-                max_num_seqs=max_sequences,
-                max_num_batched_tokens=max(BATCHED_TOKENS, max_sequences),
-                kv_cache_dtype=kv_cache,
-                kv_cache_memory_bytes=kv_bytes,
-                enable_prefix_caching=True,
-                logprobs_mode="processed_logprobs",
-                skip_tokenizer_init=tokenizer is None,
-                generation_config="vllm",  # none of the model's own sampling defaults
-                disable_log_stats=True,
-            )
+            LLM = import_vllm(device, kv_cache)
+            with _without_flashinfer(device, kv_cache):
+                llm = LLM(
+                    folder,
+                    **_prepare(folder, family, model, tokenizer, slots),
+                    **_for_device(device, max_sequences),
+                    dtype=str(dtype).removeprefix("torch."),
+                    max_model_len=context,
+                    max_num_seqs=max_sequences,
+                    max_num_batched_tokens=max(BATCHED_TOKENS, max_sequences),
+                    kv_cache_dtype=kv_cache,
+                    kv_cache_memory_bytes=kv_bytes,
+                    enable_prefix_caching=True,
+                    logprobs_mode="processed_logprobs",
+                    skip_tokenizer_init=tokenizer is None,
+                    generation_config="vllm",  # none of the model's own sampling defaults
+                    disable_log_stats=True,
+                )
         except UserError:  # nothing has started
             raise
         except Exception as error:  # its models fail in ways of their own, and so do its imports
@@ -127,15 +127,13 @@ def start_vllm(
     return llm, slots
 
 
-def import_vllm(kv_cache: str) -> Any:
+def import_vllm(device: torch.device, kv_cache: str) -> Any:
     """Set its environment variables, which stay, and import vLLM. Returns vllm.LLM."""
     os.environ.update(FORCED)
     for name, value in WISHED.items():
         os.environ.setdefault(name, value)
-    if torch.cuda.is_available():
-        _hide_flashinfer(kv_cache)
-    from vllm import LLM
-
+    with _without_flashinfer(device, kv_cache):
+        from vllm import LLM
     return LLM
 
 
@@ -165,14 +163,24 @@ def _prepare(
     return {"load_format": vllm_weights.NAME, "hf_overrides": {"architectures": [family]}}
 
 
-def _hide_flashinfer(kv_cache: str) -> None:
+@contextmanager
+def _without_flashinfer(device: torch.device, kv_cache: str) -> Iterator[None]:
     """Keep vLLM from importing FlashInfer, which takes 4 s, only to look at it among others: where
     it takes FlashAttention, and where FlashInfer cannot compile."""
-    from vllm.utils.flashinfer import has_flashinfer
+    hidden = False
+    if device.type == "cuda" and "flashinfer" not in sys.modules:
+        from vllm.utils.flashinfer import has_flashinfer
 
-    major = torch.cuda.get_device_capability()[0]
-    if major == 9 or (major == 8 and kv_cache == "auto") or not has_flashinfer():
-        sys.modules.setdefault("flashinfer", None)  # type: ignore[arg-type]
+        major = torch.cuda.get_device_capability()[0]
+        hidden = major == 9 or (major == 8 and kv_cache == "auto") or not has_flashinfer()
+    if not hidden:
+        yield
+        return
+    sys.modules["flashinfer"] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules["flashinfer"]
 
 
 def _for_device(device: torch.device, max_sequences: int) -> dict[str, Any]:
@@ -224,8 +232,8 @@ def first_line(error: Exception) -> str:
 
 @contextmanager
 def _as_it_was() -> Iterator[None]:
-    """Let vLLM start here, and undo what would change the run: seeds on the CPU, threads,
-    warnings."""
+    """Let vLLM start here, and undo what would change the run: seeds on the CPU, threads, filters
+    of warnings. (Its import changes none but the last, by filters of its libraries.)"""
     threads, set_num_threads = torch.get_num_threads(), torch.set_num_threads
     states = random.getstate(), np.random.get_state()
     try:
@@ -235,7 +243,5 @@ def _as_it_was() -> Iterator[None]:
     finally:
         random.setstate(states[0])
         np.random.set_state(states[1])
-        if "flashinfer" in sys.modules and sys.modules["flashinfer"] is None:
-            del sys.modules["flashinfer"]
         torch.set_num_threads = set_num_threads  # vLLM puts one in its place that refuses
         torch.set_num_threads(threads)

@@ -41,8 +41,13 @@ class Linears:
     def left(self, dtype: torch.dtype) -> list[str]:
         """Why training leaves some of them to their own forward; empty if it leaves none."""
         found = [self._read(name, dtype, training=True) for name in self._names]
-        self._kept.clear()  # before the first forward an engine may move the weights
+        self.forget()
         return [reason for reason in found if isinstance(reason, str)]
+
+    def forget(self) -> None:
+        """Let go of weights that are kept as views: an engine may move them before the next
+        forward."""
+        self._kept.clear()
 
     def _read(self, name: str, dtype: torch.dtype, training: bool) -> LoraLinear | str:
         # Modules' own dictionaries: attribute look-ups on modules would take as long as the

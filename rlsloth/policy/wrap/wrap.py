@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from rlsloth.kernels.nf4.ahead import release_buffers
 from rlsloth.policy.wrap.families import (
     Attention,
     Layer,
@@ -76,6 +77,15 @@ def unwrapped(model: nn.Module) -> Iterator[None]:
     finally:
         for module, forward in taken:
             module.forward = forward
+
+
+def forget(model: nn.Module) -> None:
+    """Let go of what forwards keep between calls: views of weights, which an engine then can move,
+    and the matrices that NF4 weights were dequantised to."""
+    for _, forward in _forwards(model):
+        for linears in forward.linears.values():
+            linears.forget()
+    release_buffers()
 
 
 def _forwards(model: nn.Module) -> Iterator[tuple[Any, Forward]]:
