@@ -85,9 +85,9 @@ class Assembly:
             renderer.check([*env.train, *env.heldout])
             longest = _longest(renderer, env.train, policy.context)
             heldout = _longest(renderer, env.heldout[: cfg.eval.problems], policy.context)
-            if trains:
-                with advise("update", policy.model):
-                    trial_backward(policy)
+        if trains:  # not beside an import: both may be the first to need a part of torch
+            with advise("trial", policy.model):
+                trial_backward(policy)
         if asked is None:
             one = min(longest + cfg.rollout.max_tokens, policy.context)
             cfg = cfg.model_copy(update={"tokens_per_microbatch": max(cfg.microbatch, one)})

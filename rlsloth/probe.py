@@ -37,7 +37,8 @@ TOLERANCE_8_BIT_CACHE = 0.5
 
 def trial_backward(policy: Policy) -> None:
     """Forward and backward of two made-up rollouts, so that kernels are compiled before the first
-    step. Nothing is left of it: no gradient, no buffer, no hold on a weight.
+    step. It leaves no gradient, no buffer and no hold on a weight; dropout has drawn from torch's
+    generator.
 
     Raises:
         UserError: an architecture that cannot be trained packed.

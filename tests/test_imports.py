@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import threading
 
 import pytest
 
-from rlsloth.imports import beside, import_transformers
+from rlsloth.imports import beside
 from rlsloth.records import UserError
 
 
@@ -25,19 +28,36 @@ def test_both_are_done_afterwards_and_a_failure_waits_for_its_use():
 
 
 def test_bad_input_is_raised_at_once():
-    end = threading.Event()
+    end, ended = threading.Event(), threading.Event()
 
     def load() -> None:
         end.wait(10)
+        ended.set()
 
     with pytest.raises(UserError), beside(load):
         raise UserError("bad")
-    assert not end.is_set()
+    assert not ended.is_set()
     end.set()
+    assert ended.wait(10)
 
 
-def test_transformers_finds_scikit_learn_again():
-    from transformers import utils
-
-    import_transformers()
-    assert utils.is_sklearn_available is utils.import_utils.is_sklearn_available
+def test_scikit_learn_is_not_imported_and_found_again(tmp_path):
+    (tmp_path / "sklearn").mkdir()
+    (tmp_path / "sklearn" / "__init__.py").write_text("raise SystemExit('imported')")
+    (tmp_path / "scikit_learn-1.0.dist-info").mkdir()
+    (tmp_path / "scikit_learn-1.0.dist-info" / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: scikit-learn\nVersion: 1.0\n"
+    )
+    code = (
+        "from rlsloth.imports import import_transformers; import_transformers()\n"
+        "import sys; from transformers import utils\n"
+        "print('peft' in sys.modules, 'sklearn' in sys.modules, utils.is_sklearn_available())"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.stdout.split() == ["True", "False", "True"], ran.stderr

@@ -88,6 +88,16 @@ def test_a_weight_that_is_missing_is_refused(make, monkeypatch):
         raise AssertionError("it started")
 
 
+@pytest.mark.parametrize("holder", ["routed_experts.", ""])  # 0.32, 0.26
+def test_experts_that_are_missing_are_noticed(holder):
+    from rlsloth.rollout.vllm_weights import unfilled
+
+    names = [f"layers.0.mlp.experts.routed_experts.{name}_weight" for name in ("w13", "w2")]
+    loaded = {f"layers.0.mlp.experts.{holder}{name}_weight" for name in ("w13", "w2")}
+    assert unfilled(names, loaded) == []
+    assert unfilled(names, {name for name in loaded if "w13" in name}) == names[1:]
+
+
 def base_of(policy: Policy) -> dict[str, Tensor]:
     """All of the base, packed weights and what they are quantised with included."""
     state: dict[str, Tensor] = policy.model.get_base_model().state_dict()

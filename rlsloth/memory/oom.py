@@ -11,6 +11,7 @@ import torch
 from rlsloth.records import UserError
 
 ADVICE = {
+    "trial": "the weights alone nearly fill it: take a smaller model",
     "rollout": "lower --rollout.max-sequences or --rollout.max-tokens",
     "update": "lower --tokens-per-microbatch (the gradient stays the same) or "
     "--rollout.max-sequences (engine transformers keeps its key-value cache), pass "

@@ -128,7 +128,7 @@ def start_vllm(
 
 
 def import_vllm(device: torch.device, kv_cache: str) -> Any:
-    """Set its environment variables, which stay, and import vLLM. Returns vllm.LLM."""
+    """Set our environment variables for it, which stay, and import vLLM. Returns vllm.LLM."""
     os.environ.update(FORCED)
     for name, value in WISHED.items():
         os.environ.setdefault(name, value)
@@ -233,7 +233,8 @@ def first_line(error: Exception) -> str:
 @contextmanager
 def _as_it_was() -> Iterator[None]:
     """Let vLLM start here, and undo what would change the run: seeds on the CPU, threads, filters
-    of warnings. (Its import changes none but the last, by filters of its libraries.)"""
+    of warnings. What its import changes stays: filters, environment variables, and on a GPU that
+    torch's attention no longer takes cuDNN by itself."""
     threads, set_num_threads = torch.get_num_threads(), torch.set_num_threads
     states = random.getstate(), np.random.get_state()
     try:

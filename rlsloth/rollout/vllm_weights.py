@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,15 +66,18 @@ def share(model: Any, slots: list[Slot]) -> None:
             live: Any = source()
             trainer = Trainer.of(live)
             loaded = set(model.load_weights(checkpoint(live.get_base_model()).items()) or ())
-            # vLLM 0.26 reports experts without the name of the module that holds them.
-            names = [name for name, _ in model.named_parameters()]
-            missing = [n for n in names if not {n, n.replace(".routed_experts.", ".")} & loaded]
-            if missing:
+            if missing := unfilled([name for name, _ in model.named_parameters()], loaded):
                 raise ValueError(f"{len(missing)} weights were not filled ({min(missing)}, ...)")
             for module in model.modules():
                 if isinstance(method := getattr(module, "quant_method", None), _Shared):
                     method.bind(module, trainer)
                     slots.extend([] if module.slot is None else [module.slot])
+
+
+def unfilled(names: Sequence[str], loaded: Set[str]) -> list[str]:
+    """Parameters that are not among those reported as loaded; vLLM 0.26 reports experts without
+    the name of the module that holds them."""
+    return [n for n in names if not {n, n.replace(".routed_experts.", ".")} & loaded]
 
 
 def checkpoint(base: Any) -> dict[str, Tensor]:
