@@ -60,7 +60,7 @@ class Assembly:
     @classmethod
     def open(cls, cfg: GrpoConfig, stack: ExitStack, *, trains: bool = True) -> Assembly:
         """Make every part, the cheap ones that can refuse bad input first. Raises UserError."""
-        with beside(import_transformers):
+        with beside(import_transformers, partial(import_sampler, cfg)):
             env = load_environment(cfg.env, cfg.seed)
             rewards = cfg.rewards or list(env.default_rewards)
             if not rewards:
@@ -77,15 +77,14 @@ class Assembly:
         if text := overlap_warning(env):
             run.warn(text)
         asked = cfg.tokens_per_microbatch
-        with beside(partial(import_sampler, cfg)):
-            if trains:
-                cfg = decide(cfg, env.train, run.say, run.warn)
-            policy = _load_policy(cfg, run)
-            renderer = Renderer(policy.tokenizer, cfg.env, policy.eos_token_ids)
-            renderer.check([*env.train, *env.heldout])
-            longest = _longest(renderer, env.train, policy.context)
-            heldout = _longest(renderer, env.heldout[: cfg.eval.problems], policy.context)
-        if trains:  # not beside an import: both may be the first to need a part of torch
+        if trains:
+            cfg = decide(cfg, env.train, run.say, run.warn)
+        policy = _load_policy(cfg, run)
+        renderer = Renderer(policy.tokenizer, cfg.env, policy.eos_token_ids)
+        renderer.check([*env.train, *env.heldout])
+        longest = _longest(renderer, env.train, policy.context)
+        heldout = _longest(renderer, env.heldout[: cfg.eval.problems], policy.context)
+        if trains:
             with advise("trial", policy.model):
                 trial_backward(policy)
         if asked is None:

@@ -12,17 +12,24 @@ from rlsloth.rollout.vllm_start import check_installed, import_vllm
 
 
 @contextmanager
-def beside(load: Callable[[], None]) -> Iterator[None]:
-    """Run ``load`` in a thread meanwhile. What is raised here is raised at once; the command ends
-    when both have."""
+def beside(*loads: Callable[[], None]) -> Iterator[None]:
+    """Run ``loads`` in a thread meanwhile. What is raised here is raised at once, and begins no
+    further one; the command ends when the one under way does."""
+    refused = threading.Event()
 
     def run() -> None:
-        with suppress(Exception):  # it comes again where they are imported in earnest
-            load()
+        for load in loads:
+            with suppress(Exception):  # it comes again where they are imported in earnest
+                if not refused.is_set():
+                    load()
 
     thread = threading.Thread(target=run, name="imports")
     thread.start()
-    yield
+    try:
+        yield
+    except BaseException:
+        refused.set()
+        raise
     thread.join()  # two threads in one library's import find each other's modules half made
 
 

@@ -34,11 +34,16 @@ def test_bad_input_is_raised_at_once():
         end.wait(10)
         ended.set()
 
-    with pytest.raises(UserError), beside(load):
+    further = threading.Event()
+    with pytest.raises(UserError), beside(load, further.set):
         raise UserError("bad")
     assert not ended.is_set()
     end.set()
     assert ended.wait(10)
+    for thread in threading.enumerate():
+        if thread.name == "imports":
+            thread.join()
+    assert not further.is_set()
 
 
 def test_scikit_learn_is_not_imported_and_found_again(tmp_path):

@@ -289,3 +289,18 @@ def test_a_weight_that_vllm_has_no_place_for_is_an_error(make, where):
     module.bonus = torch.nn.Parameter(torch.ones(3), requires_grad=False)
     with pytest.raises(UserError, match="does not start with LlamaForCausalLM"), start(policy):
         pytest.fail("it started")
+
+
+def test_stop_strings_without_a_tokenizer_are_refused(make):
+    policy = make("fp32")
+    engine = VllmEngine(
+        policy.model, None, stop_ids=[2], context=256, max_sequences=16, dtype=policy.dtype,
+        device=policy.device, kv_cache="auto", kv_bytes=64 * 2**20,
+    )  # fmt: skip
+    try:
+        engine.load(policy.adapter())
+        assert engine.generate([[5]], 1, SamplingParams(4))[0][0].token_ids
+        with pytest.raises(RuntimeError, match="no stop strings without a tokenizer"):
+            engine.generate([[5]], 1, SamplingParams(4, stop=("a",)))
+    finally:
+        engine.close()

@@ -65,6 +65,7 @@ class VllmEngine:
                 run the model.
         """
         self.version = 0
+        self._finds_strings = tokenizer is not None
         self._stop_ids = sorted(stop_ids)
         self._context = context
         self._adapter: Adapter | None = None
@@ -125,6 +126,8 @@ class VllmEngine:
     ) -> list[list[Completion]]:
         """See Engine.generate."""
         check_temperature(sampling.temperature)
+        if sampling.stop and not self._finds_strings:  # vLLM would not find them, and not say so
+            raise RuntimeError("no stop strings without a tokenizer")
         self._live()
         if self._adapter is None and self.version != BASE_VERSION:
             raise RuntimeError("no adapter is loaded; the base samples only inside base_model()")
