@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from rlsloth.config import GrpoConfig, LoraConfig, ModelConfig, OptimConfig
 from rlsloth.engines import open_engine
 from rlsloth.kernels.nf4 import ahead
+from rlsloth.memory import plan as plan_module
 from rlsloth.memory.plan import make_plan, stream_of
 from rlsloth.memory.terms import GIB, Plan
 from rlsloth.packing import to_device
@@ -111,9 +112,11 @@ def test_update_peak(folder, precision, checkpointing):
 
 
 @pytest.mark.parametrize("precision", ["nf4", "bf16"])
-def test_phases_with_vllm(wide_folder, precision):
-    """Rollouts of as many sequences as are decoded at once, and an update of full micro-batches."""
+def test_phases_with_vllm(wide_folder, precision, monkeypatch):
+    """Rollouts of as many sequences as are decoded at once, and an update of full micro-batches
+    after the cache was released."""
     pytest.importorskip("vllm")
+    monkeypatch.setattr(plan_module, "SMALL_CACHE", 1_000_000)  # no cache is small
     clear()
     before = used()
     cfg = GrpoConfig.model_validate({
