@@ -1,0 +1,51 @@
+"""What every section of a configuration is made of."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, get_args, get_origin
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
+
+
+def _not_empty(value: Any) -> Any:
+    if value == "":
+        raise ValueError("must not be empty")
+    return value
+
+
+Params = dict[str, bool | int | float | str]
+Text = Annotated[str, BeforeValidator(_not_empty)]
+Folder = Annotated[Path, BeforeValidator(_not_empty)]
+"""Path("") would be the working directory."""
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Section(BaseModel):
+    """Unknown keys are errors; a config never changes once made."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        allow_inf_nan=False,
+        protected_namespaces=(),
+        use_attribute_docstrings=True,
+    )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        assert info.field_name is not None
+        given = value if isinstance(value, list | tuple) else [value]
+        if _is_number(cls.model_fields[info.field_name].annotation):
+            for item in given:
+                if isinstance(item, bool):
+                    raise ValueError(f"must be a number, not {str(item).lower()}")
+        return value
+
+
+def _is_number(kind: Any) -> bool:
+    """Of an annotation: a number, or several of them."""
+    if get_origin(kind) is dict:
+        return False
+    return kind in (int, float) or any(_is_number(inner) for inner in get_args(kind))
