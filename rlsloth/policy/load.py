@@ -18,6 +18,7 @@ from rlsloth.config import ModelConfig
 from rlsloth.policy.attention import NAME, register
 from rlsloth.policy.gguf_once import forget, parsed_once
 from rlsloth.policy.gguf_tokenizer import restore_pretokenizer
+from rlsloth.policy.identity import IDENTITY, identify
 from rlsloth.records import UserError
 
 
@@ -91,6 +92,7 @@ def load_model(cfg: ModelConfig) -> LoadedModel:
             f"{cfg.path}: {type(model).__name__} does not use transformers' attention interface, "
             "which packed training needs; see README, Models"
         )
+    setattr(model, IDENTITY, identify(cfg, precision, model, tokenizer))  # for save_adapter
     return LoadedModel(model, tokenizer, device, dtype)
 
 

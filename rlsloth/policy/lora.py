@@ -15,6 +15,12 @@ from safetensors import SafetensorError
 from torch import nn
 
 from rlsloth.config import LoraConfig, ModelConfig
+from rlsloth.policy.identity import (
+    IDENTITY,
+    read_identity,
+    refuse_other_base,
+    write_identity,
+)
 from rlsloth.records import UserError
 
 TRAINED = "default"
@@ -36,7 +42,7 @@ def add_adapter(model: Any, lora: LoraConfig, source: ModelConfig) -> Any:
     import peft
 
     if source.adapter is not None:
-        return _load(model, source.adapter.expanduser(), source.path)
+        return load_adapter(model, source.adapter.expanduser(), source.path, to_train=True)
     named = [target for target in lora.targets if target != ALL_LINEAR]
     _check_names(model, named, source.path)
     linears = _linears(model, source.path) if ALL_LINEAR in lora.targets else []
@@ -152,23 +158,35 @@ def _adapt_apart(model: Any, config: Any, adapter: str) -> list[str]:
     return apart
 
 
-def _load(model: Any, folder: Path, path: str) -> Any:
+def load_adapter(model: Any, folder: Path, path: str, *, to_train: bool) -> Any:
+    """Wrap ``model``, loaded from ``path``, with the adapter in a PEFT folder.
+
+    Args:
+        to_train: make it trainable, and load it a second time, frozen, as the reference.
+
+    Raises:
+        UserError: no adapter there, one of another base (rlsloth.json), or one that does not fit.
+    """
     import peft
 
     if not (folder / "adapter_config.json").is_file():
         raise UserError(f"--model.adapter {folder}: no adapter_config.json there")
+    recorded, here = read_identity(folder), getattr(model, IDENTITY, None)
+    if recorded is not None and here is not None:
+        refuse_other_base(recorded, here.weights, folder, path)
     try:
         config, reference = (peft.PeftConfig.from_pretrained(str(folder)) for _ in range(2))
         written = _adapt_apart(model, config, TRAINED)
         wrapped = peft.PeftModel.from_pretrained(
-            model, str(folder), TRAINED, is_trainable=True, config=config
+            model, str(folder), TRAINED, is_trainable=to_train, config=config
         )
-        _adapt_apart(model, reference, REFERENCE)
-        wrapped.add_adapter(REFERENCE, reference)
-        wrapped.load_adapter(str(folder), REFERENCE, is_trainable=False)
-    except (RuntimeError, ValueError, OSError) as error:
+        if to_train:
+            _adapt_apart(model, reference, REFERENCE)
+            wrapped.add_adapter(REFERENCE, reference)
+            wrapped.load_adapter(str(folder), REFERENCE, is_trainable=False)
+    except (RuntimeError, ValueError, OSError, SafetensorError) as error:
         first = str(error).strip().split("\n")[0][:200]
-        raise UserError(f"--model.adapter {folder} does not fit {path}: {first}") from error
+        raise UserError(f"adapter {folder} does not fit {path}: {first}") from error
     if written:
         config.target_parameters = {*(config.target_parameters or ()), *written}
     wrapped.set_adapter(TRAINED)
@@ -176,7 +194,8 @@ def _load(model: Any, folder: Path, path: str) -> Any:
 
 
 def save_adapter(model: Any, folder: Path) -> None:
-    """Write the trained adapter as a PEFT folder, whole or not at all."""
+    """Write the trained adapter as a PEFT folder, whole or not at all, with rlsloth.json where the
+    base's identity is known."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
@@ -185,6 +204,8 @@ def save_adapter(model: Any, folder: Path) -> None:
             str(temporary), selected_adapters=[TRAINED], save_embedding_layers=False
         )
         (temporary / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
+        if (identity := getattr(model.get_base_model(), IDENTITY, None)) is not None:
+            write_identity(identity, temporary)
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(temporary, folder)
     except (OSError, SafetensorError) as error:
