@@ -12,6 +12,7 @@ from rlsloth.chat import Renderer
 from rlsloth.config import EnvConfig
 from rlsloth.config.export import ChatConfig
 from rlsloth.export.source import Source, find_source
+from rlsloth.policy.attention import whole_attention
 from rlsloth.policy.load import load_model
 from rlsloth.policy.lora import load_adapter
 from rlsloth.records import Message, Prompt, UserError
@@ -28,7 +29,7 @@ class Talker:
             self._model = load_adapter(
                 loaded.model, source.adapter, source.base.path, to_train=False
             )
-        loaded.model.set_attn_implementation("sdpa")
+        loaded.model.set_attn_implementation(whole_attention(loaded.model))
         self._model.eval()
         self._cfg = cfg
         self.tokenizer = loaded.tokenizer

@@ -16,6 +16,9 @@ from export_parts import make_base, make_run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlsloth import cli
+from rlsloth.config.export import ChatConfig
+from rlsloth.export.source import find_source
+from rlsloth.talk import Talker
 
 Output = pytest.CaptureFixture[str]
 
@@ -49,6 +52,19 @@ def generated(folder: Path, messages: list[dict[str, str]], tokens: int = 12) ->
     )
     out = model.generate(**ids, max_new_tokens=tokens, do_sample=False)
     return tokenizer.decode(out[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gpt_oss"])
+def test_soft_caps_and_sinks_are_kept(family: str, tmp_path: Path) -> None:
+    caps = {"attn_logit_softcapping": 0.5} if family == "gemma2" else {}
+    base = make_base(tmp_path / "base", family, **caps)
+    cfg = ChatConfig(source=str(base), device="cpu")
+    model = Talker(find_source(str(base), device="cpu"), cfg)._model
+    ids = torch.arange(3, 60)[None]
+    with torch.no_grad():
+        said = model(input_ids=ids).logits
+        model.set_attn_implementation("eager")
+        assert torch.equal(model(input_ids=ids).logits, said)
 
 
 def test_whole_models_and_bases(place: Path, capsys: Output) -> None:

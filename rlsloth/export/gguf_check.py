@@ -13,6 +13,7 @@ from rlsloth.export.gguf_families import add_hyperparameters, family_of, read_co
 from rlsloth.export.gguf_quantize import load_llama_cpp, quiet
 from rlsloth.export.gguf_tensors import Weights, plan
 from rlsloth.export.gguf_vocab import add_vocabulary, read_vocabulary, starts_with_space
+from rlsloth.policy.attention import whole_attention
 from rlsloth.records import UserError
 
 NLL_LIMITS = {
@@ -213,6 +214,7 @@ def _nll_transformers(folder: Path, windows: torch.Tensor) -> float:
     logging.disable_progress_bar()
     on_gpu = torch.cuda.is_available()
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto" if on_gpu else torch.float32)
+    model.set_attn_implementation(whole_attention(model))
     model.eval().to("cuda" if on_gpu else "cpu")
     total = 0.0
     for row in windows:

@@ -203,3 +203,10 @@ def register() -> None:
     from transformers import AttentionInterface
 
     AttentionInterface.register(NAME, attend)
+
+
+def whole_attention(model: Any) -> str:
+    """transformers' own attention that leaves nothing of a model out: torch's (sdpa) has no soft
+    caps (Gemma 2) and no sinks (gpt-oss)."""
+    capped = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
+    return "eager" if capped or not model._supports_sdpa else "sdpa"
