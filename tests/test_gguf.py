@@ -308,6 +308,23 @@ def test_a_cut_file(written, without_llama_cpp):
         check_gguf(*written)
 
 
+def test_the_yardstick_keeps_soft_caps(tmp_path):
+    folder = make_folder(tmp_path / "model", "gemma2", attn_logit_softcapping=0.01)
+    windows = torch.arange(3, 67)[None]
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    )
+    wanted = torch.nn.functional.cross_entropy(
+        logits(model, windows[0].tolist())[0, :-1], windows[0, 1:]
+    )
+    model.set_attn_implementation("sdpa")
+    without = torch.nn.functional.cross_entropy(
+        logits(model, windows[0].tolist())[0, :-1], windows[0, 1:]
+    )
+    assert abs(without - wanted) > 1e-3
+    assert gguf_check._nll_transformers(folder, windows) == pytest.approx(float(wanted), abs=1e-5)
+
+
 def test_k_quants_without_llama_cpp(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "llama_cpp", None)
     with pytest.raises(UserError, match=r"pip install 'rlsloth\[gguf\]'"):
