@@ -12,7 +12,7 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from rlsloth.config import EnvConfig
+from rlsloth.config import DatasetConfig
 from rlsloth.records import Message, Prompt, UserError
 
 _MARK = "placeholder7391"
@@ -39,11 +39,13 @@ class Renderer:
 
     stop_ids: tuple[int, ...]
     """Every id that ends an assistant turn: end of sequence, and the template's end of turn."""
+    turn_end: int | None
+    """The template's end of turn, None where it writes none."""
 
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
-        cfg: EnvConfig,
+        cfg: DatasetConfig,
         eos_token_ids: Iterable[int] = (),
     ) -> None:
         """``eos_token_ids``: further end tokens, those of the model's generation config."""
@@ -52,8 +54,8 @@ class Renderer:
         bos = tokenizer.bos_token_id
         plain = tokenizer("a")["input_ids"]
         self._bos: list[int] = [bos] if bos is not None and plain[:1] == [bos] else []
-        turn_end = self._turn_end() if tokenizer.chat_template else None
-        ends = {*eos_token_ids, tokenizer.eos_token_id, turn_end} - {None}
+        self.turn_end = self._turn_end() if tokenizer.chat_template else None
+        ends = {*eos_token_ids, tokenizer.eos_token_id, self.turn_end} - {None}
         self.stop_ids = tuple(sorted(ends))
 
     def check(self, prompts: Sequence[Prompt]) -> None:
@@ -84,11 +86,42 @@ class Renderer:
             UserError: the chat template refuses the conversation.
         """
         if isinstance(prompt.messages, str):
-            return self._ids(prompt.messages, self._bos)
+            return self.ids(prompt.messages, begins=True)
         own = prompt.columns.get("chat_template_kwargs") or {}
         where = f"prompt {prompt.index + 1}"
-        text = self._render(list(prompt.messages), prompt.tools, where, own)
-        return self._ids(text, self._bos)
+        text = self.render(list(prompt.messages), prompt.tools, where, own)
+        return self.ids(text, begins=True)
+
+    def render(
+        self,
+        messages: list[Message],
+        tools: Sequence[Any],
+        where: str,
+        kwargs: Mapping[str, Any] | None = None,
+        *,
+        whole: bool = False,
+    ) -> str:
+        """The text of a conversation up to where the answer begins, a last assistant turn being
+        one to continue; ``whole``: with its end. Raises UserError, which names ``where``."""
+        uses_tools = tools or any(m["role"] == "tool" or m.get("tool_calls") for m in messages)
+        if uses_tools and not self._template_takes_tools:
+            messages, tools = _tools_as_text(messages, tools), ()
+        prefill = messages[-1]["role"] == "assistant" and not whole
+        return self._apply(
+            messages,
+            tools,
+            where,
+            **(kwargs or {}),
+            add_generation_prompt=not prefill and not whole,
+            continue_final_message=prefill,
+        )
+
+    def ids(self, text: str, *, begins: bool = False) -> list[int]:
+        """Token ids of a text in which special tokens stand as such; ``begins``: with the begin
+        token, once, where plain text has one."""
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        start = self._bos if begins and ids[:1] != self._bos else []
+        return [*start, *ids]
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of sampled tokens, special tokens removed."""
@@ -128,20 +161,20 @@ class Renderer:
             {"role": "user", "content": "a"},
             {"role": "assistant", "content": "", "tool_calls": calls},
         ]
-        text = self._render([*before, *answers], (), "a tool's answer")
+        text = self.render([*before, *answers], (), "a tool's answer")
         *_, after_calls = text.split(_MARK, maxsplit=len(results))
         ends = [after_calls.find(self.tokenizer.convert_ids_to_tokens(i)) for i in self.stop_ids]
         at = min((end for end in ends if end >= 0), default=-1)
         if at < 0 or text.count(_MARK) < len(results):
             raise UserError("the chat template does not show where a turn with tool calls ends")
-        glue = self._ids(after_calls[at:])
+        glue = self.ids(after_calls[at:])
         return glue[1:] if turn_ids and turn_ids[-1] in self.stop_ids else glue
 
     def _turn_end(self) -> int | None:
         """The special token that the template puts right after an assistant's words, if it does."""
         messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": _MARK}]
         text = self._apply(messages, (), "a user and an assistant turn")
-        ids = self._ids(text.rpartition(_MARK)[2].lstrip())
+        ids = self.ids(text.rpartition(_MARK)[2].lstrip())
         special = {*self.tokenizer.all_special_ids, *self.tokenizer.added_tokens_decoder}
         return ids[0] if ids and ids[0] in special else None
 
@@ -162,26 +195,6 @@ class Renderer:
         shown = text.partition(json.dumps(call.arguments))[0]
         return _MARK in shown and call in self.parse_tool_calls(text)
 
-    def _render(
-        self,
-        messages: list[Message],
-        tools: Sequence[Any],
-        where: str,
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> str:
-        uses_tools = tools or any(m["role"] == "tool" or m.get("tool_calls") for m in messages)
-        if uses_tools and not self._template_takes_tools:
-            messages, tools = _tools_as_text(messages, tools), ()
-        prefill = messages[-1]["role"] == "assistant"
-        return self._apply(
-            messages,
-            tools,
-            where,
-            **(kwargs or {}),
-            add_generation_prompt=not prefill,
-            continue_final_message=prefill,
-        )
-
     def _apply(
         self, messages: list[Message], tools: Sequence[Any], where: str, **kwargs: Any
     ) -> str:
@@ -192,11 +205,6 @@ class Renderer:
         except (TemplateError, TypeError, KeyError, ValueError) as error:
             raise UserError(f"the chat template refuses {where}: {error}") from error
         return text
-
-    def _ids(self, text: str, bos: Sequence[int] = ()) -> list[int]:
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        start = [*bos] if ids[:1] != [*bos] else []
-        return start + ids
 
 
 def _tool_call(text: str, closed: bool) -> ToolCall:

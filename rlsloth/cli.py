@@ -15,10 +15,19 @@ from rlsloth import __version__
 from rlsloth.cli_config import read_config
 from rlsloth.config import GrpoConfig, PlanConfig
 from rlsloth.config.export import ChatConfig, ExportConfig
+from rlsloth.config.supervised import (
+    DpoConfig,
+    KtoConfig,
+    OrpoConfig,
+    PreferenceConfig,
+    SftConfig,
+    SimpoConfig,
+)
 from rlsloth.plugins import nearest
 from rlsloth.records import UserError
 
 Parsed = TypeVar("Parsed")
+Training = TypeVar("Training", GrpoConfig, SftConfig, PreferenceConfig)
 
 HELP = """\
 usage: rlsloth COMMAND [FILE.yaml ...] [--section.key VALUE ...]
@@ -27,6 +36,10 @@ Train reasoning models from reward scripts on one GPU.
 
 commands:
   grpo      reinforcement learning from rewards      rlsloth grpo --rewards math_verify
+  sft       learn given answers (warm start)         rlsloth sft --data.train answers.jsonl
+  dpo, orpo, simpo
+            learn from preferred answers             rlsloth dpo --data.train pairs.jsonl
+  kto       learn from answers marked good or bad    rlsloth kto --data.train marked.jsonl
   eval      avg@k, pass@k, maj@k of a model          rlsloth eval runs/x/config.yaml
   export    adapter, merged weights or GGUF          rlsloth export runs/x --to merged --out DIR
   chat      talk to a run, an adapter or a model     rlsloth chat runs/x
@@ -107,6 +120,11 @@ def _said(error: Exception) -> str:
 def _command(name: str) -> Callable[[list[str]], int]:
     commands = {
         "grpo": grpo,
+        "sft": sft,
+        "dpo": dpo,
+        "orpo": orpo,
+        "simpo": simpo,
+        "kto": kto,
         "eval": evaluate,
         "export": export,
         "chat": chat,
@@ -124,6 +142,46 @@ def grpo(argv: list[str]) -> int:
     config = read_config(GrpoConfig, argv, "rlsloth grpo")
     from rlsloth.grpo import train
 
+    return _trained("grpo", train, config)
+
+
+def sft(argv: list[str]) -> int:
+    """Learn given answers."""
+    config = read_config(SftConfig, argv, "rlsloth sft")
+    from rlsloth.sft import train
+
+    return _trained("sft", train, config)
+
+
+def dpo(argv: list[str]) -> int:
+    """Learn from pairs, against the starting policy."""
+    return _preference("dpo", DpoConfig, argv)
+
+
+def orpo(argv: list[str]) -> int:
+    """Learn from pairs, likelihood and preference at once."""
+    return _preference("orpo", OrpoConfig, argv)
+
+
+def simpo(argv: list[str]) -> int:
+    """Learn from pairs, by mean log-probs with a margin."""
+    return _preference("simpo", SimpoConfig, argv)
+
+
+def kto(argv: list[str]) -> int:
+    """Learn from single answers marked good or bad."""
+    return _preference("kto", KtoConfig, argv)
+
+
+def _preference(name: str, kind: type[PreferenceConfig], argv: list[str]) -> int:
+    config = read_config(kind, argv, f"rlsloth {name}")
+    from rlsloth.preference import train
+
+    return _trained(name, train, config)
+
+
+def _trained(name: str, train: Callable[[Training], Path], config: Training) -> int:
+    """Run a loop; an interrupted one says how it goes on."""
     try:
         train(config)
     except KeyboardInterrupt:
@@ -131,7 +189,7 @@ def grpo(argv: list[str]) -> int:
         where = "" if config.run.dir else " (FOLDER: the run folder named in the first line)"
         print(
             "interrupted; to continue from the last checkpoint: "
-            f"rlsloth grpo {folder}/config.yaml --run.dir {folder} --run.resume{where}",
+            f"rlsloth {name} {folder}/config.yaml --run.dir {folder} --run.resume{where}",
             file=sys.stderr,
         )
         return 130

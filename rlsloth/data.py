@@ -9,12 +9,14 @@ import itertools
 import json
 import random
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypedDict
+from typing import Any, Generic, TypedDict, TypeVar
 
-from rlsloth.config import EnvConfig
+from rlsloth.config import DatasetConfig
 from rlsloth.plugins import nearest
 from rlsloth.records import Message, Prompt, UserError
 from rlsloth.rows import Row, load_rows, parse_json
+
+Item = TypeVar("Item")
 
 PROMPT_COLUMNS = ("prompt", "question", "problem", "messages")
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -24,7 +26,7 @@ NOT_PASSED = ("prompt", "completion", "completion_ids")
 
 def make_prompts(
     rows: Sequence[Row],
-    cfg: EnvConfig,
+    cfg: DatasetConfig,
     source: str,
     tools: Sequence[Any] = (),
     conversational: bool = False,
@@ -45,7 +47,7 @@ def make_prompts(
         UserError: the prompt column is missing, or a row's prompt is empty or malformed.
     """
     columns = list(dict.fromkeys(itertools.chain.from_iterable(rows)))
-    column = _prompt_column(columns, cfg.prompt_column, source)
+    column = _prompt_column(columns, cfg, source)
     for name in ("prompts", "completions"):
         if name in columns:
             raise UserError(f"{source}: rewards are called with {name!r}; rename that column")
@@ -55,14 +57,14 @@ def make_prompts(
     for index, row in enumerate(rows):
         where = f"{source} row {index + 1}"
         messages = _prompt(row.get(column), chat, cfg.system_prompt, f"{where}, column {column!r}")
-        own_tools = _row_tools(row.get("tools"), where)
+        own_tools = row_tools(row.get("tools"), where)
         values = {c: _jsonable(row.get(c), f"{where}, column {c!r}") for c in passed}
         prompts.append(Prompt(index, messages, values, (*tools, *own_tools)))
     return prompts
 
 
 def load_prompts(
-    cfg: EnvConfig, seed: int, make: Callable[[list[Row], str], list[Prompt]]
+    cfg: DatasetConfig, seed: int, make: Callable[[list[Row], str], list[Prompt]]
 ) -> tuple[list[Prompt], list[Prompt]]:
     """Training and held-out prompts of the data that ``cfg.train`` and ``cfg.validation`` name.
 
@@ -71,7 +73,7 @@ def load_prompts(
     """
     train = make(load_rows(cfg.train, cfg.train_split, cfg.limit), cfg.train)
     if cfg.validation is None:
-        return split_heldout(train, cfg.heldout, seed)
+        return split_heldout(train, cfg.heldout, seed, cfg.SECTION)
     return train, make(load_rows(cfg.validation, cfg.validation_split), cfg.validation)
 
 
@@ -84,7 +86,7 @@ def question_text(prompt: Prompt) -> str:
 
 
 def split_heldout(
-    prompts: Sequence[Prompt], heldout: int, seed: int
+    prompts: Sequence[Prompt], heldout: int, seed: int, section: str = "env"
 ) -> tuple[list[Prompt], list[Prompt]]:
     """Withholds ``heldout`` distinct questions, by text: none of them occurs in the first list.
 
@@ -93,7 +95,7 @@ def split_heldout(
     first = {question_text(prompt): prompt for prompt in reversed(prompts)}
     if heldout >= len(first):
         raise UserError(
-            f"--env.heldout {heldout} leaves nothing to train on: "
+            f"--{section}.heldout {heldout} leaves nothing to train on: "
             f"the data has {len(first)} distinct questions"
         )
     ranked = sorted(first, key=lambda text: _digest(f"{seed} {text}"))
@@ -103,7 +105,7 @@ def split_heldout(
 
 
 class SamplerState(TypedDict):
-    """Where a PromptSampler stands; JSON-serialisable."""
+    """Where an EpochSampler stands; JSON-serialisable."""
 
     seed: int
     size: int
@@ -111,44 +113,46 @@ class SamplerState(TypedDict):
     position: int
 
 
-class PromptSampler:
-    """Prompts in shuffled epochs: within an epoch none comes twice. The generator is its own."""
+class EpochSampler(Generic[Item]):
+    """Items in shuffled epochs: within an epoch none comes twice. The generator is its own."""
 
-    def __init__(self, prompts: Sequence[Prompt], seed: int) -> None:
-        if not prompts:
-            raise UserError("the environment has no prompts to train on")
-        self._prompts = prompts
+    def __init__(self, items: Sequence[Item], seed: int, what: str = "prompts") -> None:
+        """``what`` to call the items in errors."""
+        if not items:
+            raise UserError(f"there are no {what} to train on")
+        self._items = items
+        self._what = what
         self._seed = seed
         self._start_epoch(0)
 
-    def take(self, k: int) -> list[Prompt]:
-        """The next k prompts, over as many epochs as that needs."""
-        taken: list[Prompt] = []
+    def take(self, k: int) -> list[Item]:
+        """The next k items, over as many epochs as that needs."""
+        taken: list[Item] = []
         while len(taken) < k:
             if self._position == len(self._order):
                 self._start_epoch(self._epoch + 1)
             indices = self._order[self._position : self._position + k - len(taken)]
             self._position += len(indices)
-            taken.extend(self._prompts[i] for i in indices)
+            taken.extend(self._items[i] for i in indices)
         return taken
 
     def state(self) -> SamplerState:
         """What ``restore`` needs to go on from here."""
         return SamplerState(
-            seed=self._seed, size=len(self._prompts), epoch=self._epoch, position=self._position
+            seed=self._seed, size=len(self._items), epoch=self._epoch, position=self._position
         )
 
     def restore(self, state: SamplerState) -> None:
         """Continue where ``state`` was taken.
 
         Raises:
-            UserError: the state belongs to another number of prompts or another seed.
+            UserError: the state belongs to another number of items or another seed.
         """
-        here = (self._seed, len(self._prompts))
+        here = (self._seed, len(self._items))
         if (state["seed"], state["size"]) != here:
             raise UserError(
-                f"cannot resume: the run had {state['size']} prompts and seed {state['seed']}, "
-                f"now there are {here[1]} and seed {here[0]}"
+                f"cannot resume: the run had {state['size']} {self._what} and seed "
+                f"{state['seed']}, now there are {here[1]} and seed {here[0]}"
             )
         self._start_epoch(state["epoch"])
         self._position = state["position"]
@@ -156,11 +160,12 @@ class PromptSampler:
     def _start_epoch(self, epoch: int) -> None:
         self._epoch = epoch
         self._position = 0
-        self._order = list(range(len(self._prompts)))
+        self._order = list(range(len(self._items)))
         random.Random(f"{self._seed} {epoch}").shuffle(self._order)
 
 
-def _prompt_column(columns: list[str], wanted: str | None, source: str) -> str:
+def _prompt_column(columns: list[str], cfg: DatasetConfig, source: str) -> str:
+    wanted = cfg.prompt_column
     have = f"(columns: {', '.join(columns)})"
     if wanted is not None:
         if wanted not in columns:
@@ -172,7 +177,7 @@ def _prompt_column(columns: list[str], wanted: str | None, source: str) -> str:
     near = next((hint for c in PROMPT_COLUMNS if (hint := nearest(c, columns))), "")
     raise UserError(
         f"{source} has none of the columns {', '.join(PROMPT_COLUMNS)}: "
-        f"name yours with --env.prompt-column{near} {have}"
+        f"name yours with --{cfg.SECTION}.prompt-column{near} {have}"
     )
 
 
@@ -180,12 +185,12 @@ def _prompt(
     value: Any, chat: bool, system_prompt: str | None, where: str
 ) -> str | tuple[Message, ...]:
     if isinstance(value, str):
-        _check_text(value, where)
+        check_text(value, where)
         if not chat:
             return value
         messages = [{"role": "user", "content": value}]
     elif isinstance(value, list | tuple):
-        messages = [_message(m, f"{where}, message {i}") for i, m in enumerate(value, 1)]
+        messages = [read_message(m, f"{where}, message {i}") for i, m in enumerate(value, 1)]
         # `messages` are whole conversations; in other columns a last assistant turn is a prefill.
         if where.endswith("'messages'") and messages and messages[-1]["role"] == "assistant":
             messages.pop()
@@ -199,7 +204,8 @@ def _prompt(
     return tuple(messages)
 
 
-def _message(value: Any, where: str) -> Message:
+def read_message(value: Any, where: str) -> Message:
+    """A row's message, checked; ``where`` it stands is for errors. Raises UserError."""
     if not isinstance(value, Mapping) or value.get("role") not in ROLES:
         raise UserError(f"{where}: a message has a role ({', '.join(ROLES)}) and content")
     # Arrow fills the keys that other messages have with null.
@@ -210,11 +216,12 @@ def _message(value: Any, where: str) -> Message:
     if not isinstance(content, str):
         raise UserError(f"{where}: content must be text, this is {_kind(content)}")
     if not message.get("tool_calls") and message["role"] != "system":
-        _check_text(content, where)
+        check_text(content, where)
     return message
 
 
-def _check_text(text: str, where: str) -> None:
+def check_text(text: str, where: str) -> None:
+    """Raises UserError for text that is empty or cannot be encoded."""
     if not text.strip():
         raise UserError(f"{where}: empty")
     try:
@@ -223,7 +230,8 @@ def _check_text(text: str, where: str) -> None:
         raise UserError(f"{where}: holds half of a surrogate pair, which is not text") from None
 
 
-def _row_tools(value: Any, where: str) -> list[Any]:
+def row_tools(value: Any, where: str) -> list[Any]:
+    """A row's own tools: JSON schemas, or their JSON. Raises UserError."""
     if isinstance(value, str):  # how datasets keep schemas that differ in their fields
         value = parse_json(value.encode(), f"{where}, column 'tools'")
     if not isinstance(value, list | None):

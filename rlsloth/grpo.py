@@ -12,13 +12,15 @@ import torch
 from rlsloth.advantages import assign_advantages, overlong_penalty
 from rlsloth.assembly import Assembly
 from rlsloth.config import GrpoConfig
+from rlsloth.examiner import result_summary
 from rlsloth.losses import normalizer, policy_loss
 from rlsloth.memory.oom import advise
 from rlsloth.overlap import Rollouts
 from rlsloth.packing import pack, to_device
 from rlsloth.policy.lora import save_adapter
 from rlsloth.policy.policy import Policy
-from rlsloth.records import Group, LossStats, MicroBatch, PackedBatch, UserError
+from rlsloth.records import Group, LossStats, PackedBatch
+from rlsloth.resuming import run_summary
 from rlsloth.run.diagnosis import Watch
 from rlsloth.run.gap import GapGuard
 from rlsloth.run.metrics import (
@@ -28,8 +30,8 @@ from rlsloth.run.metrics import (
     rollout_metrics,
     update_metrics,
 )
-from rlsloth.run.run import Run
 from rlsloth.seeding import derive_seed
+from rlsloth.skips import Skips
 
 
 def train(cfg: GrpoConfig) -> Path:
@@ -48,7 +50,7 @@ def train(cfg: GrpoConfig) -> Path:
             at.before = parts.evaluate(at.next_step - 1)
         watch = Watch(scorer.names, cfg.loss.mask_truncated, run.history(), cfg.rollout.cut_tail)
         guard = GapGuard(cfg, run)
-        skips = _Skips(cfg.optim.max_skipped)
+        skips = Skips(cfg.optim.max_skipped)
         rollouts = Rollouts(parts, stack)
         for step in run.steps(at.next_step, cfg.steps):
             # For dropout; sampling has a generator of its own.
@@ -83,7 +85,7 @@ def train(cfg: GrpoConfig) -> Path:
             for sentence in watch.explain(metrics):
                 run.say(sentence)
             guard.check(step, metrics[LOGP_GAP])
-            skips.check(updates, batch, run, step)
+            skips.check(any(u.step.skipped for u in updates), batch, run, step)
             if cfg.eval.every and step % cfg.eval.every == 0 and step < cfg.steps:
                 parts.evaluate(step)
             if step == cfg.steps or (cfg.run.save_every and step % cfg.run.save_every == 0):
@@ -91,7 +93,8 @@ def train(cfg: GrpoConfig) -> Path:
                     parts.save(at, rollouts.prompts())
         save_adapter(policy.model, run.dir / "adapter")
         after = parts.evaluate(cfg.steps) if cfg.eval.at_end else None
-        run.finish(parts.summary(at.before, after, time.monotonic() - started))
+        seconds = time.monotonic() - started
+        run.finish(result_summary(at.before, after) | run_summary(cfg, policy, seconds))
         return run.dir
 
 
@@ -177,41 +180,3 @@ def shape_overlong(groups: list[Group], cfg: GrpoConfig) -> None:
             rollout.reward += overlong_penalty(
                 rollout.length, cfg.rollout.max_tokens, cfg.loss.overlong_buffer
             )
-
-
-class _Skips:
-    """Counts steps skipped in a row, keeps their batches, and ends a hopeless run."""
-
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
-        self._in_a_row = 0
-
-    def check(self, updates: list[UpdateFigures], batch: PackedBatch, run: Run, step: int) -> None:
-        if not any(u.step.skipped for u in updates):
-            self._in_a_row = 0
-            return
-        self._in_a_row += 1
-        path = dump_batch(batch, run.dir / "skipped" / f"step_{step:05d}.safetensors")
-        run.warn(f"step {step}: gradient not finite, nothing was updated; its batch is in {path}")
-        if self._in_a_row >= self._limit:
-            raise UserError(
-                f"{self._in_a_row} steps in a row were not finite; lower --optim.lr, or look at "
-                f"{path}"
-            )
-
-
-def dump_batch(batch: PackedBatch, path: Path) -> Path:
-    """Write a step's micro-batches as safetensors, names ``<micro-batch>.<field>``."""
-    from safetensors.torch import save_file
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(
-        {
-            f"{i}.{field}": value
-            for i, micro in enumerate(batch.microbatches)
-            for field in MicroBatch.__slots__
-            if isinstance(value := getattr(micro, field), torch.Tensor)
-        },
-        path,
-    )
-    return path

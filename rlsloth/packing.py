@@ -30,6 +30,7 @@ def pack(
     *,
     mask_truncated: bool,
     keep_zero_advantage: bool,
+    whole_groups: bool = False,
 ) -> PackedBatch:
     """Cut a step's rollouts into micro-batches of at most ``tokens_per_microbatch`` stream tokens.
 
@@ -38,7 +39,8 @@ def pack(
     and, unless ``keep_zero_advantage`` (a KL term has gradient at advantage 0 too), those with
     advantage 0.
 
-    A rollout that exceeds the budget even alone gets a micro-batch of its own.
+    A rollout that exceeds the budget even alone gets a micro-batch of its own; with
+    ``whole_groups``, which preference pairs need, so does a group.
     """
     trees: list[_Tree] = []
     rollouts = scored = 0
@@ -51,7 +53,8 @@ def pack(
             scored += rollout.length
             if rollout.length and (keep_zero_advantage or rollout.advantage != 0.0):
                 packed.append(r)
-        trees += _split(g, group, packed, tokens_per_microbatch)
+        budget = None if whole_groups else tokens_per_microbatch
+        trees += _split(g, group, packed, budget)
     micros = tuple(_microbatch(groups, bin_) for bin_ in _first_fit(trees, tokens_per_microbatch))
     return PackedBatch(micros, rollouts, scored, sum(len(m.target_ids) for m in micros))
 
@@ -61,15 +64,16 @@ def _stream_length(rollout: Rollout) -> int:
     return len(rollout.loss_mask) - 1 - rollout.loss_mask[::-1].index(True)
 
 
-def _split(g: int, group: Group, packed: list[int], budget: int) -> list[_Tree]:
-    """Cut a group's rollouts into runs that fit the budget together with the prompt."""
+def _split(g: int, group: Group, packed: list[int], budget: int | None) -> list[_Tree]:
+    """Cut a group's rollouts into runs that fit the budget together with the prompt; None: one
+    run."""
     trees: list[_Tree] = []
     prompt = len(group.prompt_ids)
     run: list[int] = []
     tokens = prompt
     for r in packed:
         length = _stream_length(group.rollouts[r])
-        if run and tokens + length > budget:
+        if run and budget is not None and tokens + length > budget:
             trees.append(_Tree(g, tuple(run), tokens))
             run, tokens = [], prompt
         run.append(r)
@@ -101,12 +105,16 @@ def _microbatch(groups: Sequence[Group], trees: list[_Tree]) -> MicroBatch:
     source: list[tuple[int, int]] = []
     for t, tree in enumerate(trees):
         group = groups[tree.group]
-        prompt = stream.prompt(np.array(group.prompt_ids, np.int64), t)
-        for r in tree.rollouts:
-            rollout = group.rollouts[r]
-            counts.append(stream.rollout(rollout, prompt, t))
-            advantages.append(rollout.advantage)
-            source.append((tree.group, r))
+        ids = np.array(group.prompt_ids, np.int64)
+        rollouts = [group.rollouts[r] for r in tree.rollouts]
+        if len(rollouts) == 1:
+            # A prompt that nobody shares needs no segment of its own: no keys are gathered.
+            counts.append(stream.alone(rollouts[0], ids, t))
+        else:
+            prompt = stream.prompt(ids, t)
+            counts += [stream.rollout(rollout, prompt, t) for rollout in rollouts]
+        advantages += [rollout.advantage for rollout in rollouts]
+        source += [(tree.group, r) for r in tree.rollouts]
     scored = torch.tensor(counts)
     return MicroBatch(
         token_ids=_joined(stream.tokens),
@@ -152,11 +160,25 @@ class _Stream:
             self._segment(ids[:fed], len(prompt), prompt, tree)
         scored = np.flatnonzero(np.array(rollout.loss_mask))
         # Token j is predicted by the state before it; the first by the prompt's last token.
-        self.score_index.append(np.where(scored > 0, start + scored - 1, prompt[-1]))
+        at = np.where(scored > 0, start + scored - 1, prompt[-1])
+        self._score(rollout, ids, scored, at)
+        return len(scored)
+
+    def alone(self, rollout: Rollout, prompt_ids: Array, tree: int) -> int:
+        """A prompt and its only rollout as one segment. Returns the number of scored tokens."""
+        ids = np.array(rollout.token_ids, np.int64)
+        fed = np.concatenate([prompt_ids, ids[: _stream_length(rollout)]])
+        start = self.cu_q[-1] + len(prompt_ids)
+        self._segment(fed, 0, np.arange(0), tree)
+        scored = np.flatnonzero(np.array(rollout.loss_mask))
+        self._score(rollout, ids, scored, start + scored - 1)
+        return len(scored)
+
+    def _score(self, rollout: Rollout, ids: Array, scored: Array, at: Array) -> None:
+        self.score_index.append(at)
         self.targets.append(ids[scored])
         self.logprobs.append(np.array(rollout.logprobs, np.float32)[scored])
         self.versions.append(np.array(rollout.policy_version, np.int64)[scored])
-        return len(scored)
 
     def _segment(self, ids: Array, first_position: int, prefix: Array, tree: int) -> Array:
         start, count = self.cu_q[-1], len(ids)

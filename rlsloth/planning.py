@@ -7,17 +7,24 @@ import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from rlsloth.config import GrpoConfig, PlanConfig
+from rlsloth.memory.activations import Stream
 from rlsloth.memory.asked import context_limit
-from rlsloth.memory.plan import decide_update, largest_sequences, largest_tokens, make_plan
+from rlsloth.memory.plan import (
+    decide_update,
+    largest_sequences,
+    largest_tokens,
+    make_plan,
+    make_update_plan,
+)
 from rlsloth.memory.shape import ModelShape, read_shape
 from rlsloth.memory.terms import GIB, EngineName, Plan
 from rlsloth.planning_report import SHOWN, Source, as_json, print_plan, summary, update_said
 from rlsloth.policy.gguf_once import parsed_once
+from rlsloth.policy.peek import place
 from rlsloth.records import Prompt, UserError
 from rlsloth.rollout.vllm_start import check_installed
 
@@ -66,15 +73,52 @@ def decide(
         plan_of, decided = _decided(cfg, model_shape(cfg), planned_engine(cfg), longest, total)
         plan = plan_of(decided)
     except Exception as error:  # an estimate: whatever it stumbles over must not stop a run
-        say(f"memory is not planned ({type(error).__name__}: {str(error)[:100]})")
+        say(_not_planned(error))
         return cfg
+    _tell(plan, decided, say, warn)
+    return decided
+
+
+def decide_given(
+    cfg: GrpoConfig,
+    stream: Stream,
+    say: Callable[[str], None],
+    warn: Callable[[str], None],
+) -> GrpoConfig:
+    """As ``decide``, for training on given examples; ``stream``: what the longest one is packed
+    to."""
+    total = gpu_bytes(cfg)
+    if total is None:
+        return cfg
+    try:
+        shape = model_shape(cfg)
+        least = stream.prompt + stream.group * stream.completion
+
+        def plan_of(changed: GrpoConfig) -> Plan:
+            return make_update_plan(shape, changed, stream, total)
+
+        decided = decide_update(plan_of, cfg, least)
+        plan = plan_of(decided)
+    except Exception as error:  # as above
+        say(_not_planned(error))
+        return cfg
+    _tell(plan, decided, say, warn)
+    return decided
+
+
+def _not_planned(error: Exception) -> str:
+    return f"memory is not planned ({type(error).__name__}: {str(error)[:100]})"
+
+
+def _tell(
+    plan: Plan, decided: GrpoConfig, say: Callable[[str], None], warn: Callable[[str], None]
+) -> None:
     say(f"{summary(plan)}; {update_said(decided)}")
     if not plan.fits:
         warn(
             f"by estimate {-plan.left / GIB:.1f} GiB too much for this GPU; "
             "`rlsloth plan` with the same arguments says which settings fit"
         )
-    return decided
 
 
 def _decided(
@@ -150,10 +194,10 @@ def model_shape(cfg: GrpoConfig) -> ModelShape:
     from rlsloth.policy.lora import add_adapter
     from rlsloth.policy.wrap.wrap import wrap
 
-    place, options = _place(cfg)
+    where, options = place(cfg.model)
     try:
         with parsed_once("gguf_file" in options):
-            config = AutoConfig.from_pretrained(place, **options)
+            config = AutoConfig.from_pretrained(where, **options)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(
                 config,
@@ -193,15 +237,6 @@ def _refuse_nf4_experts(cfg: GrpoConfig, shape: ModelShape) -> None:
         )
 
 
-def _place(cfg: GrpoConfig) -> tuple[str | Path, dict[str, Any]]:
-    """Where transformers finds the model's configuration and tokenizer."""
-    file = Path(cfg.model.path).expanduser()
-    if file.suffix == ".gguf":
-        return file.parent, {"gguf_file": file.name}
-    options = {"revision": cfg.model.revision, "trust_remote_code": cfg.model.trust_remote_code}
-    return cfg.model.path, options
-
-
 # --- the data ------------------------------------------------------------------------------------
 
 
@@ -226,10 +261,10 @@ def _longest_of(cfg: GrpoConfig, prompts: Sequence[Prompt]) -> int:
     def characters(prompt: Prompt) -> int:
         return len(prompt.messages if isinstance(prompt.messages, str) else str(prompt.messages))
 
-    place, options = _place(cfg)
+    where, options = place(cfg.model)
     try:
         with parsed_once("gguf_file" in options):
-            tokenizer = AutoTokenizer.from_pretrained(place, **options)
+            tokenizer = AutoTokenizer.from_pretrained(where, **options)
         renderer = Renderer(tokenizer, cfg.env)
         longest = sorted(prompts, key=characters)[-TOKENIZED:]
         return max((len(renderer.prompt_ids(prompt)) for prompt in longest), default=0)

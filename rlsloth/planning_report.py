@@ -32,6 +32,8 @@ def summary(plan: Plan) -> str:
     """``memory: update 9.1 GiB, rollout 7.4 GiB of 24 GiB (estimate, engine transformers)``."""
     update, rollout = (plan.peak(phase) / GIB for phase in ("update", "rollout"))
     size = f"{plan.total / GIB:.1f}".removesuffix(".0")
+    if plan.engine is None:
+        return f"memory: update {update:.1f} of {size} GiB (estimate)"
     cache = "" if plan.cache is None else f"; {describe(plan.cache)}"
     return (
         f"memory: update {update:.1f} GiB, rollout {rollout:.1f} GiB of {size} GiB "

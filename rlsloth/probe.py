@@ -53,6 +53,22 @@ def trial_backward(policy: Policy) -> None:
 
 
 @torch.no_grad()
+def probe_packing(policy: Policy) -> None:
+    """Compare the packed forward with the model's own on made-up tokens, where nothing is sampled.
+
+    Raises:
+        UserError: an architecture that packed training does not support.
+    """
+    prompt, *completions = _made_up(policy)
+    rollouts = [Completion(ids, [0.0] * len(ids), "length", 0) for ids in completions]
+    with _refusing(policy):
+        packed = policy.eval_logprobs(_packed(policy, prompt, rollouts)).cpu()
+        own = torch.cat([policy.plain_logprobs(prompt, ids) for ids in completions])
+    limit = TOLERANCE.get(policy.dtype, TOLERANCE_16_BITS)
+    _compare(f"packed training of {_name(policy)}", packed, own, limit)
+
+
+@torch.no_grad()
 def probe(policy: Policy, engine: Engine, *, kv_cache: str = "auto") -> None:
     """Compare three ways to the same log-probs; the temperature is the run's.
 

@@ -18,7 +18,7 @@ OTHER_FILES = (".arrow", ".csv", ".gz", ".tsv", ".txt", ".xlsx", ".yaml", ".zip"
 """Files that cannot be read, so that they are not taken for hub ids."""
 SPLITS = {"train", "training", "validation", "valid", "val", "dev", "test", "testing", "eval"}
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-_PASS_A_FILE = "pass a file with --env.train FILE.jsonl"
+_PASS_A_FILE = "pass a .jsonl, .json or .parquet file instead"
 
 
 def load_rows(source: str, split: str = "train", limit: int | None = None) -> list[Row]:

@@ -101,7 +101,7 @@ def test_trl_gets_the_same_questions_and_marks(model, tmp_path):
     import trl_race
 
     from rlsloth.chat import Renderer
-    from rlsloth.data import PromptSampler
+    from rlsloth.data import EpochSampler
     from rlsloth.environment import load_environment
 
     parts = ["--trainer", "trl", "--model", str(model), "--steps", "2", "--engine", "transformers"]
@@ -109,7 +109,7 @@ def test_trl_gets_the_same_questions_and_marks(model, tmp_path):
     env = load_environment(cfg.env, cfg.seed)
     tokenizer = tiny_tokenizer()
     renderer = Renderer(tokenizer, cfg.env)
-    sampler = PromptSampler(env.train, cfg.seed)
+    sampler = EpochSampler(env.train, cfg.seed)
     taken = [prompt for _ in range(2) for prompt in sampler.take(cfg.prompts_per_step)]
     rows = trl_race.dataset(cfg, env.train)
     asked = [

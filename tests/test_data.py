@@ -14,7 +14,7 @@ from pyarrow import parquet
 
 from rlsloth.config import EnvConfig
 from rlsloth.data import (
-    PromptSampler,
+    EpochSampler,
     load_prompts,
     make_prompts,
     question_text,
@@ -162,7 +162,7 @@ def test_hub_that_cannot_be_reached_is_one_line(monkeypatch: pytest.MonkeyPatch)
         load_rows("openai/gsm8k:main")
     assert str(refused.value) == (
         "cannot load dataset 'openai/gsm8k:main' (no network? Name or service not known): "
-        "pass a file with --env.train FILE.jsonl"
+        "pass a .jsonl, .json or .parquet file instead"
     )
 
 
@@ -172,7 +172,7 @@ def test_unknown_hub_id(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.HfApi", FakeHub)
     # Made without its HTTP response, whose type depends on the version of the hub's library.
     FakeHub.error = RepositoryNotFoundError.__new__(RepositoryNotFoundError)
-    with pytest.raises(UserError, match=r"no dataset 'openai/gsm9k' on the hub .*--env\.train"):
+    with pytest.raises(UserError, match=r"no dataset 'openai/gsm9k' on the hub .*: pass a \.jsonl"):
         load_rows("openai/gsm9k")
 
 
@@ -335,32 +335,32 @@ def test_validation_data_replaces_the_split(tmp_path: Path) -> None:
 )
 def test_sampler_epochs_and_resume(size: int, takes: list[int], cut: int, seed: int) -> None:
     prompts = questions(*map(str, range(size)))
-    sampler = PromptSampler(prompts, seed)
+    sampler = EpochSampler(prompts, seed)
     drawn: list[int] = []
     state = sampler.state()
     for i, k in enumerate(takes):
         if i == cut:
             state, drawn = json.loads(json.dumps(sampler.state())), []
         drawn += [p.index for p in sampler.take(k)]
-    resumed = PromptSampler(prompts, seed)
+    resumed = EpochSampler(prompts, seed)
     resumed.restore(state)
     assert [p.index for p in resumed.take(len(drawn))] == drawn
-    whole = [p.index for p in PromptSampler(prompts, seed).take(sum(takes))]
+    whole = [p.index for p in EpochSampler(prompts, seed).take(sum(takes))]
     for start in range(0, len(whole), size):
         epoch = whole[start : start + size]
         assert len(set(epoch)) == len(epoch)
 
 
 def test_sampler_shuffles_each_epoch_anew() -> None:
-    sampler = PromptSampler(questions(*map(str, range(30))), 0)
+    sampler = EpochSampler(questions(*map(str, range(30))), 0)
     first, second = ([p.index for p in sampler.take(30)] for _ in range(2))
     assert sorted(first) == sorted(second) == list(range(30))
     assert len({tuple(first), tuple(second), tuple(range(30))}) == 3
 
 
 def test_sampler_refuses_what_does_not_fit() -> None:
-    sampler = PromptSampler(questions("a", "b"), 0)
+    sampler = EpochSampler(questions("a", "b"), 0)
     with pytest.raises(UserError, match="had 2 prompts and seed 0, now there are 1"):
-        PromptSampler(questions("a"), 0).restore(sampler.state())
+        EpochSampler(questions("a"), 0).restore(sampler.state())
     with pytest.raises(UserError, match="no prompts"):
-        PromptSampler([], 0)
+        EpochSampler([], 0)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from rlsloth.config import GrpoConfig
-from rlsloth.data import PromptSampler
+from rlsloth.data import EpochSampler
 from rlsloth.grpo import _check_version
 from rlsloth.overlap import Rollouts
 from rlsloth.records import Prompt, UserError
@@ -31,7 +31,7 @@ class Parts:
         )
         self.version = 0
         self.released: list[int] = []
-        self.prompts = PromptSampler([Prompt(i, str(i), {}) for i in range(7)], seed=3)
+        self.prompts = EpochSampler([Prompt(i, str(i), {}) for i in range(7)], seed=3)
         self.engine = SimpleNamespace(release=lambda: self.released.append(self.version))
         self.run = SimpleNamespace(timed=lambda phase: nullcontext())
         self.policy = SimpleNamespace(model=None, device=torch.device("cpu"))

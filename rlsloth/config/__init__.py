@@ -2,6 +2,7 @@
 
 from rlsloth.config.grpo import MICROBATCH, AdvantageConfig, GrpoConfig, LossConfig, PlanConfig
 from rlsloth.config.parts import (
+    DatasetConfig,
     EnvConfig,
     EvalConfig,
     LoraConfig,
@@ -16,6 +17,7 @@ from rlsloth.config.section import Params, Section
 __all__ = [
     "MICROBATCH",
     "AdvantageConfig",
+    "DatasetConfig",
     "EnvConfig",
     "EvalConfig",
     "GrpoConfig",

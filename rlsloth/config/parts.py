@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -50,16 +50,14 @@ class LoraConfig(Section):
     is copied whole at each micro-batch."""
 
 
-class EnvConfig(Section):
-    """Where prompts come from and what answers them."""
+class DatasetConfig(Section):
+    """Rows of a dataset, and how they become prompts."""
 
-    name: str = "dataset"
-    """dataset, calculator, reasoning_gym:<task>, a dotted path, or ./file.py:Name."""
-    params: Params = {}
-    """The environment's own parameters, e.g. those of the reasoning-gym task."""
+    SECTION: ClassVar[str]
+    """Name of the section, for messages."""
+
     train: str = "openai/gsm8k:main"
-    """Dataset environments: a .jsonl, .json or .parquet file, a folder of them, or a hub id
-    (id[:config])."""
+    """A .jsonl, .json or .parquet file, a folder of them, or a hub id (id[:config])."""
     train_split: str = "train"
     """Split, for hub datasets."""
     validation: str | None = None
@@ -77,6 +75,18 @@ class EnvConfig(Section):
     """Put before every conversation."""
     chat_template_kwargs: Params = {}
     """Passed to the chat template, e.g. enable_thinking: false."""
+
+
+class EnvConfig(DatasetConfig):
+    """Where prompts come from and what answers them."""
+
+    SECTION: ClassVar[str] = "env"
+
+    name: str = "dataset"
+    """dataset (the rows of train), calculator, reasoning_gym:<task>, a dotted path, or
+    ./file.py:Name."""
+    params: Params = {}
+    """The environment's own parameters, e.g. those of the reasoning-gym task."""
     max_turns: int = Field(8, ge=1)
     """Tool environments: sampled turns per rollout at most."""
 

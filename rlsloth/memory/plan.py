@@ -64,15 +64,15 @@ def make_plan(
         free: bytes of the GPU that are free once the model is loaded, for vLLM's cache; default: as
             planned.
     """
-    precision: Precision = "bf16" if cfg.model.precision == "auto" else cfg.model.precision
+    precision = precision_of(cfg)
     context = context or longest_sequence(shape, cfg, longest_prompt)
     terms = _static(shape, cfg, precision)
     if engine == "vllm":
         terms += vllm_terms(shape, cfg, precision, context)
     else:
         terms += transformers_terms(shape, cfg, precision, longest_prompt)
-    terms += _activations(shape, cfg, precision, longest_prompt)
-    terms.append(Term("CUDA context, kernels (allowance)", CONTEXT, CONTEXT, loaded=True))
+    terms += _activations(shape, cfg, precision, stream_of(cfg, longest_prompt))
+    terms.append(_context())
     if engine == "transformers":
         return Plan(engine, tuple(terms), total)
     # Nothing but this is left free where the cache takes all the room that there is.
@@ -83,6 +83,23 @@ def make_plan(
     plan = Plan(engine, tuple(terms), total)
     one = completion_bytes(shape, cfg.rollout.kv_cache, context, element_size(precision))
     return _with_cache(plan, one, cfg, context, free)
+
+
+def make_update_plan(shape: ModelShape, cfg: GrpoConfig, stream: Stream, total: int) -> Plan:
+    """The plan of a run that samples nothing, on a GPU of ``total`` bytes; ``stream``: what its
+    micro-batches are made of."""
+    precision = precision_of(cfg)
+    terms = [*_static(shape, cfg, precision), *_activations(shape, cfg, precision, stream)]
+    return Plan(None, (*terms, _context()), total)
+
+
+def precision_of(cfg: GrpoConfig) -> Precision:
+    """Of the weights on a GPU."""
+    return "bf16" if cfg.model.precision == "auto" else cfg.model.precision
+
+
+def _context() -> Term:
+    return Term("CUDA context, kernels (allowance)", CONTEXT, CONTEXT, loaded=True)
 
 
 def _with_cache(plan: Plan, one: int, cfg: GrpoConfig, context: int, free: int | None) -> Plan:
@@ -218,10 +235,9 @@ def stream_of(cfg: GrpoConfig, longest_prompt: int) -> Stream:
 
 
 def _activations(
-    shape: ModelShape, cfg: GrpoConfig, precision: Precision, longest_prompt: int
+    shape: ModelShape, cfg: GrpoConfig, precision: Precision, stream: Stream
 ) -> list[Term]:
     size, tokens = element_size(precision), cfg.microbatch
-    stream = stream_of(cfg, longest_prompt)
     layers = [layer_memory(layer, shape.hidden, size, stream) for layer in shape.layers]
     # Each layer's input; under checkpointing that is all, and a layer's own is made again.
     inputs = len(layers) * shape.hidden * size

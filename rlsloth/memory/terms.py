@@ -46,7 +46,8 @@ class Cache:
 class Plan:
     """The memory of a run on one GPU."""
 
-    engine: EngineName
+    engine: EngineName | None
+    """None where nothing is sampled."""
     terms: tuple[Term, ...]
     total: int
     """Bytes of the GPU."""

@@ -71,7 +71,7 @@ def load_model(cfg: ModelConfig) -> LoadedModel:
     if path.suffix == ".gguf":
         model, tokenizer = _from_gguf(path, dtype, precision == "nf4", device)
     else:
-        tokenizer = _tokenizer(cfg)
+        tokenizer = pretrained_tokenizer(cfg)
         model = _pretrained(cfg, dtype, precision == "nf4", device)
     model.requires_grad_(False)
     for module in model.modules():
@@ -185,7 +185,8 @@ def _hub_hint(cfg: ModelConfig, error: Exception) -> UserError:
     )
 
 
-def _tokenizer(cfg: ModelConfig) -> Any:
+def pretrained_tokenizer(cfg: ModelConfig) -> Any:
+    """Of a folder or hub id. Raises UserError."""
     from transformers import AutoTokenizer
 
     path = Path(cfg.path).expanduser()

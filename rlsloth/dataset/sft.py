@@ -1,0 +1,141 @@
+"""Rows for supervised fine-tuning, in TRL's formats: text, prompt and completion, or messages."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+from rlsloth.chat import Renderer
+from rlsloth.config.supervised import SftDataConfig
+from rlsloth.data import check_text, make_prompts, question_text, read_message, row_tools
+from rlsloth.dataset.example import Example, make_example
+from rlsloth.dataset.turns import Answer, end_id, spoken
+from rlsloth.plugins import nearest
+from rlsloth.records import Message, Prompt, UserError
+from rlsloth.rows import Row
+
+COMPLETION_COLUMNS = ("completion", "answer", "solution", "response", "output")
+
+
+def sft_examples(
+    rows: Sequence[Row], cfg: SftDataConfig, renderer: Renderer, source: str
+) -> list[Example]:
+    """At least one example a row, in the rows' order.
+
+    ``text`` is learnt whole, an end token after it. Of ``messages`` the assistant's turns are
+    learnt. Any other prompt column has a completion beside it: a string, or messages. A string
+    completion continues a string prompt of TRL's standard format, and is the assistant's turn after
+    any other prompt.
+
+    Raises:
+        UserError: no such columns, or a row that is empty, malformed or has nothing to learn.
+    """
+    columns = list(dict.fromkeys(itertools.chain.from_iterable(rows)))
+    named = cfg.prompt_column or cfg.completion_column
+    if "text" in columns and not named:
+        return [_text(row, i, renderer, f"{source} row {i + 1}") for i, row in enumerate(rows)]
+    if "messages" in columns and not named and "prompt" not in columns:
+        found = []
+        for i, row in enumerate(rows):
+            found += _conversation(row, i, cfg, renderer, f"{source} row {i + 1}")
+        return found
+    column = completion_column(columns, cfg.completion_column, source)
+    chat = any(isinstance(row.get(column), list) for row in rows)
+    prompts = make_prompts(rows, cfg, source, conversational=chat)
+    return [
+        make_example(prompt.index, question_text(prompt), [_loss_on(answer, cfg)])
+        for prompt, row in zip(prompts, rows, strict=True)
+        for answer in completed(
+            renderer, prompt, row.get(column), f"{source} row {prompt.index + 1}, {column}"
+        )
+    ]
+
+
+def completion_column(columns: list[str], wanted: str | None, source: str) -> str:
+    """The column with answers. Raises UserError where there is none."""
+    have = f"(columns: {', '.join(columns)})"
+    if wanted is not None:
+        if wanted not in columns:
+            raise UserError(f"{source} has no column {wanted!r}{nearest(wanted, columns)} {have}")
+        return wanted
+    for column in COMPLETION_COLUMNS:
+        if column in columns:
+            return column
+    raise UserError(
+        f"{source} has none of the columns {', '.join(COMPLETION_COLUMNS)}, messages, text: name "
+        f"the one with answers with --data.completion-column {have}"
+    )
+
+
+def completed(renderer: Renderer, prompt: Prompt, value: Any, where: str) -> list[Answer]:
+    """A prompt with its completion, a string or messages. Raises UserError."""
+    if isinstance(prompt.messages, str):
+        if not isinstance(value, str):
+            raise UserError(f"{where}: the prompt is text, so the completion must be text")
+        check_text(value, where)
+        return [continued(renderer, prompt.messages, value)]
+    messages = list(prompt.messages)
+    if messages[-1]["role"] == "assistant":
+        raise UserError(
+            f"{where}: the prompt ends with an assistant turn; move it to the completion"
+        )
+    turns = read_turns(value, where)
+    own = prompt.columns.get("chat_template_kwargs") or {}
+    return spoken(renderer, [*messages, *turns], len(messages), where, prompt.tools, own)
+
+
+def read_turns(value: Any, where: str) -> list[Message]:
+    """Messages, or the text of one assistant turn. Raises UserError."""
+    if isinstance(value, str):
+        check_text(value, where)
+        return [{"role": "assistant", "content": value}]
+    if not isinstance(value, list) or not value:
+        raise UserError(f"{where}: expected text or a list of messages")
+    return [read_message(m, f"{where}, message {i}") for i, m in enumerate(value, 1)]
+
+
+def continued(renderer: Renderer, prompt: str, completion: str) -> Answer:
+    """Plain text after plain text, and an end token. Tokens are those of the whole text where they
+    begin with the prompt's own, which is what sampling continues."""
+    prompt_ids = renderer.ids(prompt, begins=True)
+    whole = renderer.ids(prompt + completion, begins=True)
+    kept = whole[: len(prompt_ids)] == prompt_ids and len(whole) > len(prompt_ids)
+    token_ids = whole[len(prompt_ids) :] if kept else renderer.ids(completion)
+    if token_ids[-1] not in renderer.stop_ids:
+        token_ids = [*token_ids, end_id(renderer)]
+    return Answer(prompt_ids, token_ids, [True] * len(token_ids))
+
+
+def _text(row: Row, index: int, renderer: Renderer, where: str) -> Example:
+    text = row.get("text")
+    if not isinstance(text, str):
+        raise UserError(f"{where}, column 'text': expected text, this is a {type(text).__name__}")
+    check_text(text, f"{where}, column 'text'")
+    ids = renderer.ids(text, begins=True)
+    if ids[-1] not in renderer.stop_ids:
+        ids.append(end_id(renderer))
+    return make_example(index, text, [Answer(ids[:1], ids[1:], [True] * (len(ids) - 1))])
+
+
+def _conversation(
+    row: Row, index: int, cfg: SftDataConfig, renderer: Renderer, where: str
+) -> list[Example]:
+    messages = read_turns(row.get("messages"), f"{where}, column 'messages'")
+    if cfg.system_prompt is not None:
+        messages = [m for m in messages if m["role"] != "system"]
+        messages.insert(0, {"role": "system", "content": cfg.system_prompt})
+    tools = row_tools(row.get("tools"), where)
+    own = row.get("chat_template_kwargs") or {}
+    answers = spoken(renderer, messages, 0, where, tools, own)
+    asked = next(i for i, m in enumerate(messages) if m["role"] == "assistant")
+    question = question_text(Prompt(index, tuple(messages[:asked]), {}))
+    return [make_example(index, question, [_loss_on(a, cfg)]) for a in answers]
+
+
+def _loss_on(answer: Answer, cfg: SftDataConfig) -> Answer:
+    """With the prompt learnt too, all but its first token, where the configuration says so."""
+    if cfg.loss_on == "answers":
+        return answer
+    ids = answer.prompt_ids + answer.token_ids
+    return Answer(ids[:1], ids[1:], [True] * (len(ids) - 1))

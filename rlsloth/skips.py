@@ -1,0 +1,49 @@
+"""Steps whose gradient is not finite: counted, their batches kept, a hopeless run ended."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from rlsloth.records import MicroBatch, PackedBatch, UserError
+from rlsloth.run.run import Run
+
+
+class Skips:
+    """Counts steps skipped in a row, keeps their batches, and ends a hopeless run."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._in_a_row = 0
+
+    def check(self, skipped: bool, batch: PackedBatch, run: Run, step: int) -> None:
+        """After each step. Raises UserError after too many skipped in a row."""
+        if not skipped:
+            self._in_a_row = 0
+            return
+        self._in_a_row += 1
+        path = dump_batch(batch, run.dir / "skipped" / f"step_{step:05d}.safetensors")
+        run.warn(f"step {step}: gradient not finite, nothing was updated; its batch is in {path}")
+        if self._in_a_row >= self._limit:
+            raise UserError(
+                f"{self._in_a_row} steps in a row were not finite; lower --optim.lr, or look at "
+                f"{path}"
+            )
+
+
+def dump_batch(batch: PackedBatch, path: Path) -> Path:
+    """Write a step's micro-batches as safetensors, names ``<micro-batch>.<field>``."""
+    from safetensors.torch import save_file
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(
+        {
+            f"{i}.{field}": value
+            for i, micro in enumerate(batch.microbatches)
+            for field in MicroBatch.__slots__
+            if isinstance(value := getattr(micro, field), torch.Tensor)
+        },
+        path,
+    )
+    return path

@@ -1,0 +1,1 @@
+"""What a teacher wrote: sampling, keeping, choosing and writing traces."""
