@@ -98,9 +98,9 @@ def dataset(cfg: Any, prompts: Any) -> Any:
     """The questions of all steps, in the order in which rlsloth takes them."""
     from datasets import Dataset
 
-    from rlsloth.data import PromptSampler
+    from rlsloth.data import EpochSampler
 
-    taken = PromptSampler(prompts, cfg.seed).take(cfg.steps * cfg.prompts_per_step)
+    taken = EpochSampler(prompts, cfg.seed).take(cfg.steps * cfg.prompts_per_step)
     return Dataset.from_list(
         [
             {

@@ -24,6 +24,7 @@ _SETTINGS = {
     "steps": "steps",
     "prompts_per_step": "prompts a step",
     "group_size": "completions a prompt",
+    "samples_per_step": "examples a step",
     "rollout.max_tokens": "longest completion",
     "rollout.temperature": "sampling temperature",
     "loss.name": "loss",
@@ -117,7 +118,10 @@ def _share(summary: Mapping[str, Any], when: str) -> str:
 
 def _settings(config: Mapping[str, Any]) -> Iterator[str]:
     shown = {}
+    sampled = "data" not in config or config.get("eval", {}).get("generate")
     for key, name in _SETTINGS.items():
+        if not sampled and key.startswith(("env.", "rollout.")):
+            continue  # sections that had no part in it
         value: Any = config
         for part in key.split("."):
             value = value.get(part) if isinstance(value, Mapping) else None

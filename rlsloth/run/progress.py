@@ -18,6 +18,13 @@ _SHOWN = (
     ("completions/clipped_ratio", "cut", "{:.0%}"),
     ("step_time", "step", "{:.1f}s"),
 )
+_SHOWN_OF_EXAMPLES = (
+    ("loss", "loss", "{:.4f}"),
+    ("rewards/margins", "margin", "{:.3f}"),
+    ("rewards/accuracies", "accuracy", "{:.0%}"),
+    ("step_time", "step", "{:.1f}s"),
+)
+"""Where nothing is sampled, and so nothing rewarded."""
 
 
 class Display:
@@ -67,7 +74,7 @@ class Display:
         """A step's figures are known."""
         shown = [
             f"{label} {form.format(metrics[name])}"
-            for name, label, form in _SHOWN
+            for name, label, form in (_SHOWN if "reward" in metrics else _SHOWN_OF_EXAMPLES)
             if is_number(metrics.get(name))
         ]
         self._figures = "  ".join(shown)

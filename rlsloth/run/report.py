@@ -156,6 +156,9 @@ def _facts(
     if rewards := values_of(steps, "reward"):
         start, end = _average(rewards[:_ENDS]), _average(rewards[-_ENDS:])
         facts.append(("reward", f"{figure(start)} → {figure(end)}"))
+    elif losses := values_of(steps, "loss"):
+        start, end = _average(losses[:_ENDS]), _average(losses[-_ENDS:])
+        facts.append(("loss", f"{figure(start)} → {figure(end)}"))
     if lengths := values_of(steps, "completions/mean_length"):
         start, end = _average(lengths[:_ENDS]), _average(lengths[-_ENDS:])
         facts.append(("tokens a completion", f"{start:.0f} → {end:.0f}"))

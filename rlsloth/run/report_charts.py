@@ -23,6 +23,7 @@ def chart_sections(rows: Rows) -> list[tuple[str, list[Chart]]]:
     line = partial(_line_chart, rows)
     sections: list[tuple[str, list[Chart | None]]] = [
         ("Learning", [_reward_chart(rows), *_reward_charts(rows), *_signal_charts(rows)]),
+        ("Preferences", _preference_charts(rows)),
         ("Held-out questions", [*_eval_charts(rows)]),
         (
             "Completions",
@@ -44,7 +45,7 @@ def chart_sections(rows: Rows) -> list[tuple[str, list[Chart]]]:
                 line("Entropy", "entropy", "nats a token"),
                 line("KL to the start", "kl", "nats a token"),
                 line("Gradient norm", "grad_norm", "before clipping"),
-                line("Loss", "loss", "near 0 by construction when on-policy", from_zero=False),
+                line("Loss", "loss", _loss_note(rows), from_zero=False),
                 line(
                     "Clipped", "clip_ratio/region_mean", "share of tokens", percent=True, dull=0.0
                 ),
@@ -72,6 +73,29 @@ def chart_sections(rows: Rows) -> list[tuple[str, list[Chart]]]:
     ]
     kept = [(title, [chart for chart in charts if chart is not None]) for title, charts in sections]
     return [(title, charts) for title, charts in kept if charts]
+
+
+def _loss_note(rows: Rows) -> str:
+    sampled = any("reward" in row for row in rows)
+    return "near 0 by construction when on-policy" if sampled else "of the step's examples"
+
+
+def _preference_charts(rows: Rows) -> list[Chart | None]:
+    """Of training on pairs or marked answers; nothing of other runs."""
+    line = partial(_line_chart, rows)
+    return [
+        line("Margin", "rewards/margins", "reward of chosen less that of rejected"),
+        line("Chosen preferred", "rewards/accuracies", "share of pairs", percent=True),
+        _both(rows, "Implicit rewards", "rewards", "mean"),
+        _both(rows, "Log-probs", "logps", "of answers, nats"),
+        line("Likelihood term", "nll_loss", "nats a token"),
+    ]
+
+
+def _both(rows: Rows, title: str, key: str, note: str) -> Chart | None:
+    sides = {side: _points(rows, f"{key}/{side}") for side in ("chosen", "rejected")}
+    lines = [Line(side, points) for side, points in sides.items() if points]
+    return Chart(title, lines, note, from_zero=False) if lines else None
 
 
 def _points(rows: Rows, key: str) -> list[tuple[float, float]]:
