@@ -14,6 +14,7 @@ import tyro
 from rlsloth import __version__
 from rlsloth.cli_config import read_config
 from rlsloth.config import GrpoConfig, PlanConfig
+from rlsloth.config.distill import DistillConfig
 from rlsloth.config.export import ChatConfig, ExportConfig
 from rlsloth.config.supervised import (
     DpoConfig,
@@ -40,6 +41,7 @@ commands:
   dpo, orpo, simpo
             learn from preferred answers             rlsloth dpo --data.train pairs.jsonl
   kto       learn from answers marked good or bad    rlsloth kto --data.train marked.jsonl
+  distill   a teacher's verified traces, a student   rlsloth distill --teacher runs/x
   eval      avg@k, pass@k, maj@k of a model          rlsloth eval runs/x/config.yaml
   export    adapter, merged weights or GGUF          rlsloth export runs/x --to merged --out DIR
   chat      talk to a run, an adapter or a model     rlsloth chat runs/x
@@ -125,6 +127,7 @@ def _command(name: str) -> Callable[[list[str]], int]:
         "orpo": orpo,
         "simpo": simpo,
         "kto": kto,
+        "distill": distill,
         "eval": evaluate,
         "export": export,
         "chat": chat,
@@ -193,6 +196,15 @@ def _trained(name: str, train: Callable[[Training], Path], config: Training) -> 
             file=sys.stderr,
         )
         return 130
+    return 0
+
+
+def distill(argv: list[str]) -> int:
+    """Sample a teacher, keep what the rewards verify, train a student on it."""
+    config = read_config(DistillConfig, argv, "rlsloth distill")
+    from rlsloth.distill import distill as run_distill
+
+    run_distill(config)
     return 0
 
 

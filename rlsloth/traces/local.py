@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-import hashlib
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -18,6 +16,7 @@ from rlsloth.memory.oom import advise
 from rlsloth.policy.identity import IDENTITY, Identity
 from rlsloth.records import Prompt
 from rlsloth.traces.raw import Answered
+from rlsloth.traces.source import sha256
 
 
 class LocalTeacher:
@@ -27,7 +26,6 @@ class LocalTeacher:
         """Load everything; closed with ``stack``. Raises UserError."""
         model, run = _resolve(cfg)
         self.grpo: GrpoConfig = cfg.as_grpo(model, folder, resume=resume)
-        stack.callback(_free)
         self._parts = Assembly.open(self.grpo, stack, trains=False)
         self._samples = cfg.traces.samples
         self.env, self.scorer, self.run = self._parts.env, self._parts.scorer, self._parts.run
@@ -63,6 +61,7 @@ def _resolve(cfg: DistillConfig) -> tuple[ModelConfig, Path | None]:
 def _about(model: ModelConfig, run: Path | None, identity: Identity | None) -> dict[str, Any]:
     """Which weights wrote the traces."""
     adapter = model.adapter
+    weights = adapter / "adapter_model.safetensors" if adapter else None
     return {
         "kind": "local",
         "model": model.path,
@@ -70,23 +69,7 @@ def _about(model: ModelConfig, run: Path | None, identity: Identity | None) -> d
         "weights": identity.weights if identity else None,
         "precision": identity.precision if identity else model.precision,
         "adapter": str(adapter) if adapter else None,
-        "adapter_sha256": _sha256(adapter / "adapter_model.safetensors") if adapter else None,
+        "adapter_sha256": sha256(weights) if weights and weights.is_file() else None,
         "run": str(run) if run else None,
         "endpoint": None,
     }
-
-
-def _sha256(file: Path) -> str | None:
-    if not file.is_file():
-        return None
-    with open(file, "rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
-
-
-def _free() -> None:
-    """Give the GPU back: a student may follow."""
-    import torch
-
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

@@ -57,10 +57,14 @@ class Problem:
     """A prompt with all that was sampled for it."""
 
     index: int
+    """Row in the environment's own order."""
     prompt: str | list[Message]
     columns: dict[str, Any]
     tools: list[Any]
+    source: dict[str, Any]
+    """Environment, data set and split."""
     teacher: dict[str, Any]
+    """Which weights, or which server."""
     sampling: dict[str, Any]
     rlsloth: str
     date: str
@@ -72,7 +76,7 @@ class Problem:
         return (self.index, self.prompt) == (prompt.index, json.loads(json.dumps(same)))
 
 
-def make_problem(answered: Answered, teacher: dict[str, Any]) -> Problem:
+def make_problem(answered: Answered, source: dict[str, Any], teacher: dict[str, Any]) -> Problem:
     """Of scored rollouts."""
     prompt = answered.group.prompt
     plain = isinstance(prompt.messages, str)
@@ -82,6 +86,7 @@ def make_problem(answered: Answered, teacher: dict[str, Any]) -> Problem:
         prompt=prompt.messages if isinstance(prompt.messages, str) else list(prompt.messages),
         columns=dict(prompt.columns),
         tools=list(prompt.tools),
+        source=source,
         teacher=teacher,
         sampling=answered.sampling,
         rlsloth=__version__,
@@ -148,11 +153,13 @@ class RawFile:
             raise
 
     def read(self) -> Iterator[Problem]:
-        """The problems in order. Raises UserError for a damaged line."""
+        """The problems in order, without a torn last line. Raises UserError for a damaged one."""
         if not self.path.exists():
             return
         with open(self.path, "rb") as file:
             for number, line in enumerate(file, 1):
+                if not line.endswith(b"\n"):
+                    return
                 try:
                     row = json.loads(line)
                     samples = [Sample(**sample) for sample in row.pop("samples")]
