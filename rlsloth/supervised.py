@@ -72,7 +72,7 @@ class Supervised(Generic[Config]):
         policy = load_policy(cfg, run, temperature=1.0, total_updates=cfg.steps)
         _show(run, policy, data.train[0])
         with advise("trial", policy.model):
-            probe_packing(policy)
+            probe_packing(policy, data.train[0].group())
             trial_backward(policy)
         examiner = _examiner(cfg, stack, run, policy, *problems) if problems else None
         if examiner is not None:

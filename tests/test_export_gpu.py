@@ -12,52 +12,55 @@ import torch
 from gguf_models import unpack_smollm2
 
 from rlsloth import cli
-from rlsloth.config import LoraConfig, ModelConfig, OptimConfig
+from rlsloth.config import ModelConfig
+from rlsloth.config.supervised import SftConfig, SftDataConfig
+from rlsloth.dataset.load import load_examples
+from rlsloth.dataset.sft import sft_examples
+from rlsloth.packing import to_device
 from rlsloth.policy.policy import Policy
+from rlsloth.sft import pack_examples
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
 ]
-README = Path(__file__).parents[1] / "README.md"
+SUMS = [
+    {"question": f"What is {a} plus {b}?", "answer": f"{a} plus {b} makes {a + b}, as {b} + {a}."}
+    for a in range(2, 90, 7)
+    for b in range(3, 90, 9)
+]
 LIMIT = 0.02
-"""Mean |difference of log-probs| in nats a token."""
+"""Mean |difference of log-probs| in nats a token. On text that a model of this size finds hard, two
+bf16 implementations of it are 0.03 apart."""
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, list[list[int]], Any]:
-    """Base, exported adapter, texts as token ids, and the trainer's log-probs of them."""
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, list[Any], list[Any]]:
+    """Base, exported adapter, held-out examples of the run, and the trainer's log-probs of what is
+    learnt of them."""
     folder = tmp_path_factory.mktemp("warm")
     base = unpack_smollm2(folder / "base")
-    paragraphs = [p for p in README.read_text().split("\n\n") if 200 < len(p) < 2000]
-    (folder / "d.jsonl").write_text("\n".join(json.dumps({"text": p}) for p in paragraphs))
-    run = ["sft", "--model.path", str(base), "--data.train", str(folder / "d.jsonl")]
-    run += ["--data.heldout", "4", "--steps", "20", "--samples-per-step", "8"]
-    run += ["--run.dir", str(folder / "run"), "--run.show-samples", "0"]
+    (folder / "d.jsonl").write_text("\n".join(map(json.dumps, SUMS)))
+    data = ["--model.path", str(base), "--data.train", str(folder / "d.jsonl")]
+    run = ["sft", *data, "--steps", "60", "--run.dir", str(folder / "run")]
     assert cli.main(run) == 0
     assert cli.main(["export", str(folder / "run"), "--out", str(folder / "adapter")]) == 0
-    policy = Policy.load(
-        ModelConfig(path=str(base), adapter=folder / "run" / "adapter"),
-        LoraConfig(),
-        OptimConfig(),
-        temperature=1.0,
-        total_updates=1,
+    cfg = SftConfig(
+        model=ModelConfig(path=str(base), adapter=folder / "run" / "adapter"),
+        data=SftDataConfig(train=str(folder / "d.jsonl")),
     )
-    texts = [policy.tokenizer(p)["input_ids"][:400] for p in paragraphs[:12]]
-    from rlsloth.dataset.example import make_example
-    from rlsloth.dataset.turns import Answer
-    from rlsloth.packing import to_device
-    from rlsloth.sft import pack_examples
-
-    examples = [
-        make_example(i, "", [Answer(ids[:1], ids[1:], [True] * (len(ids) - 1))])
-        for i, ids in enumerate(texts)
-    ]
+    examples = load_examples(cfg, sft_examples).heldout[:24]
+    policy = Policy.load(cfg.model, cfg.lora, cfg.optim, temperature=1.0, total_updates=1)
     micro = to_device(pack_examples(examples, 10**6).microbatches[0], policy.device)
     order = [group for group, _ in micro.source]
-    scored = policy.eval_logprobs(micro).cpu().split([len(texts[i]) - 1 for i in order])
+    learnt = [int(examples[i].answers[0][1].sum()) for i in order]
+    scored = policy.eval_logprobs(micro).cpu().split(learnt)
     want = dict(zip(order, scored, strict=True))
-    return base, folder / "adapter", texts, [want[i] for i in range(len(texts))]
+    return base, folder / "adapter", examples, [want[i] for i in range(len(examples))]
+
+
+def whole(example: Any) -> list[int]:
+    return [*example.prompt_ids.tolist(), *example.answers[0][0].tolist()]
 
 
 def gap(got: list[Any], want: list[Any], what: str) -> float:
@@ -66,8 +69,8 @@ def gap(got: list[Any], want: list[Any], what: str) -> float:
     return float(difference.mean())
 
 
-def test_plain_peft(trained: tuple[Path, Path, list[list[int]], Any]) -> None:
-    base, adapter, texts, want = trained
+def test_plain_peft(trained: tuple[Path, Path, list[Any], list[Any]]) -> None:
+    base, adapter, examples, want = trained
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
@@ -75,18 +78,19 @@ def test_plain_peft(trained: tuple[Path, Path, list[list[int]], Any]) -> None:
     model = PeftModel.from_pretrained(model, str(adapter)).eval()
     got = []
     with torch.no_grad():
-        for ids in texts:
-            tokens = torch.tensor([ids]).cuda()
+        for example in examples:
+            tokens = torch.tensor([whole(example)]).cuda()
             logprobs = model(input_ids=tokens).logits[0, :-1].float().log_softmax(-1)
-            got.append(logprobs.gather(-1, tokens[0, 1:, None])[:, 0])
+            scored = logprobs.gather(-1, tokens[0, 1:, None])[:, 0]
+            got.append(scored[len(example.prompt_ids) - 1 :])
     assert gap(got, want, "plain PEFT") <= LIMIT
 
 
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="needs vLLM")
 def test_stock_vllm(
-    trained: tuple[Path, Path, list[list[int]], Any], monkeypatch: pytest.MonkeyPatch
+    trained: tuple[Path, Path, list[Any], list[Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    base, adapter, texts, want = trained
+    base, adapter, examples, want = trained
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
@@ -98,16 +102,18 @@ def test_stock_vllm(
         enable_lora=True,
         max_lora_rank=16,
         gpu_memory_utilization=0.3,
+        enforce_eager=True,
         enable_prefix_caching=False,
     )
     got = []
-    for ids in texts:
+    for example in examples:
+        ids, start = whole(example), len(example.prompt_ids)
         (out,) = llm.generate(
             {"prompt_token_ids": ids},
             SamplingParams(max_tokens=1, prompt_logprobs=0),
             lora_request=LoRARequest("warm", 1, str(adapter)),
             use_tqdm=False,
         )
-        steps = zip(out.prompt_logprobs[1:], ids[1:], strict=True)
+        steps = zip(out.prompt_logprobs[start:], ids[start:], strict=True)
         got.append(torch.tensor([found[token].logprob for found, token in steps]))
     assert gap(got, want, "stock vLLM") <= LIMIT
