@@ -17,6 +17,8 @@ from rlsloth.records import Message, Prompt, UserError
 
 _MARK = "placeholder7391"
 """Stands in for text whose place in a rendering is looked for; no template holds it."""
+RESERVED = {"add_generation_prompt", "continue_final_message", "tokenize", "tools"}
+"""Arguments of the chat template that are not a row's to choose."""
 _TOOL_CALL = re.compile(r"<tool_call>(.*?)(</tool_call>|\Z)", re.DOTALL)
 
 
@@ -68,12 +70,8 @@ class Renderer:
         if not self.stop_ids:
             raise UserError("the tokenizer has no end-of-sequence token: answers would not end")
         chats = [prompt for prompt in prompts if not isinstance(prompt.messages, str)]
-        if chats and not self.tokenizer.chat_template:
-            raise UserError(
-                f"the tokenizer of {self.tokenizer.name_or_path or 'this model'} has no chat "
-                "template, and the prompts are chat messages: use an instruct model, or rename the "
-                "column to `prompt`, whose text is continued as it stands"
-            )
+        if chats:
+            self._need_template()
         for prompt in prompts[:1]:
             self.prompt_ids(prompt)
 
@@ -87,8 +85,8 @@ class Renderer:
         """
         if isinstance(prompt.messages, str):
             return self.ids(prompt.messages, begins=True)
-        own = prompt.columns.get("chat_template_kwargs") or {}
         where = f"prompt {prompt.index + 1}"
+        own = template_kwargs(prompt.columns.get("chat_template_kwargs"), where)
         text = self.render(list(prompt.messages), prompt.tools, where, own)
         return self.ids(text, begins=True)
 
@@ -103,6 +101,7 @@ class Renderer:
     ) -> str:
         """The text of a conversation up to where the answer begins, a last assistant turn being
         one to continue; ``whole``: with its end. Raises UserError, which names ``where``."""
+        self._need_template()
         uses_tools = tools or any(m["role"] == "tool" or m.get("tool_calls") for m in messages)
         if uses_tools and not self._template_takes_tools:
             messages, tools = _tools_as_text(messages, tools), ()
@@ -116,12 +115,31 @@ class Renderer:
             continue_final_message=prefill,
         )
 
+    def _need_template(self) -> None:
+        if not self.tokenizer.chat_template:
+            raise UserError(
+                f"the tokenizer of {self.tokenizer.name_or_path or 'this model'} has no chat "
+                "template, and the prompts are chat messages: use an instruct model, or rename the "
+                "column to `prompt`, whose text is continued as it stands"
+            )
+
     def ids(self, text: str, *, begins: bool = False) -> list[int]:
         """Token ids of a text in which special tokens stand as such; ``begins``: with the begin
         token, once, where plain text has one."""
         ids: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         start = self._bos if begins and ids[:1] != self._bos else []
         return [*start, *ids]
+
+    def next_ids(self, before: str, before_ids: list[int], text: str) -> list[int]:
+        """Token ids of a text that continues ``before``: those of both together where they begin
+        with ``before_ids``, which is what sampling continues, else of the text apart."""
+        whole = self.ids(before + text, begins=True)
+        if whole[: len(before_ids)] == before_ids:
+            return whole[len(before_ids) :]
+        # A tokenizer of SentencePiece's kind puts a space before a text of its own.
+        line = self.ids("\n")
+        apart = self.ids("\n" + text)
+        return apart[len(line) :] if apart[: len(line)] == line else self.ids(text)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of sampled tokens, special tokens removed."""
@@ -205,6 +223,17 @@ class Renderer:
         except (TemplateError, TypeError, KeyError, ValueError) as error:
             raise UserError(f"the chat template refuses {where}: {error}") from error
         return text
+
+
+def template_kwargs(value: Any, where: str) -> dict[str, Any]:
+    """A row's own arguments for the chat template. Raises UserError."""
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping) or RESERVED & set(value):
+        raise UserError(
+            f"{where}: chat_template_kwargs is a mapping without {', '.join(sorted(RESERVED))}"
+        )
+    return {key: item for key, item in value.items() if item is not None}  # Arrow fills with null
 
 
 def _tool_call(text: str, closed: bool) -> ToolCall:

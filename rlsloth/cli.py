@@ -12,7 +12,7 @@ from typing import TypeVar
 import tyro
 
 from rlsloth import __version__
-from rlsloth.cli_config import read_config
+from rlsloth.cli_config import holds, read_config
 from rlsloth.config import GrpoConfig, PlanConfig
 from rlsloth.config.distill import DistillConfig
 from rlsloth.config.export import ChatConfig, ExportConfig
@@ -26,6 +26,7 @@ from rlsloth.config.supervised import (
 )
 from rlsloth.plugins import nearest
 from rlsloth.records import UserError
+from rlsloth.run.folder import CONFIG, METRICS
 
 Parsed = TypeVar("Parsed")
 Training = TypeVar("Training", GrpoConfig, SftConfig, PreferenceConfig)
@@ -142,6 +143,7 @@ def _command(name: str) -> Callable[[list[str]], int]:
 
 def grpo(argv: list[str]) -> int:
     """Train."""
+    _refuse_examples_config(argv, "grpo")
     config = read_config(GrpoConfig, argv, "rlsloth grpo")
     from rlsloth.grpo import train
 
@@ -214,6 +216,7 @@ def evaluate(argv: list[str]) -> int:
         "Measure avg@k, pass@k and maj@k of a model, and of the adapter of a run, on held-out "
         "problems.\n\nThe options are those of training: pass a run's config.yaml."
     )
+    _refuse_examples_config(argv, "eval")
     config = read_config(GrpoConfig, argv, "rlsloth eval", about)
     from rlsloth.evaluate import run_eval
 
@@ -237,6 +240,18 @@ def chat(argv: list[str]) -> int:
 
     run_chat(config)
     return 0
+
+
+def _refuse_examples_config(argv: list[str], name: str) -> None:
+    """The config.yaml of a run that learnt given answers is not one of reinforcement learning: one
+    line, instead of one for each of its keys. Raises UserError."""
+    for word in argv:
+        file = Path(word)
+        if file.name == CONFIG and (file.parent / METRICS).is_file() and holds(file, "data"):
+            raise UserError(
+                f"{word} is of a run on given answers, which rlsloth {name} does not read; pass "
+                f"what it trained: --model.path MODEL --model.adapter {file.parent / 'adapter'}"
+            )
 
 
 def _with_source(argv: list[str]) -> list[str]:
@@ -297,6 +312,7 @@ def plan(argv: list[str]) -> int:
         "configuration, without a GPU and without weights.\n\nThe options are those of training, "
         "--memory-gb, --longest-prompt, and --json to print JSON instead of a table."
     )
+    _refuse_examples_config(argv, "plan")
     as_json = "--json" in argv
     config = read_config(
         PlanConfig, [word for word in argv if word != "--json"], "rlsloth plan", about

@@ -65,6 +65,12 @@ def read_config(
     return config
 
 
+def holds(file: Path, key: str) -> bool:
+    """Whether a YAML file is a mapping with this key; what is wrong with it is not said here."""
+    data = _read_yaml(str(file), Section, [])
+    return key in data
+
+
 def _print_help(model: type[Section], prog: str, about: str | None) -> None:
     tyro.cli(
         model,

@@ -30,6 +30,7 @@ def make_prompts(
     source: str,
     tools: Sequence[Any] = (),
     conversational: bool = False,
+    scored: bool = True,
 ) -> list[Prompt]:
     """One prompt a row, in the rows' order.
 
@@ -42,6 +43,7 @@ def make_prompts(
         source: what to call the data in errors.
         tools: JSON schemas offered with every prompt.
         conversational: make strings in the column ``prompt`` user messages too.
+        scored: rewards will see the columns; else only those of the chat template are kept.
 
     Raises:
         UserError: the prompt column is missing, or a row's prompt is empty or malformed.
@@ -49,9 +51,11 @@ def make_prompts(
     columns = list(dict.fromkeys(itertools.chain.from_iterable(rows)))
     column = _prompt_column(columns, cfg, source)
     for name in ("prompts", "completions"):
-        if name in columns:
+        if scored and name in columns:
             raise UserError(f"{source}: rewards are called with {name!r}; rename that column")
     passed = [c for c in columns if c not in NOT_PASSED]
+    if not scored:
+        passed = [c for c in passed if c == "chat_template_kwargs"]
     chat = conversational or column != "prompt" or cfg.system_prompt is not None
     prompts = []
     for index, row in enumerate(rows):
@@ -217,6 +221,7 @@ def read_message(value: Any, where: str) -> Message:
         raise UserError(f"{where}: content must be text, this is {_kind(content)}")
     if not message.get("tool_calls") and message["role"] != "system":
         check_text(content, where)
+    _check_encodable(content, where)
     return message
 
 
@@ -224,6 +229,10 @@ def check_text(text: str, where: str) -> None:
     """Raises UserError for text that is empty or cannot be encoded."""
     if not text.strip():
         raise UserError(f"{where}: empty")
+    _check_encodable(text, where)
+
+
+def _check_encodable(text: str, where: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError:

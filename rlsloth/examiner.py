@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from rlsloth.chat import Renderer
-from rlsloth.config import GrpoConfig
+from rlsloth.config import EvalConfig, GrpoConfig
 from rlsloth.environment import Environment, load_environment
 from rlsloth.evaluate import EvalResult, assess, describe, reward_index
 from rlsloth.memory.oom import advise
@@ -38,6 +38,17 @@ def open_problems(cfg: GrpoConfig, stack: ExitStack) -> tuple[Environment, Score
     return env, scorer
 
 
+def heldout_problems(env: Environment, cfg: EvalConfig) -> Sequence[Prompt]:
+    """Prompts to evaluate on. Raises UserError when there are none."""
+    problems = env.heldout[: cfg.problems]
+    if not problems:
+        raise UserError(
+            "no held-out problems to evaluate on: pass --env.validation FILE, raise "
+            "--env.heldout, or switch evaluation off: --eval.at-start false --eval.at-end false"
+        )
+    return problems
+
+
 @dataclass(slots=True)
 class Examiner:
     """The parts that an evaluation by sampling needs."""
@@ -52,13 +63,7 @@ class Examiner:
 
     def problems(self) -> Sequence[Prompt]:
         """Held-out prompts to evaluate on. Raises UserError when there are none."""
-        problems = self.env.heldout[: self.cfg.eval.problems]
-        if not problems:
-            raise UserError(
-                "no held-out problems to evaluate on: pass --env.validation FILE, raise "
-                "--env.heldout, or switch evaluation off: --eval.at-start false --eval.at-end false"
-            )
-        return problems
+        return heldout_problems(self.env, self.cfg.eval)
 
     def sampling(self, *use: int | str) -> SamplingParams:
         """Training's sampling parameters; random numbers depend on the run's seed and the use

@@ -75,7 +75,9 @@ def decide(
     except Exception as error:  # an estimate: whatever it stumbles over must not stop a run
         say(_not_planned(error))
         return cfg
-    _tell(plan, decided, say, warn)
+    _tell(
+        plan, decided, say, warn, "`rlsloth plan` with the same arguments says which settings fit"
+    )
     return decided
 
 
@@ -102,7 +104,8 @@ def decide_given(
     except Exception as error:  # as above
         say(_not_planned(error))
         return cfg
-    _tell(plan, decided, say, warn)
+    advice = "lower --tokens-per-microbatch or --data.max-tokens, or pass --model.precision nf4"
+    _tell(plan, decided, say, warn, advice)
     return decided
 
 
@@ -111,14 +114,15 @@ def _not_planned(error: Exception) -> str:
 
 
 def _tell(
-    plan: Plan, decided: GrpoConfig, say: Callable[[str], None], warn: Callable[[str], None]
+    plan: Plan,
+    decided: GrpoConfig,
+    say: Callable[[str], None],
+    warn: Callable[[str], None],
+    advice: str,
 ) -> None:
     say(f"{summary(plan)}; {update_said(decided)}")
     if not plan.fits:
-        warn(
-            f"by estimate {-plan.left / GIB:.1f} GiB too much for this GPU; "
-            "`rlsloth plan` with the same arguments says which settings fit"
-        )
+        warn(f"by estimate {-plan.left / GIB:.1f} GiB too much for this GPU; {advice}")
 
 
 def _decided(

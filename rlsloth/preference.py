@@ -35,7 +35,7 @@ from rlsloth.losses.preference import (
 from rlsloth.losses.ratio import rollout_sum
 from rlsloth.packing import pack, to_device
 from rlsloth.policy.policy import Policy
-from rlsloth.records import Group, MicroBatch, PackedBatch, StepStats
+from rlsloth.records import Group, MicroBatch, PackedBatch, Rollout, StepStats
 from rlsloth.reference import with_reference
 from rlsloth.supervised import Metrics, Supervised
 
@@ -149,11 +149,12 @@ def _labelled_losses(
 
 @torch.no_grad()
 def _kl(policy: Policy, groups: Sequence[Group], cfg: KtoConfig) -> Tensor:
-    """[] from the step's completions, each put after the prompt before its own (TRL's pairing)."""
-    shifted = [*groups[1:], groups[0]]
+    """[] from the step's completions, each put after the next example's prompt (TRL's pairing), and
+    cut to what context and micro-batch hold of it."""
+    limit = min(policy.context, cfg.microbatch)
     unrelated = [
-        Group(group.prompt, group.prompt_ids, other.rollouts)
-        for group, other in zip(groups, shifted, strict=True)
+        replace(group, rollouts=[_cut(r, limit - len(group.prompt_ids)) for r in other.rollouts])
+        for group, other in zip(groups, [groups[-1], *groups[:-1]], strict=True)
     ]
     policy_parts, reference_parts = [], []
     for micro in _pack(unrelated, cfg.microbatch).microbatches:
@@ -161,6 +162,13 @@ def _kl(policy: Policy, groups: Sequence[Group], cfg: KtoConfig) -> Tensor:
         policy_parts.append(rollout_sum(policy.eval_logprobs(micro), micro))
         reference_parts.append(rollout_sum(policy.reference_logprobs(micro), micro))
     return kl_baseline(torch.cat(policy_parts), torch.cat(reference_parts))
+
+
+def _cut(rollout: Rollout, tokens: int) -> Rollout:
+    """Its beginning, whole where it fits; what is learnt of it is not empty."""
+    tokens = max(tokens, 1 + rollout.loss_mask.index(True))
+    kept = ("token_ids", "loss_mask", "logprobs", "policy_version")
+    return replace(rollout, **{name: getattr(rollout, name)[:tokens] for name in kept})
 
 
 def _known_reference(examples: Sequence[Example], micro: MicroBatch) -> Tensor | None:

@@ -3,10 +3,12 @@ folder."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor
@@ -15,6 +17,7 @@ from rlsloth.data import EpochSampler
 from rlsloth.dataset.example import Example
 from rlsloth.memory.oom import advise
 from rlsloth.policy.policy import Policy
+from rlsloth.records import UserError
 from rlsloth.run.folder import atomic_write
 from rlsloth.supervised import Supervised
 
@@ -25,20 +28,26 @@ Sums = Callable[[Policy, Sequence[Example], int], Tensor]
 
 def with_reference(parts: Supervised[Any], sums: Sums) -> None:
     """Give every example its reference: what the run's file says if it resumes, else computed and
-    written."""
+    written. Raises UserError where that file is of other examples."""
     data, path = parts.data, parts.run.dir / FILE
     sides = {"train": data.train, "heldout": data.heldout}
+    asked = _fingerprint(sides)
     if path.exists() and parts.cfg.run.resume:
         known = load_safetensors(path.read_bytes())
+        if not torch.equal(known["fingerprint"], asked):
+            raise UserError(
+                f"{path} is of other examples: the data has changed since the run began; start "
+                "another run"
+            )
     else:
         parts.run.say(f"scoring {len(data.train) + len(data.heldout)} pairs before training")
-        with advise("update", parts.policy.model):
+        with advise("examples", parts.policy.model):
             known = {
                 name: sums(parts.policy, examples, parts.cfg.microbatch)
                 for name, examples in sides.items()
                 if examples
             }
-        atomic_write(path, save_safetensors(known))
+        atomic_write(path, save_safetensors(known | {"fingerprint": asked}))
     for name, examples in sides.items():
         if examples:
             rows = known[name].tolist()
@@ -47,3 +56,14 @@ def with_reference(parts: Supervised[Any], sums: Sums) -> None:
                 for example, row in zip(examples, rows, strict=True)
             ]
     parts.examples = EpochSampler(data.train, parts.cfg.seed, "examples")
+
+
+def _fingerprint(sides: Mapping[str, Sequence[Example]]) -> Tensor:
+    """[32] bytes that depend on every token and on the order."""
+    hashed = hashlib.sha256()
+    for name, examples in sides.items():
+        hashed.update(f"{name} {len(examples)}".encode())
+        for example in examples:
+            for ids in (example.prompt_ids, *(answer for answer, _ in example.answers)):
+                hashed.update(len(ids).to_bytes(8) + ids.tobytes())
+    return torch.tensor(list(hashed.digest()), dtype=torch.uint8)

@@ -21,7 +21,13 @@ from rlsloth.dataset.load import Examples, Reader, load_examples
 from rlsloth.engines import open_engine
 from rlsloth.environment import Environment, SingleTurn
 from rlsloth.evaluate import EvalResult
-from rlsloth.examiner import Examiner, longest_prompt, open_problems, result_summary
+from rlsloth.examiner import (
+    Examiner,
+    heldout_problems,
+    longest_prompt,
+    open_problems,
+    result_summary,
+)
 from rlsloth.memory.activations import Stream
 from rlsloth.memory.oom import advise
 from rlsloth.planning import decide_given
@@ -59,12 +65,15 @@ class Supervised(Generic[Config]):
     def open(cls, cfg: Config, stack: ExitStack, read: Reader) -> Self:
         """Make every part, the cheap ones that can refuse bad input first. Raises UserError."""
         started = time.monotonic()
-        problems = open_problems(cfg.as_grpo(), stack) if cfg.eval.generate else None
+        problems = None
+        if cfg.eval.generate:
+            problems = open_problems(cfg.as_grpo(), stack)
+            heldout_problems(problems[0], cfg.eval)
         data = load_examples(cfg, read)
         _check_budget(cfg, data)
         if not cfg.steps:
-            steps = math.ceil(cfg.epochs * len(data.train) / cfg.samples_per_step)
-            cfg = cfg.model_copy(update={"steps": steps})
+            steps = math.ceil((cfg.epochs or 1) * len(data.train) / cfg.samples_per_step)
+            cfg = cfg.model_copy(update={"steps": steps, "epochs": None})
         run = stack.enter_context(Run.start(cfg))
         refuse_changes(run, "data.")
         _tell(run, data)
@@ -101,7 +110,7 @@ class Supervised(Generic[Config]):
     @contextmanager
     def updating(self) -> Iterator[None]:
         """Around an update: its seconds counted, and advice where memory runs out."""
-        with self.run.timed("update"), advise("update", self.policy.model):
+        with self.run.timed("update"), advise("examples", self.policy.model):
             yield
 
     def close_step(
@@ -149,7 +158,7 @@ class Supervised(Generic[Config]):
     def evaluate(self, step: int, measure: Measure) -> tuple[float, EvalResult | None]:
         """The loss of the held-out examples, and the accuracy on held-out problems if asked for,
         both logged."""
-        with self.run.timed("eval"), advise("update", self.policy.model), torch.no_grad():
+        with self.run.timed("eval"), advise("examples", self.policy.model), torch.no_grad():
             metrics = measure(self.data.heldout)
         self.run.log_eval(step, "", metrics)
         shown = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
@@ -220,16 +229,14 @@ def _examiner(
     grpo = cfg.as_grpo()
     renderer = Renderer(policy.tokenizer, cfg.env, policy.eos_token_ids)
     renderer.check(env.heldout)
-    prompts = env.heldout[: cfg.eval.problems]
+    prompts = heldout_problems(env, cfg.eval)
     tokens = cfg.eval.max_tokens or cfg.rollout.max_tokens
     context = policy.context
     longest = longest_prompt(renderer, prompts, context)
     if isinstance(env, SingleTurn):
         context = min(context, longest + tokens)
     engine = open_engine(grpo, policy, renderer, run, stack, context=context)
-    examiner = Examiner(grpo, env, scorer, run, policy, renderer, engine)
-    examiner.problems()  # refuses where there are none
-    return examiner
+    return Examiner(grpo, env, scorer, run, policy, renderer, engine)
 
 
 def _warn_of_overlap(env: Environment, data: Examples, run: Run) -> None:

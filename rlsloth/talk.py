@@ -11,7 +11,7 @@ import torch
 from rlsloth.chat import Renderer
 from rlsloth.config import EnvConfig
 from rlsloth.config.export import ChatConfig
-from rlsloth.export.source import Source, find_source
+from rlsloth.export.source import Source, find_source, prompting
 from rlsloth.policy.attention import whole_attention
 from rlsloth.policy.load import load_model
 from rlsloth.policy.lora import load_adapter
@@ -33,8 +33,8 @@ class Talker:
         self._model.eval()
         self._cfg = cfg
         self.tokenizer = loaded.tokenizer
-        env = source.config.get("env", {})
-        kwargs = env.get("chat_template_kwargs") or {}
+        asked_of = prompting(source.config)
+        kwargs = asked_of.get("chat_template_kwargs") or {}
         ends = loaded.model.generation_config.eos_token_id
         ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
         self._renderer = Renderer(
@@ -42,7 +42,7 @@ class Talker:
         )
         self.context = int(loaded.model.config.get_text_config().max_position_embeddings)
         asked = cfg.system_prompt
-        self.system_prompt: str | None = env.get("system_prompt") if asked is None else asked
+        self.system_prompt: str | None = asked_of.get("system_prompt") if asked is None else asked
 
     @property
     def chats(self) -> bool:

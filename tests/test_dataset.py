@@ -7,7 +7,10 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
-from tiny import CHATML, tiny_tokenizer
+from tiny import CHATML, SPECIAL, tiny_tokenizer
+from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers.models import BPE
+from transformers import PreTrainedTokenizerFast
 
 from rlsloth.chat import Renderer
 from rlsloth.config.supervised import KtoDataConfig, PreferenceDataConfig, SftDataConfig
@@ -155,6 +158,61 @@ def test_a_template_that_never_shows_reasoning_still_learns_it() -> None:
     )
 
 
+def test_an_answer_without_reasoning_closes_what_the_prompt_opens() -> None:
+    (example,) = sft([{"question": "hi", "answer": "ho"}], R1)
+    assert shown(example) == ("<|im_start|>hi<|endoftext|><think>\n | [\n</think>\n\nho<|im_end|>]")
+
+
+def test_reasoning_in_a_field_of_its_own() -> None:
+    turn = {"role": "assistant", "content": "hello", "reasoning_content": "hm"}
+    (example,) = sft([{"prompt": TWO_TURNS[1:2], "completion": [turn]}], R1)
+    assert shown(example).endswith("<think>\n | [hm\n</think>\n\nhello<|im_end|>]")
+
+
+def test_an_end_token_after_the_last_turn_alone_splits_nothing() -> None:
+    """Phi-3's template."""
+    template = CHATML + "{% if not add_generation_prompt %}{{ '<|endoftext|>' }}{% endif %}"
+    assert len(sft([{"messages": TWO_TURNS}], template)) == 1
+
+
+def test_tokens_are_those_of_the_whole_text_with_a_sentencepiece_tokenizer() -> None:
+    """Which puts a space before a text of its own, but not before what continues another."""
+    tokenizer = metaspace_tokenizer()
+    made = Renderer(tokenizer, SftDataConfig())
+    messages = [TWO_TURNS[1], {"role": "assistant", "content": "hello you"}] * 2
+    (example,) = sft_examples([{"messages": messages}], SftDataConfig(), made, "d.jsonl")
+    text = tokenizer.apply_chat_template(messages, tokenize=False)
+    whole = tokenizer(text, add_special_tokens=False)["input_ids"]
+    ids = [*example.prompt_ids.tolist(), *example.answers[0][0].tolist()]
+    assert ids == whole[: len(ids)]
+    (plain,) = sft_examples(
+        [{"prompt": "A: ", "completion": "ho"}], SftDataConfig(), made, "d.jsonl"
+    )
+    assert tokenizer.convert_ids_to_tokens(plain.answers[0][0].tolist())[:2] == ["h", "o"]
+
+
+def metaspace_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a character, as SentencePiece's: spaces are marked, one is put in front."""
+    letters = [*SPECIAL, "\u2581", *map(chr, range(33, 127)), "\n"]
+    backend = Tokenizer(BPE(vocab={t: i for i, t in enumerate(letters)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="<|im_end|>", additional_special_tokens=SPECIAL[:2]
+    )
+    made.chat_template = CHATML.replace("'<|im_start|>' + message", "message").replace(
+        "<|im_start|>assistant", "assistant"
+    )
+    return made
+
+
+def test_which_columns_count() -> None:
+    both = {"prompt": "2+2=", "completion": "4", "text": None, "messages": None}
+    assert shown(sft([both])[0]) == "2+2= | [4<|im_end|>]"
+    chat = {"messages": TWO_TURNS, "text": "flat", "prompt": "hi"}
+    assert shown(sft([chat])[0]) == shown(sft([{"messages": TWO_TURNS}])[0])
+    assert shown(sft([chat], prompt_column="messages")[0]).count("[") == 2
+
+
 def test_a_template_without_an_end_of_turn_gets_the_end_token() -> None:
     (example,) = sft([{"question": "hi", "answer": "ho"}], NO_END)
     assert shown(example) == "### user:\nhi\n\n### assistant:\n | [ho<|im_end|>]"
@@ -197,6 +255,15 @@ def test_completion_may_have_tool_turns_which_are_not_learnt() -> None:
         ),
         ([{"prompt": "x", "completion": 3}], "the completion must be text"),
         ([{"question": "x", "answer": []}], "expected text or a list of messages"),
+        ([{"text": "<|im_end|>"}], "nothing to learn after its first token"),
+        (
+            [{"messages": [{"role": "system", "content": "\ud800"}, *TWO_TURNS[1:]]}],
+            "half of a surrogate pair",
+        ),
+        (
+            [{"messages": TWO_TURNS, "chat_template_kwargs": {"tokenize": True}}],
+            "chat_template_kwargs is a mapping without add_generation_prompt",
+        ),
     ],
 )
 def test_rows_that_are_refused(rows: list[dict[str, Any]], said: str) -> None:
@@ -212,6 +279,7 @@ def pairs(rows: list[dict[str, Any]], **cfg: Any) -> list[Example]:
     return pair_examples(rows, PreferenceDataConfig(**cfg), renderer(), "p.jsonl")
 
 
+SYSTEM = {"role": "system", "content": "s"}
 USER = {"role": "user", "content": "q"}
 GOOD, BAD = ({"role": "assistant", "content": text} for text in ("yes", "no"))
 PAIR = "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n | "
@@ -232,6 +300,26 @@ def test_pairs_in_all_formats(row: dict[str, Any]) -> None:
     (pair,) = pairs([row])
     assert shown(pair, 0) == f"{PAIR}[yes<|im_end|>]"
     assert shown(pair, 1) == f"{PAIR}[no<|im_end|>]"
+
+
+def test_a_named_prompt_column_of_pairs() -> None:
+    """Its answers keep what they have in common."""
+    row = {"instruction": "q", "chosen": "it is yes", "rejected": "it is no"}
+    (pair,) = pairs([row], prompt_column="instruction")
+    assert shown(pair, 0) == f"{PAIR}[it is yes<|im_end|>]"
+    assert shown(pair, 1) == f"{PAIR}[it is no<|im_end|>]"
+
+
+def test_rows_with_and_without_a_prompt_column() -> None:
+    first = {"question": "q", "chosen": [GOOD], "rejected": [BAD]}
+    for pair in pairs([first, {"chosen": [USER, GOOD], "rejected": [USER, BAD]}]):
+        assert shown(pair, 0) == f"{PAIR}[yes<|im_end|>]"
+
+
+def test_plain_text_beside_messages_is_refused() -> None:
+    rows = [{"prompt": "q", "chosen": "a", "rejected": "b"}]
+    with pytest.raises(UserError, match="row 1 is plain text, other rows are messages"):
+        pairs([*rows, {"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]}])
 
 
 def test_pairs_of_plain_text() -> None:
@@ -264,11 +352,24 @@ SAME = "p.jsonl row 2: the chosen answer equals the rejected one; drop the row"
         ({"prompt": "q", "chosen": "a", "rejected": None}, "row 2, column 'rejected': expected"),
         ({"prompt": "q", "chosen": "a", "rejected": " "}, "row 2, rejected: empty"),
         ({"chosen": [GOOD], "rejected": [BAD]}, "share no prompt"),
+        (
+            {"chosen": [USER, GOOD], "rejected": [BAD]},
+            "one of chosen and rejected holds the prompt",
+        ),
+        (
+            {
+                "chosen": [SYSTEM, USER, GOOD],
+                "rejected": [SYSTEM, {"role": "user", "content": "other"}, BAD],
+            },
+            "p.jsonl row 2: chosen and rejected answer different prompts",
+        ),
         ({"chosen": "x", "rejected": "y"}, "share no prompt"),
     ],
 )
 def test_pairs_that_are_refused(row: dict[str, Any], said: str) -> None:
     sound = {"prompt": "q", "chosen": "yes", "rejected": "no"}
+    if isinstance(row["chosen"], list):
+        sound = {"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]}
     with pytest.raises(UserError, match=re.escape(said)) as refused:
         pairs([sound, row])
     assert "\n" not in str(refused.value)

@@ -154,6 +154,41 @@ def test_precomputed_reference_gives_the_same_run() -> None:
     assert sums["heldout"].shape == (3, 2)
 
 
+def test_precomputed_reference_of_other_data_is_refused(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert command("dpo", "p", "--precompute-reference") == 0
+    write_rows(Path("p.jsonl"), PAIRS[::-1])
+    assert cli.main(["dpo", "run/config.yaml", "--run.resume", "--steps", "9"]) == 2
+    assert "is of other examples: the data has changed" in capsys.readouterr().err
+
+
+def test_kto_holds_out_both_sides_of_pairs() -> None:
+    cfg = KtoConfig(data=KtoDataConfig(train="p.jsonl", heldout=3), model=MODEL)
+    found = load_examples(cfg, labelled_examples)
+    assert [e.label for e in found.heldout] == [True, False] * 3
+    assert len(found.train) == 26
+
+
+def test_kl_is_of_each_completion_after_the_next_prompt() -> None:
+    """TRL's pairing; cut to the micro-batch, which the longest do not fit."""
+    cfg = KINDS["kto"]
+    assert isinstance(cfg, KtoConfig)
+    examples, policy = examples_of(cfg)[:4], policy_of()
+    for limit in (10_000, 50):
+        used = cfg.model_copy(update={"tokens_per_microbatch": limit})
+        ratios = []
+        for i, example in enumerate(examples):
+            prompt = example.prompt_ids.tolist()
+            ids = examples[i - 1].answers[0][0].tolist()[: max(1, limit - len(prompt))]
+            ratio = policy.plain_logprobs(prompt, ids).sum()
+            with policy.starting_policy():
+                ratios.append(ratio - policy.plain_logprobs(prompt, ids).sum())
+        wanted = torch.stack(ratios).mean().clamp(min=0)
+        found = preference._kl(policy, [e.group() for e in examples], used)
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("kind", ["dpo", "kto"])
 def test_resumed_run_equals_an_uninterrupted_one(
     kind: str, monkeypatch: pytest.MonkeyPatch

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from supervised_parts import CONFIG, SFT, command, evaluations, make_folder, steps, write_rows
+from supervised_parts import SFT, command, evaluations, make_folder, steps, write_rows
 from tiny import tiny_llama
 
 from rlsloth import cli, sft
@@ -144,7 +144,6 @@ def test_the_first_example_is_shown_with_its_mask(capsys: pytest.CaptureFixture[
 
 def test_grpo_continues_the_adapter(capsys: pytest.CaptureFixture[str]) -> None:
     assert command("sft", "d", "--steps", "30") == 0
-    Path("reward.py").write_text("def short(completions, **_):\n    return [1.0] * 2\n")
     Path("reward.py").write_text(
         "def short(completion_ids, **_):\n    return [1.0 - len(i) / 9 for i in completion_ids]\n"
     )
@@ -175,6 +174,35 @@ def test_held_out_problems_are_answered_too(capsys: pytest.CaptureFixture[str]) 
     assert "15 of 15 examples answer a held-out problem" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("name", ["grpo", "eval", "plan"])
+def test_its_configuration_is_none_of_reinforcement_learning(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command("sft", "d", "--steps", "1") == 0
+    capsys.readouterr()
+    assert cli.main([name, "run/config.yaml"]) == 2
+    error = capsys.readouterr().err
+    assert "--model.adapter run/adapter" in error
+    assert error.count("\n") == 1
+
+
+def test_a_run_folder_for_an_adapter_gets_a_hint(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command("sft", "d", "--steps", "1") == 0
+    assert command("sft", "d", "--steps", "1", "--run.dir", "b", "--model.adapter", "run") == 2
+    assert "did you mean run/adapter?" in capsys.readouterr().err
+
+
+def test_all_answers_to_a_held_out_question_are_held_out() -> None:
+    rows = [{"question": f"q{i // 4}", "answer": "abcd"[i % 4]} for i in range(40)]
+    write_rows(Path("several.jsonl"), rows)
+    cfg = SftConfig(
+        data=SftDataConfig(train="several.jsonl", heldout=3), model=ModelConfig(path="model")
+    )
+    found = load_examples(cfg, sft_examples)
+    assert (len(found.train), len(found.heldout)) == (28, 12)
+    assert not {e.question for e in found.train} & {e.question for e in found.heldout}
+
+
 def test_report_shows_the_losses() -> None:
     assert command("sft", "d", "--eval.every", "2") == 0
     page = write_report(Path("run")).read_text()
@@ -191,9 +219,14 @@ def test_report_shows_the_losses() -> None:
         (["--data.heldout", "0"], "error: no held-out examples to evaluate on: pass --data.val"),
         (["--data.max-tokens", "5"], "error: all 16 examples of d.jsonl have more than 5 tokens"),
         (["--tokens-per-microbatch", "20"], "error: an example of "),
-        (["--rewards", "math_verify"], "error: rewards have no effect without eval.generate"),
+        (["--rewards", "math_verify"], "error: rewards has no effect without eval.generate"),
         (["--data.completion-column", "anser"], "error: d.jsonl has no column 'anser'; did you"),
         (["--model.path", "nowhere/"], "error: "),
+        (["--env.train", "d.jsonl"], "error: env has no effect without eval.generate"),
+        (["--rollout.overlap"], "error: rollout has no effect without eval.generate"),
+        (["--epochs", "2"], "error: steps and epochs both say how long to train"),
+        (["--eval.generate", "--rollout.overlap"], "error: rollout.overlap needs rollout.engine"),
+        (["--model.adapter", "nowhere"], "error: --model.adapter nowhere: no adapter_config"),
     ],
 )
 def test_bad_input_is_one_line(
@@ -214,4 +247,3 @@ def test_data_cannot_change_on_resume(capsys: pytest.CaptureFixture[str]) -> Non
     assert "was made with data.train d.jsonl" in capsys.readouterr().err
     assert cli.main(["sft", "run/config.yaml", *more]) == 0
     assert len(steps()) == 9
-    assert CONFIG["steps"] == 6

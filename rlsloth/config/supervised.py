@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from rlsloth.config.grpo import MICROBATCH, GrpoConfig
 from rlsloth.config.parts import (
@@ -91,13 +91,13 @@ class SupervisedConfig(Section):
 
     steps: int = Field(0, ge=0)
     """Optimizer updates; 0: as many as epochs need."""
-    epochs: float = Field(1.0, gt=0)
-    """Passes over the data; without effect where steps is given."""
+    epochs: float | None = Field(None, gt=0)
+    """Passes over the data. Default: 1, or what steps take."""
     samples_per_step: int = Field(16, ge=1)
     """Examples an update is made from."""
     tokens_per_microbatch: int | None = Field(None, ge=1)
     """Token budget of one packed forward; does not change the gradient. Default: the most, up to
-    16384, with which a tenth of the GPU stays free by plan; on a CPU 8192. Never less than the
+    16384, with which a tenth of the GPU stays free by plan, on a CPU 8192, and no less than the
     longest example needs."""
     seed: int = Field(0, ge=0, lt=2**31)
     """Same seed, same machine: same run."""
@@ -118,10 +118,16 @@ class SupervisedConfig(Section):
 
     @model_validator(mode="after")
     def _generates(self) -> SupervisedConfig:
-        if self.rewards and not self.eval.generate:
-            raise ValueError("rewards have no effect without eval.generate")
-        if self.eval.generate:
-            self.as_grpo()  # what it refuses
+        if self.steps and self.epochs is not None:
+            raise ValueError("steps and epochs both say how long to train: leave out one of them")
+        if not self.eval.generate:
+            for name in ("rewards", "env", "rollout", "reward"):
+                if getattr(self, name) != type(self).model_fields[name].default:
+                    raise ValueError(f"{name} has no effect without eval.generate")
+        try:
+            self.as_grpo()
+        except ValidationError as error:
+            raise ValueError(error.errors()[0]["msg"].removeprefix("Value error, ")) from None
         return self
 
     @property

@@ -77,6 +77,9 @@ def load_examples(cfg: SupervisedConfig, read: Reader) -> Examples:
 def _split(
     examples: list[Example], data: ExamplesConfig, seed: int
 ) -> tuple[list[Example], list[Example]]:
+    """All answers to a withheld question are held out."""
     prompts = [Prompt(i, example.question, {}) for i, example in enumerate(examples)]
     train, heldout = split_heldout(prompts, data.heldout, seed, data.SECTION)
-    return [examples[p.index] for p in train], [examples[p.index] for p in heldout]
+    withheld = {examples[p.index].question for p in heldout}
+    held = [example for example in examples if example.question in withheld]
+    return [examples[p.index] for p in train], held

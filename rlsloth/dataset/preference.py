@@ -39,9 +39,11 @@ def pair_examples(
                 f"{source} has no column {side!r} (columns: {', '.join(columns)}): a preference "
                 "row has chosen and rejected, and prompt unless both contain it"
             )
-    split = [_split(row, f"{source} row {i}") for i, row in enumerate(rows, 1)]
-    chat = any(isinstance(row[side], list) for row in split for side in SIDES)
-    prompts = make_prompts(split, cfg, source, conversational=chat)
+    column = prompt_column(columns, cfg)
+    split = [_split(row, column, f"{source} row {i}") for i, row in enumerate(rows, 1)]
+    prompts = make_prompts(
+        split, cfg, source, conversational=_conversational(split, column, source), scored=False
+    )
     return [
         _pair(renderer, prompt, row, f"{source} row {prompt.index + 1}")
         for prompt, row in zip(prompts, split, strict=True)
@@ -72,7 +74,7 @@ def labelled_examples(
     column = completion_column(columns, cfg.completion_column, source)
     found = []
     chat = any(isinstance(row.get(column), list) for row in rows)
-    prompts = make_prompts(rows, cfg, source, conversational=chat)
+    prompts = make_prompts(rows, cfg, source, conversational=chat, scored=False)
     for prompt, row in zip(prompts, rows, strict=True):
         where = f"{source} row {prompt.index + 1}"
         label = row.get("label")
@@ -88,6 +90,8 @@ def _pair(renderer: Renderer, prompt: Prompt, row: Row, where: str) -> Example:
         _one(completed(renderer, prompt, row[side], f"{where}, {side}"), f"{where}, {side}")
         for side in SIDES
     )
+    if chosen.prompt_ids != rejected.prompt_ids:
+        raise UserError(f"{where}: chosen and rejected are shown after different prompts")
     if chosen.token_ids == rejected.token_ids:
         raise UserError(f"{where}: the chosen answer equals the rejected one; drop the row")
     return make_example(prompt.index, question_text(prompt), [chosen, rejected])
@@ -97,26 +101,45 @@ def _one(answers: list[Answer], where: str) -> Answer:
     """Several turns whose prompts the template shows differently are no one completion."""
     if len(answers) > 1:
         raise UserError(
-            f"{where}: the chat template shows earlier assistant turns otherwise than they were "
-            "said, so the answer must be one turn; move the earlier ones to the prompt"
+            f"{where}: the chat template shows an assistant turn otherwise once it is past, so the "
+            "answer must be one turn; move the earlier ones to the prompt"
         )
     return answers[0]
 
 
-def _split(row: Row, where: str) -> Row:
-    """The row with its prompt apart."""
+def prompt_column(columns: Sequence[str], cfg: PreferenceDataConfig) -> str:
+    """Where prompts stand, or are put if both sides contain them."""
+    known = ("prompt", "question", "problem")
+    return cfg.prompt_column or next((c for c in known if c in columns), "prompt")
+
+
+def _conversational(rows: Sequence[Row], column: str, source: str) -> bool:
+    """Whether answers are messages. Raises UserError where some are plain text after plain text."""
+    chat = any(isinstance(row[side], list) for row in rows for side in SIDES)
+    for i, row in enumerate(rows, 1):
+        plain = isinstance(row["chosen"], str) and isinstance(row[column], str)
+        if chat and plain and column == "prompt":
+            raise UserError(f"{source} row {i} is plain text, other rows are messages: make it one")
+    return chat
+
+
+def _split(row: Row, column: str, where: str) -> Row:
+    """The row with its prompt apart, in ``column``."""
+    has_prompt = row.get(column) is not None
     sides: list[Any] = [row.get(side) for side in SIDES]
     for side, value in zip(SIDES, sides, strict=True):
         if not isinstance(value, str | list) or not value:
             raise UserError(f"{where}, column {side!r}: expected text or a list of messages")
     texts = [isinstance(value, str) for value in sides]
-    if any(texts) and not all(texts) and row.get("prompt") is None:
+    if any(texts) and not all(texts) and not has_prompt:
         raise UserError(f"{where}: chosen and rejected are of two kinds, text and messages")
     if all(texts):
-        return row if _has_prompt(row) else _split_text(row, sides, where)
+        return row if has_prompt else _split_text(row, column, sides, where)
     turns = [read_turns(v, f"{where}, {side}") for side, v in zip(SIDES, sides, strict=True)]
-    if _has_prompt(row) and all(side[0]["role"] == "assistant" for side in turns):
+    if has_prompt and all(side[0]["role"] == "assistant" for side in turns):
         return row
+    if {side[0]["role"] == "assistant" for side in turns} == {True, False}:
+        raise UserError(f"{where}: one of chosen and rejected holds the prompt, the other does not")
     same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(*turns, strict=False))
     shared = [first for first, _ in same]
     while shared and shared[-1]["role"] == "assistant":
@@ -126,14 +149,13 @@ def _split(row: Row, where: str) -> Row:
     apart = {side: t[len(shared) :] for side, t in zip(SIDES, turns, strict=True)}
     if not all(apart.values()):
         raise UserError(f"{where}: the chosen answer equals the rejected one; drop the row")
-    return {**row, "prompt": shared, **apart}
+    for side, own in apart.items():
+        if own[0]["role"] != "assistant":
+            raise UserError(f"{where}: chosen and rejected answer different prompts ({side})")
+    return {**row, column: shared, **apart}
 
 
-def _has_prompt(row: Row) -> bool:
-    return any(row.get(column) is not None for column in ("prompt", "question", "problem"))
-
-
-def _split_text(row: Row, sides: list[str], where: str) -> Row:
+def _split_text(row: Row, column: str, sides: list[str], where: str) -> Row:
     """As TRL: what both begin with, up to a space, which belongs to the answers."""
     check_text(sides[0], f"{where}, chosen")
     if sides[0] == sides[1]:
@@ -147,4 +169,4 @@ def _split_text(row: Row, sides: list[str], where: str) -> Row:
             f"{where}: chosen and rejected share no prompt or one is all of it; add a column prompt"
         )
     apart = {name: side[shared:] for name, side in zip(SIDES, sides, strict=True)}
-    return {**row, "prompt": sides[0][:shared], **apart}
+    return {**row, column: sides[0][:shared], **apart}

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
-from rlsloth.chat import Renderer
+from rlsloth.chat import Renderer, template_kwargs
 from rlsloth.config.supervised import SftDataConfig
-from rlsloth.data import check_text, make_prompts, question_text, read_message, row_tools
+from rlsloth.data import (
+    PROMPT_COLUMNS,
+    check_text,
+    make_prompts,
+    question_text,
+    read_message,
+    row_tools,
+)
 from rlsloth.dataset.example import Example, make_example
 from rlsloth.dataset.turns import Answer, end_id, spoken
 from rlsloth.plugins import nearest
@@ -23,26 +29,26 @@ def sft_examples(
 ) -> list[Example]:
     """At least one example a row, in the rows' order.
 
-    ``text`` is learnt whole, an end token after it. Of ``messages`` the assistant's turns are
-    learnt. Any other prompt column has a completion beside it: a string, or messages. A string
-    completion continues a string prompt of TRL's standard format, and is the assistant's turn after
-    any other prompt.
+    A prompt column with a completion beside it counts first, then ``messages``, then ``text``.
+    A completion is a string or messages; a string continues a string prompt of TRL's standard
+    format, and is the assistant's turn after any other prompt. Of ``messages`` the assistant's
+    turns are learnt. ``text`` is learnt whole, an end token after it.
 
     Raises:
         UserError: no such columns, or a row that is empty, malformed or has nothing to learn.
     """
-    columns = list(dict.fromkeys(itertools.chain.from_iterable(rows)))
-    named = cfg.prompt_column or cfg.completion_column
-    if "text" in columns and not named:
+    columns = list(dict.fromkeys(c for row in rows for c, v in row.items() if v is not None))
+    kind = _kind(columns, cfg)
+    if kind == "text":
         return [_text(row, i, renderer, f"{source} row {i + 1}") for i, row in enumerate(rows)]
-    if "messages" in columns and not named and "prompt" not in columns:
+    if kind == "messages":
         found = []
         for i, row in enumerate(rows):
             found += _conversation(row, i, cfg, renderer, f"{source} row {i + 1}")
         return found
     column = completion_column(columns, cfg.completion_column, source)
     chat = any(isinstance(row.get(column), list) for row in rows)
-    prompts = make_prompts(rows, cfg, source, conversational=chat)
+    prompts = make_prompts(rows, cfg, source, conversational=chat, scored=False)
     return [
         make_example(prompt.index, question_text(prompt), [_loss_on(answer, cfg)])
         for prompt, row in zip(prompts, rows, strict=True)
@@ -50,6 +56,19 @@ def sft_examples(
             renderer, prompt, row.get(column), f"{source} row {prompt.index + 1}, {column}"
         )
     ]
+
+
+def _kind(columns: list[str], cfg: SftDataConfig) -> Literal["completion", "messages", "text"]:
+    """What the rows are learnt by."""
+    if cfg.prompt_column == "messages":
+        return "messages"
+    asked = any(column in columns for column in PROMPT_COLUMNS if column != "messages")
+    answered = any(column in columns for column in COMPLETION_COLUMNS)
+    if cfg.prompt_column or cfg.completion_column or (asked and answered):
+        return "completion"
+    if "messages" in columns:
+        return "messages"
+    return "text" if "text" in columns else "completion"
 
 
 def completion_column(columns: list[str], wanted: str | None, source: str) -> str:
@@ -81,7 +100,7 @@ def completed(renderer: Renderer, prompt: Prompt, value: Any, where: str) -> lis
             f"{where}: the prompt ends with an assistant turn; move it to the completion"
         )
     turns = read_turns(value, where)
-    own = prompt.columns.get("chat_template_kwargs") or {}
+    own = template_kwargs(prompt.columns.get("chat_template_kwargs"), where)
     return spoken(renderer, [*messages, *turns], len(messages), where, prompt.tools, own)
 
 
@@ -96,12 +115,9 @@ def read_turns(value: Any, where: str) -> list[Message]:
 
 
 def continued(renderer: Renderer, prompt: str, completion: str) -> Answer:
-    """Plain text after plain text, and an end token. Tokens are those of the whole text where they
-    begin with the prompt's own, which is what sampling continues."""
+    """Plain text after plain text, and an end token."""
     prompt_ids = renderer.ids(prompt, begins=True)
-    whole = renderer.ids(prompt + completion, begins=True)
-    kept = whole[: len(prompt_ids)] == prompt_ids and len(whole) > len(prompt_ids)
-    token_ids = whole[len(prompt_ids) :] if kept else renderer.ids(completion)
+    token_ids = renderer.next_ids(prompt, prompt_ids, completion)
     if token_ids[-1] not in renderer.stop_ids:
         token_ids = [*token_ids, end_id(renderer)]
     return Answer(prompt_ids, token_ids, [True] * len(token_ids))
@@ -115,6 +131,8 @@ def _text(row: Row, index: int, renderer: Renderer, where: str) -> Example:
     ids = renderer.ids(text, begins=True)
     if ids[-1] not in renderer.stop_ids:
         ids.append(end_id(renderer))
+    if len(ids) < 2:
+        raise UserError(f"{where}, column 'text': nothing to learn after its first token")
     return make_example(index, text, [Answer(ids[:1], ids[1:], [True] * (len(ids) - 1))])
 
 
@@ -126,7 +144,7 @@ def _conversation(
         messages = [m for m in messages if m["role"] != "system"]
         messages.insert(0, {"role": "system", "content": cfg.system_prompt})
     tools = row_tools(row.get("tools"), where)
-    own = row.get("chat_template_kwargs") or {}
+    own = template_kwargs(row.get("chat_template_kwargs"), where)
     answers = spoken(renderer, messages, 0, where, tools, own)
     asked = next(i for i, m in enumerate(messages) if m["role"] == "assistant")
     question = question_text(Prompt(index, tuple(messages[:asked]), {}))

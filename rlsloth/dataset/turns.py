@@ -16,7 +16,7 @@ from typing import Any
 from rlsloth.chat import Renderer
 from rlsloth.records import Message, UserError
 
-_THINK = "<think>"
+_OPEN, _CLOSED = "<think>", "</think>"
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,12 +31,11 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class _Turn:
-    """An assistant turn as the template writes it: before + said + after is the conversation."""
+    """An assistant turn as the template writes it after what was before."""
 
     before: str
     said: str
     """Up to and with the token that ends the turn; without one where ``ended`` is False."""
-    after: str
     ended: bool
 
 
@@ -64,7 +63,7 @@ def spoken(
         raise UserError(f"{where}: begins with the assistant's turn, which answers nothing")
     turns = [_turn(renderer, messages[: i + 1], tools, where, kwargs) for i in at]
     joined = all(
-        turn.ended and later.before.startswith(turn.before + turn.said + turn.after)
+        turn.ended and later.before.startswith(turn.before + turn.said)
         for turn, later in pairwise(turns)
     )
     return [_answer(renderer, part) for part in ([turns] if joined else [[t] for t in turns])]
@@ -72,16 +71,18 @@ def spoken(
 
 def _answer(renderer: Renderer, turns: Sequence[_Turn]) -> Answer:
     """Consecutive turns after the first one's prompt."""
-    token_ids: list[int] = []
-    loss_mask: list[bool] = []
     shown = turns[0].before
+    prompt_ids = renderer.ids(shown, begins=True)
+    ids, loss_mask = list(prompt_ids), []
     for turn in turns:
-        between = renderer.ids(turn.before[len(shown) :])
-        said = renderer.ids(turn.said) + ([] if turn.ended else [end_id(renderer)])
-        token_ids += [*between, *said]
+        between = renderer.next_ids(shown, ids, turn.before[len(shown) :])
+        ids += between
+        said = renderer.next_ids(turn.before, ids, turn.said)
+        said += [] if turn.ended else [end_id(renderer)]
+        ids += said
         loss_mask += [False] * len(between) + [True] * len(said)
         shown = turn.before + turn.said
-    return Answer(renderer.ids(turns[0].before, begins=True), token_ids, loss_mask)
+    return Answer(prompt_ids, ids[len(prompt_ids) :], loss_mask)
 
 
 def end_id(renderer: Renderer) -> int:
@@ -105,8 +106,8 @@ def _turn(
         return _as_sampled(before, messages[-1], renderer, where)
     end = _end(written, renderer)
     if end < 0:
-        return _Turn(before, written.rstrip(), "", ended=False)
-    return _Turn(before, written[:end], written[end:], ended=True)
+        return _Turn(before, written.rstrip(), ended=False)
+    return _Turn(before, written[:end], ended=True)
 
 
 def _end(written: str, renderer: Renderer) -> int:
@@ -120,20 +121,28 @@ def _end(written: str, renderer: Renderer) -> int:
 def _shows(written: str, message: Message) -> bool:
     """Whether the template wrote all of the turn: some drop reasoning, or begin otherwise than
     their own prompt for an answer."""
-    content = "".join(message["content"].split())
+    content = "".join(f"{message.get('reasoning_content') or ''}{message['content']}".split())
+    if message.get("reasoning_content"):  # with the template's own marks between the two
+        written = written.replace("</think>", "")
     return bool(written.strip()) and content in "".join(written.split())
 
 
 def _as_sampled(before: str, message: Message, renderer: Renderer, where: str) -> _Turn:
-    """The turn's own text right after the prompt for it, as a model would say it."""
+    """The turn's own text right after the prompt for it, as a model would say it. Reasoning that
+    the prompt opens is closed at once where the turn has none (as Qwen3 does), since the model must
+    not learn to leave it open."""
     if message.get("tool_calls"):
         raise UserError(f"{where}: the chat template does not show the assistant's tool calls")
     said = message["content"]
-    # Where the prompt already opens the reasoning (R1), the answer must not open it again.
-    opened = _THINK + before.rpartition(_THINK)[2]
-    if _THINK in before and not opened.removeprefix(_THINK).strip() and said.startswith(_THINK):
-        said = said.removeprefix(_THINK).removeprefix(opened.removeprefix(_THINK))
+    if message.get("reasoning_content") and _CLOSED not in said:
+        said = f"{_OPEN}\n{message['reasoning_content']}\n{_CLOSED}\n\n{said}"
+    # Where the prompt already opens the reasoning (R1), the answer goes on within it.
+    if before.rstrip().endswith(_OPEN):
+        if said.startswith(_OPEN):
+            said = said.removeprefix(_OPEN).removeprefix(before.rpartition(_OPEN)[2])
+        elif _CLOSED not in said:
+            said = f"\n{_CLOSED}\n\n{said}"
     end = renderer.turn_end
     if end is None:
-        return _Turn(before, said, "", ended=False)
-    return _Turn(before, said + str(renderer.tokenizer.convert_ids_to_tokens(end)), "", ended=True)
+        return _Turn(before, said, ended=False)
+    return _Turn(before, said + str(renderer.tokenizer.convert_ids_to_tokens(end)), ended=True)

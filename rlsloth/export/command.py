@@ -14,9 +14,9 @@ from rlsloth.config import ModelConfig
 from rlsloth.config.export import ExportConfig
 from rlsloth.export.adapter import write_adapter
 from rlsloth.export.card import Card, write_card
-from rlsloth.export.check import check_merged, sample_ids, score
+from rlsloth.export.check import USUAL, check_merged, sample_ids, score
 from rlsloth.export.merged import DTYPES, checksums, merge
-from rlsloth.export.source import Source, find_source
+from rlsloth.export.source import Source, find_source, prompting
 from rlsloth.export.tokenizer import export_tokenizer
 from rlsloth.export.writing import check_out, whole_folder
 from rlsloth.policy.identity import write_identity
@@ -110,8 +110,16 @@ def write_merged(cfg: ExportConfig, source: Source, folder: Path) -> str:
         f"Whole weights in {cfg.dtype}: the adapter was merged in float32 onto the {onto} weights "
         f"of the base. All {found.tensors} tensors read back as they were written; over "
         f"{found.tokens} tokens the mean |difference of log-probs| to base and adapter is "
-        f"{found.gap:.2g} nats."
+        f"{found.gap:.2g} nats{_hint(found.gap, cfg.dtype)}."
     )
+
+
+def _hint(gap: float, dtype: str) -> str:
+    """What to do where 16 bits cost more than they mostly do."""
+    if gap <= USUAL:
+        return ""
+    more = "; --dtype f16 keeps three more bits of each weight" if dtype == "bf16" else ""
+    return f", more than the {USUAL:g} that rounding mostly costs{more}"
 
 
 def _held_in(base: ModelConfig, dtype: torch.dtype) -> str:
@@ -188,7 +196,7 @@ def _file(name: str, kind: str) -> str:
 def _write_modelfile(source: Source, whole: Path, folder: Path, file: str) -> None:
     from rlsloth.export.ollama import modelfile
 
-    options = source.config.get("env", {}).get("chat_template_kwargs") or {}
+    options = prompting(source.config).get("chat_template_kwargs") or {}
     try:
         text = modelfile(whole, f"./{file}", options)
     except UserError as error:  # the GGUF files run without it

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,12 +93,20 @@ def _named_base(adapter: Path, run: Path | None, identity: Identity | None) -> d
         return {key: getattr(identity, key) for key in ("path", "revision", "precision")}
     if run is not None:
         model = _read_config(run)["model"]
-        return {key: model[key] for key in ("path", "revision", "precision")}
+        return {key: model.get(key) for key in ("path", "revision")} | {
+            "precision": model.get("precision", "auto")
+        }
     try:
         config = json.loads((adapter / PEFT_CONFIG).read_bytes())
     except ValueError as error:
         raise UserError(f"{adapter / PEFT_CONFIG} is damaged: {error}") from error
     return {"path": config.get("base_model_name_or_path"), "revision": config.get("revision")}
+
+
+def prompting(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a run's configuration the section that says how prompts were made: ``data`` where it
+    learnt given answers, else ``env``; empty without a run."""
+    return dict(config.get("data") or config.get("env") or {})
 
 
 def _read_config(run: Path) -> dict[str, Any]:

@@ -16,6 +16,8 @@ ADVICE = {
     "update": "lower --tokens-per-microbatch (the gradient stays the same) or "
     "--rollout.max-sequences (engine transformers keeps its key-value cache), pass "
     "--model.gradient-checkpointing true",
+    "examples": "lower --tokens-per-microbatch (the gradient stays the same) or --data.max-tokens, "
+    "pass --model.gradient-checkpointing true",
 }
 
 

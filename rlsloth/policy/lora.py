@@ -170,7 +170,10 @@ def load_adapter(model: Any, folder: Path, path: str, *, to_train: bool) -> Any:
     import peft
 
     if not (folder / "adapter_config.json").is_file():
-        raise UserError(f"--model.adapter {folder}: no adapter_config.json there")
+        inner = folder / "adapter"
+        there = (inner / "adapter_config.json").is_file()
+        hint = f"; did you mean {inner}?" if there else ""
+        raise UserError(f"--model.adapter {folder}: no adapter_config.json there{hint}")
     recorded, here = read_identity(folder), getattr(model, IDENTITY, None)
     if recorded is not None and here is not None:
         refuse_other_base(recorded, here.weights, folder, path)
