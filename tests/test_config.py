@@ -10,6 +10,9 @@ from pydantic import ConfigDict, Field
 
 from rlsloth.cli_config import read_config
 from rlsloth.config import GrpoConfig, Section
+from rlsloth.config.distill import DistillConfig
+from rlsloth.config.export import ExportConfig
+from rlsloth.config.supervised import DpoConfig, SftConfig
 from rlsloth.records import UserError
 
 
@@ -340,3 +343,22 @@ def test_every_config_loads_and_says_why(path: Path) -> None:
     config = read(str(path))
     assert config != GrpoConfig()
     assert path.read_text().startswith("# "), "begin with a comment: what it is for"
+
+
+R1 = Path(__file__).parents[1] / "configs" / "r1.yaml"
+COMMANDS: dict[str, type[Section]] = {
+    "sft": SftConfig, "grpo": GrpoConfig, "distill": DistillConfig, "dpo": DpoConfig,
+    "export": ExportConfig,
+}  # fmt: skip
+
+
+def test_commands_of_the_pipeline_are_understood() -> None:
+    """Every command that configs/r1.yaml documents, with the file itself."""
+    said = re.findall(r"rlsloth (\w+) ([^#\n]*)", R1.read_text())
+    assert {name for name, _ in said} == set(COMMANDS)
+    for name, words in said:
+        argv = [str(R1) if word == "configs/r1.yaml" else word for word in words.split()]
+        argv = ["--source", *argv] if name == "export" else argv
+        config = read_config(COMMANDS[name], argv)
+        if "configs/r1.yaml" in words:
+            assert config.model.path == "Qwen/Qwen2.5-1.5B-Instruct"
