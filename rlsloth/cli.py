@@ -7,7 +7,7 @@ import select
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import tyro
 
@@ -20,9 +20,11 @@ from rlsloth.config.supervised import (
     DpoConfig,
     KtoConfig,
     OrpoConfig,
+    Planned,
     PreferenceConfig,
     SftConfig,
     SimpoConfig,
+    SupervisedConfig,
 )
 from rlsloth.plugins import nearest
 from rlsloth.records import UserError
@@ -30,6 +32,14 @@ from rlsloth.run.folder import CONFIG, METRICS
 
 Parsed = TypeVar("Parsed")
 Training = TypeVar("Training", GrpoConfig, SftConfig, PreferenceConfig)
+GIVEN: dict[str, type[SupervisedConfig]] = {
+    "sft": SftConfig,
+    "dpo": DpoConfig,
+    "orpo": OrpoConfig,
+    "simpo": SimpoConfig,
+    "kto": KtoConfig,
+}
+"""Commands that train on given answers."""
 
 HELP = """\
 usage: rlsloth COMMAND [FILE.yaml ...] [--section.key VALUE ...]
@@ -310,8 +320,11 @@ def plan(argv: list[str]) -> int:
     about = (
         "Say what a training run needs of a GPU's memory, and whether it fits: from the model's "
         "configuration, without a GPU and without weights.\n\nThe options are those of training, "
-        "--memory-gb, --longest-prompt, and --json to print JSON instead of a table."
+        "--memory-gb, --longest-prompt, and --json to print JSON instead of a table. `rlsloth plan "
+        "sft` and the like plan training on given answers."
     )
+    if argv and argv[0] in GIVEN:
+        return _plan_given(argv[0], argv[1:])
     _refuse_examples_config(argv, "plan")
     as_json = "--json" in argv
     config = read_config(
@@ -320,6 +333,22 @@ def plan(argv: list[str]) -> int:
     from rlsloth.planning import run_plan
 
     return run_plan(config, as_json)
+
+
+def _plan_given(name: str, argv: list[str]) -> int:
+    """Of a run on given answers."""
+    about = (
+        f"Say what `rlsloth {name}` needs of a GPU's memory, and whether it fits: from the model's "
+        "configuration and the data, without a GPU and without weights.\n\nThe options are those "
+        "of training, --memory-gb, and --json to print JSON instead of a table."
+    )
+    kind: type[Any] = type("Plan", (Planned, GIVEN[name]), {"__module__": __name__})
+    words = [word for word in argv if word != "--json"]
+    config = read_config(kind, words, f"rlsloth plan {name}", about)
+    from rlsloth.dataset.preference import reader
+    from rlsloth.planning_given import run_given_plan
+
+    return run_given_plan(config, reader(config), config.memory_gb, "--json" in argv)
 
 
 def doctor(argv: list[str]) -> int:

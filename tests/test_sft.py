@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from supervised_parts import SFT, command, evaluations, make_folder, steps, write_rows
+from supervised_parts import PAIRS, SFT, command, evaluations, make_folder, steps, write_rows
 from tiny import tiny_llama
 
 from rlsloth import cli, sft
@@ -201,6 +201,23 @@ def test_all_answers_to_a_held_out_question_are_held_out() -> None:
     found = load_examples(cfg, sft_examples)
     assert (len(found.train), len(found.heldout)) == (28, 12)
     assert not {e.question for e in found.train} & {e.question for e in found.heldout}
+
+
+@pytest.mark.parametrize(("kind", "longest"), [("sft", 54), ("dpo", 79)])
+def test_plan_of_given_answers(kind: str, longest: int, capsys: pytest.CaptureFixture[str]) -> None:
+    """The longest example is measured in what a micro-batch holds of it: a pair's prompt once."""
+    write_rows(Path("p.jsonl"), PAIRS)
+    data = ["c.yaml", "--data.train", f"{'d' if kind == 'sft' else 'p'}.jsonl"]
+    plan = ["plan", kind, *data, "--model.precision", "bf16"]
+    assert cli.main([*plan, "--memory-gb", "2", "--json"]) == 0
+    row = json.loads(capsys.readouterr().out)
+    assert row["longest_example"] == longest
+    assert row["tokens_per_microbatch"] == 150
+    assert row["total"] == 2 * 2**30
+    assert row["peak"] == row["total"] - row["left"] > 0
+    assert cli.main([*plan, "--memory-gb", "0.5"]) == 1
+    assert "does not fit" in capsys.readouterr().out
+    assert not Path("run").exists()
 
 
 def test_report_shows_the_losses() -> None:

@@ -152,6 +152,13 @@ class SupervisedConfig(Section):
         )
 
 
+class Planned(Section):
+    """What a memory plan is made for, beside a run's configuration."""
+
+    memory_gb: float | None = Field(None, gt=0, le=65536)
+    """GPU memory in GiB; default: that of this machine's GPU."""
+
+
 class SftConfig(SupervisedConfig):
     """Supervised fine-tuning: the likelihood of given answers."""
 

@@ -9,15 +9,29 @@ from dataclasses import replace
 from typing import Any
 
 from rlsloth.chat import Renderer
-from rlsloth.config.supervised import KtoDataConfig, PreferenceDataConfig
+from rlsloth.config.supervised import (
+    KtoConfig,
+    KtoDataConfig,
+    PreferenceDataConfig,
+    SftConfig,
+    SupervisedConfig,
+)
 from rlsloth.data import check_text, make_prompts, question_text
 from rlsloth.dataset.example import Example, make_example
-from rlsloth.dataset.sft import completed, completion_column, read_turns
+from rlsloth.dataset.load import Reader
+from rlsloth.dataset.sft import completed, completion_column, read_turns, sft_examples
 from rlsloth.dataset.turns import Answer
 from rlsloth.records import Prompt, UserError
 from rlsloth.rows import Row
 
 SIDES = ("chosen", "rejected")
+
+
+def reader(cfg: SupervisedConfig) -> Reader:
+    """What reads the rows of a loop's data."""
+    if isinstance(cfg, SftConfig):
+        return sft_examples
+    return labelled_examples if isinstance(cfg, KtoConfig) else pair_examples
 
 
 def pair_examples(
