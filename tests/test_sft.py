@@ -203,7 +203,7 @@ def test_all_answers_to_a_held_out_question_are_held_out() -> None:
     assert not {e.question for e in found.train} & {e.question for e in found.heldout}
 
 
-@pytest.mark.parametrize(("kind", "longest"), [("sft", 54), ("dpo", 79)])
+@pytest.mark.parametrize(("kind", "longest"), [("sft", 31), ("dpo", 44)])
 def test_plan_of_given_answers(kind: str, longest: int, capsys: pytest.CaptureFixture[str]) -> None:
     """The longest example is measured in what a micro-batch holds of it: a pair's prompt once."""
     write_rows(Path("p.jsonl"), PAIRS)
