@@ -15,6 +15,7 @@ from supervised_parts import (
     command,
     evaluations,
     make_folder,
+    metrics,
     steps,
     write_rows,
 )
@@ -36,6 +37,8 @@ from rlsloth.dataset.example import Example
 from rlsloth.dataset.load import load_examples
 from rlsloth.dataset.preference import labelled_examples, pair_examples
 from rlsloth.policy.policy import Policy
+from rlsloth.run.report import merged_rows
+from rlsloth.run.report_charts import chart_sections
 
 MODEL = ModelConfig(path="model")
 KINDS: dict[str, PreferenceConfig] = {
@@ -245,6 +248,17 @@ def test_bad_row_is_one_line(
     assert said in error
     assert error.count("\n") == 1
     assert not Path("run").exists()
+
+
+def test_report_of_a_run_on_pairs() -> None:
+    assert command("dpo", "p", "--eval.every", "2") == 0
+    sections = dict(chart_sections(merged_rows(metrics("run"))))
+    charts = {chart.title: chart for drawn in sections.values() for chart in drawn}
+    assert {"Margin", "Chosen preferred", "Implicit rewards", "Log-probs"} <= set(charts)
+    assert [line.name for line in charts["Implicit rewards"].lines] == ["chosen", "rejected"]
+    assert charts["Rewards: accuracies"].percent
+    (held_out,) = (c for c in sections["Held-out questions"] if c.title == "Loss")
+    assert not held_out.percent  # 0.69 is no share
 
 
 def test_dropout_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

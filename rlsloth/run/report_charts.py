@@ -11,6 +11,8 @@ from rlsloth.run.charts import Chart, Line
 from rlsloth.run.metrics import is_number
 
 Rows = list[dict[str, Any]]
+_NO_SHARES = ("loss", "rewards/", "logps/", "log_odds", "kl")
+"""Evaluated figures with these in their names may lie between 0 and 1 without being shares."""
 
 
 def values_of(rows: Rows, key: str) -> list[float]:
@@ -182,10 +184,11 @@ def _eval_charts(rows: Rows) -> list[Chart]:
         if not known:
             continue
         low, high = _bound(known, f"{key}_low"), _bound(known, f"{key}_high")
-        title = key.removeprefix("eval_").replace("_", " ")
+        title = key.removeprefix("eval_").replace("_", " ").replace("/", ": ")
         line = Line(title, [(row["step"], row[key]) for row in known], low, high)
         # Shares and accuracies, which is most of what is evaluated, read best in per cent.
-        percent = all(0 <= row[key] <= 1 for row in known)
+        is_share = not any(word in key for word in _NO_SHARES) or key.endswith("accuracies")
+        percent = is_share and all(0 <= row[key] <= 1 for row in known)
         note = "95 % interval" if low and high else ""
         charts.append(Chart(title[:1].upper() + title[1:], [line], note, "interval", percent))
     return charts
