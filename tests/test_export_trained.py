@@ -1,4 +1,4 @@
-"""On a CUDA GPU in bf16: a warm start's exported adapter in plain PEFT and in a stock vLLM."""
+"""In bf16, on a GPU or a CPU: a warm start's exported adapter in plain PEFT and in a stock vLLM."""
 
 from __future__ import annotations
 
@@ -20,10 +20,8 @@ from rlsloth.packing import to_device
 from rlsloth.policy.policy import Policy
 from rlsloth.sft import pack_examples
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
-]
+pytestmark = [pytest.mark.gpu, pytest.mark.vllm, pytest.mark.slow]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SUMS = [
     {"question": f"What is {a} plus {b}?", "answer": f"{a} plus {b} makes {a + b}, as {b} + {a}."}
     for a in range(2, 90, 7)
@@ -42,14 +40,16 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, list[
     base = unpack_smollm2(folder / "base")
     (folder / "d.jsonl").write_text("\n".join(map(json.dumps, SUMS)))
     data = ["--model.path", str(base), "--data.train", str(folder / "d.jsonl")]
-    run = ["sft", *data, "--steps", "60", "--run.dir", str(folder / "run")]
-    assert cli.main(run) == 0
+    data += ["--model.precision", "bf16", "--samples-per-step", "8"]
+    data += ["--model.gradient-checkpointing", "false", "--data.heldout", "24"]
+    data += ["--eval.at-start", "false", "--steps", "24"]
+    assert cli.main(["sft", *data, "--run.dir", str(folder / "run")]) == 0
     assert cli.main(["export", str(folder / "run"), "--out", str(folder / "adapter")]) == 0
     cfg = SftConfig(
-        model=ModelConfig(path=str(base), adapter=folder / "run" / "adapter"),
-        data=SftDataConfig(train=str(folder / "d.jsonl")),
+        model=ModelConfig(path=str(base), precision="bf16", adapter=folder / "run" / "adapter"),
+        data=SftDataConfig(train=str(folder / "d.jsonl"), heldout=24),
     )
-    examples = load_examples(cfg, sft_examples).heldout[:24]
+    examples = load_examples(cfg, sft_examples).heldout
     policy = Policy.load(cfg.model, cfg.lora, cfg.optim, temperature=1.0, total_updates=1)
     micro = to_device(pack_examples(examples, 10**6).microbatches[0], policy.device)
     order = [group for group, _ in micro.source]
@@ -74,12 +74,12 @@ def test_plain_peft(trained: tuple[Path, Path, list[Any], list[Any]]) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).cuda()
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).to(DEVICE)
     model = PeftModel.from_pretrained(model, str(adapter)).eval()
     got = []
     with torch.no_grad():
         for example in examples:
-            tokens = torch.tensor([whole(example)]).cuda()
+            tokens = torch.tensor([whole(example)]).to(DEVICE)
             logprobs = model(input_ids=tokens).logits[0, :-1].float().log_softmax(-1)
             scored = logprobs.gather(-1, tokens[0, 1:, None])[:, 0]
             got.append(scored[len(example.prompt_ids) - 1 :])
@@ -92,6 +92,8 @@ def test_stock_vllm(
 ) -> None:
     base, adapter, examples, want = trained
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    memory = {"gpu_memory_utilization": 0.3} if DEVICE == "cuda" else {}
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 
@@ -101,7 +103,7 @@ def test_stock_vllm(
         max_model_len=512,
         enable_lora=True,
         max_lora_rank=16,
-        gpu_memory_utilization=0.3,
+        **memory,
         enforce_eager=True,
         enable_prefix_caching=False,
     )
