@@ -18,13 +18,13 @@ from rlsloth.config import GrpoConfig
 from rlsloth.config.distill import DistillConfig
 from rlsloth.environment import Environment, load_environment
 from rlsloth.records import Prompt, UserError
-from rlsloth.run.folder import CONFIG, METRICS
+from rlsloth.run.folder import CONFIG, METRICS, SUMMARY
 from rlsloth.run.metrics import count_tokens, rollout_metrics
 from rlsloth.run.run import Run
 from rlsloth.scoring.report import ScoringReport
 from rlsloth.scoring.scorer import Scorer
 from rlsloth.traces.card import write_card
-from rlsloth.traces.dataset import write_dataset
+from rlsloth.traces.dataset import dataset_hash, write_dataset
 from rlsloth.traces.folder import STUDENT, TEACHER, open_out, teacher_resumes, write_config
 from rlsloth.traces.raw import Answered, RawFile, make_problem
 from rlsloth.traces.selection import Selection
@@ -72,15 +72,16 @@ def distill(cfg: DistillConfig) -> Path:
             if raw.path.exists():
                 print(f"to go on: rlsloth distill {out / CONFIG} --resume", file=sys.stderr)
             raise
-    write_config(out, cfg)
+    before = dataset_hash(out, cfg)
     path, selection = write_dataset(out, cfg)
+    write_config(out, cfg)  # only now: it says how what lies there was made
     write_card(out, cfg, selection, shared)
     print(
         f"{path}: {selection.kept} traces of {selection.kept_problems} problems, of "
         f"{selection.verified} verified among {selection.samples}"
     )
     if cfg.train_student:
-        _train_student(cfg, out, path)
+        _train_student(cfg, out, path, same=dataset_hash(out, cfg) == before)
     return path
 
 
@@ -89,11 +90,13 @@ def _replay(
     prompts: Sequence[Prompt],
     selection: Selection,
     teacher: dict[str, Any] | None = None,
+    source: dict[str, Any] | None = None,
 ) -> int:
     """Count what an earlier start has sampled; returns the number of problems.
 
     Raises:
-        UserError: the data or, where it is given, the ``teacher`` is another than before.
+        UserError: the data or, where they are given, the ``teacher`` or the ``source`` is another
+            than before.
     """
     done = 0
     for problem in raw.read():
@@ -106,6 +109,11 @@ def _replay(
         if teacher is not None and problem.teacher != teacher:
             raise UserError(
                 f"{line} was written by another teacher (its weights differ): start another "
+                "distillation with another --out"
+            )
+        if source is not None and problem.source != source:
+            raise UserError(
+                f"{line} is of other data or rewards (a file has changed): start another "
                 "distillation with another --out"
             )
         selection.choose(problem)
@@ -121,8 +129,8 @@ def _sample(cfg: DistillConfig, out: Path, raw: RawFile, prompts: Sequence[Promp
         run, names = teacher.run, teacher.scorer.names
         selection = Selection(cfg.traces, cfg.seed)
         raw.cut_torn()  # only now: the log's lock keeps others away
-        done = _replay(raw, prompts, selection, teacher.about)
-        source = describe_source(teacher.env, cfg.env)
+        source = describe_source(teacher.env, cfg.env, cfg.rewards)
+        done = _replay(raw, prompts, selection, teacher.about, source)
         history = run.history()
         if teacher.grpo.run.resume:
             run.truncate_after(len(history))
@@ -173,18 +181,31 @@ def _warn_failures(run: Run, report: ScoringReport) -> None:
             run.warn(f"reward {reward.name} failed on {count} ({kind}){first}")
 
 
-def _train_student(cfg: DistillConfig, out: Path, path: Path) -> Path:
-    """As ``rlsloth sft`` would, on the data set; returns the run folder."""
+def _train_student(cfg: DistillConfig, out: Path, path: Path, *, same: bool) -> None:
+    """As ``rlsloth sft`` would, on the data set; ``same``: it is what it was before this start.
+
+    Raises:
+        UserError: bad input, or the folder holds a student of another data set.
+    """
     from rlsloth.sft import train
 
-    gc.collect()  # the teacher's memory is the student's now
-    if "torch" in sys.modules:
-        sys.modules["torch"].cuda.empty_cache()
     student = cfg.student
     run = student.run
     if run.dir is None:
         folder = out / STUDENT
         begun = (folder / METRICS).exists()
+        if begun and not same:
+            raise UserError(
+                f"{folder} learnt another data set: pass --student.run.dir for another student"
+            )
+        if (folder / SUMMARY).exists():
+            print(f"{folder}: the student is trained already")
+            return
         run = run.model_copy(update={"dir": folder, "resume": begun})
-    data = student.data.model_copy(update={"train": str(path)})
-    return train(student.model_copy(update={"data": data, "run": run}))
+    gc.collect()  # the teacher's memory is the student's now
+    if "torch" in sys.modules:
+        sys.modules["torch"].cuda.empty_cache()
+    data = student.data.model_copy(update={"train": str(path.resolve())})
+    if data.system_prompt is None:  # what the rows hold anyway; `rlsloth chat` then knows it
+        data = data.model_copy(update={"system_prompt": cfg.env.system_prompt})
+    train(student.model_copy(update={"data": data, "run": run}))

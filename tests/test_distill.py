@@ -24,6 +24,7 @@ from rlsloth.config.distill import DistillConfig
 from rlsloth.config.supervised import SftConfig, SftDataConfig
 from rlsloth.data import make_prompts
 from rlsloth.dataset.sft import sft_examples
+from rlsloth.export.source import find_source
 from rlsloth.policy.identity import hash_weights
 from rlsloth.records import Completion, SamplingParams, UserError
 from rlsloth.rows import load_rows
@@ -384,8 +385,15 @@ def test_a_student_trains_on_the_data_set(
     folder = workplace / "taught" / "student"
     assert (folder / "adapter" / "adapter_model.safetensors").is_file()
     saved = SftConfig.model_validate(yaml.safe_load((folder / "config.yaml").read_text()))
-    assert saved.data.train == str(path)
+    assert Path(saved.data.train) == path.resolve()
     assert f"{len(load_rows(str(path))) - 1} examples, 1 held out" in capsys.readouterr().out
+
+    distill("taught", *flags, "--resume")
+    assert "taught/student: the student is trained already" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"taught/student learnt another data set: pass --student"):
+        distill("taught", *flags, "--resume", "--traces.keep", "1")
+    with pytest.raises(UserError, match="taught is a distillation; did you mean taught/student"):
+        find_source("taught")
 
 
 def test_resume_needs_something_to_resume(distill: Distill, workplace: Path) -> None:

@@ -49,6 +49,8 @@ class Server(ThreadingHTTPServer):
         """Whether it heeds them."""
         self.replies: dict[str, Any] = {}
         """Put over the usual reply."""
+        self.page: bytes | None = None
+        """Sent in place of any reply."""
 
     @property
     def url(self) -> str:
@@ -86,7 +88,7 @@ class Handler(BaseHTTPRequestHandler):
         wanted = self.server.key and f"Bearer {self.server.key}"
         if wanted and self.headers["Authorization"] != wanted:
             status, body = 401, {"error": {"message": f"wrong key {self.headers['Authorization']}"}}
-        data = json.dumps(body).encode()
+        data = self.server.page or json.dumps(body).encode()
         self.send_response(status)
         if status == 302:
             self.send_header("Location", f"{self.server.url}/elsewhere")
@@ -277,6 +279,10 @@ def test_a_request_that_is_refused_is_not_repeated(server: Server, status: int, 
         ({"choices": []}, "without what a chat completion has"),
         ({"usage": None}, "without what a chat completion has"),
         ({"choices": [{"message": {"content": [1]}}]}, "content that is no text"),
+        ({"choices": [{"message": {"reasoning": {"a": 1}}}]}, "content that is no text"),
+        ({"usage": {"completion_tokens": 1e999}}, "completion_tokens inf, which counts no answer"),
+        ({"usage": {"completion_tokens": 10**9}}, "completion_tokens 1000000000, which counts"),
+        ({"usage": {"completion_tokens": -1}}, "completion_tokens -1, which counts no answer"),
     ],
 )
 def test_what_is_no_chat_completion_is_one_line(
@@ -285,6 +291,67 @@ def test_what_is_no_chat_completion_is_one_line(
     server.replies = reply
     with pytest.raises(UserError, match=words):
         run(server)
+
+
+@pytest.mark.parametrize(
+    "page", [b"<html>Welcome</html>", b"data: {}\n\n", b"\x1f\x8b\xff", b"[1]", b"[" * 10**5]
+)
+def test_a_web_page_is_one_line(server: Server, page: bytes) -> None:
+    """What a wrong URL mostly leads to."""
+    server.page = page
+    with pytest.raises(UserError, match=r"no(t a)? JSON object: .*its end is often /v1") as caught:
+        run(server)
+    assert "\n" not in str(caught.value)
+    assert not Path("out").exists()
+
+
+def test_half_of_a_surrogate_pair_spoils_no_file(server: Server) -> None:
+    message = {"role": "assistant", "content": "sum \ud800 is"}
+    server.replies = {"choices": [{"message": message, "finish_reason": "stop"}]}
+    path = run(server, "--traces.correct-at", "0")
+    assert all("sum \ufffd is" in r["completion"][0]["content"] for r in load_rows(str(path)))
+
+
+@pytest.mark.parametrize("key", ["sk-abc\nx", "sk\u20ac", "sk abc"])
+def test_what_is_no_key_is_not_shown(
+    server: Server, key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MY_KEY", key)
+    with pytest.raises(UserError, match=r"MY_KEY .* holds what is no key") as caught:
+        run(server, "--endpoint.key-variable", "MY_KEY")
+    assert "sk" not in str(caught.value)
+
+
+def test_further_fields_are_sent_and_told(server: Server) -> None:
+    path = run(server, "--endpoint.params", "reasoning_effort", "high")
+    assert {body["reasoning_effort"] for body in server.asked} == {"high"}
+    rows = load_rows(str(path))
+    told = {row["provenance"]["teacher"]["params"] for row in rows}
+    assert told == {'{"reasoning_effort": "high"}'}
+    with pytest.raises(UserError, match=r"endpoint.params cannot set model, temperature"):
+        run(server, "--endpoint.params", "temperature", "0.2", "model", "x")
+
+
+def test_changed_data_and_rewards_are_refused_on_resume(server: Server) -> None:
+    few = ("--traces.problems", "3")
+    run(server, *few)
+    more = ("--traces.problems", "6", "--resume")
+    for name in ("reward.py", "data.jsonl"):
+        text = Path(name).read_text()
+        Path(name).write_text(text + ("# other\n" if name == "reward.py" else "\n"))
+        with pytest.raises(UserError, match=r"line 1 is of other data or rewards \(a file has ch"):
+            run(server, *more)
+        Path(name).write_text(text)
+    run(server, *more)
+
+
+def test_a_choice_that_fails_leaves_the_data_set_and_its_configuration(server: Server) -> None:
+    run(server)
+    saved = Path("out/config.yaml").read_text()
+    with pytest.raises(UserError, match="was kept"):
+        run(server, "--resume", "--traces.min-tokens", "1000", "--traces.max-tokens", "2000")
+    assert Path("out/config.yaml").read_text() == saved
+    assert Path("out/train.jsonl").exists()
 
 
 def test_tools_need_a_local_teacher(server: Server) -> None:

@@ -20,6 +20,12 @@ from rlsloth.config.parts import (
 from rlsloth.config.section import Folder, Params, Section, Text
 from rlsloth.config.supervised import SftConfig
 
+TAKEN_PARAMS = {
+    "model", "messages", "temperature", "top_p", "top_k", "min_p", "stop", "seed", "max_tokens",
+    "max_completion_tokens", "chat_template_kwargs", "stream", "n",
+}  # fmt: skip
+"""Fields of a request that are set elsewhere."""
+
 
 class EndpointConfig(Section):
     """A teacher behind an OpenAI-compatible API; needs url and model."""
@@ -34,19 +40,22 @@ class EndpointConfig(Section):
     parallel: int = Field(16, ge=1, le=1024)
     """Requests at the same time; each asks for one sample."""
     timeout: float = Field(600.0, gt=0)
-    """Seconds that one answer may take."""
+    """Seconds without a byte after which an answer is given up."""
     retries: int = Field(6, ge=0)
     """Further tries after a broken connection, 429 or 5xx, each after twice the wait."""
     limit_name: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
     """What the server calls the longest completion; OpenAI's reasoning models take the second."""
     params: Params = {}
-    """Further fields of a request, e.g. {reasoning_effort: high}."""
+    """Further fields of a request, e.g. {reasoning_effort: high}; none that has an option of its
+    own."""
 
     @field_validator("url")
     @classmethod
     def _is_base(cls, value: str | None) -> str | None:
         if value is None:
             return None
+        if not value.isascii():
+            raise ValueError("must be ASCII: write other characters as %XX")
         parts = urlsplit(value)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError("must begin with http:// or https:// and a host")
@@ -59,6 +68,11 @@ class EndpointConfig(Section):
 
     @model_validator(mode="after")
     def _complete(self) -> EndpointConfig:
+        if taken := sorted(TAKEN_PARAMS & set(self.params)):
+            raise ValueError(
+                f"endpoint.params cannot set {', '.join(taken)}: use the options of rollout and "
+                "endpoint, which provenance tells; answers are never streamed"
+            )
         if self.url is not None and self.model is None:
             raise ValueError("endpoint.url needs endpoint.model, the model's name on the server")
         if self.url is None and self.model is not None:

@@ -92,7 +92,7 @@ class SupervisedConfig(Section):
     steps: int = Field(0, ge=0)
     """Optimizer updates; 0: as many as epochs need."""
     epochs: float | None = Field(None, gt=0)
-    """Passes over the data. Default: 1, or what steps take."""
+    """Passes over the data, in place of steps; 1 where neither is given."""
     samples_per_step: int = Field(16, ge=1)
     """Examples an update is made from."""
     tokens_per_microbatch: int | None = Field(None, ge=1)
@@ -119,7 +119,10 @@ class SupervisedConfig(Section):
     @model_validator(mode="after")
     def _generates(self) -> SupervisedConfig:
         if self.steps and self.epochs is not None:
-            raise ValueError("steps and epochs both say how long to train: leave out one of them")
+            raise ValueError(
+                "steps and epochs both say how long to train: leave out one of them (steps 0 takes "
+                "a file's away)"
+            )
         if not self.eval.generate:
             for name in ("rewards", "env", "rollout", "reward"):
                 if getattr(self, name) != type(self).model_fields[name].default:

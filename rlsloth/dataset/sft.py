@@ -118,7 +118,7 @@ def continued(renderer: Renderer, prompt: str, completion: str) -> Answer:
     """Plain text after plain text, and an end token."""
     prompt_ids = renderer.ids(prompt, begins=True)
     token_ids = renderer.next_ids(prompt, prompt_ids, completion)
-    if token_ids[-1] not in renderer.stop_ids:
+    if not token_ids or token_ids[-1] not in renderer.stop_ids:
         token_ids = [*token_ids, end_id(renderer)]
     return Answer(prompt_ids, token_ids, [True] * len(token_ids))
 

@@ -58,6 +58,8 @@ def find_source(
     """
     folder = Path(path).expanduser()
     run, adapter = None, None
+    if (folder / "student" / CONFIG).is_file():
+        raise UserError(f"{folder} is a distillation; did you mean {folder / 'student'}?")
     if (folder / CONFIG).is_file():
         run, adapter = folder, folder / ADAPTER
         if not (adapter / PEFT_CONFIG).is_file():
@@ -104,9 +106,10 @@ def _named_base(adapter: Path, run: Path | None, identity: Identity | None) -> d
 
 
 def prompting(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Of a run's configuration the section that says how prompts were made: ``data`` where it
-    learnt given answers, else ``env``; empty without a run."""
-    return dict(config.get("data") or config.get("env") or {})
+    """How a run's configuration says that prompts are made: by ``data`` where it learnt given
+    answers and that says so, else by ``env``; empty without a run."""
+    env, data = config.get("env") or {}, config.get("data") or {}
+    return {**env, **{key: value for key, value in data.items() if value not in (None, {})}}
 
 
 def _read_config(run: Path) -> dict[str, Any]:

@@ -68,7 +68,7 @@ class ChatApi:
         try:
             listed = self._send("/models", None).get("data")
         except _StatusError as refused:
-            if refused.status == 401:
+            if refused.status in (200, 401):
                 raise self._error(refused) from None
             return
         except (OSError, http.client.HTTPException) as error:
@@ -114,10 +114,11 @@ class ChatApi:
                 raise _StatusError(error.code, _words(error.read()), _wait(error.headers)) from None
         try:
             answer = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             answer = None
         if not isinstance(answer, dict):
-            raise _StatusError(200, f"something that is not JSON: {_short(text.decode('replace'))}")
+            shown = _short(text.decode(errors="replace"))
+            raise _StatusError(200, f"something that is not a JSON object: {shown}")
         if "error" in answer and "choices" not in answer:  # some proxies say 200 to everything
             code = answer["error"].get("code") if isinstance(answer["error"], dict) else None
             raise _StatusError(code if isinstance(code, int) else 200, _words(text))
@@ -131,6 +132,8 @@ class ChatApi:
             variable = self._cfg.key_variable
             named = f"the key in {variable}" if variable else "a request without a key"
             advice = f"it refuses {named}: see --endpoint.key-variable"
+        elif refused.status == 200:
+            advice = "is --endpoint.url the base of an API (its end is often /v1), without streams?"
         elif refused.status == 404:
             name = str(self._cfg.model)
             near = "" if name in self._models else nearest(name, self._models)
@@ -159,6 +162,11 @@ def _key(variable: str | None) -> str | None:
         raise UserError(
             f"the environment variable {variable} (--endpoint.key-variable) is not set: put the "
             "API key into it"
+        )
+    if not (key.isascii() and key.isprintable()) or " " in key:
+        raise UserError(
+            f"the environment variable {variable} (--endpoint.key-variable) holds what is no key: "
+            "a space, a line break or a character beyond ASCII"
         )
     return key
 

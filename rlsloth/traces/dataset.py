@@ -16,6 +16,7 @@ from rlsloth.records import Message, UserError
 from rlsloth.rows import Row
 from rlsloth.traces.raw import Problem, RawFile, Sample
 from rlsloth.traces.selection import Selection, pass_rate, refuse_nothing
+from rlsloth.traces.source import sha256
 
 TAKEN = (
     "prompt",
@@ -51,6 +52,12 @@ def write_dataset(out: Path, cfg: DistillConfig) -> tuple[Path, Selection]:
     other = "jsonl" if cfg.format == "parquet" else "parquet"
     (out / f"train.{other}").unlink(missing_ok=True)  # of an earlier choice
     return path, selection
+
+
+def dataset_hash(out: Path, cfg: DistillConfig) -> str | None:
+    """SHA-256 of the data set as it lies there; None where there is none."""
+    path = out / f"train.{cfg.format}"
+    return sha256(path) if path.exists() else None
 
 
 def _rows(out: Path, cfg: DistillConfig, selection: Selection) -> Iterator[Row]:
@@ -129,7 +136,7 @@ def _replacing(path: Path) -> Iterator[Path]:
 
 
 def _write_jsonl(path: Path, rows: Iterable[Row]) -> None:
-    with open(path, "w", encoding="utf-8") as file:
+    with open(path, "w", encoding="utf-8", errors="replace") as file:
         for row in rows:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 

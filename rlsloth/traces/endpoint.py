@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -21,6 +22,9 @@ from rlsloth.traces.raw import Answered
 UNKNOWN_TOKEN = -1
 """Stands for each token of an answer: a server tells their number only."""
 _CUT = ("length", "content_filter")
+
+MOST_TOKENS = 10**7
+"""Of one answer; a server that says more miscounts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +75,7 @@ class EndpointTeacher:
             "adapter_sha256": None,
             "run": None,
             "endpoint": cfg.endpoint.url,
+            "params": json.dumps(cfg.endpoint.params) if cfg.endpoint.params else None,
         }
 
     def answer(self, prompts: Sequence[Prompt], at: int, *, step: int) -> list[Answered]:
@@ -149,20 +154,31 @@ class EndpointTeacher:
             choice = reply["choices"][0]
             message = choice["message"]
             content = message.get("content") or ""
-            tokens = int(reply["usage"]["completion_tokens"])
+            tokens = reply["usage"]["completion_tokens"]
         except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
             raise UserError(
                 f"{self._cfg.endpoint.url} answers without what a chat completion has "
                 f"(choices with a message, usage.completion_tokens): {type(error).__name__} {error}"
             ) from None
-        if not isinstance(content, str):
-            raise UserError(f"{self._cfg.endpoint.url} answers with content that is no text")
         # DeepSeek and vLLM's --reasoning-parser; others call it reasoning.
-        thought = message.get("reasoning_content") or message.get("reasoning")
+        thought = message.get("reasoning_content") or message.get("reasoning") or ""
+        if not isinstance(content, str) or not isinstance(thought, str):
+            raise UserError(f"{self._cfg.endpoint.url} answers with content that is no text")
+        if not isinstance(tokens, int) or not 0 <= tokens <= MOST_TOKENS:
+            raise UserError(
+                f"{self._cfg.endpoint.url} says usage.completion_tokens {str(tokens)[:40]}, which "
+                "counts no answer"
+            )
+        content, thought = _as_text(content), _as_text(thought)
         if thought:
             content = f"<think>\n{thought.strip()}\n</think>\n\n{content.lstrip()}"
         finish = str(choice.get("finish_reason") or "stop")
         return _Reply(content, tokens, finish, reply.get("model"), seed)
+
+
+def _as_text(text: str) -> str:
+    """Without halves of surrogate pairs, which JSON can hold and no file can."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _refuse_others(env: Environment) -> None:

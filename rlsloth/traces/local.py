@@ -72,4 +72,5 @@ def _about(model: ModelConfig, run: Path | None, identity: Identity | None) -> d
         "adapter_sha256": sha256(weights) if weights and weights.is_file() else None,
         "run": str(run) if run else None,
         "endpoint": None,
+        "params": None,
     }

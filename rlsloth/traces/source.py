@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,11 @@ def chosen_prompts(env: Environment, cfg: DistillConfig) -> tuple[list[Prompt], 
     return prompts[: cfg.traces.problems], shared
 
 
-def describe_source(env: Environment, cfg: EnvConfig) -> dict[str, Any]:
-    """Environment, its parameters as JSON, and the data set where it reads one: a file with its
-    SHA-256, else a folder or hub id with the split."""
+def describe_source(env: Environment, cfg: EnvConfig, rewards: Sequence[str]) -> dict[str, Any]:
+    """Environment, its parameters as JSON, the data set where it reads one (a file with its
+    SHA-256, else a folder or hub id with the split), and the SHA-256 of rewards that are files."""
+    places = {spec: Path(spec.partition(":")[0]).expanduser() for spec in rewards}
+    files = {spec: sha256(file) for spec, file in places.items() if file.is_file()}
     built_in = cfg.name.partition(":")[0] in builtin_names(PACKAGE)
     reads = cfg.name == "dataset" or (isinstance(env, ToolEnvironment) and not built_in)
     file = Path(cfg.train).expanduser()
@@ -38,6 +41,10 @@ def describe_source(env: Environment, cfg: EnvConfig) -> dict[str, Any]:
     return {
         "environment": cfg.name,
         "params": json.dumps(cfg.params) if cfg.params else None,
+        "chat_template_kwargs": (
+            json.dumps(cfg.chat_template_kwargs) if cfg.chat_template_kwargs else None
+        ),
+        "reward_files": json.dumps(files) if files else None,
         "dataset": cfg.train if reads else None,
         "split": cfg.train_split if reads and not is_file else None,
         "dataset_sha256": sha256(file) if is_file else None,
