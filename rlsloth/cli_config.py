@@ -19,6 +19,8 @@ from rlsloth.records import UserError
 from rlsloth.run.folder import CONFIG, METRICS
 
 Config = TypeVar("Config", bound=Section)
+TRACES = "raw.jsonl"
+"""rlsloth.traces.raw.FILE: it lies beside the configuration of a distillation."""
 KeyPath = tuple[str, ...]
 Origins = dict[KeyPath, str]
 """Where each value was given: a file's name, or the flag as typed."""
@@ -35,8 +37,9 @@ def read_config(
     Files (``*.yaml``, anywhere) merge deeply from left to right. Flags come after all files:
     ``--section.key value`` or ``--section.key=value``. Lists take several values
     (``--rewards a b``). ``--env.params min_terms 2 max_terms 2`` sets the whole mapping, and
-    ``--env.params.min_terms 2`` one key of it. The config.yaml of a run means the folder it lies
-    in, wherever that was moved. ``about`` heads the help; default: the model's docstring.
+    ``--env.params.min_terms 2`` one key of it. The config.yaml of a run or a distillation means the
+    folder it lies in, wherever that was moved. ``about`` heads the help; default: the model's
+    docstring.
 
     Raises:
         UserError: one line for every problem: where it stands, the key, the value, what is allowed.
@@ -53,6 +56,8 @@ def read_config(
         _merge(merged, data, file, origins)
         if _names_its_folder(Path(file), data):
             merged["run"]["dir"] = str(Path(file).parent)
+        if "out" in data and Path(file).name == CONFIG and Path(file).with_name(TRACES).exists():
+            merged["out"] = str(Path(file).parent)
     for path, value, flag in flags:
         _assign(merged, path, value, flag, origins)
     config = None

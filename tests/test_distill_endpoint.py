@@ -354,6 +354,16 @@ def test_a_choice_that_fails_leaves_the_data_set_and_its_configuration(server: S
     assert Path("out/train.jsonl").exists()
 
 
+def test_a_moved_folder_goes_on(server: Server) -> None:
+    run(server, "--traces.problems", "3")
+    Path("out").rename("moved")
+    argv = ["moved/config.yaml", "--resume", "--traces.problems", "6"]
+    path = distill(read_config(DistillConfig, argv, "rlsloth distill"))
+    assert path == Path("moved/train.jsonl")
+    kept = {row["provenance"]["index"] for row in load_rows(str(path))}
+    assert min(kept) < 3 <= max(kept)
+
+
 def test_tools_need_a_local_teacher(server: Server) -> None:
     with pytest.raises(UserError, match="calculator has tools, which only a local teacher"):
         run(server, "--env.name", "calculator", "--env.params.size", "20")

@@ -123,7 +123,10 @@ class EndpointTeacher:
 
     def _ask(self, job: tuple[Prompt, int]) -> _Reply:
         prompt, seed = job
-        return self._read(self._api.complete(self._body(prompt, seed)), seed)
+        try:
+            return self._read(self._api.complete(self._body(prompt, seed)), seed)
+        except UserError as error:
+            raise UserError(f"problem {prompt.index + 1}: {error}") from error
 
     def _body(self, prompt: Prompt, seed: int) -> dict[str, Any]:
         """The request; what OpenAI's own API lacks is sent only where it is set."""
