@@ -17,10 +17,9 @@ from pydantic_core import ErrorDetails
 from rlsloth.config import Section
 from rlsloth.records import UserError
 from rlsloth.run.folder import CONFIG, METRICS
+from rlsloth.traces.raw import FILE as TRACES
 
 Config = TypeVar("Config", bound=Section)
-TRACES = "raw.jsonl"
-"""rlsloth.traces.raw.FILE: it lies beside the configuration of a distillation."""
 KeyPath = tuple[str, ...]
 Origins = dict[KeyPath, str]
 """Where each value was given: a file's name, or the flag as typed."""
