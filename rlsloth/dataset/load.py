@@ -14,6 +14,8 @@ from rlsloth.policy.peek import load_tokenizer, read_context
 from rlsloth.records import Prompt, UserError
 from rlsloth.rows import Row, load_rows
 
+MANY = 2000
+"""Rows that take seconds to tokenise, which is said: some two milliseconds a row."""
 Reader = Callable[[Sequence[Row], Any, Renderer, str], list[Example]]
 """(rows, data configuration, renderer, what to call the rows) -> examples."""
 
@@ -48,7 +50,10 @@ def load_examples(cfg: SupervisedConfig, read: Reader) -> Examples:
         raise UserError("the tokenizer has no end-of-sequence token: answers would not end")
 
     def examples(source: str, split: str, limit: int | None = None) -> list[Example]:
-        return read(load_rows(source, split, limit), data, renderer, source)
+        rows = load_rows(source, split, limit)
+        if len(rows) >= MANY:
+            print(f"tokenising {len(rows)} rows of {source}", flush=True)
+        return read(rows, data, renderer, source)
 
     train = examples(data.train, data.train_split, data.limit)
     context = read_context(cfg.model)
