@@ -18,6 +18,7 @@ from pathlib import Path
 from rlsloth import grpo
 from rlsloth.cli_config import read_config
 from rlsloth.config import GrpoConfig
+from rlsloth.run.run import Run
 
 MODEL = {
     "rollout: prefill": ("decode.py", "prefill"),
@@ -49,7 +50,7 @@ def main(argv: list[str]) -> None:
             seen += 1
             return plain_pack(*args, **kwargs)
 
-        plain_log = grpo.Run.log_samples
+        plain_log = Run.log_samples
 
         def log_and_start(self, *args, **kwargs):
             plain_log(self, *args, **kwargs)
@@ -57,7 +58,7 @@ def main(argv: list[str]) -> None:
                 profiler.enable()
 
         grpo.pack = pack_and_watch
-        grpo.Run.log_samples = log_and_start
+        Run.log_samples = log_and_start
         grpo.train(config)
         profiler.disable()
     report(pstats.Stats(profiler))

@@ -129,7 +129,11 @@ def test_empty_prompt(refused) -> None:
 
 def test_hub_dataset_offline(refused, monkeypatch) -> None:
     offline(monkeypatch)
-    refused("grpo --env.train some-org/some-data", "'some-org/some-data'", "--env.train FILE.jsonl")
+    refused(
+        "grpo --env.train some-org/some-data",
+        "'some-org/some-data'",
+        "pass a .jsonl, .json or .parquet file",
+    )
 
 
 def test_prompt_longer_than_the_context(refused) -> None:

@@ -32,7 +32,7 @@ def scripts(monkeypatch):
     monkeypatch.setattr(measure, "ENVIRONMENT", {})
     for owner, names in HOOKED:
         for name in names:
-            monkeypatch.setattr(owner, name, vars(owner)[name])
+            monkeypatch.setattr(owner, name, vars(owner).get(name, getattr(owner, name)))
 
 
 @pytest.fixture(scope="module")
