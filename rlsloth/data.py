@@ -115,17 +115,23 @@ class SamplerState(TypedDict):
     size: int
     epoch: int
     position: int
+    digest: str
+    """Of the items, where the sampler was given one."""
 
 
 class EpochSampler(Generic[Item]):
     """Items in shuffled epochs: within an epoch none comes twice. The generator is its own."""
 
-    def __init__(self, items: Sequence[Item], seed: int, what: str = "prompts") -> None:
-        """``what`` to call the items in errors."""
+    def __init__(
+        self, items: Sequence[Item], seed: int, what: str = "prompts", digest: str = ""
+    ) -> None:
+        """``what`` to call the items in errors; ``digest``: of their contents, so that others are
+        refused on ``restore``."""
         if not items:
             raise UserError(f"there are no {what} to train on")
         self._items = items
         self._what = what
+        self._digest = digest
         self._seed = seed
         self._start_epoch(0)
 
@@ -143,20 +149,29 @@ class EpochSampler(Generic[Item]):
     def state(self) -> SamplerState:
         """What ``restore`` needs to go on from here."""
         return SamplerState(
-            seed=self._seed, size=len(self._items), epoch=self._epoch, position=self._position
+            seed=self._seed,
+            size=len(self._items),
+            epoch=self._epoch,
+            position=self._position,
+            digest=self._digest,
         )
 
     def restore(self, state: SamplerState) -> None:
         """Continue where ``state`` was taken.
 
         Raises:
-            UserError: the state belongs to another number of items or another seed.
+            UserError: the state belongs to other items, another number of them, or another seed.
         """
         here = (self._seed, len(self._items))
         if (state["seed"], state["size"]) != here:
             raise UserError(
                 f"cannot resume: the run had {state['size']} {self._what} and seed "
                 f"{state['seed']}, now there are {here[1]} and seed {here[0]}"
+            )
+        if state.get("digest", "") != self._digest:
+            raise UserError(
+                f"cannot resume: the {self._what} are others than before (a file has changed, or "
+                "the tokenizer); start another run"
             )
         self._start_epoch(state["epoch"])
         self._position = state["position"]

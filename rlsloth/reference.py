@@ -3,8 +3,7 @@ folder."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +13,7 @@ from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
 from rlsloth.data import EpochSampler
-from rlsloth.dataset.example import Example
+from rlsloth.dataset.example import Example, fingerprint
 from rlsloth.memory.oom import advise
 from rlsloth.policy.policy import Policy
 from rlsloth.records import UserError
@@ -31,7 +30,7 @@ def with_reference(parts: Supervised[Any], sums: Sums) -> None:
     written. Raises UserError where that file is of other examples."""
     data, path = parts.data, parts.run.dir / FILE
     sides = {"train": data.train, "heldout": data.heldout}
-    asked = _fingerprint(sides)
+    asked = torch.tensor(list(bytes.fromhex(fingerprint([*data.train, *data.heldout]))))
     if path.exists() and parts.cfg.run.resume:
         known = load_safetensors(path.read_bytes())
         if not torch.equal(known["fingerprint"], asked):
@@ -55,15 +54,4 @@ def with_reference(parts: Supervised[Any], sums: Sums) -> None:
                 replace(example, reference=tuple(row))
                 for example, row in zip(examples, rows, strict=True)
             ]
-    parts.examples = EpochSampler(data.train, parts.cfg.seed, "examples")
-
-
-def _fingerprint(sides: Mapping[str, Sequence[Example]]) -> Tensor:
-    """[32] bytes that depend on every token and on the order."""
-    hashed = hashlib.sha256()
-    for name, examples in sides.items():
-        hashed.update(f"{name} {len(examples)}".encode())
-        for example in examples:
-            for ids in (example.prompt_ids, *(answer for answer, _ in example.answers)):
-                hashed.update(len(ids).to_bytes(8) + ids.tobytes())
-    return torch.tensor(list(hashed.digest()), dtype=torch.uint8)
+    parts.examples = EpochSampler(data.train, parts.cfg.seed, "examples", fingerprint(data.train))

@@ -16,7 +16,7 @@ import torch
 from rlsloth.chat import Renderer
 from rlsloth.config.supervised import SupervisedConfig
 from rlsloth.data import EpochSampler, question_text
-from rlsloth.dataset.example import Example, hash_question
+from rlsloth.dataset.example import Example, fingerprint, hash_question
 from rlsloth.dataset.load import Examples, Reader, load_examples
 from rlsloth.engines import open_engine
 from rlsloth.environment import Environment, SingleTurn
@@ -85,7 +85,7 @@ class Supervised(Generic[Config]):
         examiner = _examiner(cfg, stack, run, policy, *problems) if problems else None
         if examiner is not None:
             _warn_of_overlap(examiner.env, data, run)
-        examples = EpochSampler(data.train, cfg.seed, "examples")
+        examples = EpochSampler(data.train, cfg.seed, "examples", fingerprint(data.train))
         run.say(
             f"{len(data.train)} examples, {len(data.heldout)} held out; {cfg.steps} steps of "
             f"{cfg.samples_per_step}; {policy.device}, attention {policy.backend}"

@@ -264,3 +264,8 @@ def test_data_cannot_change_on_resume(capsys: pytest.CaptureFixture[str]) -> Non
     assert "was made with data.train d.jsonl" in capsys.readouterr().err
     assert cli.main(["sft", "run/config.yaml", *more]) == 0
     assert len(steps()) == 9
+    write_rows(Path("d.jsonl"), SFT[::-1])  # as many, under the same name
+    more[-1] = "12"
+    assert cli.main(["sft", "run/config.yaml", *more]) == 2
+    assert "the examples are others than before" in capsys.readouterr().err
+    assert len(steps()) == 9

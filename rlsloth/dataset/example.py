@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,6 +67,17 @@ def make_example(
 def hash_question(text: str) -> str:
     """Of what is asked (data.question_text): white space does not count."""
     return hashlib.sha256(" ".join(text.split()).encode()).hexdigest()
+
+
+def fingerprint(examples: Iterable[Example]) -> str:
+    """SHA-256 of every token, what is learnt of them, and the order."""
+    hashed = hashlib.sha256()
+    for example in examples:
+        for ids, mask in ((example.prompt_ids, None), *example.answers):
+            hashed.update(len(ids).to_bytes(8) + ids.tobytes())
+            hashed.update(b"" if mask is None else mask.tobytes())
+        hashed.update(bytes([example.label]))
+    return hashed.hexdigest()
 
 
 def _rollout(token_ids: list[int], loss_mask: list[bool]) -> Rollout:
