@@ -183,13 +183,18 @@ class EpochSampler(Generic[Item]):
         random.Random(f"{self._seed} {epoch}").shuffle(self._order)
 
 
+def named_column(columns: list[str], wanted: str, source: str) -> str:
+    """The column that was asked for. Raises UserError where there is none of that name."""
+    if wanted not in columns:
+        have = f"(columns: {', '.join(columns)})"
+        raise UserError(f"{source} has no column {wanted!r}{nearest(wanted, columns)} {have}")
+    return wanted
+
+
 def _prompt_column(columns: list[str], cfg: DatasetConfig, source: str) -> str:
-    wanted = cfg.prompt_column
     have = f"(columns: {', '.join(columns)})"
-    if wanted is not None:
-        if wanted not in columns:
-            raise UserError(f"{source} has no column {wanted!r}{nearest(wanted, columns)} {have}")
-        return wanted
+    if cfg.prompt_column is not None:
+        return named_column(columns, cfg.prompt_column, source)
     for column in PROMPT_COLUMNS:
         if column in columns:
             return column

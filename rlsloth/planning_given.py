@@ -11,8 +11,12 @@ from rlsloth.config.supervised import SupervisedConfig
 from rlsloth.dataset.example import Example
 from rlsloth.dataset.load import Reader, load_examples
 from rlsloth.memory.activations import Stream
-from rlsloth.memory.plan import ACTIVATION_TOLERANCE, decide_update, largest_tokens
-from rlsloth.memory.plan import make_update_plan as make_plan
+from rlsloth.memory.plan import (
+    ACTIVATION_TOLERANCE,
+    decide_update,
+    largest_tokens,
+    make_update_plan,
+)
 from rlsloth.memory.terms import GIB, Plan
 from rlsloth.planning import gpu_bytes, model_shape, not_planned, tell
 from rlsloth.planning_report import update_said
@@ -54,7 +58,7 @@ def _decided(
     shape, stream = model_shape(cfg), stream_of(longest)
 
     def plan_of(changed: GrpoConfig) -> Plan:
-        return make_plan(shape, changed, stream, total)
+        return make_update_plan(shape, changed, stream, total)
 
     return plan_of, decide_update(plan_of, cfg, longest.packed)
 

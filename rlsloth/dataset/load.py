@@ -15,7 +15,7 @@ from rlsloth.records import Prompt, UserError
 from rlsloth.rows import Row, load_rows
 
 MANY = 2000
-"""Rows that take seconds to tokenise, which is said: some two milliseconds a row."""
+"""Rows that take seconds to tokenise, which is said: a millisecond or two each."""
 Reader = Callable[[Sequence[Row], Any, Renderer, str], list[Example]]
 """(rows, data configuration, renderer, what to call the rows) -> examples."""
 

@@ -11,13 +11,13 @@ from rlsloth.data import (
     PROMPT_COLUMNS,
     check_text,
     make_prompts,
+    named_column,
     question_text,
     read_message,
     row_tools,
 )
 from rlsloth.dataset.example import Example, make_example
 from rlsloth.dataset.turns import Answer, end_id, spoken
-from rlsloth.plugins import nearest
 from rlsloth.records import Message, Prompt, UserError
 from rlsloth.rows import Row
 
@@ -75,9 +75,7 @@ def completion_column(columns: list[str], wanted: str | None, source: str) -> st
     """The column with answers. Raises UserError where there is none."""
     have = f"(columns: {', '.join(columns)})"
     if wanted is not None:
-        if wanted not in columns:
-            raise UserError(f"{source} has no column {wanted!r}{nearest(wanted, columns)} {have}")
-        return wanted
+        return named_column(columns, wanted, source)
     for column in COMPLETION_COLUMNS:
         if column in columns:
             return column

@@ -19,7 +19,8 @@ from rlsloth.records import UserError
 USUAL = 0.02
 """Mean |difference of log-probs| in nats to base and adapter that 16 bits mostly cost."""
 LIMIT = 0.1
-"""More is no rounding. SmolLM2-135M, an adapter of ten steps on it, in bf16: 0.029."""
+"""More is no rounding. SmolLM2-135M after 12 steps of SFT and 3 of GRPO, in bf16: 0.029; after 24
+and 3: 0.050."""
 TOKENS = 128
 _TEXT = """\
 The answer to a sum is checked by taking one of its terms away again: if 17 + 25 = 42, then
