@@ -18,7 +18,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from rlsloth.config import EnvConfig
-from rlsloth.environment import ToolEnvironment, tool_environment
+from rlsloth.environments.protocol import ToolEnvironment, tool_environment
 from rlsloth.plugins import nearest
 from rlsloth.records import UserError
 

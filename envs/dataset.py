@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from rlsloth.config import EnvConfig
-from rlsloth.data import load_prompts, make_prompts
-from rlsloth.environment import SingleTurn
+from rlsloth.data.prompts import load_prompts, make_prompts
+from rlsloth.environments.protocol import SingleTurn
 from rlsloth.records import Prompt, UserError
-from rlsloth.rows import Row
+from rlsloth.data.rows import Row
 
 
 def dataset(cfg: EnvConfig, seed: int) -> SingleTurn:

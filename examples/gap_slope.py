@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rlsloth.evaluate_stats import t_quantile
+from rlsloth.evaluation.intervals import t_quantile
 from rlsloth.run.folder import read_rows
 from rlsloth.run.metrics import LOGP_GAP, is_number
 

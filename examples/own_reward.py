@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from rlsloth.config import EnvConfig, EvalConfig, GrpoConfig, ModelConfig, RolloutConfig, RunConfig
-from rlsloth.grpo import train
+from rlsloth.training.grpo import train
 
 
 def short_and_right(completions, answer, **columns):

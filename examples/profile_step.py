@@ -15,8 +15,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from rlsloth import grpo
-from rlsloth.cli_config import read_config
+from rlsloth.training import grpo
+from rlsloth.cli.read_config import read_config
 from rlsloth.config import GrpoConfig
 from rlsloth.run.run import Run
 

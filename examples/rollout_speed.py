@@ -99,7 +99,7 @@ def make_policy(args: argparse.Namespace) -> Any:
     from transformers.initialization import no_init_weights
 
     from rlsloth.config import LoraConfig, ModelConfig, OptimConfig
-    from rlsloth.policy.attention import NAME, register
+    from rlsloth.policy.attention.interface import NAME, register
     from rlsloth.policy.load import LoadedModel
     from rlsloth.policy.policy import Policy
 
@@ -166,7 +166,7 @@ def checksums(policy: Any) -> dict[str, int]:
 def run_rlsloth(args: argparse.Namespace) -> None:
     from rlsloth.policy.lora import save_adapter
     from rlsloth.records import SamplingParams
-    from rlsloth.rollout.vllm_engine import VllmEngine
+    from rlsloth.rollout.vllm.engine import VllmEngine
 
     policy = make_policy(args)
     save_adapter(policy.model, args.adapter)

@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 from rlsloth.records import UserError
-from rlsloth.rewards._answers import completion_text
+from rlsloth.scoring.answers import completion_text
 from rlsloth.scoring.example import Example
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fractions import Fraction
 from typing import Any
 
-from rlsloth.rewards._answers import (
+from rlsloth.scoring.answers import (
     after_hashes,
     completion_text,
     exact_number,

@@ -11,7 +11,7 @@ import sympy
 from math_verify import parse, verify
 
 from rlsloth.records import UserError
-from rlsloth.rewards._answers import (
+from rlsloth.scoring.answers import (
     after_hashes,
     completion_text,
     exact_number,

@@ -10,7 +10,7 @@ from reasoning_gym.factory import DATASETS, get_score_answer_fn
 
 from rlsloth.plugins import nearest
 from rlsloth.records import UserError
-from rlsloth.rewards._answers import completion_text, last_tag, numbers_in
+from rlsloth.scoring.answers import completion_text, last_tag, numbers_in
 from rlsloth.scoring.example import Example
 
 

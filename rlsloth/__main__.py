@@ -2,6 +2,6 @@
 
 import sys
 
-from rlsloth.cli import main
+from rlsloth.cli.main import main
 
 sys.exit(main())

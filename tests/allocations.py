@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from rlsloth.kernels.measure import _peak_bytes_cpu
-from rlsloth.packing import pack
+from rlsloth.data.packing import pack
 from rlsloth.policy.policy import Policy
 from rlsloth.records import Group, MicroBatch, Prompt, Rollout
 

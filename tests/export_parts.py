@@ -13,7 +13,7 @@ from test_policy import make_groups
 from tiny import tiny_tokenizer
 
 from rlsloth.config import GrpoConfig, LoraConfig, ModelConfig, OptimConfig
-from rlsloth.packing import pack
+from rlsloth.data.packing import pack
 from rlsloth.policy.lora import save_adapter
 from rlsloth.policy.policy import Policy
 from rlsloth.records import MicroBatch

@@ -21,7 +21,7 @@ from tokenizers.trainers import BpeTrainer
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.tokenization_utils_base import AddedToken
 
-from rlsloth.export import gguf_pretokenizer
+from rlsloth.exports.gguf import pretokenizer as gguf_pretokenizer
 
 ROOT = Path(__file__).parents[1]
 VOCAB = 640

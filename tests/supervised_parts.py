@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from tiny import tiny_llama, tiny_tokenizer
 
-from rlsloth import cli
+from rlsloth.cli import main as cli
 
 WORDS = [chr(97 + i) for i in range(16)]
 SFT = [{"question": f"say {w}", "answer": w * (3 + i % 4)} for i, w in enumerate(WORDS)]

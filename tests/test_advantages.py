@@ -14,7 +14,7 @@ from trl import GRPOTrainer
 from trl.rewards import get_soft_overlong_punishment
 from trl.trainer.utils import nanstd
 
-from rlsloth.advantages import assign_advantages, overlong_penalty
+from rlsloth.losses.advantages import assign_advantages, overlong_penalty
 from rlsloth.config import AdvantageConfig
 from rlsloth.records import Group, Prompt, Rollout, UserError
 

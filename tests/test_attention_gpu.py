@@ -9,12 +9,12 @@ from test_policy import make_groups
 from tiny import tiny_tokenizer
 
 from rlsloth.config import LoraConfig, ModelConfig, OptimConfig
-from rlsloth.packing import pack, to_device
-from rlsloth.policy import attention
+from rlsloth.data.packing import pack, to_device
+from rlsloth.policy.attention import interface as attention
 from rlsloth.policy.load import LoadedModel
 from rlsloth.policy.policy import Policy
 from rlsloth.records import SamplingParams
-from rlsloth.rollout.transformers_engine import TransformersEngine
+from rlsloth.rollout.embedded.engine import TransformersEngine
 
 pytestmark = pytest.mark.gpu
 

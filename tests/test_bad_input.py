@@ -14,7 +14,7 @@ import torch
 import yaml
 from tiny import tiny_llama, tiny_tokenizer
 
-from rlsloth import cli
+from rlsloth.cli import main as cli
 
 REWARD = """
 def ones(completions, **_): return [float(i) for i, _ in enumerate(completions)]

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from gguf_models import unpack_smollm2
 
-from rlsloth import cli
-from rlsloth.export.gguf_check import check_gguf
+from rlsloth.cli import main as cli
+from rlsloth.exports.gguf.check import check_gguf
 
 pytestmark = [pytest.mark.gguf, pytest.mark.slow]
 

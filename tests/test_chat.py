@@ -12,7 +12,7 @@ import pytest
 from tiny import CHATML, tiny_tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from rlsloth.chat import Renderer, ToolCall
+from rlsloth.data.renderer import Renderer, ToolCall
 from rlsloth.config import EnvConfig
 from rlsloth.policy.gguf_tokenizer import restore_pretokenizer
 from rlsloth.records import Message, Prompt, UserError

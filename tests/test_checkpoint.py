@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from rlsloth.checkpoint import load_latest, save
+from rlsloth.run.checkpoint import load_latest, save
 from rlsloth.records import UserError
 
 

@@ -18,7 +18,9 @@ import pytest
 from packaging.requirements import Requirement
 from safetensors import SafetensorError
 
-from rlsloth import __version__, cli, doctor
+from rlsloth import __version__
+from rlsloth.cli import main as cli
+from rlsloth.cli.commands import doctor
 from rlsloth.config import GrpoConfig
 from rlsloth.records import UserError
 
@@ -54,9 +56,9 @@ def test_help_lists_the_commands_in_time() -> None:
 
 def test_help_and_config_reading_do_not_import_torch() -> None:
     code = (
-        "import sys, contextlib, rlsloth.cli\n"
-        "with contextlib.suppress(SystemExit): rlsloth.cli.main(['grpo', '--help'])\n"
-        "rlsloth.cli.main(['grpo', '--stepz', '1'])\n"
+        "import sys, contextlib, rlsloth.cli.main\n"
+        "with contextlib.suppress(SystemExit): rlsloth.cli.main.main(['grpo', '--help'])\n"
+        "rlsloth.cli.main.main(['grpo', '--stepz', '1'])\n"
         "heavy = {'torch', 'transformers', 'datasets', 'numpy'} & set(sys.modules)\n"
         "sys.exit(f'imported {heavy}' if heavy else 0)"
     )
@@ -99,8 +101,8 @@ def test_every_line_of_an_error_is_marked(capsys: Output) -> None:
 
 def test_grpo_and_eval_hand_over_the_config(module: Callable[..., None]) -> None:
     seen: list[GrpoConfig] = []
-    module("rlsloth.grpo", train=seen.append)
-    module("rlsloth.evaluate", run_eval=seen.append)
+    module("rlsloth.training.grpo", train=seen.append)
+    module("rlsloth.evaluation.result", run_eval=seen.append)
     assert cli.main(["grpo", "--steps", "3"]) == 0
     assert cli.main(["eval", "--eval.samples", "2"]) == 0
     assert [seen[0].steps, seen[1].eval.samples] == [3, 2]
@@ -110,7 +112,7 @@ def test_user_errors_have_no_traceback(module: Callable[..., None], capsys: Outp
     def train(config: GrpoConfig) -> None:
         raise UserError("runs/x is in use: pass --run.resume")
 
-    module("rlsloth.grpo", train=train)
+    module("rlsloth.training.grpo", train=train)
     assert cli.main(["grpo"]) == 2
     printed = capsys.readouterr()
     assert printed.out == ""
@@ -132,7 +134,7 @@ def test_file_errors_have_no_traceback(
     def train(config: GrpoConfig) -> None:
         raise error
 
-    module("rlsloth.grpo", train=train)
+    module("rlsloth.training.grpo", train=train)
     assert cli.main(["grpo"]) == 2
     assert capsys.readouterr().err == f"error: {line}\n"
 
@@ -150,10 +152,10 @@ def test_a_reader_that_leaves_early_gets_no_traceback(argv: list[str]) -> None:
 
 def test_a_broken_pipe_that_is_not_the_output_is_a_bug() -> None:
     code = (
-        "import sys, types, rlsloth.cli\n"
+        "import sys, types, rlsloth.cli.main\n"
         "def train(config): raise BrokenPipeError(32, 'worker')\n"
-        "sys.modules['rlsloth.grpo'] = types.SimpleNamespace(train=train)\n"
-        "rlsloth.cli.main(['grpo'])"
+        "sys.modules['rlsloth.training.grpo'] = types.SimpleNamespace(train=train)\n"
+        "rlsloth.cli.main.main(['grpo'])"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert run.stderr.endswith("BrokenPipeError: [Errno 32] worker\n")
@@ -171,7 +173,7 @@ def test_bugs_keep_their_traceback(module: Callable[..., None]) -> None:
     def train(config: GrpoConfig) -> None:
         raise ZeroDivisionError
 
-    module("rlsloth.grpo", train=train)
+    module("rlsloth.training.grpo", train=train)
     with pytest.raises(ZeroDivisionError):
         cli.main(["grpo"])
 
@@ -182,8 +184,8 @@ def test_interrupted_training_says_how_to_resume(
     def interrupted(config: GrpoConfig) -> None:
         raise KeyboardInterrupt
 
-    module("rlsloth.grpo", train=interrupted)
-    module("rlsloth.evaluate", run_eval=interrupted)
+    module("rlsloth.training.grpo", train=interrupted)
+    module("rlsloth.evaluation.result", run_eval=interrupted)
     assert cli.main(["grpo", "--run.dir", "runs/x"]) == 130
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1
@@ -200,7 +202,7 @@ def test_rewards_commands(module: Callable[..., None], capsys: Output) -> None:
         return int(args[0] == "length")
 
     module(
-        "rlsloth.scoring.inspect_rewards",
+        "rlsloth.cli.commands.rewards",
         list_rewards=lambda: calls.append(("list",)),
         test_reward=test_reward,
     )

@@ -14,16 +14,16 @@ import torch
 from test_policy import one_by_one
 from tiny import CHATML, tiny_llama, tiny_tokenizer
 
-from rlsloth.chat import Renderer, ToolCall
+from rlsloth.data.renderer import Renderer, ToolCall
 from rlsloth.config import EnvConfig, LoraConfig, ModelConfig, OptimConfig, RewardConfig
-from rlsloth.environment import Environment, load_environment
-from rlsloth.packing import pack
-from rlsloth.policy import attention
+from rlsloth.environments.protocol import Environment, load_environment
+from rlsloth.data.packing import pack
+from rlsloth.policy.attention import interface as attention
 from rlsloth.policy.load import LoadedModel
 from rlsloth.policy.policy import Policy
 from rlsloth.records import Completion, Group, Rollout, SamplingParams
 from rlsloth.rollout.collect import collect
-from rlsloth.rollout.transformers_engine import TransformersEngine
+from rlsloth.rollout.embedded.engine import TransformersEngine
 from rlsloth.scoring.scorer import Scorer
 
 HERMES = (

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from tiny import tiny_tokenizer
 
-from rlsloth import assembly, engines
+from rlsloth.training import assembly
+from rlsloth.rollout import opening as engines
 from rlsloth.run.run import Run
 from rlsloth.scoring.scorer import Scorer
 
@@ -100,9 +101,9 @@ def test_trl_gets_the_same_questions_and_marks(model, tmp_path):
     import time_to_accuracy
     import trl_race
 
-    from rlsloth.chat import Renderer
-    from rlsloth.data import EpochSampler
-    from rlsloth.environment import load_environment
+    from rlsloth.data.renderer import Renderer
+    from rlsloth.data.prompts import EpochSampler
+    from rlsloth.environments.protocol import load_environment
 
     parts = ["--trainer", "trl", "--model", str(model), "--steps", "2", "--engine", "transformers"]
     cfg = time_to_accuracy.config(time_to_accuracy.parse(parts), tmp_path / "run")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from pydantic import ConfigDict, Field
 
-from rlsloth.cli_config import read_config
+from rlsloth.cli.read_config import read_config
 from rlsloth.config import GrpoConfig, Section
 from rlsloth.config.distill import DistillConfig
 from rlsloth.config.export import ExportConfig

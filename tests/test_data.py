@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from rlsloth.config import EnvConfig
-from rlsloth.data import (
+from rlsloth.data.prompts import (
     EpochSampler,
     load_prompts,
     make_prompts,
@@ -21,7 +21,7 @@ from rlsloth.data import (
     split_heldout,
 )
 from rlsloth.records import Prompt, UserError
-from rlsloth.rows import Row, load_rows
+from rlsloth.data.rows import Row, load_rows
 
 
 def lines(path: Path, rows: list[object]) -> str:

@@ -12,11 +12,11 @@ from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
-from rlsloth.chat import Renderer
+from rlsloth.data.renderer import Renderer
 from rlsloth.config.supervised import KtoDataConfig, PreferenceDataConfig, SftDataConfig
-from rlsloth.dataset.example import Example
-from rlsloth.dataset.preference import labelled_examples, pair_examples
-from rlsloth.dataset.sft import sft_examples
+from rlsloth.data.example import Example
+from rlsloth.data.preference import labelled_examples, pair_examples
+from rlsloth.data.sft import sft_examples
 from rlsloth.records import UserError
 
 QWEN3 = (

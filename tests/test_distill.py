@@ -15,19 +15,20 @@ from safetensors.torch import load_file, save_file
 from test_chat import HERMES
 from tiny import tiny_llama, tiny_tokenizer
 
-from rlsloth import __version__, assembly
-from rlsloth import distill as loop
-from rlsloth.chat import Renderer
-from rlsloth.cli_config import read_config
+from rlsloth import __version__
+from rlsloth.training import assembly
+from rlsloth.distillation import pipeline as loop
+from rlsloth.data.renderer import Renderer
+from rlsloth.cli.read_config import read_config
 from rlsloth.config import EnvConfig
 from rlsloth.config.distill import DistillConfig
 from rlsloth.config.supervised import SftConfig, SftDataConfig
-from rlsloth.data import make_prompts
-from rlsloth.dataset.sft import sft_examples
-from rlsloth.export.source import find_source
+from rlsloth.data.prompts import make_prompts
+from rlsloth.data.sft import sft_examples
+from rlsloth.training.source import find_source
 from rlsloth.policy.identity import hash_weights
 from rlsloth.records import Completion, SamplingParams, UserError
-from rlsloth.rows import load_rows
+from rlsloth.data.rows import load_rows
 
 REWARD = """
 LETTERS = range(67, 93)  # the ids of a to z

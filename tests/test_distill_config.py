@@ -8,7 +8,7 @@ import pytest
 import yaml
 from test_distill import CONFIG
 
-from rlsloth.cli_config import read_config
+from rlsloth.cli.read_config import read_config
 from rlsloth.config.distill import DistillConfig
 from rlsloth.records import UserError
 

@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 
-from rlsloth.cli_config import read_config
+from rlsloth.cli.read_config import read_config
 from rlsloth.config.distill import DistillConfig
-from rlsloth.distill import distill
+from rlsloth.distillation.pipeline import distill
 from rlsloth.records import UserError
-from rlsloth.rows import load_rows
-from rlsloth.traces import chat_api
+from rlsloth.data.rows import load_rows
+from rlsloth.distillation import chat_api
 
 KEY = "sk-very-secret-1234"
 REWARD = """

@@ -11,16 +11,16 @@ import pytest
 from test_chat import HERMES, TOOL
 from tiny import tiny_tokenizer
 
-from rlsloth.chat import Renderer
+from rlsloth.data.renderer import Renderer
 from rlsloth.config import EnvConfig
 from rlsloth.config.distill import DistillConfig, TracesConfig
 from rlsloth.config.supervised import SftDataConfig
-from rlsloth.dataset.sft import sft_examples
+from rlsloth.data.sft import sft_examples
 from rlsloth.records import UserError
-from rlsloth.rows import load_rows
-from rlsloth.traces.dataset import make_row, write_dataset
-from rlsloth.traces.raw import Problem, RawFile, Sample, opened
-from rlsloth.traces.selection import Selection, jaccard
+from rlsloth.data.rows import load_rows
+from rlsloth.distillation.dataset import make_row, write_dataset
+from rlsloth.distillation.raw import Problem, RawFile, Sample, opened
+from rlsloth.distillation.selection import Selection, jaccard
 
 LONG = "we add the first number to the second number and then we carry the one to the left"
 

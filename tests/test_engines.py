@@ -15,8 +15,8 @@ import pytest
 import torch
 from tiny import tiny_llama, tiny_tokenizer
 
-from rlsloth import engines
-from rlsloth.chat import Renderer
+from rlsloth.rollout import opening as engines
+from rlsloth.data.renderer import Renderer
 from rlsloth.config import (
     EnvConfig,
     GrpoConfig,
@@ -24,17 +24,17 @@ from rlsloth.config import (
     ModelConfig,
     OptimConfig,
 )
-from rlsloth.engines import CPU_CACHE, open_engine, size_cache
+from rlsloth.rollout.opening import CPU_CACHE, open_engine, size_cache
 from rlsloth.memory.plan import make_plan
 from rlsloth.memory.shape import read_shape
 from rlsloth.memory.terms import GIB
 from rlsloth.policy.lora import add_adapter
 from rlsloth.policy.policy import Policy
-from rlsloth.probe import PROMPT_TOKENS, SAMPLED_TOKENS
+from rlsloth.rollout.trial import PROMPT_TOKENS, SAMPLED_TOKENS
 from rlsloth.records import Completion, SamplingParams, UserError
-from rlsloth.rollout import vllm_start
+from rlsloth.rollout.vllm import start as vllm_start
 from rlsloth.rollout.engine import BASE_VERSION, Engine
-from rlsloth.rollout.transformers_engine import TransformersEngine
+from rlsloth.rollout.embedded.engine import TransformersEngine
 from rlsloth.run.run import Run
 
 

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from rlsloth.config import EnvConfig
-from rlsloth.data import question_text
-from rlsloth.environment import (
+from rlsloth.data.prompts import question_text
+from rlsloth.environments.protocol import (
     Environment,
     ToolEnvironment,
     load_environment,
@@ -50,7 +50,7 @@ def plugin(tmp_path: Path) -> Callable[[str], str]:
 
 def test_importing_loads_nothing_heavy() -> None:
     code = (
-        "import sys, rlsloth.environment, rlsloth.data, rlsloth.envs.reasoning_gym;"
+        "import sys, rlsloth.environments.protocol, rlsloth.data.prompts, rlsloth.envs.reasoning_gym;"
         "heavy = {'torch', 'transformers', 'datasets', 'reasoning_gym', 'pyarrow'};"
         "print(sorted(heavy & set(sys.modules)))"
     )
@@ -271,7 +271,7 @@ def test_own_class_in_trls_convention(rows: str, plugin: Callable[[str], str]) -
 
 
 SINGLE = """
-from rlsloth.environment import SingleTurn
+from rlsloth.environments.protocol import SingleTurn
 def Mine(cfg, seed):
     return SingleTurn(cfg.name, %s, %s)
 """
@@ -323,7 +323,7 @@ def test_reset_must_repeat_itself(rows: str, plugin: Callable[[str], str]) -> No
 
 def test_own_function_returns_an_environment(rows: str, plugin: Callable[[str], str]) -> None:
     body = (
-        "from rlsloth.environment import SingleTurn\n"
+        "from rlsloth.environments.protocol import SingleTurn\n"
         "def Mine(cfg, seed):\n    return SingleTurn(cfg.name, [], [], (f'seed{seed}',))\n"
     )
     assert load(plugin(body), seed=7).default_rewards == ("seed7",)

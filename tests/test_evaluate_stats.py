@@ -9,7 +9,7 @@ import statistics
 
 import pytest
 
-from rlsloth.evaluate_stats import (
+from rlsloth.evaluation.intervals import (
     Estimate,
     avg_at_k,
     difference_estimate,

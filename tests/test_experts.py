@@ -22,8 +22,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from rlsloth.config import LoraConfig, ModelConfig, OptimConfig
-from rlsloth.packing import pack
-from rlsloth.policy import attention
+from rlsloth.data.packing import pack
+from rlsloth.policy.attention import interface as attention
 from rlsloth.policy.load import load_model
 from rlsloth.policy.lora import REFERENCE, TRAINED, add_adapter, save_adapter
 from rlsloth.policy.policy import Policy

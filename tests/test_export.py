@@ -17,11 +17,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-from rlsloth import cli
+from rlsloth.cli import main as cli
 from rlsloth.config import LoraConfig, ModelConfig
-from rlsloth.export import merged as merging
-from rlsloth.export.check import _nf4_in_float32
-from rlsloth.export.source import find_source
+from rlsloth.exports import merged as merging
+from rlsloth.exports.check import _nf4_in_float32
+from rlsloth.training.source import find_source
 from rlsloth.policy.identity import FILE, read_identity
 from rlsloth.policy.load import load_model
 from rlsloth.policy.lora import add_adapter, load_adapter

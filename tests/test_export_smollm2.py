@@ -11,7 +11,7 @@ from export_parts import make_run, micro_batch, plain_logprobs
 from test_smollm2 import gguf
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rlsloth import cli
+from rlsloth.cli import main as cli
 from rlsloth.policy.policy import Policy
 
 TEXT = "What is 1725 + 42? It's  12.5\n\n\tYes — naïve 日本語"

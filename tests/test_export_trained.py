@@ -11,14 +11,14 @@ import pytest
 import torch
 from gguf_models import unpack_smollm2
 
-from rlsloth import cli
+from rlsloth.cli import main as cli
 from rlsloth.config import ModelConfig
 from rlsloth.config.supervised import SftConfig, SftDataConfig
-from rlsloth.dataset.load import load_examples
-from rlsloth.dataset.sft import sft_examples
-from rlsloth.packing import to_device
+from rlsloth.data.examples import load_examples
+from rlsloth.data.sft import sft_examples
+from rlsloth.data.packing import to_device
 from rlsloth.policy.policy import Policy
-from rlsloth.sft import pack_examples
+from rlsloth.training.sft import pack_examples
 
 pytestmark = [pytest.mark.gpu, pytest.mark.vllm, pytest.mark.slow]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

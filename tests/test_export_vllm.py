@@ -11,7 +11,7 @@ from export_parts import make_run, micro_batch
 from gguf_models import unpack_smollm2
 from test_policy import make_groups
 
-from rlsloth import cli
+from rlsloth.cli import main as cli
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 

@@ -15,12 +15,13 @@ from gguf_models import FAMILIES, VOCAB, make_folder, room_for, text, tokenizer_
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rlsloth.export import gguf_check, gguf_quantize
-from rlsloth.export.gguf_check import check_gguf
-from rlsloth.export.gguf_families import read_config, rope_tensors
-from rlsloth.export.gguf_pretokenizer import NAMES, pretokenizer_name
-from rlsloth.export.gguf_vocab import read_vocabulary
-from rlsloth.export.gguf_write import write_gguf
+from rlsloth.exports.gguf import check as gguf_check
+from rlsloth.exports.gguf import quantize as gguf_quantize
+from rlsloth.exports.gguf.check import check_gguf
+from rlsloth.exports.gguf.families import read_config, rope_tensors
+from rlsloth.exports.gguf.pretokenizer import NAMES, pretokenizer_name
+from rlsloth.exports.gguf.vocab import read_vocabulary
+from rlsloth.exports.gguf.write import write_gguf
 from rlsloth.policy.gguf_tokenizer import restore_pretokenizer
 from rlsloth.records import UserError
 
@@ -296,7 +297,7 @@ def test_another_template(written, without_llama_cpp):
 
 def test_a_missing_tensor(written, without_llama_cpp, monkeypatch):
     whole = gguf_check.plan
-    monkeypatch.setattr("rlsloth.export.gguf_write.plan", lambda *a: whole(*a)[:-1])
+    monkeypatch.setattr("rlsloth.exports.gguf.write.plan", lambda *a: whole(*a)[:-1])
     write_gguf(written[0], written[1], "bf16")
     with pytest.raises(UserError, match=r"tensor .* has shape none, the folder's has"):
         check_gguf(*written)

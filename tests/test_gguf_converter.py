@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from gguf_models import FAMILIES, make_folder, text, unpack_smollm2
 
-from rlsloth.export.gguf_write import write_gguf
+from rlsloth.exports.gguf.write import write_gguf
 
 pytestmark = pytest.mark.gguf
 CONVERTER = Path(sys.prefix) / "llama.cpp" / "convert_hf_to_gguf.py"

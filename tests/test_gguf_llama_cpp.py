@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 from gguf_models import FAMILIES, make_folder, room_for, unpack_smollm2
 
-from rlsloth.export import gguf_check, gguf_families
-from rlsloth.export.gguf_check import Checked, check_gguf
-from rlsloth.export.gguf_quantize import quantize
-from rlsloth.export.gguf_write import write_gguf
+from rlsloth.exports.gguf import check as gguf_check
+from rlsloth.exports.gguf import families as gguf_families
+from rlsloth.exports.gguf.check import Checked, check_gguf
+from rlsloth.exports.gguf.quantize import quantize
+from rlsloth.exports.gguf.write import write_gguf
 from rlsloth.records import UserError
 
 pytestmark = pytest.mark.gguf
@@ -69,7 +70,7 @@ def test_wrong_weights_are_found(family, tmp_path, monkeypatch):
 
 def test_wrong_token_ids_are_found(tmp_path, monkeypatch):
     folder = make_folder(tmp_path / "model", "qwen2")
-    monkeypatch.setattr("rlsloth.export.gguf_vocab.pretokenizer_name", lambda *_: "gpt-2")
+    monkeypatch.setattr("rlsloth.exports.gguf.vocab.pretokenizer_name", lambda *_: "gpt-2")
     write_gguf(folder, tmp_path / "model.gguf", "bf16")
     with pytest.raises(UserError, match="token ids differ from the tokenizer's from position"):
         check_gguf(folder, tmp_path / "model.gguf")

@@ -12,8 +12,8 @@ import trl
 from gguf_models import make_folder
 from tiny import CHATML, tiny_tokenizer
 
-from rlsloth.export import ollama
-from rlsloth.export.ollama import find_pieces, go_template, modelfile, stops
+from rlsloth.exports.gguf import ollama
+from rlsloth.exports.gguf.ollama import find_pieces, go_template, modelfile, stops
 from rlsloth.records import UserError
 
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"

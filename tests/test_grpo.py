@@ -21,7 +21,9 @@ import yaml
 from safetensors.torch import load_file
 from tiny import tiny_llama, tiny_tokenizer
 
-from rlsloth import assembly, cli, grpo
+from rlsloth.training import assembly
+from rlsloth.cli import main as cli
+from rlsloth.training import grpo
 from rlsloth.config import GrpoConfig
 from rlsloth.policy.policy import Policy
 from rlsloth.records import LossOutput, UserError

@@ -16,14 +16,14 @@ from test_wrap import randomize
 from tiny import tiny_llama
 from torch import Tensor
 
-from rlsloth.packing import pack
+from rlsloth.data.packing import pack
 from rlsloth.policy import policy as policy_module
 from rlsloth.policy.head import before_final_norm
 from rlsloth.policy.lora import save_adapter
 from rlsloth.policy.policy import Policy
 from rlsloth.policy.wrap.wrap import unwrapped
 from rlsloth.records import MicroBatch, SamplingParams, UserError
-from rlsloth.rollout.transformers_engine import TransformersEngine
+from rlsloth.rollout.embedded.engine import TransformersEngine
 
 HEAD = ["q_proj", "lm_head"]
 

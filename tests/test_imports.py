@@ -9,7 +9,7 @@ import threading
 
 import pytest
 
-from rlsloth.imports import beside
+from rlsloth.training.preload import beside
 from rlsloth.records import UserError
 
 
@@ -54,7 +54,7 @@ def test_scikit_learn_is_not_imported_and_found_again(tmp_path):
         "Metadata-Version: 2.1\nName: scikit-learn\nVersion: 1.0\n"
     )
     code = (
-        "from rlsloth.imports import import_transformers; import_transformers()\n"
+        "from rlsloth.training.preload import import_transformers; import_transformers()\n"
         "import sys; from transformers import utils\n"
         "print('peft' in sys.modules, 'sklearn' in sys.modules, utils.is_sklearn_available())"
     )

@@ -147,7 +147,7 @@ def test_only_the_package_is_shipped() -> None:
 
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
     assert settings["tool"]["setuptools"]["packages"]["find"]["include"] == ["rlsloth*"]
-    assert settings["project"]["scripts"] == {"rlsloth": "rlsloth.cli:main"}
+    assert settings["project"]["scripts"] == {"rlsloth": "rlsloth.cli.main:main"}
     assert settings["project"]["license"] == "Apache-2.0"
     extras = settings["project"]["optional-dependencies"]
     assert {"test", "vllm", "fa4", "gguf", "sandbox", "ray"} <= extras.keys()
@@ -368,7 +368,7 @@ def test_the_import_reader_sees_what_it_should() -> None:
 import a.b, c
 from d import e
 from . import f
-from rlsloth import grpo
+from rlsloth.training import grpo
 from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import hidden
@@ -387,7 +387,7 @@ class K:
         ("d", False, False),
         ("", True, False),
         ("rlsloth", False, False),
-        ("rlsloth.grpo", False, False),
+        ("rlsloth.training.grpo", False, False),
         ("typing", False, False),
         ("g", False, False),
         ("h", False, True),
@@ -396,7 +396,7 @@ class K:
 
 def test_the_guards_look_at_the_whole_package() -> None:
     names = {module.name for module in MODULES}
-    assert {"rlsloth", "rlsloth.records", "rlsloth.cli", "rlsloth.checkpoint"} <= names
+    assert {"rlsloth", "rlsloth.records", "rlsloth.cli.main", "rlsloth.run.checkpoint"} <= names
     parts = {module.part for module in MODULES}
     assert {"kernels", "rewards", "envs", "losses", "policy", "rollout", "scoring"} <= parts
     assert len(names) == len(MODULES)

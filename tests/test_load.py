@@ -17,11 +17,11 @@ from tiny import tiny_llama, tiny_tokenizer
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from rlsloth.config import LoraConfig, ModelConfig
-from rlsloth.memory.oom import advise
+from rlsloth.memory.out_of_memory import advise
 from rlsloth.policy.load import load_model, pick_device
 from rlsloth.policy.lora import add_adapter, save_adapter
 from rlsloth.policy.optimizer import make_optimizer, resume_schedule
-from rlsloth.probe import probe
+from rlsloth.rollout.trial import probe
 from rlsloth.records import UserError
 
 

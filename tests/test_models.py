@@ -11,13 +11,14 @@ from tiny import tiny_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from rlsloth.config import LoraConfig, ModelConfig, OptimConfig
-from rlsloth.packing import pack
-from rlsloth.policy import attention, packed_layout
+from rlsloth.data.packing import pack
+from rlsloth.policy.attention import interface as attention
+from rlsloth.policy.attention import layout as packed_layout
 from rlsloth.policy.load import LoadedModel
 from rlsloth.policy.policy import Policy
 from rlsloth.policy.wrap.wrap import unwrapped
 from rlsloth.records import SamplingParams
-from rlsloth.rollout.transformers_engine import TransformersEngine
+from rlsloth.rollout.embedded.engine import TransformersEngine
 
 COMMON = {
     "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,

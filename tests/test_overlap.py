@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from rlsloth.config import GrpoConfig
-from rlsloth.data import EpochSampler
-from rlsloth.grpo import _check_version
-from rlsloth.overlap import Rollouts
+from rlsloth.data.prompts import EpochSampler
+from rlsloth.training.grpo import _check_version
+from rlsloth.training.rollouts import Rollouts
 from rlsloth.records import Prompt, UserError
 
 

@@ -9,10 +9,11 @@ import torch
 from test_policy import make_groups
 from transformers import DeepseekV3Config, LlamaConfig
 
-from rlsloth.packing import pack
-from rlsloth.policy import attention, packed_backends
-from rlsloth.policy.packed_backends import BACKENDS
-from rlsloth.policy.packed_layout import PackedLayout
+from rlsloth.data.packing import pack
+from rlsloth.policy.attention import interface as attention
+from rlsloth.policy.attention import backends as packed_backends
+from rlsloth.policy.attention.backends import BACKENDS
+from rlsloth.policy.attention.layout import PackedLayout
 from rlsloth.records import UserError
 
 HEADS, KV_HEADS, WIDTH = 4, 2, 8

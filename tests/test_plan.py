@@ -13,9 +13,10 @@ from test_models import FAMILIES, family_model
 from tiny import tiny_llama, tiny_tokenizer
 from transformers import LlamaConfig
 
-from rlsloth import cli, planning
+from rlsloth.cli import main as cli
+from rlsloth.memory import decide as planning
 from rlsloth.config import GrpoConfig, LoraConfig, ModelConfig, OptimConfig
-from rlsloth.memory import rollout_transformers
+from rlsloth.rollout.embedded import memory as rollout_transformers
 from rlsloth.memory.activations import Stream, layer_memory
 from rlsloth.memory.plan import (
     ACTIVATION_TOLERANCE,
@@ -24,15 +25,17 @@ from rlsloth.memory.plan import (
     optimizer_bytes,
     weight_bytes,
 )
-from rlsloth.memory.rollout_transformers import slots_shape
+from rlsloth.rollout.embedded.memory import slots_shape
 from rlsloth.memory.shape import read_shape
 from rlsloth.memory.terms import GIB, Plan
-from rlsloth.policy import attention, packed_layout
+from rlsloth.policy.attention import interface as attention
+from rlsloth.policy.attention import layout as packed_layout
 from rlsloth.policy.load import LoadedModel, load_model
 from rlsloth.policy.lora import add_adapter, save_adapter
 from rlsloth.policy.policy import Policy
-from rlsloth.rollout import decode, transformers_engine
-from rlsloth.rollout.slot_cache import PromptCache, SlotCache
+from rlsloth.rollout.embedded import decode
+from rlsloth.rollout.embedded import engine as transformers_engine
+from rlsloth.rollout.embedded.slot_cache import PromptCache, SlotCache
 
 WIDE = {
     "vocab_size": 97, "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 3,

@@ -13,13 +13,13 @@ from tiny import tiny_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from rlsloth.config import GrpoConfig, LoraConfig, ModelConfig, OptimConfig
-from rlsloth.engines import open_engine
+from rlsloth.rollout.opening import open_engine
 from rlsloth.kernels.nf4 import ahead
 from rlsloth.memory import plan as plan_module
 from rlsloth.memory.plan import make_plan, stream_of
 from rlsloth.memory.terms import GIB, Plan
-from rlsloth.packing import to_device
-from rlsloth.planning import model_shape
+from rlsloth.data.packing import to_device
+from rlsloth.memory.decide import model_shape
 from rlsloth.policy.policy import Policy
 from rlsloth.records import MicroBatch, SamplingParams
 

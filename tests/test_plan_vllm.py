@@ -12,18 +12,18 @@ import torch
 from test_models import family_model
 from test_plan import llama_folder, make_policy, run  # noqa: F401 -- a fixture
 
-from rlsloth import planning
+from rlsloth.memory import decide as planning
 from rlsloth.config import GrpoConfig, LoraConfig, ModelConfig
-from rlsloth.memory import rollout_vllm
-from rlsloth.memory.asked import longest_sequence
+from rlsloth.rollout.vllm import memory as rollout_vllm
+from rlsloth.memory.workload import longest_sequence
 from rlsloth.memory.plan import SMALL_CACHE, SPARE, make_plan
-from rlsloth.memory.rollout_vllm import completion_bytes, fit_cache
+from rlsloth.rollout.vllm.memory import completion_bytes, fit_cache
 from rlsloth.memory.shape import ModelShape, read_shape
 from rlsloth.memory.terms import GIB, Cache, Plan
 from rlsloth.policy.lora import add_adapter
 from rlsloth.records import UserError
-from rlsloth.rollout import vllm_start
-from rlsloth.rollout.vllm_adapter import Adapted, Slot
+from rlsloth.rollout.vllm import start as vllm_start
+from rlsloth.rollout.vllm.adapter import Adapted, Slot
 
 OVERLAP = {"overlap": True}, {"correction": "token_truncate"}
 

@@ -12,11 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import tiny_llama, tiny_tokenizer
 
-from rlsloth import checkpoint
+from rlsloth.run import checkpoint
 from rlsloth.config import LoraConfig, LossConfig, ModelConfig, OptimConfig
 from rlsloth.losses import normalizer, policy_loss
-from rlsloth.packing import pack
-from rlsloth.policy import attention, packed_layout
+from rlsloth.data.packing import pack
+from rlsloth.policy.attention import interface as attention
+from rlsloth.policy.attention import layout as packed_layout
 from rlsloth.policy.load import LoadedModel
 from rlsloth.policy.policy import Policy
 from rlsloth.policy.wrap.wrap import unwrapped

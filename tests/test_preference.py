@@ -21,7 +21,8 @@ from supervised_parts import (
 )
 from torch.nn.functional import logsigmoid
 
-from rlsloth import cli, preference
+from rlsloth.cli import main as cli
+from rlsloth.training import preference
 from rlsloth.config import LoraConfig, ModelConfig, OptimConfig
 from rlsloth.config.preference_losses import DpoLossConfig
 from rlsloth.config.supervised import (
@@ -33,12 +34,12 @@ from rlsloth.config.supervised import (
     PreferenceDataConfig,
     SimpoConfig,
 )
-from rlsloth.dataset.example import Example
-from rlsloth.dataset.load import load_examples
-from rlsloth.dataset.preference import labelled_examples, pair_examples
+from rlsloth.data.example import Example
+from rlsloth.data.examples import load_examples
+from rlsloth.data.preference import labelled_examples, pair_examples
 from rlsloth.policy.policy import Policy
-from rlsloth.run.report import merged_rows
-from rlsloth.run.report_charts import chart_sections
+from rlsloth.run.report.page import merged_rows
+from rlsloth.run.report.sections import chart_sections
 
 MODEL = ModelConfig(path="model")
 KINDS: dict[str, PreferenceConfig] = {

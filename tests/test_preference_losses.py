@@ -36,7 +36,7 @@ from rlsloth.losses.preference import (
     simpo_loss,
 )
 from rlsloth.losses.ratio import rollout_sum
-from rlsloth.packing import pack
+from rlsloth.data.packing import pack
 from rlsloth.records import MicroBatch
 
 LENGTHS = [3, 7, 9, 1, 4, 4, 2, 8]

@@ -37,8 +37,8 @@ from rlsloth.losses.preference import (
     simpo_loss,
 )
 from rlsloth.losses.ratio import rollout_sum
-from rlsloth.packing import pack
-from rlsloth.policy import attention
+from rlsloth.data.packing import pack
+from rlsloth.policy.attention import interface as attention
 from rlsloth.policy.load import LoadedModel
 from rlsloth.policy.policy import Policy
 from rlsloth.records import Group, MicroBatch, Prompt, Rollout

@@ -15,9 +15,9 @@ from torch import nn
 from rlsloth.config import LoraConfig, ModelConfig, OptimConfig
 from rlsloth.kernels.nf4.stack import stack
 from rlsloth.policy.policy import Policy
-from rlsloth.probe import probe, trial_backward
+from rlsloth.rollout.trial import probe, trial_backward
 from rlsloth.records import LogitTransform, UserError
-from rlsloth.rollout.transformers_engine import TransformersEngine
+from rlsloth.rollout.embedded.engine import TransformersEngine
 
 
 def engine_of(policy: Policy) -> TransformersEngine:

@@ -14,10 +14,10 @@ import pytest
 from rlsloth.config import GrpoConfig
 from rlsloth.records import Group, Prompt, Rollout, Score
 from rlsloth.run import folder as files
-from rlsloth.run.charts import MAX_POINTS, Chart, Line, draw, figure, smooth
-from rlsloth.run.report import write_report
-from rlsloth.run.report_charts import chart_sections
-from rlsloth.run.report_samples import MAX_CHARACTERS, MAX_ROWS, MAX_STEPS, evenly
+from rlsloth.run.report.charts import MAX_POINTS, Chart, Line, draw, figure, smooth
+from rlsloth.run.report.page import write_report
+from rlsloth.run.report.sections import chart_sections
+from rlsloth.run.report.samples import MAX_CHARACTERS, MAX_ROWS, MAX_STEPS, evenly
 from rlsloth.run.run import Run
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>&amp; \ud800\x00"

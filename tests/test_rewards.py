@@ -14,14 +14,14 @@ import pytest
 from rlsloth.config import RewardConfig
 from rlsloth.plugins import builtin_names
 from rlsloth.records import UserError
-from rlsloth.rewards._answers import exact_number, last_boxed, last_tag, numbers_in
+from rlsloth.scoring.answers import exact_number, last_boxed, last_tag, numbers_in
 from rlsloth.rewards.format_tags import format_tags
 from rlsloth.rewards.gsm8k_answer import gsm8k_answer
 from rlsloth.rewards.length import length
 from rlsloth.rewards.math_verify import math_verify
 from rlsloth.rewards.reasoning_gym import reasoning_gym
 from rlsloth.rewards.repetition import repetition
-from rlsloth.scoring.inspect_rewards import list_rewards, summarize_rewards, test_reward
+from rlsloth.cli.commands.rewards import list_rewards, summarize_rewards, test_reward
 
 BUILT_IN = builtin_names("rlsloth.rewards")
 
@@ -252,7 +252,7 @@ def test_a_reward_that_times_out_is_given_up(
     def quick(**cfg: Any) -> RewardConfig:
         return RewardConfig(cpu_seconds=0.05, **cfg)
 
-    monkeypatch.setattr("rlsloth.scoring.inspect_rewards.RewardConfig", quick)
+    monkeypatch.setattr("rlsloth.cli.commands.rewards.RewardConfig", quick)
     reward = tmp_path / "mine.py"
     reward.write_text(
         "def slow(completions):\n    while 'loop' in completions: pass\n    return [1]"

@@ -13,11 +13,11 @@ import pytest
 import torch
 from tiny import tiny_llama, tiny_tokenizer
 
-from rlsloth.policy import attention
+from rlsloth.policy.attention import interface as attention
 from rlsloth.records import Adapter, Completion, SamplingParams, UserError
-from rlsloth.rollout import transformers_engine
-from rlsloth.rollout.sampling import draw
-from rlsloth.rollout.transformers_engine import TransformersEngine
+from rlsloth.rollout.embedded import engine as transformers_engine
+from rlsloth.rollout.embedded.sampling import draw
+from rlsloth.rollout.embedded.engine import TransformersEngine
 
 CONTEXT = 96
 EOS = 2

@@ -12,13 +12,14 @@ from safetensors.torch import load_file
 from supervised_parts import PAIRS, SFT, command, evaluations, make_folder, steps, write_rows
 from tiny import tiny_llama
 
-from rlsloth import cli, sft
+from rlsloth.cli import main as cli
+from rlsloth.training import sft
 from rlsloth.config import LoraConfig, ModelConfig, OptimConfig
 from rlsloth.config.supervised import SftConfig, SftDataConfig
-from rlsloth.dataset.load import load_examples
-from rlsloth.dataset.sft import sft_examples
+from rlsloth.data.examples import load_examples
+from rlsloth.data.sft import sft_examples
 from rlsloth.policy.policy import Policy
-from rlsloth.run.report import write_report
+from rlsloth.run.report.page import write_report
 
 
 @pytest.fixture(autouse=True)

@@ -10,14 +10,14 @@ import pytest
 import torch
 from test_policy import one_by_one
 
-from rlsloth import planning
-from rlsloth.chat import Renderer
+from rlsloth.memory import decide as planning
+from rlsloth.data.renderer import Renderer
 from rlsloth.config import EnvConfig, GrpoConfig, LoraConfig, ModelConfig, OptimConfig
-from rlsloth.packing import pack
+from rlsloth.data.packing import pack
 from rlsloth.policy.load import load_model
 from rlsloth.policy.policy import Policy
 from rlsloth.records import Group, Prompt, Rollout, SamplingParams
-from rlsloth.rollout.transformers_engine import TransformersEngine
+from rlsloth.rollout.embedded.engine import TransformersEngine
 
 pytestmark = pytest.mark.slow
 

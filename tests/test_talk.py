@@ -15,10 +15,10 @@ import yaml
 from export_parts import make_base, make_run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rlsloth import cli
+from rlsloth.cli import main as cli
 from rlsloth.config.export import ChatConfig
-from rlsloth.export.source import find_source
-from rlsloth.talk import Talker
+from rlsloth.training.source import find_source
+from rlsloth.cli.commands.chat import Talker
 
 Output = pytest.CaptureFixture[str]
 

@@ -18,10 +18,10 @@ from vllm_parts import CONTEXT, EOS, LONG, QUESTIONS, chat, gap, logprobs, make,
 
 from rlsloth.policy.policy import Policy
 from rlsloth.records import Adapter, Completion, SamplingParams, UserError
-from rlsloth.rollout import vllm_start
+from rlsloth.rollout.vllm import start as vllm_start
 from rlsloth.rollout.engine import BASE_VERSION
-from rlsloth.rollout.transformers_engine import TransformersEngine
-from rlsloth.rollout.vllm_engine import VllmEngine
+from rlsloth.rollout.embedded.engine import TransformersEngine
+from rlsloth.rollout.vllm.engine import VllmEngine
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 

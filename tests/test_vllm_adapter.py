@@ -11,7 +11,7 @@ from tiny import tiny_llama
 from torch import Tensor
 
 from rlsloth.records import UserError
-from rlsloth.rollout.vllm_adapter import Adapted, Slot, adapted_linears, clear, fill
+from rlsloth.rollout.vllm.adapter import Adapted, Slot, adapted_linears, clear, fill
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 FUSED = [

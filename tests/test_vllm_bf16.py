@@ -7,7 +7,7 @@ import torch
 from test_smollm2 import load
 from vllm_parts import chat, make
 
-from rlsloth.packing import pack
+from rlsloth.data.packing import pack
 from rlsloth.records import Group, MicroBatch, Prompt, Rollout, SamplingParams
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]

@@ -16,14 +16,14 @@ import yaml
 from test_smollm2 import gguf
 from test_vllm_run import CONFIG, REWARD
 
-from rlsloth import cli
+from rlsloth.cli import main as cli
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 BREAK = """
 import sys
 from vllm.v1.engine.llm_engine import LLMEngine
-from rlsloth import cli
+from rlsloth.cli import main as cli
 
 step, calls = LLMEngine.step, [0]
 

@@ -11,7 +11,7 @@ from vllm_parts import gap
 
 from rlsloth.policy.policy import Policy
 from rlsloth.records import SamplingParams, UserError
-from rlsloth.rollout.vllm_engine import VllmEngine
+from rlsloth.rollout.vllm.engine import VllmEngine
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 

@@ -9,7 +9,7 @@ import pytest
 from supervised_parts import SFT, command, evaluations, make_folder
 from tiny import tiny_llama
 
-from rlsloth import cli
+from rlsloth.cli import main as cli
 
 pytestmark = pytest.mark.vllm
 

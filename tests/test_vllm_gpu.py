@@ -15,7 +15,7 @@ from vllm_parts import gap
 from rlsloth.config import LoraConfig, ModelConfig, OptimConfig
 from rlsloth.policy.policy import Policy
 from rlsloth.records import Adapter, Completion, SamplingParams
-from rlsloth.rollout.vllm_engine import VllmEngine
+from rlsloth.rollout.vllm.engine import VllmEngine
 
 pytest.importorskip("vllm")
 pytestmark = [

@@ -12,8 +12,8 @@ import yaml
 from test_smollm2 import gguf
 from tiny import tiny_llama, tiny_tokenizer
 
-from rlsloth import cli
-from rlsloth.rollout import vllm_start
+from rlsloth.cli import main as cli
+from rlsloth.rollout.vllm import start as vllm_start
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 

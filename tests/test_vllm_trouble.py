@@ -80,7 +80,7 @@ def test_an_adapter_on_a_tied_head(make):  # noqa: F811
 
 def test_a_part_of_a_trainers_weight_is_refused(make, monkeypatch):  # noqa: F811
     """Its address is the whole one's."""
-    from rlsloth.rollout import vllm_weights
+    from rlsloth.rollout.vllm import weights as vllm_weights
 
     policy = make()
     real = vllm_weights.checkpoint

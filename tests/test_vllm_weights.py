@@ -18,10 +18,10 @@ from torch import Tensor
 from vllm_parts import gap, logprobs, tokens
 
 from rlsloth.config import LoraConfig, ModelConfig, OptimConfig
-from rlsloth.packing import pack
+from rlsloth.data.packing import pack
 from rlsloth.policy.policy import Policy
 from rlsloth.records import Completion, Group, Prompt, Rollout, SamplingParams, UserError
-from rlsloth.rollout.vllm_engine import VllmEngine
+from rlsloth.rollout.vllm.engine import VllmEngine
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
@@ -75,7 +75,7 @@ def start(policy: Policy, **changes: Any) -> Iterator[VllmEngine]:
 
 
 def test_a_weight_that_is_missing_is_refused(make, monkeypatch):
-    from rlsloth.rollout import vllm_weights
+    from rlsloth.rollout.vllm import weights as vllm_weights
 
     whole = vllm_weights.checkpoint
 
@@ -90,7 +90,7 @@ def test_a_weight_that_is_missing_is_refused(make, monkeypatch):
 
 @pytest.mark.parametrize("holder", ["routed_experts.", ""])  # 0.32, 0.26
 def test_experts_that_are_missing_are_noticed(holder):
-    from rlsloth.rollout.vllm_weights import unfilled
+    from rlsloth.rollout.vllm.weights import unfilled
 
     names = [f"layers.0.mlp.experts.routed_experts.{name}_weight" for name in ("w13", "w2")]
     loaded = {f"layers.0.mlp.experts.{holder}{name}_weight" for name in ("w13", "w2")}

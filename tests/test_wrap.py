@@ -16,15 +16,15 @@ from torch import Tensor, nn
 from transformers.models.llama import modeling_llama
 
 from rlsloth.config import LoraConfig, ModelConfig
-from rlsloth.packing import pack
-from rlsloth.policy import attention
+from rlsloth.data.packing import pack
+from rlsloth.policy.attention import interface as attention
 from rlsloth.policy.lora import REFERENCE, TRAINED, add_adapter, save_adapter
 from rlsloth.policy.policy import Policy
 from rlsloth.policy.wrap import forwards
 from rlsloth.policy.wrap.preview import preview
 from rlsloth.policy.wrap.wrap import unwrapped, wrap
 from rlsloth.records import SamplingParams, UserError
-from rlsloth.rollout.transformers_engine import TransformersEngine
+from rlsloth.rollout.embedded.engine import TransformersEngine
 
 UNKNOWN = ("granite", "cohere")
 KNOWN = [family for family in FAMILIES if family not in UNKNOWN]

@@ -13,7 +13,7 @@ from rlsloth.config import LoraConfig, ModelConfig, OptimConfig
 from rlsloth.policy.policy import Policy
 from rlsloth.policy.wrap.wrap import unwrapped
 from rlsloth.records import SamplingParams
-from rlsloth.rollout.transformers_engine import TransformersEngine
+from rlsloth.rollout.embedded.engine import TransformersEngine
 
 pytestmark = pytest.mark.gpu
 PROMPTS = [[3, 5, 7], [11] * 20, [13, 17], [23] * 9]

@@ -8,7 +8,7 @@ import torch
 
 from rlsloth.policy.policy import Policy
 from rlsloth.records import Completion
-from rlsloth.rollout.vllm_engine import VllmEngine
+from rlsloth.rollout.vllm.engine import VllmEngine
 
 CONTEXT = 256
 CACHE = 256 * 2**20

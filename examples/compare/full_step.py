@@ -98,7 +98,7 @@ def rlsloth(args: argparse.Namespace) -> Meter:
     """`rlsloth grpo`, with the meter in its parts."""
     from transformers import AutoTokenizer
 
-    from rlsloth import grpo
+    from rlsloth.training import grpo
     from rlsloth.records import UserError
 
     rows = [{"prompt": text} for text in texts(AutoTokenizer.from_pretrained(args.model), args)]
@@ -148,7 +148,8 @@ def config(args: argparse.Namespace, data: Path, folder: Path) -> Any:
 
 def hook(args: argparse.Namespace, meter: Meter) -> None:
     """Time the parts of a step, and fix what no setting fixes."""
-    from rlsloth import assembly, engines
+    from rlsloth.training import assembly
+    from rlsloth.rollout import opening as engines
     from rlsloth.run.run import Run
     from rlsloth.scoring.scorer import Scorer
 

@@ -20,7 +20,8 @@ def rlsloth(args: argparse.Namespace, clock: Clock) -> None:
     need("rlsloth")
     from transformers import AutoTokenizer
 
-    from rlsloth import preference, sft
+    from rlsloth.training import preference
+    from rlsloth.training import sft
     from rlsloth.records import UserError
 
     made = rows(AutoTokenizer.from_pretrained(args.model), args)
@@ -37,7 +38,7 @@ def rlsloth(args: argparse.Namespace, clock: Clock) -> None:
 
 def unshuffled(made: list[dict[str, str]]) -> list[dict[str, str]]:
     """In an order from which rlsloth's sampler makes that of ``made``, which the peers get."""
-    from rlsloth.data import EpochSampler
+    from rlsloth.data.prompts import EpochSampler
 
     order = EpochSampler(range(len(made)), seed=0).take(len(made))
     placed = dict(zip(order, made, strict=True))

@@ -17,8 +17,8 @@ def run(cfg: Any, race: Any, mark: Mark) -> None:
     from transformers import AutoTokenizer, GenerationConfig
     from trl import GRPOTrainer
 
-    from rlsloth.chat import Renderer
-    from rlsloth.environment import load_environment
+    from rlsloth.data.renderer import Renderer
+    from rlsloth.environments.protocol import load_environment
 
     env = load_environment(cfg.env, cfg.seed)
     tokenizer = AutoTokenizer.from_pretrained(cfg.model.path)
@@ -98,7 +98,7 @@ def dataset(cfg: Any, prompts: Any) -> Any:
     """The questions of all steps, in the order in which rlsloth takes them."""
     from datasets import Dataset
 
-    from rlsloth.data import EpochSampler
+    from rlsloth.data.prompts import EpochSampler
 
     taken = EpochSampler(prompts, cfg.seed).take(cfg.steps * cfg.prompts_per_step)
     return Dataset.from_list(

@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError
 
 from rlsloth.config import ModelConfig
-from rlsloth.policy.attention import NAME, register
+from rlsloth.policy.attention.interface import NAME, register
 from rlsloth.policy.gguf_once import forget, parsed_once
 from rlsloth.policy.gguf_tokenizer import restore_pretokenizer
 from rlsloth.policy.identity import IDENTITY, identify

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
-from rlsloth.chat import Renderer, ToolCall
-from rlsloth.environment import Environment, Session
+from rlsloth.data.renderer import Renderer, ToolCall
+from rlsloth.environments.protocol import Environment, Session
 from rlsloth.records import (
     Completion,
     FinishReason,

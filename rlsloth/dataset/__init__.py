@@ -1,1 +1,0 @@
-"""Given answers: rows to token ids with a mask of what is learnt."""

@@ -1,0 +1,157 @@
+"""The data set: rows in the prompt-completion format of TRL and ``rlsloth sft``, each of which says
+where it comes from."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rlsloth.config.distill import DistillConfig
+from rlsloth.records import Message, UserError
+from rlsloth.data.rows import Row
+from rlsloth.distillation.raw import Problem, RawFile, Sample
+from rlsloth.distillation.selection import Selection, pass_rate, refuse_nothing
+from rlsloth.distillation.source import sha256
+
+TAKEN = (
+    "prompt",
+    "completion",
+    "tools",
+    "provenance",
+    "messages",
+    "text",
+    "chosen",
+    "rejected",
+    "label",
+)
+"""Columns that are ours, or by which trainers would take the rows for another format. A source's
+column of such a name is called source_<name>."""
+_CALL = re.compile(r"<tool_call>.*?(?:</tool_call>|\Z)", re.DOTALL)
+
+
+def write_dataset(out: Path, cfg: DistillConfig) -> tuple[Path, Selection]:
+    """Choose from raw.jsonl and write train.jsonl or train.parquet, whole or not at all.
+
+    Raises:
+        UserError: nothing was kept, or parquet cannot hold the rows.
+    """
+    selection = Selection(cfg.traces, cfg.seed)
+    path = out / f"train.{cfg.format}"
+    rows = _rows(out, cfg, selection)
+    with _replacing(path) as temporary:
+        if cfg.format == "parquet":
+            _write_parquet(temporary, list(rows))
+        else:
+            _write_jsonl(temporary, rows)
+        refuse_nothing(selection, str(RawFile(out).path))
+    other = "jsonl" if cfg.format == "parquet" else "parquet"
+    (out / f"train.{other}").unlink(missing_ok=True)  # of an earlier choice
+    return path, selection
+
+
+def dataset_hash(out: Path, cfg: DistillConfig) -> str | None:
+    """SHA-256 of the data set as it lies there; None where there is none."""
+    path = out / f"train.{cfg.format}"
+    return sha256(path) if path.exists() else None
+
+
+def _rows(out: Path, cfg: DistillConfig, selection: Selection) -> Iterator[Row]:
+    for problem in RawFile(out).read():
+        for sample in selection.choose(problem):
+            yield make_row(problem, sample, cfg)
+
+
+def make_row(problem: Problem, sample: Sample, cfg: DistillConfig) -> Row:
+    """One trace with its provenance.
+
+    ``tools`` is JSON text, as TRL takes schemas that differ in their fields. The source's own
+    columns keep their names, TAKEN ones aside, so that rewards find them.
+    """
+    prompt, completion = problem.prompt, sample.completion
+    if isinstance(prompt, list) and isinstance(completion, list):
+        prompt, completion = _joined(prompt, [_turn(message) for message in completion])
+    row: Row = {"prompt": prompt, "completion": completion}
+    if problem.tools:
+        row["tools"] = json.dumps(problem.tools)
+    for name, value in problem.columns.items():
+        if name != "tools":
+            row[f"source_{name}" if name in TAKEN else name] = value
+    row["provenance"] = _provenance(problem, sample, cfg)
+    return row
+
+
+def _provenance(problem: Problem, sample: Sample, cfg: DistillConfig) -> dict[str, Any]:
+    return {
+        **problem.source,
+        "index": problem.index,
+        "teacher": problem.teacher | {"served_model": sample.served_model},
+        "sampling": problem.sampling | {"seed": sample.seed},
+        "rewards": sample.scores,
+        "reward": sample.reward,
+        "pass_rate": pass_rate(problem, cfg.traces),
+        "samples": len(problem.samples),
+        "tokens": sample.tokens,
+        "finish": sample.finish,
+        "rlsloth": problem.rlsloth,
+        "date": problem.date,
+    }
+
+
+def _joined(prompt: list[Message], turns: list[Message]) -> tuple[list[Message], list[Message]]:
+    """An assistant turn that the prompt began belongs to the completion."""
+    if prompt[-1]["role"] != "assistant":
+        return prompt, turns
+    first = {**turns[0], "content": prompt[-1]["content"] + turns[0]["content"]}
+    return prompt[:-1], [first, *turns[1:]]
+
+
+def _turn(message: Message) -> Message:
+    """Of a turn with well-formed calls the words alone: the student's template writes the calls. A
+    malformed call stays text."""
+    calls = message.get("tool_calls")
+    if not calls:
+        return message
+    if not all(call["function"]["name"] for call in calls):
+        return {key: value for key, value in message.items() if key != "tool_calls"}
+    thought, end, words = message["content"].rpartition("</think>")
+    return {**message, "content": thought + end + _CALL.sub("", words).rstrip()}
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A file beside ``path`` that takes its place at the end, and is removed after a failure."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb") as written:
+            os.fsync(written.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _write_jsonl(path: Path, rows: Iterable[Row]) -> None:
+    with open(path, "w", encoding="utf-8", errors="replace") as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def _write_parquet(path: Path, rows: list[Row]) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    # Arrow gives every struct the keys of all: a call would get the arguments of other tools.
+    if any("tools" in row for row in rows):
+        raise UserError("parquet cannot hold tool calls as they are; pass --format jsonl")
+    try:
+        parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    except (pyarrow.ArrowException, OverflowError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"parquet cannot hold the columns of this data ({reason}); pass --format jsonl"
+        ) from error

@@ -1,0 +1,205 @@
+"""A teacher behind an OpenAI-compatible API; no model is loaded."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rlsloth.config.distill import DistillConfig
+from rlsloth.environments.protocol import Environment
+from rlsloth.evaluation.evaluator import open_problems
+from rlsloth.records import FinishReason, Group, Prompt, Rollout, UserError
+from rlsloth.run.run import Run
+from rlsloth.seeding import derive_seed
+from rlsloth.distillation.chat_api import ChatApi
+from rlsloth.distillation.parallel import in_parallel
+from rlsloth.distillation.raw import Answered
+
+UNKNOWN_TOKEN = -1
+"""Stands for each token of an answer: a server tells their number only."""
+_CUT = ("length", "content_filter")
+
+MOST_TOKENS = 10**7
+"""Of one answer; a server that says more miscounts."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Reply:
+    """What one request brought."""
+
+    text: str
+    tokens: int
+    finish: str
+    model: str | None
+    seed: int
+
+    def rollout(self) -> Rollout:
+        ids = [UNKNOWN_TOKEN] * self.tokens
+        finish: FinishReason = "length" if self.finish in _CUT else "stop"
+        message = {"role": "assistant", "content": self.text}
+        zeros = [0.0] * self.tokens
+        return Rollout(ids, [True] * self.tokens, zeros, ids, finish, self.text, [message])
+
+
+class EndpointTeacher:
+    """Asks for each sample in a request of its own: not every server knows ``n``, and those that
+    cache prefixes lose nothing."""
+
+    def __init__(self, cfg: DistillConfig, folder: Path, stack: ExitStack, *, resume: bool) -> None:
+        """Open environment, rewards and log, and see that the server is there; closed with
+        ``stack``. Raises UserError."""
+        self._cfg = cfg
+        self._warned = False
+        self.grpo = cfg.as_grpo(cfg.model, folder, resume=resume)
+        self._api = ChatApi(cfg.endpoint)
+        stack.callback(self._api.close)
+        self._api.check()
+        self.env, self.scorer = open_problems(self.grpo, stack)
+        _refuse_others(self.env)
+        self.run = stack.enter_context(Run.start(self.grpo))
+        self.run.say(
+            f"{len(self.env.train)} training prompts, {len(self.env.heldout)} held out; rewards: "
+            f"{', '.join(self.scorer.names)}; {cfg.endpoint.model} at {cfg.endpoint.url}"
+        )
+        self.about: dict[str, Any] = {
+            "kind": "endpoint",
+            "model": cfg.endpoint.model,
+            "revision": None,
+            "weights": None,
+            "precision": None,
+            "adapter": None,
+            "adapter_sha256": None,
+            "run": None,
+            "endpoint": cfg.endpoint.url,
+            "params": json.dumps(cfg.endpoint.params) if cfg.endpoint.params else None,
+        }
+
+    def answer(self, prompts: Sequence[Prompt], at: int, *, step: int) -> list[Answered]:
+        """Unscored rollouts; the scorer begins with each group as soon as it is complete. Every
+        request has a seed of its own, made of the run's seed, ``at`` and its place."""
+        n = self._cfg.traces.samples
+        jobs = [
+            (prompt, derive_seed(self._cfg.seed, "distill", at + p, i) >> 1)  # 31 bits, as C has
+            for p, prompt in enumerate(prompts)
+            for i in range(n)
+        ]
+        replies: list[_Reply | None] = [None] * len(jobs)
+        answered: dict[int, Answered] = {}
+        for position, reply in in_parallel(self._ask, jobs, self._cfg.endpoint.parallel):
+            replies[position] = reply
+            p = position // n
+            own = [r for r in replies[p * n : (p + 1) * n] if r is not None]
+            if len(own) == n:
+                answered[p] = self._answered(prompts[p], own)
+                self.scorer.submit(answered[p].group, step=step)
+        self._warn_alike([a.group for a in answered.values()])
+        return [answered[p] for p in range(len(prompts))]
+
+    def _warn_alike(self, groups: Sequence[Group]) -> None:
+        """Once: some servers do not sample, or have a seed of their own."""
+        n = self._cfg.traces.samples
+        alike = n > 1 and all(len({r.text for r in group.rollouts}) == 1 for group in groups)
+        if alike and not self._warned:
+            self._warned = True
+            self.run.warn(
+                f"all {n} samples of each problem are the same: does {self._cfg.endpoint.url} "
+                "sample, and heed temperature and seed?"
+            )
+
+    def _answered(self, prompt: Prompt, replies: list[_Reply]) -> Answered:
+        cfg = self._cfg.rollout
+        keys = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "stop")
+        return Answered(
+            Group(prompt, [], [reply.rollout() for reply in replies]),
+            {key: getattr(cfg, key) for key in keys},
+            [reply.seed for reply in replies],
+            [reply.finish for reply in replies],
+            [reply.model for reply in replies],
+        )
+
+    def _ask(self, job: tuple[Prompt, int]) -> _Reply:
+        prompt, seed = job
+        try:
+            return self._read(self._api.complete(self._body(prompt, seed)), seed)
+        except UserError as error:
+            raise UserError(f"problem {prompt.index + 1}: {error}") from error
+
+    def _body(self, prompt: Prompt, seed: int) -> dict[str, Any]:
+        """The request; what OpenAI's own API lacks is sent only where it is set."""
+        assert isinstance(prompt.messages, tuple)  # _refuse_others
+        cfg, endpoint = self._cfg.rollout, self._cfg.endpoint
+        template = {**self._cfg.env.chat_template_kwargs}
+        template |= prompt.columns.get("chat_template_kwargs") or {}
+        optional = {
+            "top_k": cfg.top_k,
+            "min_p": cfg.min_p,
+            "stop": cfg.stop,
+            "chat_template_kwargs": template,
+        }
+        return {
+            "model": endpoint.model,
+            "messages": list(prompt.messages),
+            endpoint.limit_name: cfg.max_tokens,
+            "temperature": cfg.temperature,
+            "top_p": cfg.top_p,
+            "seed": seed,
+            **{key: value for key, value in optional.items() if value},
+            **endpoint.params,
+        }
+
+    def _read(self, reply: dict[str, Any], seed: int) -> _Reply:
+        """Raises UserError for something that is no chat completion."""
+        try:
+            choice = reply["choices"][0]
+            message = choice["message"]
+            content = message.get("content") or ""
+            tokens = reply["usage"]["completion_tokens"]
+        except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
+            raise UserError(
+                f"{self._cfg.endpoint.url} answers without what a chat completion has "
+                f"(choices with a message, usage.completion_tokens): {type(error).__name__} {error}"
+            ) from None
+        # DeepSeek and vLLM's --reasoning-parser; others call it reasoning.
+        thought = message.get("reasoning_content") or message.get("reasoning") or ""
+        if not isinstance(content, str) or not isinstance(thought, str):
+            raise UserError(f"{self._cfg.endpoint.url} answers with content that is no text")
+        if not isinstance(tokens, int) or not 0 <= tokens <= MOST_TOKENS:
+            raise UserError(
+                f"{self._cfg.endpoint.url} says usage.completion_tokens {str(tokens)[:40]}, which "
+                "counts no answer"
+            )
+        content, thought = _as_text(content), _as_text(thought)
+        if thought:
+            content = f"<think>\n{thought.strip()}\n</think>\n\n{content.lstrip()}"
+        finish = str(choice.get("finish_reason") or "stop")
+        return _Reply(content, tokens, finish, reply.get("model"), seed)
+
+
+def _as_text(text: str) -> str:
+    """Without halves of surrogate pairs, which JSON can hold and no file can."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def _refuse_others(env: Environment) -> None:
+    """Raises UserError for prompts that a chat API does not answer in one turn."""
+    prompts = env.train
+    if any(prompt.tools for prompt in prompts) or env.start(prompts[0]) is not None:
+        raise UserError(
+            f"environment {env.name} has tools, which only a local teacher can use: leave out "
+            "--endpoint.url, or take an environment of single turns"
+        )
+    for prompt in prompts:
+        where = f"environment {env.name}, prompt {prompt.index + 1}"
+        if isinstance(prompt.messages, str):
+            raise UserError(
+                f"{where} is plain text to continue, and an endpoint answers chat messages: rename "
+                "the column prompt to question, or set --env.system-prompt"
+            )
+        if prompt.messages[-1]["role"] == "assistant":
+            raise UserError(
+                f"{where} ends with an assistant turn to continue, which chat APIs do not do alike"
+            )

@@ -1,0 +1,76 @@
+"""A teacher in this process."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rlsloth.training.assembly import Assembly
+from rlsloth.config import GrpoConfig, ModelConfig
+from rlsloth.config.distill import DistillConfig
+from rlsloth.training.source import find_source
+from rlsloth.memory.out_of_memory import advise
+from rlsloth.policy.identity import IDENTITY, Identity
+from rlsloth.records import Prompt
+from rlsloth.distillation.raw import Answered
+from rlsloth.distillation.source import sha256
+
+
+class LocalTeacher:
+    """A model with or without an adapter, sampled by the engine of ``rlsloth grpo``."""
+
+    def __init__(self, cfg: DistillConfig, folder: Path, stack: ExitStack, *, resume: bool) -> None:
+        """Load everything; closed with ``stack``. Raises UserError."""
+        model, run = _resolve(cfg)
+        self.grpo: GrpoConfig = cfg.as_grpo(model, folder, resume=resume)
+        self._parts = Assembly.open(self.grpo, stack, trains=False)
+        self._samples = cfg.traces.samples
+        self.env, self.scorer, self.run = self._parts.env, self._parts.scorer, self._parts.run
+        base = self._parts.policy.model.get_base_model()
+        self.about = _about(model, run, getattr(base, IDENTITY, None))
+
+    def answer(self, prompts: Sequence[Prompt], at: int, *, step: int) -> list[Answered]:
+        """Unscored rollouts; random numbers depend on the seed and ``at``, the position of the
+        first prompt."""
+        sampling = self._parts.sampling("distill", at)
+        n = self._samples
+        with advise("rollout", self._parts.policy.model):
+            groups = self._parts.collect(prompts, n, sampling, step=step)
+        told = asdict(sampling) | {"stop": list(sampling.stop)}
+        seed = told.pop("seed")
+        del told["cut_tail"]
+        return [
+            Answered(group, told, [seed] * n, [r.finish for r in group.rollouts], [None] * n)
+            for group in groups
+        ]
+
+
+def _resolve(cfg: DistillConfig) -> tuple[ModelConfig, Path | None]:
+    """The teacher's base with its adapter, and the run that trained it. Raises UserError."""
+    if cfg.teacher is None:
+        return cfg.model, None
+    asked = cfg.model.precision
+    source = find_source(cfg.teacher, precision=None if asked == "auto" else asked)
+    found = {name: getattr(source.base, name) for name in ("path", "revision", "precision")}
+    return cfg.model.model_copy(update={**found, "adapter": source.adapter}), source.run
+
+
+def _about(model: ModelConfig, run: Path | None, identity: Identity | None) -> dict[str, Any]:
+    """Which weights wrote the traces."""
+    adapter = model.adapter
+    weights = adapter / "adapter_model.safetensors" if adapter else None
+    return {
+        "kind": "local",
+        "model": model.path,
+        "revision": identity.revision if identity else model.revision,
+        "weights": identity.weights if identity else None,
+        "precision": identity.precision if identity else model.precision,
+        "adapter": str(adapter) if adapter else None,
+        "adapter_sha256": sha256(weights) if weights and weights.is_file() else None,
+        "run": str(run) if run else None,
+        "endpoint": None,
+        "params": None,
+    }

@@ -1,0 +1,57 @@
+"""Where problems come from, for the provenance of traces; which of them are put to a teacher."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rlsloth.config import EnvConfig
+from rlsloth.config.distill import DistillConfig
+from rlsloth.data.prompts import question_text
+from rlsloth.environments.protocol import PACKAGE, Environment, ToolEnvironment
+from rlsloth.plugins import builtin_names
+from rlsloth.records import Prompt, UserError
+
+
+def chosen_prompts(env: Environment, cfg: DistillConfig) -> tuple[list[Prompt], int]:
+    """Training prompts to sample, and how many are left out since they ask what a held-out one
+    asks. Raises UserError when none is left."""
+    asked = set(map(question_text, env.heldout))
+    prompts = [prompt for prompt in env.train if question_text(prompt) not in asked]
+    shared = len(env.train) - len(prompts)
+    if not prompts:
+        raise UserError(
+            f"environment {env.name}: all {shared} training prompts ask a held-out question"
+        )
+    return prompts[: cfg.traces.problems], shared
+
+
+def describe_source(env: Environment, cfg: EnvConfig, rewards: Sequence[str]) -> dict[str, Any]:
+    """Environment, its parameters as JSON, the data set where it reads one (a file with its
+    SHA-256, else a folder or hub id with the split), and the SHA-256 of rewards that are files."""
+    places = {spec: Path(spec.partition(":")[0]).expanduser() for spec in rewards}
+    files = {spec: sha256(file) for spec, file in places.items() if file.is_file()}
+    built_in = cfg.name.partition(":")[0] in builtin_names(PACKAGE)
+    reads = cfg.name == "dataset" or (isinstance(env, ToolEnvironment) and not built_in)
+    file = Path(cfg.train).expanduser()
+    is_file = reads and file.is_file()
+    return {
+        "environment": cfg.name,
+        "params": json.dumps(cfg.params) if cfg.params else None,
+        "chat_template_kwargs": (
+            json.dumps(cfg.chat_template_kwargs) if cfg.chat_template_kwargs else None
+        ),
+        "reward_files": json.dumps(files) if files else None,
+        "dataset": cfg.train if reads else None,
+        "split": cfg.train_split if reads and not is_file else None,
+        "dataset_sha256": sha256(file) if is_file else None,
+    }
+
+
+def sha256(file: Path) -> str:
+    """Of a file's bytes."""
+    with open(file, "rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()

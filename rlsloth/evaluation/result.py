@@ -1,0 +1,194 @@
+"""Evaluation on held-out prompts: avg@k, pass@k, maj@k with 95 % intervals by question."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import yaml
+
+from rlsloth.config import GrpoConfig
+from rlsloth.evaluation.intervals import (
+    Estimate,
+    avg_at_k,
+    difference_estimate,
+    maj_at_k,
+    mean_estimate,
+    pass_at_k,
+)
+from rlsloth.records import Group, Rollout, UserError
+from rlsloth.scoring.answers import exact_number, marked_answer, numbers_in
+from rlsloth.run.folder import CONFIG
+
+
+@dataclass(frozen=True, slots=True)
+class EvalResult:
+    """One policy on one set of problems."""
+
+    problems: int
+    samples: int
+    """k: completions per problem."""
+    avg: Estimate
+    """Share of samples that are correct; one cut off by the length limit is wrong."""
+    passed: tuple[tuple[int, Estimate], ...]
+    """pass@j for j = 2, 4, ... and k: problems solved by at least one of j samples, unbiased."""
+    majority: Estimate
+    """maj@k: problems whose most frequent answer is correct."""
+    truncated: float
+    """Share of samples cut off by the length limit."""
+    mean_length: float
+    """Sampled tokens."""
+    scores: tuple[float, ...]
+    """[problems] each problem's own avg@k, for paired comparisons."""
+
+    def named(self) -> list[tuple[str, Estimate]]:
+        """The estimates under their usual names."""
+        k = self.samples
+        passed = [(f"pass@{j}", estimate) for j, estimate in self.passed]
+        return [(f"avg@{k}", self.avg), *passed, (f"maj@{k}", self.majority)]
+
+    def metrics(self) -> dict[str, float]:
+        """Flat figures for the log."""
+        row: dict[str, float] = {}
+        for key, estimate in self.named():
+            row[key] = estimate.value
+            row[f"{key}_low"], row[f"{key}_high"] = estimate.low, estimate.high
+        return row | {"clipped_ratio": self.truncated, "mean_length": self.mean_length}
+
+
+def assess(groups: Sequence[Group], reward: int, correct_at: float) -> EvalResult:
+    """Figures of scored groups, one per problem; ``reward`` is the index of the deciding score.
+
+    Raises:
+        UserError: the deciding reward gave no verdict on some rollout: it failed or does not apply.
+    """
+    verdicts = [[_correct(r, reward, correct_at) for r in g.rollouts] for g in groups]
+    answers = [[_answer(r) for r in g.rollouts] for g in groups]
+    samples = len(groups[0].rollouts)
+    rollouts = [r for g in groups for r in g.rollouts]
+    scores = tuple(avg_at_k(v) for v in verdicts)
+    return EvalResult(
+        problems=len(groups),
+        samples=samples,
+        avg=mean_estimate(scores),
+        passed=tuple(
+            (j, mean_estimate([pass_at_k(samples, sum(v), j) for v in verdicts]))
+            for j in _draws(samples)
+        ),
+        majority=mean_estimate([maj_at_k(a, v) for a, v in zip(answers, verdicts, strict=True)]),
+        truncated=statistics.fmean(r.truncated for r in rollouts),
+        mean_length=statistics.fmean(r.length for r in rollouts),
+        scores=scores,
+    )
+
+
+def _correct(rollout: Rollout, reward: int, correct_at: float) -> bool:
+    score = rollout.scores[reward]
+    if rollout.truncated:
+        return False
+    if score.failure is not None:
+        return False  # counted and named by the scorer's report
+    if score.value is None:
+        raise UserError(
+            f"evaluation: reward {score.name} does not apply to a held-out problem, so it cannot "
+            "decide what is correct; name another with --eval.reward"
+        )
+    return score.value >= correct_at
+
+
+def _draws(samples: int) -> list[int]:
+    """2, 4, 8, ... below ``samples``, and ``samples``: the j of pass@j (pass@1 is avg@k)."""
+    powers = [2**i for i in range(1, samples.bit_length()) if 2**i < samples]
+    return [*powers, samples]
+
+
+def _answer(rollout: Rollout) -> str | None:
+    """What a rollout votes for: its marked answer (box, tag, ####), else its last number, else all.
+
+    Numbers vote by value: 12 and 12.0 are one answer.
+    """
+    if rollout.truncated:
+        return None
+    answer = marked_answer(rollout.text)
+    if answer is None:
+        numbers = numbers_in(rollout.text)
+        answer = numbers[-1] if numbers else rollout.text
+    value = exact_number(answer)
+    return str(value) if value is not None else answer.strip() or None
+
+
+def reward_index(cfg: GrpoConfig, names: Sequence[str]) -> int:
+    """Position of the reward that decides what is correct. Raises UserError for an unknown name."""
+    if cfg.eval.reward is None:
+        return 0
+    if cfg.eval.reward not in names:
+        raise UserError(
+            f"--eval.reward {cfg.eval.reward!r} is not among --rewards {' '.join(names)}"
+        )
+    return list(names).index(cfg.eval.reward)
+
+
+def describe(result: EvalResult) -> str:
+    """One line: ``avg@8 0.61 [0.55, 0.67]  pass@8 …``."""
+    first, *_, most, majority = result.named()
+    parts = [
+        f"{name} {e.value:.3f} [{e.low:.3f}, {e.high:.3f}]" for name, e in (first, most, majority)
+    ]
+    cut = f"cut off {result.truncated:.0%}, {result.mean_length:.0f} tokens"
+    return "  ".join(parts) + f"  ({result.problems} problems, {cut})"
+
+
+def run_eval(cfg: GrpoConfig) -> None:
+    """``rlsloth eval``: the base model and, if one is named, the adapter, on the same problems.
+
+    Given the config.yaml of a training run, the adapter is the one it trained. Writes eval.json
+    into a run folder of its own.
+    """
+    from rlsloth.training.assembly import Assembly
+
+    cfg = _with_trained_adapter(cfg)
+    with ExitStack() as stack:
+        parts = Assembly.open(cfg, stack, trains=False)
+        base = parts.evaluate(0, name="base", base=True)
+        figures: dict[str, object] = {"base": base.metrics()}
+        if cfg.model.adapter is None:
+            parts.run.say("no --model.adapter: the base alone was evaluated")
+        if cfg.model.adapter is not None:
+            adapter = parts.evaluate(0, name="adapter")
+            gain = difference_estimate(base.scores, adapter.scores)
+            parts.run.say(
+                f"adapter - base: {gain.value:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}] "
+                f"avg@{base.samples}, paired by problem"
+            )
+            figures |= {
+                "adapter": adapter.metrics(),
+                "difference": [gain.value, gain.low, gain.high],
+            }
+        (parts.run.dir / "eval.json").write_text(json.dumps(figures, indent=1))
+        parts.run.finish({"problems": base.problems, "samples": base.samples, **figures})
+
+
+def _with_trained_adapter(cfg: GrpoConfig) -> GrpoConfig:
+    """Of the configuration of a training run: evaluate its adapter, and leave its folder alone.
+
+    An adapter other than the one the run started from was asked for, and stays.
+    """
+    folder = cfg.run.dir
+    if folder is None or not (folder / CONFIG).is_file():
+        return cfg
+    if (folder / "eval.json").exists():
+        raise UserError(f"{folder} holds an evaluation; give another folder with --run.dir")
+    run = cfg.run.model_copy(update={"dir": None, "resume": False})
+    started_from = yaml.safe_load((folder / CONFIG).read_text())["model"]["adapter"]
+    model = cfg.model
+    if started_from == (str(model.adapter) if model.adapter else None):
+        if not (folder / "adapter").is_dir():
+            raise UserError(
+                f"{folder} has no adapter yet: let the run finish (rlsloth grpo {folder / CONFIG} "
+                "--run.resume), or name an adapter with --model.adapter"
+            )
+        model = model.model_copy(update={"adapter": folder / "adapter"})
+    return cfg.model_copy(update={"model": model, "run": run})

@@ -1,0 +1,142 @@
+"""The model card of an export: what was trained on what, and the run's figures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rlsloth import __version__
+from rlsloth.training.source import Source
+from rlsloth.run.folder import SUMMARY, read_rows
+
+_SETTINGS = {
+    "model.precision": "precision of the base",
+    "lora.rank": "rank",
+    "lora.alpha": "alpha",
+    "lora.targets": "adapted modules",
+    "optim.lr": "learning rate",
+    "optim.schedule": "schedule",
+    "steps": "steps",
+    "prompts_per_step": "prompts a step",
+    "group_size": "completions a prompt",
+    "samples_per_step": "examples a step",
+    "rollout.max_tokens": "longest completion",
+    "rollout.temperature": "sampling temperature",
+    "loss.name": "loss",
+    "loss.beta": "beta",
+    "rewards": "rewards",
+    "env.name": "environment",
+    "env.train": "training data",
+    "data.train": "training data",
+    "seed": "seed",
+}
+"""Keys of a run's configuration that a card shows, those that it has."""
+_NO_SETTINGS = {"steps", "seconds", "device", "problems", "samples"}
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    """What an export says of itself."""
+
+    title: str
+    about: str
+    """What the folder holds and what was checked: sentences."""
+    library: str
+    """The hub's ``library_name``: peft, transformers or gguf."""
+    usage: str
+    """Commands that run it, for a shell."""
+
+
+def write_card(folder: Path, card: Card, source: Source) -> None:
+    """Write README.md."""
+    (folder / "README.md").write_text(render_card(card, source), encoding="utf-8")
+
+
+def render_card(card: Card, source: Source) -> str:
+    """The card in Markdown, under the hub's metadata."""
+    base = source.base
+    about: dict[str, Any] = {"library_name": card.library, "pipeline_tag": "text-generation"}
+    if not Path(base.path).expanduser().exists():  # the hub takes its own ids only
+        about["base_model"] = base.path
+    about["tags"] = ["rlsloth", "lora"]
+    named = f"`{base.path}`" + (f" at revision `{base.revision}`" if base.revision else "")
+    parts = [
+        f"---\n{yaml.safe_dump(about, sort_keys=False)}---",
+        f"# {card.title}",
+        card.about,
+        f"Base: {named}" + _hash(source) + ".",
+    ]
+    if source.run is not None:
+        parts += [*_figures(source.run), *_settings(source.config)]
+    parts += ["## Run it", f"```\n{card.usage}\n```"]
+    return "\n\n".join([*parts, f"Made with rlsloth {__version__}."]) + "\n"
+
+
+def _hash(source: Source) -> str:
+    if source.identity is None:
+        return ""
+    return f", its weights with the hash `{source.identity.weights[:16]}…`"
+
+
+def _figures(run: Path) -> Iterator[str]:
+    """Held-out accuracy, and every other figure of summary.json and of the last step."""
+    file = run / SUMMARY
+    summary = json.loads(file.read_bytes()) if file.is_file() else {}
+    yield "## Figures"
+    before, after = summary.get("accuracy_before"), summary.get("accuracy_after")
+    if after is not None:
+        text = f"Held-out accuracy: {_share(summary, 'after')}"
+        if before is not None:
+            text += f", before training {_share(summary, 'before')}"
+        yield (
+            f"{text} (mean of {summary['samples']} samples on each of {summary['problems']} "
+            "problems, 95 % intervals)."
+        )
+    if "seconds" in summary:
+        yield f"Trained for {summary['seconds']:.0f} s on {summary.get('device', 'one device')}."
+    shown = {k: v for k, v in summary.items() if k not in _NO_SETTINGS and "_before" not in k}
+    shown = {k: v for k, v in shown.items() if "accuracy" not in k and "interval" not in k}
+    steps = [row for row in read_rows(run) if not any(k.startswith("eval_") for k in row)]
+    if steps:
+        last = steps[-1]
+        names = [k for k in last if k.startswith("reward") and not k.endswith("/std")]
+        names = [k for k in ("loss", "kl", *names, "completions/mean_length") if k in last]
+        shown |= {f"{name} (step {last['step']})": last[name] for name in names}
+    if shown:
+        yield _table("figure", shown)
+
+
+def _share(summary: Mapping[str, Any], when: str) -> str:
+    low, high = summary[f"interval_{when}"]
+    return f"**{summary[f'accuracy_{when}']:.3f}** [{low:.3f}, {high:.3f}]"
+
+
+def _settings(config: Mapping[str, Any]) -> Iterator[str]:
+    shown = {}
+    sampled = "data" not in config or config.get("eval", {}).get("generate")
+    for key, name in _SETTINGS.items():
+        if not sampled and key.startswith(("env.", "rollout.")):
+            continue  # sections that had no part in it
+        value: Any = config
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, Mapping) else None
+        if value not in (None, [], ""):
+            shown[name] = value
+    if shown:
+        yield "## Settings"
+        yield _table("setting", shown)
+
+
+def _table(head: str, rows: Mapping[str, Any]) -> str:
+    lines = [f"| {head} | |", "|---|---|"]
+    for name, value in rows.items():
+        if isinstance(value, list):
+            value = ", ".join(map(str, value))
+        text = f"{value:.4g}" if isinstance(value, float) else str(value)
+        lines.append(f"| {name} | {text} |".replace("\n", " "))
+    return "\n".join(lines)

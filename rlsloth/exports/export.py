@@ -1,0 +1,212 @@
+"""``rlsloth export``: what was trained, in forms that others run."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rlsloth.config import ModelConfig
+from rlsloth.config.export import ExportConfig
+from rlsloth.exports.adapter import write_adapter
+from rlsloth.exports.card import Card, write_card
+from rlsloth.exports.check import USUAL, check_merged, sample_ids, score
+from rlsloth.exports.merged import DTYPES, checksums, merge
+from rlsloth.training.source import Source, find_source, prompting
+from rlsloth.exports.tokenizer import export_tokenizer
+from rlsloth.exports.writing import check_out, whole_folder
+from rlsloth.policy.identity import write_identity
+from rlsloth.policy.load import load_model
+from rlsloth.policy.lora import load_adapter
+from rlsloth.records import UserError
+
+K_QUANTS = ("q6_k", "q5_k_m", "q4_k_m")
+
+
+def run_export(cfg: ExportConfig) -> None:
+    """Write ``cfg.out``, reopen and check it, and say what it holds.
+
+    Raises:
+        UserError: bad input, or a check that failed; then nothing is left of it.
+    """
+    assert cfg.source is not None
+    assert cfg.out is not None
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it reports an optional package
+    out = cfg.out.expanduser()
+    source = find_source(
+        str(cfg.source),
+        base=cfg.base,
+        device=cfg.device,
+        trust_remote_code=cfg.trust_remote_code,
+    )
+    if source.adapter is None and cfg.to != "gguf":
+        raise UserError(
+            f"{cfg.source} is neither a run (config.yaml, adapter/) nor an adapter "
+            "(adapter_config.json)"
+        )
+    keep = [cfg.source.expanduser(), Path(source.base.path).expanduser()]
+    check_out(out, overwrite=cfg.overwrite, keep=keep)
+    with whole_folder(out) as folder:
+        card = _WRITERS[cfg.to](cfg, source, folder, out.name)
+        write_card(folder, card, source)
+        write_identity(source.identity, folder, export=cfg.to)
+    print(f"wrote {out}: {card.about}")
+
+
+def _adapter(cfg: ExportConfig, source: Source, folder: Path, name: str) -> Card:
+    tensors = write_adapter(source, export_tokenizer(source), folder)
+    base = source.base.path
+    return Card(
+        title=name,
+        about=f"A LoRA adapter with its tokenizer and chat template. Its {tensors} tensors read "
+        "back as they were trained and fit the base.",
+        library="peft",
+        usage=f"vllm serve {base} --enable-lora --max-lora-rank {_rank(source)} "
+        f"--lora-modules {name}=./{name}\nrlsloth chat ./{name}",
+    )
+
+
+def _rank(source: Source) -> int:
+    """The least of the ranks that vLLM takes."""
+    import peft
+
+    assert source.adapter is not None
+    rank = int(peft.PeftConfig.from_pretrained(str(source.adapter)).r)
+    return next((r for r in (8, 16, 32, 64, 128, 256, 320, 512) if r >= rank), rank)
+
+
+def _merged(cfg: ExportConfig, source: Source, folder: Path, name: str) -> Card:
+    about = write_merged(cfg, source, folder)
+    return Card(name, about, "transformers", f"vllm serve ./{name}\nrlsloth chat ./{name}")
+
+
+def write_merged(cfg: ExportConfig, source: Source, folder: Path) -> str:
+    """Merge, write, reopen and check; what was done, in a sentence or two."""
+    assert source.adapter is not None
+    tokenizer = export_tokenizer(source)
+    base = source.base if cfg.onto == "trained" else _original(source.base)
+    loaded = load_model(base)
+    adapted: Any = load_adapter(loaded.model, source.adapter, base.path, to_train=False)
+    context = int(loaded.model.config.get_text_config().max_position_embeddings)
+    onto = "original" if cfg.onto == "original" else _held_in(base, loaded.dtype)
+    del loaded
+    ids = sample_ids(tokenizer, context)
+    wanted = score(adapted, ids)
+    dtype = DTYPES[cfg.dtype]
+    merged = merge(adapted, dtype)
+    del adapted
+    sums = dict(checksums(merged.state))
+    merged.save(folder)
+    del merged
+    tokenizer.save_pretrained(folder)
+    found = check_merged(
+        folder, dtype, sums, ids, wanted, trust_remote_code=source.base.trust_remote_code
+    )
+    return (
+        f"Whole weights in {cfg.dtype}: the adapter was merged in float32 onto the {onto} weights "
+        f"of the base. All {found.tensors} tensors read back as they were written; over "
+        f"{found.tokens} tokens the mean |difference of log-probs| to base and adapter is "
+        f"{found.gap:.2g} nats{_hint(found.gap, cfg.dtype)}."
+    )
+
+
+def _hint(gap: float, dtype: str) -> str:
+    """What to do where 16 bits cost more than they mostly do."""
+    if gap <= USUAL:
+        return ""
+    more = "; --dtype f16 keeps three more bits of each weight" if dtype == "bf16" else ""
+    return f", more than the {USUAL:g} that rounding mostly costs{more}"
+
+
+def _held_in(base: ModelConfig, dtype: torch.dtype) -> str:
+    if base.precision == "nf4":
+        return "dequantised NF4"
+    return "fp32" if dtype == torch.float32 else "bf16"
+
+
+def _original(base: ModelConfig) -> ModelConfig:
+    """The base in the precision of its files."""
+    from transformers import AutoConfig
+
+    if Path(base.path).suffix == ".gguf":
+        return base.model_copy(update={"precision": "fp32"})
+    config = AutoConfig.from_pretrained(
+        base.path, revision=base.revision, trust_remote_code=base.trust_remote_code
+    )
+    if getattr(config, "quantization_config", None):
+        raise UserError(
+            f"--onto original: {base.path} is stored quantised, so there is no other original; "
+            "leave --onto out"
+        )
+    stored = config.get_text_config().dtype
+    precision = "bf16" if stored == torch.bfloat16 else "fp32"
+    return base.model_copy(update={"precision": precision})
+
+
+def _gguf(cfg: ExportConfig, source: Source, folder: Path, name: str) -> Card:
+    from rlsloth.exports.gguf.check import check_gguf
+    from rlsloth.exports.gguf.quantize import load_llama_cpp, quantize
+    from rlsloth.exports.gguf.write import write_gguf
+
+    if any(kind in K_QUANTS for kind in cfg.gguf):
+        load_llama_cpp()  # it may be missing
+    whole, about = Path(source.base.path).expanduser(), ""
+    work = folder / ".merged"
+    if source.adapter is not None:
+        work.mkdir()
+        whole, about = work, write_merged(cfg, source, work) + " "
+    elif not (whole / "config.json").is_file():
+        raise UserError(f"{cfg.source} is no run, no adapter and no model's folder (config.json)")
+    lines = []
+    for kind in dict.fromkeys(cfg.gguf):
+        path = folder / _file(name, kind)
+        if kind == "f16" or kind == "bf16" or kind == "q8_0":
+            write_gguf(whole, path, kind)
+        else:
+            work.mkdir(exist_ok=True)
+            full = work / "bf16.gguf"
+            if not full.is_file():
+                write_gguf(whole, full, "bf16")
+            quantize(full, path, kind)
+        found = check_gguf(whole, path)
+        line = f"{path.name}, {found.tensors} tensors read back"
+        if found.tokens:
+            gap = abs(found.nll - found.nll_gguf)
+            line += f", mean NLL over {found.tokens} tokens {gap:.2g} nats from transformers'"
+        lines.append(line)
+    first = _file(name, cfg.gguf[0])
+    _write_modelfile(source, whole, folder, first)
+    shutil.rmtree(work, ignore_errors=True)
+    return Card(
+        title=name,
+        about=f"{about}GGUF files for llama.cpp: {'; '.join(lines)}.",
+        library="gguf",
+        usage=f"llama-server -m {first} --jinja\nollama create {name} -f Modelfile",
+    )
+
+
+def _file(name: str, kind: str) -> str:
+    return f"{name}-{kind.upper()}.gguf"
+
+
+def _write_modelfile(source: Source, whole: Path, folder: Path, file: str) -> None:
+    from rlsloth.exports.gguf.ollama import modelfile
+
+    options = prompting(source.config).get("chat_template_kwargs") or {}
+    try:
+        text = modelfile(whole, f"./{file}", options)
+    except UserError as error:  # the GGUF files run without it
+        print(f"no Modelfile: {str(error).replace(str(whole), source.base.path)}")
+        return
+    (folder / "Modelfile").write_text(text, encoding="utf-8")
+
+
+_WRITERS: dict[str, Callable[[ExportConfig, Source, Path, str], Card]] = {
+    "adapter": _adapter,
+    "merged": _merged,
+    "gguf": _gguf,
+}

@@ -1,0 +1,181 @@
+"""A model folder's tensors, one at a time, under llama.cpp's names and in its layouts."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from rlsloth.exports.gguf.families import Family, family_of, rope_tensors
+from rlsloth.records import UserError
+
+Kind = Literal["f16", "bf16", "q8_0"]
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One tensor of the GGUF file."""
+
+    name: str
+    """llama.cpp's name."""
+    shape: tuple[int, ...]
+    """In torch's order."""
+    type: Any
+    """gguf.GGMLQuantizationType."""
+    source: str | None
+    """The tensor's name in the folder; None for one made from the configuration."""
+
+    @property
+    def bytes(self) -> int:
+        """Size in the file, without padding."""
+        from gguf import GGML_QUANT_SIZES
+
+        block, size = GGML_QUANT_SIZES[self.type]
+        return math.prod(self.shape) // int(block) * int(size)
+
+
+class Weights:
+    """The safetensors files of a folder: shapes at once, values when asked for.
+
+    Raises:
+        UserError: no weights, or files that cannot be read.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        from safetensors import SafetensorError, safe_open
+
+        index = folder / "model.safetensors.index.json"
+        if index.is_file():
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        else:
+            names = ["model.safetensors"]
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self._file: dict[str, Any] = {}
+        for name in names:
+            try:
+                file: Any = safe_open(folder / name, framework="pt")
+            except (OSError, SafetensorError) as error:
+                raise UserError(f"{folder / name}: cannot read weights: {error}") from error
+            for key in file.keys():  # noqa: SIM118 - not a dictionary
+                self.shapes[key] = tuple(file.get_slice(key).get_shape())
+                self._file[key] = file
+
+    def read(self, name: str) -> torch.Tensor:
+        """The tensor in float32."""
+        value: torch.Tensor = self._file[name].get_tensor(name)
+        return value.float()
+
+
+def plan(folder: Path, config: Any, weights: Weights, kind: Kind) -> list[Entry]:
+    """Every tensor of the GGUF file, in order.
+
+    Raises:
+        UserError: a tensor without a place in llama.cpp, or one that is missing.
+    """
+    from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, GGMLQuantizationType, get_tensor_name_map
+
+    arch = next(a for a in MODEL_ARCH if MODEL_ARCH_NAMES.get(a) == family_of(config).arch)
+    names = get_tensor_name_map(arch, config.num_hidden_layers)
+    entries = [
+        Entry(name, (len(values),), GGMLQuantizationType.F32, None)
+        for name, values in rope_tensors(config).items()
+    ]
+    for source, shape in weights.shapes.items():
+        if source == "lm_head.weight" and config.tie_word_embeddings:
+            continue  # some folders hold the tied head as well
+        if source.endswith("rotary_emb.inv_freq"):
+            continue
+        name = names.get_name(source, try_suffixes=(".weight", ".bias"))
+        if name is None:
+            raise UserError(f"{folder}: tensor {source} has no place in llama.cpp's {arch.name}")
+        entries.append(Entry(name, shape, _type_of(name, shape, kind), source))
+    _check_complete(folder, config, entries)
+    return entries
+
+
+def _type_of(name: str, shape: tuple[int, ...], kind: Kind) -> Any:
+    """llama.cpp computes with norms and biases in float32; rows that no block divides stay F16."""
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    if len(shape) == 1 or name.endswith("_norm.weight"):
+        return GGMLQuantizationType.F32
+    wanted = GGMLQuantizationType[kind.upper()]
+    return wanted if shape[-1] % GGML_QUANT_SIZES[wanted][0] == 0 else GGMLQuantizationType.F16
+
+
+def _check_complete(folder: Path, config: Any, entries: list[Entry]) -> None:
+    """Against the shapes of transformers' own model: llama.cpp takes a missing head for a tied
+    one, and would go on."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    tied = set(model.all_tied_weights_keys) if config.tie_word_embeddings else set()
+    wanted = {n: tuple(p.shape) for n, p in model.named_parameters() if n not in tied}
+    have = {e.source: e.shape for e in entries if e.source}
+    for name, shape in wanted.items():
+        if have.get(name) != shape:
+            raise UserError(
+                f"{folder}: config.json wants {name} in shape {shape}, the weights have "
+                f"{have.get(name, 'none')}"
+            )
+    extra = sorted(set(have) - set(wanted))
+    if extra:
+        raise UserError(f"{folder}: weights that config.json does not ask for: {extra[0]}")
+
+
+def data(entries: list[Entry], config: Any, weights: Weights) -> Iterator[tuple[Entry, Any]]:
+    """Each entry with its bytes as a numpy array; one tensor is held at a time.
+
+    Raises:
+        UserError: a value that is not finite, or not in float16.
+    """
+    family = family_of(config)
+    made = rope_tensors(config)
+    for entry in entries:
+        if entry.source is None:
+            yield entry, np.array(made[entry.name], dtype=np.float32)
+        else:
+            # Without a name for the value, which would be held while the next is read.
+            yield (
+                entry,
+                _encode(_arrange(weights.read(entry.source), entry.name, config, family), entry),
+            )
+
+
+def _arrange(value: torch.Tensor, name: str, config: Any, family: Family) -> torch.Tensor:
+    part = name.split(".")[-2]
+    if family.permuted and part in ("attn_q", "attn_k"):
+        heads = config.num_attention_heads if part == "attn_q" else config.num_key_value_heads
+        halves = value.reshape(heads, 2, -1, *value.shape[1:])
+        return halves.transpose(1, 2).reshape(value.shape)
+    if part.endswith("norm"):
+        return value + family.norm_shift
+    return value
+
+
+def _encode(value: torch.Tensor, entry: Entry) -> npt.NDArray[Any]:
+    from gguf import GGMLQuantizationType, quants
+
+    if entry.type == GGMLQuantizationType.BF16:
+        finite, array = value, value.bfloat16().view(torch.int16).numpy()
+    elif entry.type == GGMLQuantizationType.F16:
+        finite = value.half()
+        array = finite.numpy()
+    elif entry.type == GGMLQuantizationType.F32:
+        finite, array = value, value.numpy()
+    else:
+        finite, array = value, quants.quantize(value.numpy(), entry.type)
+    if not all(bool(torch.isfinite(end)) for end in torch.aminmax(finite)):  # no mask in memory
+        raise UserError(
+            f"{entry.source}: values that are not finite in {entry.type.name.lower()}; "
+            "float16 ends at 65504, take bf16 or look at the weights"
+        )
+    return array

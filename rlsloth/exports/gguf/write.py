@@ -1,0 +1,77 @@
+"""Writing a GGUF file from a Hugging Face folder, tensor by tensor."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from rlsloth.exports.gguf.families import add_hyperparameters, family_of, read_config
+from rlsloth.exports.gguf.tensors import Kind, Weights, data, plan
+from rlsloth.exports.gguf.vocab import add_vocabulary, read_vocabulary
+from rlsloth.records import UserError
+
+FILE_TYPES = {"f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
+
+
+def write_gguf(folder: Path, out: Path, kind: Kind) -> None:
+    """Write the model in ``folder`` (config.json, safetensors, tokenizer) to the file ``out``.
+
+    Matrices take the type ``kind``, norms and biases float32. Q8_0 blocks are llama.cpp's (32
+    weights, one float16 scale). Memory: one tensor in float32 and in ``kind``.
+
+    Raises:
+        UserError: a family, tokenizer or tensor that llama.cpp does not run as transformers does,
+            or a file that cannot be written; then nothing is left of it.
+    """
+    from gguf import GGML_QUANT_VERSION, GGUFType, GGUFWriter, LlamaFileType, Metadata, size_label
+
+    config = read_config(folder)
+    vocabulary = read_vocabulary(folder, config)
+    weights = Weights(folder)
+    entries = plan(folder, config, weights, kind)
+    with whole_file(out) as temporary:
+        writer = GGUFWriter(temporary, family_of(config).arch)
+        for entry in entries:
+            writer.add_tensor_info(
+                entry.name, entry.shape, np.dtype(np.float32), entry.bytes, raw_dtype=entry.type
+            )
+        total, *counts = writer.get_total_parameter_count()
+        writer.add_type(GGUFType.MODEL)
+        about = Metadata.load(None, folder, None, total)
+        about.name = about.name or folder.resolve().name
+        about.size_label = about.size_label or size_label(total, *counts)
+        about.set_gguf_meta_model(writer)
+        add_hyperparameters(writer, config)
+        writer.add_file_type(LlamaFileType[FILE_TYPES[kind]])
+        add_vocabulary(writer, vocabulary)
+        writer.add_quantization_version(GGML_QUANT_VERSION)
+        try:
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+            for _, array in data(entries, config, weights):
+                writer.write_tensor_data(array)
+        finally:
+            writer.close()
+
+
+@contextmanager
+def whole_file(out: Path) -> Iterator[Path]:
+    """A path beside ``out`` to write to, renamed to ``out`` at the end, removed after a failure.
+
+    Raises:
+        UserError: the file system refuses.
+    """
+    temporary = out.with_name(f".{out.name}.tmp")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        os.replace(temporary, out)
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)

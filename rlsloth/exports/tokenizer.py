@@ -1,0 +1,113 @@
+"""The tokenizer and chat template that go with an exported model."""
+
+from __future__ import annotations
+
+import io
+import json
+from contextlib import redirect_stderr
+from pathlib import Path
+from typing import Any
+
+from rlsloth.config import ModelConfig
+from rlsloth.training.source import PEFT_CONFIG, Source
+from rlsloth.policy.gguf_once import parsed_once
+from rlsloth.policy.gguf_tokenizer import restore_pretokenizer
+from rlsloth.policy.identity import hash_template, hash_tokenizer
+from rlsloth.records import UserError
+
+
+def export_tokenizer(source: Source) -> Any:
+    """The tokenizer to write: the one beside the adapter, where there is one, else the base's.
+
+    Raises:
+        UserError: it, or its template, is not what training saw, or it has tokens without trained
+            embeddings.
+    """
+    base, rows = _read_base(source.base)
+    adapter = source.adapter
+    tokenizer, place = base, source.base.path
+    if adapter is not None and (adapter / "tokenizer_config.json").is_file():
+        tokenizer, place = _read(str(adapter)), str(adapter)
+    _check_tokens(tokenizer, base, rows, place, adapter)
+    if source.identity is not None:
+        if source.identity.template is not None and not tokenizer.chat_template:
+            raise UserError(
+                f"{place} has no chat template any more, but adapter {adapter} was trained with "
+                "one; put it back"
+            )
+        if hash_template(tokenizer) != source.identity.template:
+            raise UserError(
+                f"the chat template of {place} is not the one that adapter {adapter} was trained "
+                "with; put that back"
+            )
+        if hash_tokenizer(tokenizer) != source.identity.tokenizer:
+            raise UserError(
+                f"the tokenizer of {place} is not the one that adapter {adapter} was trained with: "
+                "its tokens, or how it splits text, have changed; put that back"
+            )
+    return tokenizer
+
+
+def _check_tokens(tokenizer: Any, base: Any, rows: int, place: str, adapter: Path | None) -> None:
+    """``rows``: of the model's embedding."""
+    vocabulary = tokenizer.get_vocab()
+    beyond = sorted((index, token) for token, index in vocabulary.items() if index >= rows)
+    if beyond:
+        index, token = beyond[0]
+        raise UserError(
+            f"{place}: token {token!r} has id {index}, but the model has only {rows} embeddings: "
+            f"{len(beyond)} tokens were added without training theirs"
+        )
+    known = base.get_vocab()
+    added = sorted(token for token in vocabulary if token not in known)
+    if added and not _trains_embeddings(adapter):
+        raise UserError(
+            f"{place}: {len(added)} tokens ({added[0]!r}, ...) are not in the base's tokenizer, "
+            "and the adapter has no embeddings for them"
+        )
+
+
+def _trains_embeddings(adapter: Path | None) -> bool:
+    if adapter is None:
+        return False
+    config = json.loads((adapter / PEFT_CONFIG).read_bytes())
+    names = [*(config.get("modules_to_save") or ()), *(config.get("target_modules") or ())]
+    embeds = any("embed" in name or "wte" in name for name in names)
+    return embeds or bool(config.get("trainable_token_indices"))
+
+
+def _read_base(base: ModelConfig) -> tuple[Any, int]:
+    """The base's tokenizer and the rows of its embedding."""
+    from transformers import AutoConfig
+
+    file = Path(base.path).expanduser()
+    if file.suffix != ".gguf":
+        options = {"revision": base.revision, "trust_remote_code": base.trust_remote_code}
+        try:
+            config = AutoConfig.from_pretrained(base.path, **options)
+        except (OSError, ValueError) as error:
+            raise _unreadable(base.path, error) from error
+        return _read(base.path, **options), int(config.get_text_config().vocab_size)
+    options = {"gguf_file": file.name}
+    with parsed_once(), redirect_stderr(io.StringIO()):
+        try:
+            config = AutoConfig.from_pretrained(file.parent, **options)
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            raise _unreadable(base.path, error) from error
+        tokenizer = _read(str(file.parent), **options)
+        restore_pretokenizer(tokenizer, file)
+    tokenizer.model_max_length = config.max_position_embeddings
+    return tokenizer, int(config.vocab_size)
+
+
+def _read(path: str, **options: Any) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path, **options)
+    except (OSError, ValueError) as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: str, error: Exception) -> UserError:
+    return UserError(f"cannot read {path}: {str(error).strip().splitlines()[0][:200]}")

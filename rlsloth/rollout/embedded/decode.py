@@ -1,0 +1,176 @@
+"""Model calls of the embedded engine: prefill, and one decoding step, replayed as a CUDA graph on a
+GPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlsloth.kernels.linear_logprob.op import HeadLora
+from rlsloth.kernels.linear_logprob.products import add_transposed, project
+from rlsloth.records import LogitTransform, UserError
+from rlsloth.rollout.embedded.slot_cache import PromptCache, SlotCache
+
+COLUMNS = 128
+"""Graphs are captured for multiples of this many visible columns."""
+
+
+class Decoder:
+    """Runs a transformers causal LM over a SlotCache."""
+
+    def __init__(
+        self, model: Any, transform: LogitTransform, device: torch.device, *, cuda_graphs: bool
+    ) -> None:
+        """``model``: a causal LM, PEFT-wrapped or not, with the ``rlsloth`` attention."""
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self._transform = transform
+        self._layers = base.get_decoder()
+        self._head = base.get_output_embeddings()
+        self._device = device
+        self._graphed = cuda_graphs and device.type == "cuda"
+        self._graphs: dict[Any, torch.cuda.CUDAGraph] = {}
+        self._logits_out: Tensor | None = None
+        """[cache rows, V]: one output for all graphs, which would else keep one each."""
+        self._pool: Any = None
+        self._cache: SlotCache | None = None
+        from peft.tuners.tuners_utils import BaseTunerLayer  # slow to import
+
+        # Which adapter is on is baked into a graph, so it is part of the graph's key.
+        self._adapted = next((m for m in model.modules() if isinstance(m, BaseTunerLayer)), None)
+        self._head_adapted = isinstance(self._head, BaseTunerLayer)
+
+    def cache(self, rows: int, length: int) -> SlotCache:
+        """A cache of at least this size; on a GPU the same one again while it is large enough."""
+        if not self._graphed:
+            return SlotCache(rows, length, self._device)
+        kept = self._cache
+        if kept is None or kept.rows < rows or kept.length < length:
+            self._graphs.clear()
+            self._pool = None  # a pool dies with its last graph
+            # A power of two, so that a step's shapes do not depend on what the cache was made for.
+            rows = max(1 << (rows - 1).bit_length(), kept.rows if kept else 0)
+            length = max(_round_up(length, COLUMNS), kept.length if kept else 0)
+            self._cache = self._logits_out = kept = None  # before the new ones: both need not fit
+            self._cache = SlotCache(rows, length, self._device)
+            self._logits_out = torch.empty(rows, len(self._head.weight), device=self._device)
+        assert self._cache is not None
+        return self._cache
+
+    def prefill(self, prompts: list[list[int]]) -> tuple[PromptCache, Tensor]:
+        """Keys and values of a batch of prompts, and [prompts, V] float32 logits after each."""
+        lengths = [len(p) for p in prompts]
+        width = max(lengths)
+        padded = torch.tensor([p + [0] * (width - len(p)) for p in prompts], device=self._device)
+        order = torch.arange(width, device=self._device)
+        # Right padding without a mask: attention is causal, real rows never look right, and what
+        # padding computes is thrown away.
+        prompt = PromptCache(lengths)
+        hidden = self._layers(
+            input_ids=padded,
+            position_ids=order.expand(len(prompts), width),
+            past_key_values=prompt,
+            use_cache=True,
+        ).last_hidden_state
+        last = torch.tensor(lengths, device=self._device) - 1
+        rows = torch.arange(len(prompts), device=self._device)
+        return prompt, self._logits(hidden[rows, last])
+
+    def step(self, cache: SlotCache, tokens: list[int]) -> Tensor:
+        """Feed each running row its last token; [active, V] float32 logits for the next, to
+        overwrite."""
+        cache.set_tokens(tokens)
+        visible = max(cache.lengths[: cache.active])
+        if not self._graphed:
+            return self._logits(self._hidden(cache, cache.active, visible))
+        rows = min(1 << (cache.active - 1).bit_length(), cache.rows)
+        return self._replay(cache, rows, _round_up(visible, COLUMNS))[: cache.active]
+
+    def _hidden(self, cache: SlotCache, rows: int, visible: int) -> Tensor:
+        cache.begin(rows, visible)
+        at = cache.at[:rows]
+        seen = torch.arange(visible, device=self._device)[None, :] <= at[:, None]
+        hidden = self._layers(
+            input_ids=cache.last[:rows, None],
+            position_ids=at[:, None],
+            attention_mask=seen[:, None, None, :],
+            past_key_values=cache,
+            use_cache=True,
+        ).last_hidden_state
+        last: Tensor = hidden[:, -1]
+        return last
+
+    def _replay(self, cache: SlotCache, rows: int, visible: int) -> Tensor:
+        layer = self._adapted
+        adapter = () if layer is None else (layer.disable_adapters, *layer.active_adapters)
+        key = (rows, visible, adapter)
+        assert self._logits_out is not None
+        out = self._logits_out[:rows]
+        if key not in self._graphs:
+            # A first run outside the graph loads kernels; it writes the very values that the replay
+            # will write again.
+            self._logits(self._hidden(cache, rows, visible), out)
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            try:
+                with torch.cuda.graph(graph, pool=self._pool):
+                    self._logits(self._hidden(cache, rows, visible), out)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                first = str(error).strip().split("\n")[0][:200]
+                raise UserError(
+                    f"this model's decoding step cannot be captured as a CUDA graph ({first}); "
+                    "pass --rollout.cuda-graphs false"
+                ) from error
+            self._pool = graph.pool()
+            self._graphs[key] = graph
+        self._graphs[key].replay()
+        return out
+
+    def _logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
+        """The model's own head on [rows, H], in float32 as in training.
+
+        16-bit logits would move log-probs by a few per cent.
+        """
+        if out is None:
+            out = torch.empty(len(hidden), len(self._head.weight), device=self._device)
+        project(hidden, self._head.weight, out)
+        if lora := self._head_lora():
+            b_VR = lora.b_VR.to(hidden.dtype)
+            add_transposed(lora.narrow(hidden).t(), b_VR.t(), out, torch.float32)
+        if self._head.bias is not None:
+            out += self._head.bias
+        if self._transform.scale != 1.0:
+            out *= self._transform.scale
+        if cap := self._transform.softcap:
+            out.div_(cap).tanh_().mul_(cap)
+        return out
+
+    def _head_lora(self) -> HeadLora | None:
+        """The LoRA on the head that is on now. Kinds that need more are refused by the policy.
+
+        Raises:
+            UserError: it is merged into the head's weights, and into those of a tied embedding.
+        """
+        head = self._head
+        if not self._head_adapted:
+            return None
+        if head.merged:
+            raise UserError(
+                "the adapter on the output head is merged into its weights; call unmerge_adapter() "
+                "before scoring or sampling"
+            )
+        if head.disable_adapters:
+            return None
+        active = next((name for name in head.active_adapters if name in head.lora_A), None)
+        if active is None:
+            return None
+        return HeadLora(
+            head.lora_A[active].weight, head.lora_B[active].weight, head.scaling[active]
+        )
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple

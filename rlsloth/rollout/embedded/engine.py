@@ -1,0 +1,249 @@
+"""The embedded engine: samples with the very model that trains, by continuous batching."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlsloth.records import (
+    Adapter,
+    Completion,
+    FinishReason,
+    LogitTransform,
+    SamplingParams,
+    UserError,
+)
+from rlsloth.rollout.embedded.decode import Decoder
+from rlsloth.rollout.engine import BASE_VERSION, most_tokens
+from rlsloth.rollout.embedded.sampling import draw
+from rlsloth.rollout.embedded.slot_cache import SlotCache
+
+UNCHANGED = LogitTransform()
+PREFILL_TOKENS = 8192
+"""Padded prompt tokens computed in one prefill; bounds its activations."""
+
+
+@dataclass(slots=True)
+class _Sequence:
+    """One continuation on its way."""
+
+    prefix: int
+    number: int
+    """Its row in the table of random numbers."""
+    limit: int
+    """Tokens it may have: the sampling limit or what the context leaves."""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    finish: FinishReason = "length"
+
+    @property
+    def done(self) -> bool:
+        return self.finish == "stop" or len(self.token_ids) >= self.limit
+
+    def completion(self, version: int) -> Completion:
+        return Completion(self.token_ids, self.logprobs, self.finish, version)
+
+
+class TransformersEngine:
+    """Continuous batching on a transformers model: no second copy of weights, nothing handed over.
+
+    A prefix is prefilled once and its keys and values copied to its ``n`` rows. Finished rows leave
+    the batch at once and waiting prefixes take their place.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        stop_ids: Sequence[int],
+        context: int,
+        max_sequences: int,
+        device: torch.device,
+        transform: LogitTransform = UNCHANGED,
+        cuda_graphs: bool = True,
+    ) -> None:
+        """``model``: a causal LM, PEFT-wrapped or not, with the ``rlsloth`` attention."""
+        self._model = model
+        self._decoder = Decoder(model, transform, device, cuda_graphs=cuda_graphs)
+        self._tokenizer = tokenizer
+        self._stop_ids = frozenset(stop_ids)
+        self._context = context
+        self._max_sequences = max_sequences
+        self._device = device
+        self.version = 0
+
+    def load(self, adapter: Adapter) -> None:
+        """Nothing moves: the adapter is live in the shared model. Only the version is noted."""
+        self.version = adapter.version
+
+    def release(self) -> None:
+        """Nothing: on a GPU the cache is part of the CUDA graphs, which are not made anew."""
+
+    def interrupt(self) -> None:
+        """Nothing: it samples in the thread that trains."""
+
+    @contextmanager
+    def base_model(self) -> Iterator[None]:
+        """See Engine.base_model. In the shared model, so the trainer's is off as well."""
+        version, self.version = self.version, BASE_VERSION
+        try:
+            with self._model.disable_adapter():
+                yield
+        finally:
+            self.version = version
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prefixes: Sequence[Sequence[int]],
+        n: int,
+        sampling: SamplingParams,
+        limits: Sequence[int] | None = None,
+        done: Callable[[int, list[Completion]], None] | None = None,
+    ) -> list[list[Completion]]:
+        """See Engine.generate."""
+        sequences = self._sequences(prefixes, n, sampling, limits)
+        longest = max(len(prefixes[s.prefix]) + s.limit for s in sequences)
+        cache = self._decoder.cache(min(self._max_sequences, len(sequences)), longest)
+        generator = torch.Generator().manual_seed(sampling.seed)
+        # A row of its own for each sequence: its tokens do not depend on what runs beside it.
+        uniform = torch.rand(len(sequences), sampling.max_tokens, generator=generator)
+        uniform = uniform.to(self._device)
+        self._model.eval()
+        queue, running = deque(sequences), list[_Sequence]()
+        out: list[list[Completion]] = [[] for _ in prefixes]
+        left = [n] * len(prefixes)
+        finished = 0
+        while queue or running:
+            groups = self._next_groups(queue, prefixes, cache)
+            if groups:
+                fresh = [s for group in groups for s in group]
+                self._advance(fresh, self._admit(groups, prefixes, cache), uniform, sampling)
+                running += fresh
+            else:
+                logits = self._decoder.step(cache, [s.token_ids[-1] for s in running])
+                self._advance(running, logits, uniform, sampling)
+            finished += sum(s.done for s in running)
+            if finished >= sampling.cut_tail * len(sequences):
+                for s in (*running, *queue):
+                    s.limit = max(len(s.token_ids), 1)
+            for p in self._retire(running, cache):
+                left[p] -= 1
+                if left[p] == 0:
+                    out[p] = [s.completion(self.version) for s in sequences[p * n : (p + 1) * n]]
+                    if done is not None:
+                        done(p, out[p])
+        return out
+
+    def _sequences(
+        self,
+        prefixes: Sequence[Sequence[int]],
+        n: int,
+        sampling: SamplingParams,
+        limits: Sequence[int] | None,
+    ) -> list[_Sequence]:
+        sequences = []
+        for p, prefix in enumerate(prefixes):
+            wanted = sampling.max_tokens if limits is None else limits[p]
+            limit = most_tokens(prefix, wanted, self._context)
+            sequences += [_Sequence(p, p * n + i, limit) for i in range(n)]
+        return sequences
+
+    def _next_groups(
+        self, queue: deque[_Sequence], prefixes: Sequence[Sequence[int]], cache: SlotCache
+    ) -> list[list[_Sequence]]:
+        """Take the waiting groups that fit into the free rows of one prefill.
+
+        A group is taken whole, so that its prefix is computed once, unless the batch would
+        otherwise run more than a quarter empty.
+        """
+        groups: list[list[_Sequence]] = []
+        free = min(cache.rows, self._max_sequences) - cache.active
+        width = 0
+        while queue and free:
+            group = _leading_group(queue)
+            if len(group) > free:
+                if groups or free * 4 <= cache.rows:
+                    break
+                group = group[:free]
+            width = max(width, len(prefixes[group[0].prefix]))
+            if groups and width * (len(groups) + 1) > PREFILL_TOKENS:
+                break
+            for _ in group:
+                queue.popleft()
+            groups.append(group)
+            free -= len(group)
+        return groups
+
+    def _admit(
+        self,
+        groups: list[list[_Sequence]],
+        prefixes: Sequence[Sequence[int]],
+        cache: SlotCache,
+    ) -> Tensor:
+        """Prefill groups into free rows; [rows, V] logits of their first tokens."""
+        prompt, logits = self._decoder.prefill([list(prefixes[g[0].prefix]) for g in groups])
+        for row, group in enumerate(groups):
+            cache.admit(prompt, row, len(group))
+        copies = torch.tensor([len(g) for g in groups], device=self._device)
+        return logits.repeat_interleave(copies, 0)
+
+    def _advance(
+        self,
+        sequences: list[_Sequence],
+        logits: Tensor,
+        uniform: Tensor,
+        sampling: SamplingParams,
+    ) -> None:
+        """Draw the next token of each sequence."""
+        at = torch.tensor([(s.number, len(s.token_ids)) for s in sequences], device=self._device)
+        tokens, logprobs = draw(logits, uniform[at[:, 0], at[:, 1]], sampling)
+        values = logprobs.tolist()
+        if not all(map(math.isfinite, values)):
+            raise UserError(
+                f"the model's log-probs are not finite (policy version {self.version}): its "
+                "weights are damaged, or the policy has diverged; lower --optim.lr"
+            )
+        drawn = zip(sequences, tokens.tolist(), values, strict=True)
+        for sequence, token, logprob in drawn:
+            sequence.token_ids.append(token)
+            sequence.logprobs.append(logprob)
+            if token in self._stop_ids or self._hits_stop_string(sequence, sampling.stop):
+                sequence.finish = "stop"
+
+    def _hits_stop_string(self, sequence: _Sequence, stop: tuple[str, ...]) -> bool:
+        if not stop:
+            return False
+        # A token holds at least one byte, so a stop string ends within its last len(bytes) tokens.
+        tail = sequence.token_ids[-(max(len(s.encode()) for s in stop) + 1) :]
+        text = self._tokenizer.decode(tail, clean_up_tokenization_spaces=False)
+        return any(s in text for s in stop)
+
+    def _retire(self, running: list[_Sequence], cache: SlotCache) -> list[int]:
+        """Free the rows of finished sequences; the prefix of each."""
+        prefixes = []
+        for row in reversed(range(len(running))):
+            if running[row].done:
+                prefixes.append(running[row].prefix)
+                cache.drop(row)
+                running[row] = running[-1]
+                running.pop()
+        return prefixes
+
+
+def _leading_group(queue: deque[_Sequence]) -> list[_Sequence]:
+    """The waiting sequences that share the first one's prefix."""
+    group = []
+    for sequence in queue:
+        if sequence.prefix != queue[0].prefix:
+            break
+        group.append(sequence)
+    return group

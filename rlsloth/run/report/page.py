@@ -1,0 +1,181 @@
+"""report.html: a run on one self-contained page, made from the files of its folder alone."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import yaml
+from markupsafe import Markup
+
+from rlsloth.run import folder as files
+from rlsloth.run.report.charts import MAX_POINTS, draw, figure
+from rlsloth.run.metrics import is_number
+from rlsloth.run.report.sections import Rows, chart_sections, values_of
+from rlsloth.run.report.samples import embedded_samples
+
+REPORT = "report.html"
+_HERE = Path(__file__).parent
+_ENDS = 5
+"""Steps averaged for a figure at the start and at the end."""
+_WARNINGS = 30
+
+
+def write_report(folder: Path) -> Path:
+    """Write report.html into a run folder, atomically.
+
+    It needs nothing but metrics.jsonl, samples, config.yaml, environment.json, log.txt and
+    summary.json, each of which may be missing. Text from models and data is shown, never run:
+    markup is escaped, and the page's content policy allows its own script alone and no connection.
+
+    Returns:
+        The page's path.
+    """
+    rows = merged_rows(files.read_rows(folder))
+    config_text = _read(folder / files.CONFIG)
+    config = yaml.safe_load(config_text) or {}
+    summary = _read_json(folder / files.SUMMARY)
+    environment = _read_json(folder / "environment.json")
+    script = _read(_HERE / "report.js")
+    sections = [
+        (title, [draw(chart) for chart in charts]) for title, charts in chart_sections(rows)
+    ]
+    drawings = [drawing for _, drawn in sections for drawing in drawn]
+    page = (
+        _environment()
+        .get_template("report.html.jinja")
+        .render(
+            name=folder.resolve().name,
+            subtitle=_subtitle(config, environment),
+            config_text=config_text,
+            environment_text=json.dumps(environment, indent=2),
+            summary_text=json.dumps(summary, indent=2),
+            finished=bool(summary),
+            result=_result(summary),
+            facts=_facts(rows, config, summary),
+            warnings=_warnings(folder),
+            sections=sections,
+            thinned=len(rows) > MAX_POINTS,
+            max_points=MAX_POINTS,
+            charts_json=_json([drawing.data for drawing in drawings]),
+            samples_json=_json(embedded_samples(folder)),
+            style=Markup(_read(_HERE / "report.css")),
+            script=Markup(script),
+            script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        )
+    )
+    path = folder / REPORT
+    files.atomic_write(path, page.encode("utf-8", "backslashreplace"))
+    return path
+
+
+def _environment() -> jinja2.Environment:
+    loader = jinja2.FileSystemLoader(_HERE)
+    environment = jinja2.Environment(
+        loader=loader,
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["figure"] = figure
+    environment.filters["percent"] = partial(figure, percent=True)
+    return environment
+
+
+def _json(value: object) -> Markup:
+    """JSON that can stand in a script element: it holds no character with which the element could
+    end."""
+    text = json.dumps(files.finite(value), allow_nan=False, separators=(",", ":"))
+    return Markup(text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e"))
+
+
+def _read(path: Path) -> str:
+    return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    text = _read(path)
+    return dict(json.loads(text)) if text else {}
+
+
+def _warnings(folder: Path) -> list[tuple[str, str]]:
+    """(time, text) of the last warnings."""
+    lines = [line.split(" warning: ", 1) for line in _read(folder / files.LOG).splitlines()]
+    return [(line[0], line[1]) for line in lines if len(line) == 2][-_WARNINGS:]
+
+
+def merged_rows(rows: Rows) -> Rows:
+    """One row a step, by step; of a value that was logged twice the later one."""
+    merged: dict[int, dict[str, Any]] = {}
+    for row in rows:
+        merged.setdefault(int(row["step"]), {}).update(row)
+    return [merged[step] for step in sorted(merged)]
+
+
+def _subtitle(config: Mapping[str, Any], environment: Mapping[str, Any]) -> list[str]:
+    """What was trained, with what, where and when."""
+    device = environment.get("device", {}).get("name", "")
+    started = str(environment.get("started", ""))[:16].replace("T", " ")
+    model = str(config.get("model", {}).get("path", ""))
+    rewards = ", ".join(map(str, config.get("rewards", [])))
+    return [part for part in (model, rewards, device, started) if part]
+
+
+def _result(summary: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Accuracy before and after, with intervals; None when the summary has none."""
+    sides: list[dict[str, Any]] = []
+    for side in ("before", "after"):
+        value = summary.get(f"accuracy_{side}")
+        if not is_number(value):
+            return None
+        interval = summary.get(f"interval_{side}")
+        known = isinstance(interval, list) and len(interval) == 2 and all(map(is_number, interval))
+        sides.append({"side": side, "value": value, "interval": interval if known else None})
+    first, last = (side["interval"] for side in sides)
+    verdict = ""
+    if first and last:
+        apart = first[1] < last[0] or last[1] < first[0]
+        verdict = "95 % intervals do not overlap" if apart else "95 % intervals overlap"
+    return {"sides": sides, "verdict": verdict, "problems": summary.get("problems")}
+
+
+def _facts(
+    rows: Rows, config: Mapping[str, Any], summary: Mapping[str, Any]
+) -> list[tuple[str, str]]:
+    """(label, value) of the figures at the top."""
+    steps = [row for row in rows if "step_time" in row]
+    facts = []
+    if rewards := values_of(steps, "reward"):
+        start, end = _average(rewards[:_ENDS]), _average(rewards[-_ENDS:])
+        facts.append(("reward", f"{figure(start)} → {figure(end)}"))
+    elif losses := values_of(steps, "loss"):
+        start, end = _average(losses[:_ENDS]), _average(losses[-_ENDS:])
+        facts.append(("loss", f"{figure(start)} → {figure(end)}"))
+    if lengths := values_of(steps, "completions/mean_length"):
+        start, end = _average(lengths[:_ENDS]), _average(lengths[-_ENDS:])
+        facts.append(("tokens a completion", f"{start:.0f} → {end:.0f}"))
+    if steps:
+        total = config.get("steps", steps[-1]["step"])
+        facts.append(("steps", f"{steps[-1]['step']} of {total}"))
+    seconds = summary.get("seconds") or sum(
+        row.get(key) or 0.0 for row in rows for key in ("step_time", "eval_runtime")
+    )
+    if seconds:
+        facts.append(("time", str(timedelta(seconds=round(seconds)))))
+    if times := values_of(steps, "step_time"):
+        facts.append(("seconds a step", figure(_average(times))))
+    if tokens := values_of(steps, "num_tokens"):
+        facts.append(("tokens seen", figure(tokens[-1])))
+    return facts
+
+
+def _average(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

@@ -1,1 +1,0 @@
-"""What a teacher wrote: sampling, keeping, choosing and writing traces."""

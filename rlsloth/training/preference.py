@@ -1,0 +1,189 @@
+"""Preferences: DPO, ORPO and SimPO on pairs, KTO on completions marked good or bad."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from rlsloth.config.supervised import (
+    DpoConfig,
+    KtoConfig,
+    OrpoConfig,
+    PreferenceConfig,
+    SimpoConfig,
+)
+from rlsloth.data.example import Example
+from rlsloth.data.preference import reader
+from rlsloth.losses.preference import (
+    PreferenceOutput,
+    dpo_loss,
+    kl_baseline,
+    kto_loss,
+    metrics,
+    normalizer,
+    orpo_loss,
+    pair_logps,
+    score_prompts,
+    simpo_loss,
+)
+from rlsloth.losses.ratio import rollout_sum
+from rlsloth.data.packing import pack, to_device
+from rlsloth.policy.policy import Policy
+from rlsloth.records import Group, MicroBatch, PackedBatch, Rollout, StepStats
+from rlsloth.training.reference import with_reference
+from rlsloth.training.supervised import Metrics, Supervised
+
+Score = Callable[[MicroBatch], Tensor]
+"""A micro-batch on its device to the log-probs [N] of its scored tokens under the policy."""
+
+
+def train(cfg: PreferenceConfig) -> Path:
+    """Run DPO, ORPO, SimPO or KTO, which the configuration's type says; returns the run folder.
+
+    Raises:
+        UserError: bad input, said before the first step where it can be known by then.
+    """
+    with ExitStack() as stack:
+        parts = Supervised.open(cfg, stack, reader(cfg))
+        cfg, policy = parts.cfg, parts.policy
+        if isinstance(cfg, DpoConfig) and cfg.precompute_reference:
+            with_reference(parts, reference_sums)
+
+        def measure(heldout: Sequence[Example]) -> Metrics:
+            batch = pack_examples(heldout, cfg.microbatch)
+            outputs = losses(policy, heldout, batch, cfg, policy.eval_logprobs)
+            return metrics([output.stats for output in outputs])
+
+        at = parts.begin(measure)
+        for step, examples in parts.steps(at):
+            batch = pack_examples(examples, cfg.microbatch)
+            with parts.updating():
+                figures = update(policy, examples, batch, cfg)
+            parts.close_step(at, step, examples, batch, figures, measure)
+        return parts.finish(at, measure)
+
+
+def pack_examples(examples: Sequence[Example], tokens_per_microbatch: int) -> PackedBatch:
+    """Micro-batches of whole pairs, a pair's prompt once."""
+    return _pack([example.group() for example in examples], tokens_per_microbatch)
+
+
+def _pack(groups: Sequence[Group], tokens_per_microbatch: int) -> PackedBatch:
+    return pack(
+        groups,
+        tokens_per_microbatch,
+        mask_truncated=False,
+        keep_zero_advantage=True,
+        whole_groups=True,
+    )
+
+
+def update(
+    policy: Policy, examples: Sequence[Example], batch: PackedBatch, cfg: PreferenceConfig
+) -> tuple[Metrics, StepStats]:
+    """One optimizer update on a step's examples and their micro-batches (``pack_examples``)."""
+    stats = []
+    for output in losses(policy, examples, batch, cfg, lambda m: policy.logprobs(m).logprobs):
+        torch.autograd.backward(output.total)
+        stats.append(output.stats)
+    return metrics(stats), policy.step()
+
+
+def losses(
+    policy: Policy,
+    examples: Sequence[Example],
+    batch: PackedBatch,
+    cfg: PreferenceConfig,
+    score: Score,
+) -> Iterator[PreferenceOutput]:
+    """Each micro-batch's share of the step's loss; the graph of one is to be freed before the
+    next."""
+    if isinstance(cfg, KtoConfig):
+        yield from _labelled_losses(policy, examples, batch, cfg, score)
+        return
+    groups = [example.group() for example in examples]
+    prompts_too = isinstance(cfg, OrpoConfig) and cfg.loss.nll_prompt
+    norm = normalizer(groups, nll_prompt=prompts_too)
+    for micro in batch.microbatches:
+        micro = to_device(score_prompts(micro) if prompts_too else micro, policy.device)
+        if isinstance(cfg, DpoConfig):
+            known = _known_reference(examples, micro)
+            scored = None if known is not None else policy.reference_logprobs(micro)
+            logps = pair_logps(score(micro), micro, scored)
+            if known is not None:
+                chosen_P, rejected_P = known.to(logps.chosen).unbind(1)
+                logps = replace(logps, reference_chosen=chosen_P, reference_rejected=rejected_P)
+            yield dpo_loss(logps, cfg.loss, norm)
+        elif isinstance(cfg, OrpoConfig):
+            yield orpo_loss(pair_logps(score(micro), micro), cfg.loss, norm)
+        else:
+            assert isinstance(cfg, SimpoConfig)
+            yield simpo_loss(pair_logps(score(micro), micro), cfg.loss, norm)
+
+
+def _labelled_losses(
+    policy: Policy,
+    examples: Sequence[Example],
+    batch: PackedBatch,
+    cfg: KtoConfig,
+    score: Score,
+) -> Iterator[PreferenceOutput]:
+    groups = [example.group() for example in examples]
+    norm = normalizer(groups)
+    kl = _kl(policy, groups, cfg) if cfg.loss.name == "kto" else None
+    for micro in batch.microbatches:
+        micro = to_device(micro, policy.device)
+        reference_B = rollout_sum(policy.reference_logprobs(micro), micro)
+        good = [examples[group].label for group, _ in micro.source]
+        desirable_B = torch.tensor(good, device=policy.device)
+        policy_B = rollout_sum(score(micro), micro)
+        yield kto_loss(policy_B, reference_B, desirable_B, kl, cfg.loss, norm)
+
+
+@torch.no_grad()
+def _kl(policy: Policy, groups: Sequence[Group], cfg: KtoConfig) -> Tensor:
+    """[] from the step's completions, each put after the next example's prompt (TRL's pairing), and
+    cut to what context and micro-batch hold of it."""
+    limit = min(policy.context, cfg.microbatch)
+    unrelated = [
+        replace(group, rollouts=[_cut(r, limit - len(group.prompt_ids)) for r in other.rollouts])
+        for group, other in zip(groups, [groups[-1], *groups[:-1]], strict=True)
+    ]
+    policy_parts, reference_parts = [], []
+    for micro in _pack(unrelated, cfg.microbatch).microbatches:
+        micro = to_device(micro, policy.device)
+        policy_parts.append(rollout_sum(policy.eval_logprobs(micro), micro))
+        reference_parts.append(rollout_sum(policy.reference_logprobs(micro), micro))
+    return kl_baseline(torch.cat(policy_parts), torch.cat(reference_parts))
+
+
+def _cut(rollout: Rollout, tokens: int) -> Rollout:
+    """Its beginning, whole where it fits; what is learnt of it is not empty."""
+    tokens = max(tokens, 1 + rollout.loss_mask.index(True))
+    kept = ("token_ids", "loss_mask", "logprobs", "policy_version")
+    return replace(rollout, **{name: getattr(rollout, name)[:tokens] for name in kept})
+
+
+def _known_reference(examples: Sequence[Example], micro: MicroBatch) -> Tensor | None:
+    """[P, 2] log-probs of a micro-batch's pairs under the starting policy, where they are computed
+    ahead."""
+    known = [examples[group].reference for group, rollout in micro.source if rollout == 0]
+    return None if None in known else torch.tensor(known)
+
+
+def reference_sums(
+    policy: Policy, examples: Sequence[Example], tokens_per_microbatch: int
+) -> Tensor:
+    """[len(examples), 2] summed log-probs of chosen and rejected under the starting policy."""
+    sums = torch.zeros(len(examples), 2)
+    for micro in pack_examples(examples, tokens_per_microbatch).microbatches:
+        moved = to_device(micro, policy.device)
+        found = rollout_sum(policy.reference_logprobs(moved), moved).cpu()
+        for (group, rollout), value in zip(micro.source, found, strict=True):
+            sums[group, rollout] = value
+    return sums
