@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from rlsloth.config import EnvConfig
 from rlsloth.data.prompts import load_prompts, make_prompts
+from rlsloth.data.rows import Row
 from rlsloth.environments.protocol import SingleTurn
 from rlsloth.records import Prompt, UserError
-from rlsloth.data.rows import Row
 
 
 def dataset(cfg: EnvConfig, seed: int) -> SingleTurn:

@@ -16,10 +16,10 @@ from typing import Any
 
 from rlsloth.config import EnvConfig
 from rlsloth.data.prompts import make_prompts, split_heldout
+from rlsloth.data.rows import Row
 from rlsloth.environments.protocol import SingleTurn
 from rlsloth.plugins import nearest
 from rlsloth.records import UserError
-from rlsloth.data.rows import Row
 
 DRAWS = 2000
 """Default of the parameter ``size``: problems drawn; a question drawn twice is kept once."""

@@ -15,10 +15,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-from rlsloth.training import grpo
 from rlsloth.cli.read_config import read_config
 from rlsloth.config import GrpoConfig
 from rlsloth.run.run import Run
+from rlsloth.training import grpo
 
 MODEL = {
     "rollout: prefill": ("decode.py", "prefill"),

@@ -98,8 +98,8 @@ def rlsloth(args: argparse.Namespace) -> Meter:
     """`rlsloth grpo`, with the meter in its parts."""
     from transformers import AutoTokenizer
 
-    from rlsloth.training import grpo
     from rlsloth.records import UserError
+    from rlsloth.training import grpo
 
     rows = [{"prompt": text} for text in texts(AutoTokenizer.from_pretrained(args.model), args)]
     meter = Meter()
@@ -148,10 +148,10 @@ def config(args: argparse.Namespace, data: Path, folder: Path) -> Any:
 
 def hook(args: argparse.Namespace, meter: Meter) -> None:
     """Time the parts of a step, and fix what no setting fixes."""
-    from rlsloth.training import assembly
     from rlsloth.rollout import opening as engines
     from rlsloth.run.run import Run
     from rlsloth.scoring.scorer import Scorer
+    from rlsloth.training import assembly
 
     # No token ends a completion.
     engines.TransformersEngine = with_fixed(engines.TransformersEngine, stop_ids=())

@@ -20,9 +20,8 @@ def rlsloth(args: argparse.Namespace, clock: Clock) -> None:
     need("rlsloth")
     from transformers import AutoTokenizer
 
-    from rlsloth.training import preference
-    from rlsloth.training import sft
     from rlsloth.records import UserError
+    from rlsloth.training import preference, sft
 
     made = rows(AutoTokenizer.from_pretrained(args.model), args)
     hook(clock)

@@ -187,9 +187,9 @@ def mark(renderer: Any, columns: Any, ids: Ids) -> float | None:
 
 def rlsloth(cfg: Any, race: Race) -> None:
     """`rlsloth grpo`, which stops where the race does."""
+    from rlsloth.run.run import Run
     from rlsloth.training import grpo
     from rlsloth.training.assembly import Assembly
-    from rlsloth.run.run import Run
 
     open_parts, steps = Assembly.open, Run.steps
     opened: list[Assembly] = []

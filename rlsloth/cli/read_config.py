@@ -15,9 +15,9 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from rlsloth.config import Section
+from rlsloth.distillation.raw import FILE as TRACES
 from rlsloth.records import UserError
 from rlsloth.run.folder import CONFIG, METRICS
-from rlsloth.distillation.raw import FILE as TRACES
 
 Config = TypeVar("Config", bound=Section)
 KeyPath = tuple[str, ...]

@@ -6,13 +6,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rlsloth.data.renderer import Renderer
 from rlsloth.config.supervised import ExamplesConfig, SupervisedConfig
-from rlsloth.data.prompts import split_heldout
 from rlsloth.data.example import Example
+from rlsloth.data.prompts import split_heldout
+from rlsloth.data.renderer import Renderer
+from rlsloth.data.rows import Row, load_rows
 from rlsloth.policy.tokenizer import load_tokenizer, read_context
 from rlsloth.records import Prompt, UserError
-from rlsloth.data.rows import Row, load_rows
 
 MANY = 2000
 """Rows that take seconds to tokenise, which is said: a millisecond or two each."""

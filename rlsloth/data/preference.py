@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from rlsloth.data.renderer import Renderer
 from rlsloth.config.supervised import (
     KtoConfig,
     KtoDataConfig,
@@ -16,13 +15,14 @@ from rlsloth.config.supervised import (
     SftConfig,
     SupervisedConfig,
 )
-from rlsloth.data.prompts import check_text, make_prompts, question_text
 from rlsloth.data.example import Example, make_example
 from rlsloth.data.examples import Reader
+from rlsloth.data.prompts import check_text, make_prompts, question_text
+from rlsloth.data.renderer import Renderer
+from rlsloth.data.rows import Row
 from rlsloth.data.sft import completed, completion_column, read_turns, sft_examples
 from rlsloth.data.turns import Answer
 from rlsloth.records import Prompt, UserError
-from rlsloth.data.rows import Row
 
 SIDES = ("chosen", "rejected")
 

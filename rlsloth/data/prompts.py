@@ -12,9 +12,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Generic, TypedDict, TypeVar
 
 from rlsloth.config import DatasetConfig
+from rlsloth.data.rows import Row, load_rows, parse_json
 from rlsloth.plugins import nearest
 from rlsloth.records import Message, Prompt, UserError
-from rlsloth.data.rows import Row, load_rows, parse_json
 
 Item = TypeVar("Item")
 

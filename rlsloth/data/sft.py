@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from rlsloth.data.renderer import Renderer, template_kwargs
 from rlsloth.config.supervised import SftDataConfig
+from rlsloth.data.example import Example, make_example
 from rlsloth.data.prompts import (
     PROMPT_COLUMNS,
     check_text,
@@ -16,10 +16,10 @@ from rlsloth.data.prompts import (
     read_message,
     row_tools,
 )
-from rlsloth.data.example import Example, make_example
+from rlsloth.data.renderer import Renderer, template_kwargs
+from rlsloth.data.rows import Row
 from rlsloth.data.turns import Answer, end_id, spoken
 from rlsloth.records import Message, Prompt, UserError
-from rlsloth.data.rows import Row
 
 COMPLETION_COLUMNS = ("completion", "answer", "solution", "response", "output")
 

@@ -11,9 +11,9 @@ import yaml
 
 from rlsloth import __version__
 from rlsloth.config.distill import DistillConfig
-from rlsloth.run.folder import atomic_write
 from rlsloth.distillation.raw import FILE, Problem, RawFile
 from rlsloth.distillation.selection import RULES, Selection
+from rlsloth.run.folder import atomic_write
 
 _SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (10**6, "100K<n<1M"))
 

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from rlsloth.config.distill import DistillConfig
-from rlsloth.records import Message, UserError
 from rlsloth.data.rows import Row
 from rlsloth.distillation.raw import Problem, RawFile, Sample
 from rlsloth.distillation.selection import Selection, pass_rate, refuse_nothing
 from rlsloth.distillation.source import sha256
+from rlsloth.records import Message, UserError
 
 TAKEN = (
     "prompt",

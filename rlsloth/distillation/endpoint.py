@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from rlsloth.config.distill import DistillConfig
+from rlsloth.distillation.chat_api import ChatApi
+from rlsloth.distillation.parallel import in_parallel
+from rlsloth.distillation.raw import Answered
 from rlsloth.environments.protocol import Environment
 from rlsloth.evaluation.evaluator import open_problems
 from rlsloth.records import FinishReason, Group, Prompt, Rollout, UserError
 from rlsloth.run.run import Run
 from rlsloth.seeding import derive_seed
-from rlsloth.distillation.chat_api import ChatApi
-from rlsloth.distillation.parallel import in_parallel
-from rlsloth.distillation.raw import Answered
 
 UNKNOWN_TOKEN = -1
 """Stands for each token of an answer: a server tells their number only."""

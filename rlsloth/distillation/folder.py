@@ -18,9 +18,9 @@ from typing import Any
 import yaml
 
 from rlsloth.config.distill import DistillConfig
+from rlsloth.distillation.raw import FILE
 from rlsloth.records import UserError
 from rlsloth.run.folder import CONFIG, METRICS, atomic_write
-from rlsloth.distillation.raw import FILE
 
 TEACHER = "teacher"
 STUDENT = "student"

@@ -8,15 +8,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rlsloth.training.assembly import Assembly
 from rlsloth.config import GrpoConfig, ModelConfig
 from rlsloth.config.distill import DistillConfig
-from rlsloth.training.source import find_source
+from rlsloth.distillation.raw import Answered
+from rlsloth.distillation.source import sha256
 from rlsloth.memory.out_of_memory import advise
 from rlsloth.policy.identity import IDENTITY, Identity
 from rlsloth.records import Prompt
-from rlsloth.distillation.raw import Answered
-from rlsloth.distillation.source import sha256
+from rlsloth.training.assembly import Assembly
+from rlsloth.training.source import find_source
 
 
 class LocalTeacher:

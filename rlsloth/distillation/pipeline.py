@@ -16,6 +16,12 @@ from typing import Any, Protocol
 
 from rlsloth.config import GrpoConfig
 from rlsloth.config.distill import DistillConfig
+from rlsloth.distillation.card import write_card
+from rlsloth.distillation.dataset import dataset_hash, write_dataset
+from rlsloth.distillation.folder import STUDENT, TEACHER, open_out, teacher_resumes, write_config
+from rlsloth.distillation.raw import Answered, RawFile, make_problem
+from rlsloth.distillation.selection import Selection
+from rlsloth.distillation.source import chosen_prompts, describe_source
 from rlsloth.environments.protocol import Environment, load_environment
 from rlsloth.records import Prompt, UserError
 from rlsloth.run.folder import CONFIG, METRICS, SUMMARY
@@ -23,12 +29,6 @@ from rlsloth.run.metrics import count_tokens, rollout_metrics
 from rlsloth.run.run import Run
 from rlsloth.scoring.report import ScoringReport
 from rlsloth.scoring.scorer import Scorer
-from rlsloth.distillation.card import write_card
-from rlsloth.distillation.dataset import dataset_hash, write_dataset
-from rlsloth.distillation.folder import STUDENT, TEACHER, open_out, teacher_resumes, write_config
-from rlsloth.distillation.raw import Answered, RawFile, make_problem
-from rlsloth.distillation.selection import Selection
-from rlsloth.distillation.source import chosen_prompts, describe_source
 
 
 class Teacher(Protocol):

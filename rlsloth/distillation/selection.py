@@ -8,8 +8,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from rlsloth.config.distill import TracesConfig
-from rlsloth.records import UserError
 from rlsloth.distillation.raw import Problem, Sample
+from rlsloth.records import UserError
 
 NGRAM = 5
 """Words of the shingles that near-duplicates share (Broder 1997)."""

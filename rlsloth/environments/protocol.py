@@ -12,8 +12,8 @@ from typing import Any, Protocol
 from rlsloth import plugins
 from rlsloth.config import EnvConfig
 from rlsloth.data.prompts import load_prompts, make_prompts, question_text, split_heldout
-from rlsloth.records import Message, Prompt, UserError
 from rlsloth.data.rows import Row
+from rlsloth.records import Message, Prompt, UserError
 
 PACKAGE = "rlsloth.envs"
 

@@ -7,8 +7,8 @@ from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
-from rlsloth.data.renderer import Renderer
 from rlsloth.config import EvalConfig, GrpoConfig
+from rlsloth.data.renderer import Renderer
 from rlsloth.environments.protocol import Environment, load_environment
 from rlsloth.evaluation.result import EvalResult, assess, describe, reward_index
 from rlsloth.memory.out_of_memory import advise

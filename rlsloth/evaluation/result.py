@@ -20,8 +20,8 @@ from rlsloth.evaluation.intervals import (
     pass_at_k,
 )
 from rlsloth.records import Group, Rollout, UserError
-from rlsloth.scoring.answers import exact_number, marked_answer, numbers_in
 from rlsloth.run.folder import CONFIG
+from rlsloth.scoring.answers import exact_number, marked_answer, numbers_in
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,8 +11,8 @@ from typing import Any
 import yaml
 
 from rlsloth import __version__
-from rlsloth.training.source import Source
 from rlsloth.run.folder import SUMMARY, read_rows
+from rlsloth.training.source import Source
 
 _SETTINGS = {
     "model.precision": "precision of the base",

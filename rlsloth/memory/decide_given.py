@@ -11,15 +11,15 @@ from rlsloth.config.supervised import SupervisedConfig
 from rlsloth.data.example import Example
 from rlsloth.data.examples import Reader, load_examples
 from rlsloth.memory.activations import Stream
+from rlsloth.memory.decide import gpu_bytes, model_shape, not_planned, tell
 from rlsloth.memory.plan import (
     ACTIVATION_TOLERANCE,
     decide_update,
     largest_tokens,
     make_update_plan,
 )
-from rlsloth.memory.terms import GIB, Plan
-from rlsloth.memory.decide import gpu_bytes, model_shape, not_planned, tell
 from rlsloth.memory.report import update_said
+from rlsloth.memory.terms import GIB, Plan
 from rlsloth.records import UserError
 
 

@@ -20,11 +20,11 @@ from rlsloth.kernels.linear_logprob.op import most_rows
 from rlsloth.kernels.lora.layer import ALIGNMENT
 from rlsloth.kernels.nf4.ahead import BUFFERS
 from rlsloth.memory.activations import Stream, layer_memory
+from rlsloth.memory.shape import ModelShape, Weight
+from rlsloth.memory.terms import GIB, EngineName, Phase, Plan, Precision, Term, element_size
 from rlsloth.memory.workload import asked_sequences, longest_sequence, sequences_at_once
 from rlsloth.rollout.embedded.memory import transformers_terms
 from rlsloth.rollout.vllm.memory import completion_bytes, fit_cache, vllm_terms
-from rlsloth.memory.shape import ModelShape, Weight
-from rlsloth.memory.terms import GIB, EngineName, Phase, Plan, Precision, Term, element_size
 
 ACTIVATION_TOLERANCE = 0.12
 """Of the estimate, found on a CPU for nine families (tests/test_plan.py)."""

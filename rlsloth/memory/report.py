@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 from rlsloth.config import GrpoConfig
-from rlsloth.memory.workload import asked_sequences
 from rlsloth.memory.plan import ACTIVATION_TOLERANCE
 from rlsloth.memory.terms import GIB, Cache, Plan
+from rlsloth.memory.workload import asked_sequences
 
 SHOWN = ("tokens_per_microbatch", "rollout.max_sequences")
 

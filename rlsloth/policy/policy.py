@@ -14,6 +14,7 @@ from torch import Tensor
 from rlsloth.config import LoraConfig, ModelConfig, OptimConfig
 from rlsloth.kernels.linear_logprob.op import linear_logprob
 from rlsloth.policy.attention.interface import NAME, choose_backend
+from rlsloth.policy.attention.layout import PackedLayout
 from rlsloth.policy.head import HeadAdapter, before_final_norm
 from rlsloth.policy.load import LoadedModel, load_model
 from rlsloth.policy.lora import REFERENCE, TRAINED, add_adapter
@@ -23,7 +24,6 @@ from rlsloth.policy.optimizer import (
     restore_state,
     resume_schedule,
 )
-from rlsloth.policy.attention.layout import PackedLayout
 from rlsloth.policy.wrap.wrap import unwrapped, wrap
 from rlsloth.records import (
     Adapter,

@@ -6,21 +6,21 @@ from contextlib import ExitStack
 
 import torch
 
-from rlsloth.data.renderer import Renderer
 from rlsloth.config import GrpoConfig
-from rlsloth.memory.workload import sequences_at_once
+from rlsloth.data.renderer import Renderer
 from rlsloth.memory.out_of_memory import advise
 from rlsloth.memory.plan import make_plan
-from rlsloth.rollout.vllm.memory import completion_bytes, fit_cache
+from rlsloth.memory.report import describe
 from rlsloth.memory.shape import read_shape
 from rlsloth.memory.terms import GIB, Cache, Phase
-from rlsloth.memory.report import describe
+from rlsloth.memory.workload import sequences_at_once
 from rlsloth.policy.policy import Policy
-from rlsloth.rollout.trial import PROMPT_TOKENS, SAMPLED_TOKENS, probe
 from rlsloth.records import UserError
-from rlsloth.rollout.engine import Engine
 from rlsloth.rollout.embedded.engine import TransformersEngine
+from rlsloth.rollout.engine import Engine
+from rlsloth.rollout.trial import PROMPT_TOKENS, SAMPLED_TOKENS, probe
 from rlsloth.rollout.vllm.engine import VllmEngine, check_temperature
+from rlsloth.rollout.vllm.memory import completion_bytes, fit_cache
 from rlsloth.rollout.vllm.start import check_installed, free_memory
 from rlsloth.run.run import Run
 

@@ -6,19 +6,19 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 
-from rlsloth.data.renderer import Renderer
 from rlsloth.config import GrpoConfig
 from rlsloth.data.prompts import EpochSampler, SamplerState
-from rlsloth.rollout.opening import open_engine
+from rlsloth.data.renderer import Renderer
 from rlsloth.environments.protocol import SingleTurn, overlap_warning
 from rlsloth.evaluation.evaluator import Examiner, longest_prompt, open_problems
-from rlsloth.training.preload import beside, import_sampler, import_transformers
-from rlsloth.memory.out_of_memory import advise
 from rlsloth.memory.decide import decide
-from rlsloth.rollout.trial import trial_backward
+from rlsloth.memory.out_of_memory import advise
 from rlsloth.records import Prompt, UserError
-from rlsloth.training.progress import Progress, load_policy, refuse_changes, resume, save
+from rlsloth.rollout.opening import open_engine
+from rlsloth.rollout.trial import trial_backward
 from rlsloth.run.run import Run
+from rlsloth.training.preload import beside, import_sampler, import_transformers
+from rlsloth.training.progress import Progress, load_policy, refuse_changes, resume, save
 
 
 @dataclass(slots=True)

@@ -9,18 +9,15 @@ from pathlib import Path
 
 import torch
 
-from rlsloth.losses.advantages import assign_advantages, overlong_penalty
-from rlsloth.training.assembly import Assembly
 from rlsloth.config import GrpoConfig
+from rlsloth.data.packing import pack, to_device
 from rlsloth.evaluation.evaluator import result_summary
 from rlsloth.losses import normalizer, policy_loss
+from rlsloth.losses.advantages import assign_advantages, overlong_penalty
 from rlsloth.memory.out_of_memory import advise
-from rlsloth.training.rollouts import Rollouts
-from rlsloth.data.packing import pack, to_device
 from rlsloth.policy.lora import save_adapter
 from rlsloth.policy.policy import Policy
 from rlsloth.records import Group, LossStats, PackedBatch
-from rlsloth.training.progress import run_summary
 from rlsloth.run.diagnosis import Watch
 from rlsloth.run.gap import GapGuard
 from rlsloth.run.metrics import (
@@ -31,6 +28,9 @@ from rlsloth.run.metrics import (
     update_metrics,
 )
 from rlsloth.seeding import derive_seed
+from rlsloth.training.assembly import Assembly
+from rlsloth.training.progress import run_summary
+from rlsloth.training.rollouts import Rollouts
 from rlsloth.training.skips import Skips
 
 

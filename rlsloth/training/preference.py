@@ -18,6 +18,7 @@ from rlsloth.config.supervised import (
     SimpoConfig,
 )
 from rlsloth.data.example import Example
+from rlsloth.data.packing import pack, to_device
 from rlsloth.data.preference import reader
 from rlsloth.losses.preference import (
     PreferenceOutput,
@@ -32,7 +33,6 @@ from rlsloth.losses.preference import (
     simpo_loss,
 )
 from rlsloth.losses.ratio import rollout_sum
-from rlsloth.data.packing import pack, to_device
 from rlsloth.policy.policy import Policy
 from rlsloth.records import Group, MicroBatch, PackedBatch, Rollout, StepStats
 from rlsloth.training.reference import with_reference

@@ -12,8 +12,8 @@ from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
-from rlsloth.data.prompts import EpochSampler
 from rlsloth.data.example import Example, fingerprint
+from rlsloth.data.prompts import EpochSampler
 from rlsloth.memory.out_of_memory import advise
 from rlsloth.policy.policy import Policy
 from rlsloth.records import UserError

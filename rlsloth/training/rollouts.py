@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from rlsloth.training.assembly import Assembly
 from rlsloth.data.prompts import SamplerState
 from rlsloth.memory.out_of_memory import advise
 from rlsloth.records import Group
+from rlsloth.training.assembly import Assembly
 
 
 class Rollouts:

@@ -10,8 +10,8 @@ import torch
 
 from rlsloth.config.supervised import SftConfig
 from rlsloth.data.example import Example
-from rlsloth.data.sft import sft_examples
 from rlsloth.data.packing import pack, to_device
+from rlsloth.data.sft import sft_examples
 from rlsloth.policy.policy import Policy
 from rlsloth.records import PackedBatch, StepStats
 from rlsloth.training.supervised import Metrics, Supervised

@@ -13,14 +13,12 @@ from typing import Generic, Self, TypeVar
 
 import torch
 
-from rlsloth.data.renderer import Renderer
 from rlsloth.config.supervised import SupervisedConfig
-from rlsloth.data.prompts import EpochSampler, question_text
 from rlsloth.data.example import Example, fingerprint, hash_question
 from rlsloth.data.examples import Examples, Reader, load_examples
-from rlsloth.rollout.opening import open_engine
+from rlsloth.data.prompts import EpochSampler, question_text
+from rlsloth.data.renderer import Renderer
 from rlsloth.environments.protocol import Environment, SingleTurn
-from rlsloth.evaluation.result import EvalResult
 from rlsloth.evaluation.evaluator import (
     Examiner,
     heldout_problems,
@@ -28,16 +26,25 @@ from rlsloth.evaluation.evaluator import (
     open_problems,
     result_summary,
 )
-from rlsloth.memory.out_of_memory import advise
+from rlsloth.evaluation.result import EvalResult
 from rlsloth.memory.decide_given import decide_given
+from rlsloth.memory.out_of_memory import advise
 from rlsloth.policy.lora import save_adapter
 from rlsloth.policy.policy import Policy
-from rlsloth.rollout.trial import probe_packing, trial_backward
 from rlsloth.records import PackedBatch, StepStats, UserError
-from rlsloth.training.progress import Progress, load_policy, refuse_changes, resume, run_summary, save
+from rlsloth.rollout.opening import open_engine
+from rlsloth.rollout.trial import probe_packing, trial_backward
 from rlsloth.run.run import Run
 from rlsloth.scoring.scorer import Scorer
 from rlsloth.seeding import derive_seed
+from rlsloth.training.progress import (
+    Progress,
+    load_policy,
+    refuse_changes,
+    resume,
+    run_summary,
+    save,
+)
 from rlsloth.training.skips import Skips
 
 Config = TypeVar("Config", bound=SupervisedConfig)

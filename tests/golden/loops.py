@@ -1,7 +1,9 @@
-"""Run every loop on a tiny model and print a fingerprint of each: python tests/golden/loops.py > before.json
+"""Run every loop on a tiny model and print a fingerprint of each.
 
-Figures and weights go in bit by bit (times do not), so that two checkouts on one machine compare with `diff`.
-Only the command line is used: the script runs on any version.
+    python tests/golden/loops.py > before.json
+
+Figures and weights go in bit by bit (times do not), so that two checkouts on one machine compare
+with `diff`. Only the command line is used: the script runs on any version.
 """
 
 from __future__ import annotations
@@ -60,12 +62,15 @@ DISTILL: dict[str, Any] = {
     "reward": {"workers": 1},
     "traces": {"samples": 4, "chunk": 4, "correct_at": 0.05},
 }
+# fmt: off
 RUNS = {
     "grpo": "grpo grpo.yaml",
-    "grpo_two_updates": "grpo grpo.yaml --updates-per-rollout 2 --loss.name gspo --lora.dropout 0.1",
-    "grpo_cispo_kl": "grpo grpo.yaml --loss.name cispo --loss.beta 0.05 --advantage.normalize batch",
+    "grpo_two_updates":
+        "grpo grpo.yaml --updates-per-rollout 2 --loss.name gspo --lora.dropout 0.1",
+    "grpo_cispo_kl":
+        "grpo grpo.yaml --loss.name cispo --loss.beta 0.05 --advantage.normalize batch",
     "grpo_game": "grpo grpo.yaml --env.name reasoning_gym:chain_sum --tokens-per-microbatch 400",
-    "grpo_tools": "grpo grpo.yaml --env.name calculator",
+    "grpo_tools": "grpo grpo.yaml --env.name calculator --tokens-per-microbatch 600",
     "sft": "sft given.yaml --data.train sft.jsonl",
     "dpo": "dpo given.yaml --data.train pairs.jsonl",
     "dpo_before": "dpo given.yaml --data.train pairs.jsonl --precompute-reference",
@@ -73,6 +78,7 @@ RUNS = {
     "simpo": "simpo given.yaml --data.train pairs.jsonl",
     "kto": "kto given.yaml --data.train marked.jsonl",
 }
+# fmt: on
 
 
 def make_workplace() -> None:
@@ -111,7 +117,7 @@ def make_workplace() -> None:
 
 
 def fingerprint(folder: Path) -> dict[str, Any]:
-    """Figures of every step but times, and hashes of all safetensors and samples of a run folder."""
+    """Figures of every step but times, and a hash of each weight file of a run folder."""
     from safetensors.torch import load_file
 
     lines = (folder / "metrics.jsonl").read_text().splitlines()

@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 
-from rlsloth.data.renderer import Renderer
 from rlsloth.config import EnvConfig
 from rlsloth.config.export import ChatConfig
-from rlsloth.training.source import Source, find_source, prompting
+from rlsloth.data.renderer import Renderer
 from rlsloth.policy.attention.interface import whole_attention
 from rlsloth.policy.load import load_model
 from rlsloth.policy.lora import load_adapter
 from rlsloth.records import Message, Prompt, UserError
+from rlsloth.training.source import Source, find_source, prompting
 
 
 class Talker:

@@ -21,9 +21,9 @@ from rlsloth.records import (
     UserError,
 )
 from rlsloth.rollout.embedded.decode import Decoder
-from rlsloth.rollout.engine import BASE_VERSION, most_tokens
 from rlsloth.rollout.embedded.sampling import draw
 from rlsloth.rollout.embedded.slot_cache import SlotCache
+from rlsloth.rollout.engine import BASE_VERSION, most_tokens
 
 UNCHANGED = LogitTransform()
 PREFILL_TOKENS = 8192

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from rlsloth.config import GrpoConfig
 from rlsloth.memory.activations import prefill_memory
-from rlsloth.memory.workload import one_turn, sequences_at_once
 from rlsloth.memory.shape import ModelShape
 from rlsloth.memory.terms import Precision, Term, element_size
+from rlsloth.memory.workload import one_turn, sequences_at_once
 
 PREFILL_TOKENS = 8192
 """rollout.transformers_engine.PREFILL_TOKENS: padded prompt tokens of one prefill."""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from rlsloth.config import GrpoConfig
 from rlsloth.kernels.nf4.op import MAX_ROWS
-from rlsloth.memory.workload import sequences_at_once
 from rlsloth.memory.shape import Layer, ModelShape
 from rlsloth.memory.terms import GIB, Cache, Precision, Term, element_size
+from rlsloth.memory.workload import sequences_at_once
 
 BLOCK = 32
 """Tokens of a block of keys and values, or a multiple of it (rollout.vllm_start.BLOCK)."""

@@ -16,10 +16,10 @@ import yaml
 from markupsafe import Markup
 
 from rlsloth.run import folder as files
-from rlsloth.run.report.charts import MAX_POINTS, draw, figure
 from rlsloth.run.metrics import is_number
-from rlsloth.run.report.sections import Rows, chart_sections, values_of
+from rlsloth.run.report.charts import MAX_POINTS, draw, figure
 from rlsloth.run.report.samples import embedded_samples
+from rlsloth.run.report.sections import Rows, chart_sections, values_of
 
 REPORT = "report.html"
 _HERE = Path(__file__).parent

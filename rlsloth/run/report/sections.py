@@ -7,8 +7,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from rlsloth.run.report.charts import Chart, Line
 from rlsloth.run.metrics import is_number
+from rlsloth.run.report.charts import Chart, Line
 
 Rows = list[dict[str, Any]]
 _NO_SHARES = ("loss", "rewards/", "logps/", "log_odds", "kl")

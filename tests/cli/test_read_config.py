@@ -1,0 +1,364 @@
+"""Reading configuration: files, flags, what wins, and one clear line for every mistake."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from pydantic import ConfigDict, Field
+
+from rlsloth.cli.read_config import read_config
+from rlsloth.config import GrpoConfig, Section
+from rlsloth.config.distill import DistillConfig
+from rlsloth.config.export import ExportConfig
+from rlsloth.config.supervised import DpoConfig, SftConfig
+from rlsloth.records import UserError
+
+
+def read(*argv: str) -> GrpoConfig:
+    return read_config(GrpoConfig, argv, "rlsloth grpo")
+
+
+def mistakes(*argv: str) -> list[str]:
+    with pytest.raises(UserError) as caught:
+        read(*argv)
+    return str(caught.value).splitlines()
+
+
+@pytest.fixture
+def yaml_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return Path("run.yaml")
+
+
+def test_no_arguments_are_the_defaults() -> None:
+    assert read() == GrpoConfig()
+
+
+def test_files_merge_deeply_and_flags_win(yaml_file: Path) -> None:
+    yaml_file.write_text(
+        "steps: 5\noptim: {lr: 1e-4, warmup_steps: 3}\nenv: {params: {a: 1, b: 2}}\n"
+    )
+    Path("more.yaml").write_text("optim:\n  warmup_steps: 4\nenv: {params: {b: 3}}\n")
+    config = read("--seed", "7", "run.yaml", "--steps=6", "more.yaml", "--steps", "8")
+    assert (config.seed, config.steps) == (7, 8)
+    assert (config.optim.lr, config.optim.warmup_steps) == (1e-4, 4)
+    assert config.env.params == {"a": 1, "b": 3}
+
+
+def test_a_flag_before_a_file_still_wins(yaml_file: Path) -> None:
+    yaml_file.write_text("steps: 5")
+    assert read("--steps", "9", "run.yaml").steps == 9
+
+
+def test_validation_waits_until_everything_is_merged(yaml_file: Path) -> None:
+    yaml_file.write_text("reward: {weights: [1, 0.5]}\ngroup_size: 1\n")
+    config = read("run.yaml", "--rewards", "a", "b", "--group-size", "4")
+    assert config.reward.weights == [1, 0.5]
+
+
+def test_saved_config_reads_back_equal(yaml_file: Path) -> None:
+    import yaml
+
+    config = read("--rewards", "math_verify", "./mine.py:reward", "--run.dir", "runs/x")
+    yaml_file.write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    assert read("run.yaml") == config
+
+
+@pytest.mark.parametrize("flag", ["--prompts-per-step", "--prompts_per_step"])
+def test_dashes_and_underscores(flag: str) -> None:
+    assert read(flag, "3").prompts_per_step == 3
+    assert read(f"{flag}=3").prompts_per_step == 3
+
+
+def test_lists(yaml_file: Path) -> None:
+    yaml_file.write_text("steps: 5")
+    config = read("--rewards", "a", "b", "run.yaml", "--optim.betas", "0.8", "0.95")
+    assert config.rewards == ["a", "b"]
+    assert config.optim.betas == (0.8, 0.95)
+    assert config.steps == 5
+    assert read("--rollout.stop=--- end").rollout.stop == ["--- end"]
+    assert read("--rewards", "--reward.weights", "none").rewards == []
+
+
+def test_mappings_are_typed() -> None:
+    params = read(
+        *("--env.params", "min_terms", "2", "rate", "3e-5", "half", "0.5", "strict", "true"),
+        *("name", "a: b", "day", "2020-01-01", "--env.params.min-digits", "-1"),
+    ).env.params
+    assert params == {
+        "min_terms": 2,
+        "rate": 3e-5,
+        "half": 0.5,
+        "strict": True,
+        "name": "a: b",
+        "day": "2020-01-01",
+        "min-digits": -1,
+    }
+    assert [type(value) for value in params.values()] == [int, float, float, bool, str, str, int]
+
+
+def test_a_mapping_is_set_whole_or_by_key(yaml_file: Path) -> None:
+    yaml_file.write_text("env: {params: {a: 1, b: 2}}")
+    assert read("run.yaml", "--env.params.b", "3").env.params == {"a": 1, "b": 3}
+    assert read("run.yaml", "--env.params", "b", "3").env.params == {"b": 3}
+    assert read("run.yaml", "--env.params").env.params == {}
+    both = read("run.yaml", "--env.params.c", "4", "--env.params", "b", "3", "--env.params.d", "5")
+    assert both.env.params == {"b": 3, "d": 5}
+
+
+def test_nested_mappings() -> None:
+    config = read("--reward.params.length", "target", "200", "--reward.params.tags.strict", "false")
+    assert config.reward.params == {"length": {"target": 200}, "tags": {"strict": False}}
+
+
+def test_bools_and_none(yaml_file: Path) -> None:
+    yaml_file.write_text("loss: {ratio: token}\nmodel: {revision: main}\nrun: {dir: runs/x}")
+    config = read(
+        "run.yaml", "--run.resume", "--model.gradient-checkpointing", "false", "--steps", "2"
+    )
+    assert config.run.resume is True
+    assert config.model.gradient_checkpointing is False
+    assert config.run.dir == Path("runs/x")
+    none = read(
+        "run.yaml", *["--loss.ratio", "none", "--model.revision", "None", "--run.dir", "null"]
+    )
+    assert none.loss.ratio is none.model.revision is none.run.dir is None
+    assert read("--advantage.normalize", "none").advantage.normalize == "none"
+
+
+def test_text_is_not_mistaken_for_numbers() -> None:
+    assert read("--model.path", "360").model.path == "360"
+    assert read("--model.revision", "1e5").model.revision == "1e5"
+
+
+def test_negative_numbers_are_values() -> None:
+    assert read("--eval.correct-at", "-1e-3").eval.correct_at == -1e-3
+
+
+def test_exponents_in_yaml_are_numbers(yaml_file: Path) -> None:
+    yaml_file.write_text("optim: {lr: 3e-5}\nenv: {params: {p: 1E-3, q: -2e4, r: e5, s: 1.5e+3}}")
+    config = read("run.yaml")
+    assert config.optim.lr == 3e-5
+    assert config.env.params == {"p": 1e-3, "q": -2e4, "r": "e5", "s": 1.5e3}
+
+
+def test_the_saved_config_of_a_run_means_its_folder(
+    yaml_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("moved").mkdir()
+    saved = Path("moved/config.yaml")
+    saved.write_text("run: {dir: runs/x}")
+    assert read("moved/config.yaml").run.dir == Path("runs/x"), "no run lies there"
+    Path("moved/metrics.jsonl").touch()
+    assert read("moved/config.yaml").run.dir == Path("moved")
+    assert read("moved/config.yaml", "--run.dir", "runs/y").run.dir == Path("runs/y")
+    Path("moved/next.yaml").write_text("run: {dir: runs/z}")
+    assert read("moved/config.yaml", "moved/next.yaml").run.dir == Path("runs/z")
+    monkeypatch.chdir("moved")
+    assert read("config.yaml").run.dir == Path()
+
+
+def test_sections_with_everything_commented_out(yaml_file: Path) -> None:
+    yaml_file.write_text("optim:\n  # lr: 3e-5\nsteps: 4\n")
+    assert read("run.yaml").steps == 4
+    yaml_file.write_text("# nothing\n")
+    assert read("run.yaml") == GrpoConfig()
+
+
+# --- mistakes ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("argv", "line"),
+    [
+        ("--optim.lrr 3", "--optim.lrr: unknown option; did you mean '--optim.lr'?"),
+        ("--stepz=3", "--stepz: unknown option; did you mean '--steps'?"),
+        ("--lr 3", "--lr: unknown option; did you mean '--optim.lr'?"),
+        ("--optimizer.lr 3", "--optimizer.lr: unknown option; did you mean '--optim.lr'?"),
+        ("--xyzzy", "--xyzzy: unknown option (see rlsloth grpo --help)"),
+        (
+            "--steps abc",
+            "--steps abc: must be a valid integer, unable to parse string as an integer",
+        ),
+        ("--optim.lr -3", "--optim.lr -3: must be greater than or equal to 0"),
+        ("--optim.lr nan", "--optim.lr nan: must be a finite number"),
+        ("--eval.correct-at=-inf", "--eval.correct-at -inf: must be a finite number"),
+        ("--optim.betas 0.9 1", "--optim.betas 1: must be less than 1"),
+        ("--reward.wall-seconds 1e9", "must be less than or equal to 86400"),
+        ("--reward.memory-gb 1e9", "must be less than or equal to 65536"),
+        ("--rollout.stop=", "--rollout.stop '': must not be empty"),
+        ("--run.dir=", "--run.dir '': must not be empty"),
+        ("--warmup_steps 3", "did you mean '--optim.warmup-steps'?"),
+        ("--loss.name grop", "; did you mean 'grpo'?"),
+        ("--loss.name grop", "--loss.name grop: must be 'grpo', 'dr_grpo', 'bnpo', "),
+        ("--optim.betas 0.9", "--optim.betas ['0.9']: has too few values"),
+        ("--steps", "--steps needs a value"),
+        ("--steps --seed 3", "--steps needs a value"),
+        ("--steps 3 4", "unexpected argument '4'"),
+        ("-steps 3", "unexpected argument '-steps'"),
+        ("--optim 3", "--optim is a section"),
+        ("--env.params a", "--env.params takes pairs of key and value, but got 1 words: ['a']"),
+        ("--reward.params a b", "--reward.params needs one name more"),
+        ("--steps.more 3", "--steps.more"),
+        ("--reward.weights 1 2 --rewards a", "reward.weights has 2 numbers for 1 rewards"),
+        ("--loss.correction token_mask --rollout.top-p 0.9", "leave rollout.top_p, top_k and"),
+        ("--loss.gap-action correct --rollout.top-k 5", "leave rollout.top_p, top_k and min_p off"),
+        ("--loss.gap-action stop --rollout.min-p 0.1", "leave rollout.top_p, top_k and min_p off"),
+        ("--loss.gap-action correct --loss.correction token_mask", "leave out one of them"),
+        ("--rollout.kv-cache fp8", "rollout.kv_cache fp8 needs rollout.engine vllm"),
+        ("--rollout.cut-tail 0", "--rollout.cut-tail 0: must be greater than 0"),
+        ("--rollout.cut-tail 1.1", "--rollout.cut-tail 1.1: must be less than or equal to 1"),
+        ("absent.yaml", "absent.yaml: cannot read it: No such file or directory"),
+    ],
+)
+def test_mistakes_in_flags(argv: str, line: str) -> None:
+    assert any(line in found for found in mistakes(*argv.split())), mistakes(*argv.split())
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("optim: {lrr: 3}", "run.yaml: unknown key optim.lrr; did you mean 'optim.lr'?"),
+        ("lr: 3", "run.yaml: unknown key lr; did you mean 'optim.lr'?"),
+        ("temperature: 3", "did you mean 'rollout.temperature' or 'eval.temperature'?"),
+        ("groupsize: 4", "run.yaml: unknown key groupsize; did you mean 'group_size'?"),
+        ("steps: 0", "run.yaml: steps = 0: must be greater than or equal to 1"),
+        ("steps: true", "run.yaml: steps = True: must be a number, not true"),
+        ("optim: {lr: yes}", "run.yaml: optim.lr = True: must be a number, not true"),
+        ("optim: {betas: [off, 0.9]}", "must be a number, not false"),
+        ("optim: {lr: .inf}", "run.yaml: optim.lr = inf: must be a finite number"),
+        ("run: {dir: ''}", "run.yaml: run.dir = '': must not be empty"),
+        ("steps: [1]", "run.yaml: steps = [1]: must be a valid integer"),
+        ("optim: 3", "run.yaml: optim = 3: must be a section, with its keys indented below it"),
+        ("rewards: math_verify", "run.yaml: rewards = 'math_verify': must be a valid list"),
+        ("rewards: [a, 3]", "run.yaml: rewards = 3: must be a valid string"),
+        ("env: {params: {a: [1]}}", "run.yaml: env.params.a = [1]: must be a valid boolean or "),
+        ("steps: 3\noptim: {lr: 3", "run.yaml, line 2: expected ',' or '}'"),
+        ("steps: 3\n\tseed: 3", "run.yaml, line 2: found character '\\t'"),
+        ("steps: 3\nseed: 1\nsteps: 4", "run.yaml, line 3: key 'steps' stands twice"),
+        ("steps: 3\non: 1", "run.yaml, line 2: key True is not text; put it in quotes"),
+        ("- steps", "run.yaml: holds a list; it must be a mapping of keys"),
+        ("steps", "run.yaml: holds a str; it must be a mapping of keys"),
+        (
+            "run: !!python/object/apply:os.getcwd []",
+            "could not determine a constructor for the tag",
+        ),
+    ],
+)
+def test_mistakes_in_files(yaml_file: Path, text: str, line: str) -> None:
+    yaml_file.write_text(text)
+    found = mistakes("run.yaml")
+    assert len(found) == 1
+    assert line in found[0]
+
+
+def test_binary_file_is_named(yaml_file: Path) -> None:
+    yaml_file.write_bytes(b"\x00\xff\xfe\x00steps")
+    assert mistakes("run.yaml")[0].startswith("run.yaml: not YAML: ")
+
+
+def test_all_mistakes_at_once(yaml_file: Path) -> None:
+    yaml_file.write_text("steps: 0\noptim: {lrr: 1}\nrun: {keep: 0}\n")
+    found = mistakes("run.yaml", "absent.yaml", "--seed", "x", "--bogus", "1", "--eval.samples")
+    assert [re.split(r"[: ]", line)[0] for line in sorted(found)] == [
+        *("--bogus", "--eval.samples", "--seed", "absent.yaml"),
+        *["run.yaml"] * 3,
+    ]
+
+
+def test_the_source_of_a_mistake_is_the_last_that_gave_the_value(yaml_file: Path) -> None:
+    yaml_file.write_text("steps: 0\nseed: x\n")
+    Path("more.yaml").write_text("seed: y\n")
+    first, second = sorted(mistakes("run.yaml", "more.yaml", "--steps", "-1"))
+    assert first.startswith("--steps -1: must be greater than or equal to 1")
+    assert second.startswith("more.yaml: seed = 'y': must be a valid integer")
+
+
+def test_a_group_of_one_is_refused_with_the_limit() -> None:
+    (line,) = mistakes("--group-size", "1")
+    assert line.startswith("--group-size 1: must be greater than or equal to 2")
+
+
+def test_a_refused_value_comes_with_the_docstring_of_its_field() -> None:
+    class Toy(Section):
+        model_config = ConfigDict(use_attribute_docstrings=True)
+        group_size: int = Field(8, ge=2)
+        """Advantages compare completions with
+        each other, so at least 2."""
+
+    with pytest.raises(UserError) as caught:
+        read_config(Toy, ["--group-size", "1"])
+    assert str(caught.value) == (
+        "--group-size 1: must be greater than or equal to 2 "
+        "(Advantages compare completions with each other, so at least 2.)"
+    )
+
+
+@pytest.mark.parametrize("engine", ["vllm", "auto"])
+def test_an_8_bit_cache_is_for_engines_that_have_one(engine: str) -> None:
+    config = read("--rollout.kv-cache", "fp8_per_token_head", "--rollout.engine", engine)
+    assert config.rollout.kv_cache == "fp8_per_token_head"
+
+
+def test_long_values_are_cut() -> None:
+    (line,) = mistakes("--steps", "9" * 50 + "x" * 500)
+    assert len(line) < 200
+
+
+# --- help ----------------------------------------------------------------------------------------
+
+
+def test_help_shows_every_option_with_its_default(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        read("--bogus", "--help")
+    assert caught.value.code == 0
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    text = " ".join(re.sub(r"[│╭╮╰╯─]", " ", printed.out).split())
+    for section, field in GrpoConfig.model_fields.items():
+        inner = getattr(field.annotation, "model_fields", None)
+        for option in [f"{section}.{key}" for key in inner] if inner else [section]:
+            assert f"--{option.replace('_', '-')} " in text
+    for expected in ("model options", "optim options", "Rollout-and-update rounds. (default: 100)"):
+        assert expected in text
+    assert (
+        "Weight of the KL term to the starting policy; 0 skips the reference pass. (default: 0.0)"
+        in text
+    )
+
+
+# --- the shipped files ---------------------------------------------------------------------------
+
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+
+
+def test_configs_are_there() -> None:
+    assert {"gsm8k.yaml", "reasoning_gym.yaml", "calculator.yaml"} <= {p.name for p in CONFIGS}
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_every_config_loads_and_says_why(path: Path) -> None:
+    config = read(str(path))
+    assert config != GrpoConfig()
+    assert path.read_text().startswith("# "), "begin with a comment: what it is for"
+
+
+R1 = Path(__file__).parents[2] / "configs" / "r1.yaml"
+COMMANDS: dict[str, type[Section]] = {
+    "sft": SftConfig, "grpo": GrpoConfig, "distill": DistillConfig, "dpo": DpoConfig,
+    "export": ExportConfig,
+}  # fmt: skip
+
+
+def test_commands_of_the_pipeline_are_understood() -> None:
+    """Every command that configs/r1.yaml documents, with the file itself."""
+    said = re.findall(r"rlsloth (\w+) ([^#\n]*)", R1.read_text())
+    assert {name for name, _ in said} == set(COMMANDS)
+    for name, words in said:
+        argv = [str(R1) if word == "configs/r1.yaml" else word for word in words.split()]
+        argv = ["--source", *argv] if name == "export" else argv
+        config = read_config(COMMANDS[name], argv)
+        if "configs/r1.yaml" in words:
+            assert config.model.path == "Qwen/Qwen2.5-1.5B-Instruct"

@@ -1,0 +1,366 @@
+"""Rows, prompts in TRL's formats, the held-out split and the sampler."""
+
+from __future__ import annotations
+
+import datetime
+import json
+from pathlib import Path
+
+import pyarrow
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pyarrow import parquet
+
+from rlsloth.config import EnvConfig
+from rlsloth.data.prompts import (
+    EpochSampler,
+    load_prompts,
+    make_prompts,
+    question_text,
+    split_heldout,
+)
+from rlsloth.data.rows import Row, load_rows
+from rlsloth.records import Prompt, UserError
+
+
+def lines(path: Path, rows: list[object]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def prompts_of(rows: list[Row], **cfg: object) -> list[Prompt]:
+    return make_prompts(rows, EnvConfig(**cfg), "data")
+
+
+def questions(*texts: str) -> list[Prompt]:
+    return prompts_of([{"question": text} for text in texts])
+
+
+# Rows
+
+
+def test_every_file_format_gives_the_same_rows(tmp_path: Path) -> None:
+    rows = [{"question": "a", "answer": 1}, {"question": "é", "answer": 2}]
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    (tmp_path / "lines.json").write_text("\n\n".join(map(json.dumps, rows)))
+    (tmp_path / "bom.jsonl").write_bytes(b"\xef\xbb\xbf" + json.dumps(rows[0]).encode())
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    assert load_rows(lines(tmp_path / "a.jsonl", rows)) == rows
+    assert load_rows(str(tmp_path / "a.json")) == rows
+    assert load_rows(str(tmp_path / "lines.json")) == rows
+    assert load_rows(str(tmp_path / "a.parquet")) == rows
+    assert load_rows(str(tmp_path / "bom.jsonl")) == rows[:1]
+    assert load_rows(str(tmp_path / "a.jsonl"), limit=1) == rows[:1]
+
+
+def test_folder_is_read_whole_or_by_split(tmp_path: Path) -> None:
+    lines(tmp_path / "part-1.jsonl", [{"q": 2}])
+    lines(tmp_path / "part-0.jsonl", [{"q": 1}])
+    (tmp_path / "README.md").write_text("not data")
+    assert load_rows(str(tmp_path)) == [{"q": 1}, {"q": 2}]
+    lines(tmp_path / "train-0.jsonl", [{"q": 3}])
+    lines(tmp_path / "test.jsonl", [{"q": 4}])
+    assert load_rows(str(tmp_path)) == [{"q": 3}]
+    assert load_rows(str(tmp_path), "test") == [{"q": 4}]
+    with pytest.raises(UserError, match=r"no file for split 'tset' .*did you mean 'test'"):
+        load_rows(str(tmp_path), "tset")
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b'{"q": 1}\n{"q": }\n', r"bad\.jsonl line 2: not JSON \(Expecting value, column 7\)"),
+        (b'{"q": 1}\n\n[1]\n', r"bad\.jsonl line 3: a row is a JSON object, this is a list"),
+        (b'{"q": "\xff"}\n', r"bad\.jsonl line 1: not UTF-8 at byte 7"),
+        (b"[" * 100_000, r"bad\.jsonl line 1: .*recursion"),
+        (b"\n \n", r"has no rows"),
+        (b"", r"has no rows"),
+    ],
+)
+def test_malformed_files_name_the_line(tmp_path: Path, content: bytes, said: str) -> None:
+    (tmp_path / "bad.jsonl").write_bytes(content)
+    with pytest.raises(UserError, match=said):
+        load_rows(str(tmp_path / "bad.jsonl"))
+
+
+def test_malformed_json_array_and_parquet(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text('[{"q": 1}, 2]')
+    with pytest.raises(UserError, match=r"a\.json row 2: a row is a JSON object"):
+        load_rows(str(tmp_path / "a.json"))
+    (tmp_path / "a.json").write_text('[\n{"q": 1,}\n]')
+    with pytest.raises(UserError, match=r"a\.json: not JSON .*line 2"):
+        load_rows(str(tmp_path / "a.json"))
+    (tmp_path / "a.parquet").write_bytes(b"PAR1 no such thing")
+    with pytest.raises(UserError, match=r"a\.parquet: not a readable parquet file"):
+        load_rows(str(tmp_path / "a.parquet"))
+
+
+@pytest.mark.parametrize(
+    ("text", "rows"),
+    [
+        ('{"data": [{"q": 1}, {"q": 2}]}', [{"q": 1}, {"q": 2}]),
+        ('\ufeff{\n  "data": [\n    {"q": 1}\n  ]\n}\n', [{"q": 1}]),
+        ('[\n{"q": 1},\n{"q": 2}\n]', [{"q": 1}, {"q": 2}]),
+        ('{"q": 1}', [{"q": 1}]),
+        ('{"data": [1]}\n{"data": [2]}', [{"data": [1]}, {"data": [2]}]),
+    ],
+)
+def test_shapes_of_json(tmp_path: Path, text: str, rows: list[Row]) -> None:
+    (tmp_path / "a.json").write_text(text)
+    assert load_rows(str(tmp_path / "a.json")) == rows
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('{\n  "q": 1\n}', r'a\.json: expected an array of rows, {"data": \[\.\.\.\]}'),
+        ('{"data": [\n 1]}', r"a\.json row 1: a row is a JSON object"),
+        ('{"q": 1}\n{"q": }', r"a\.json line 2: not JSON"),
+        ("", "has no rows"),
+    ],
+)
+def test_other_shapes_of_json(tmp_path: Path, text: str, said: str) -> None:
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(UserError, match=said):
+        load_rows(str(tmp_path / "a.json"))
+
+
+def test_unknown_file_types_are_no_hub_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("rows.data").write_text("q\n1\n")
+    for name in ("x.csv", "rows.data"):
+        with pytest.raises(UserError, match=rf"{name}: expected .* \.jsonl, \.json, \.parquet"):
+            load_rows(name)
+
+
+def test_missing_file_and_folder_without_data(tmp_path: Path) -> None:
+    lines(tmp_path / "train.jsonl", [{"q": 1}])
+    with pytest.raises(UserError, match=r"no data file .*did you mean 'train.jsonl'"):
+        load_rows(str(tmp_path / "trian.jsonl"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="file in folder"):
+        load_rows(str(tmp_path / "empty"))
+    (tmp_path / "a.csv").write_text("q\n1\n")
+    with pytest.raises(UserError, match="expected a file that ends in"):
+        load_rows(str(tmp_path / "a.csv"))
+
+
+class FakeHub:
+    """Stands in for HfApi: ``dataset_info`` raises what it is told."""
+
+    error: Exception
+
+    def dataset_info(self, name: str, timeout: float) -> None:
+        raise self.error
+
+
+def test_hub_that_cannot_be_reached_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.HfApi", FakeHub)
+    FakeHub.error = ConnectionError("Name or service not known\nmore")
+    with pytest.raises(UserError) as refused:
+        load_rows("openai/gsm8k:main")
+    assert str(refused.value) == (
+        "cannot load dataset 'openai/gsm8k:main' (no network? Name or service not known): "
+        "pass a .jsonl, .json or .parquet file instead"
+    )
+
+
+def test_unknown_hub_id(monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    monkeypatch.setattr("huggingface_hub.HfApi", FakeHub)
+    # Made without its HTTP response, whose type depends on the version of the hub's library.
+    FakeHub.error = RepositoryNotFoundError.__new__(RepositoryNotFoundError)
+    with pytest.raises(UserError, match=r"no dataset 'openai/gsm9k' on the hub .*: pass a \.jsonl"):
+        load_rows("openai/gsm9k")
+
+
+def test_hub_rows_config_and_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    def load_dataset(name: str, config: str | None, split: str) -> datasets.Dataset:
+        return datasets.Dataset.from_list([{"asked": f"{name} {config} {split}"}] * 3)
+
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda *_, **__: None)
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert load_rows("a/b:c", "test", limit=2) == [{"asked": "a/b c test"}] * 2
+
+
+# Prompts
+
+
+def test_prompt_column_of_text_is_raw_and_question_is_a_message() -> None:
+    (raw,) = prompts_of([{"prompt": "1 + 1 =", "answer": "2"}])
+    assert (raw.messages, raw.columns) == ("1 + 1 =", {"answer": "2"})
+    (chat,) = prompts_of([{"question": "1 + 1?", "answer": "2"}])
+    assert chat.messages == ({"role": "user", "content": "1 + 1?"},)
+    assert chat.columns == {"question": "1 + 1?", "answer": "2"}
+
+
+def test_system_prompt_comes_first_and_replaces() -> None:
+    system = {"role": "system", "content": "Be brief."}
+    user = {"role": "user", "content": "hi"}
+    assert prompts_of([{"prompt": "hi"}], system_prompt="Be brief.")[0].messages == (system, user)
+    own = [{"role": "system", "content": "Be long."}, user]
+    assert prompts_of([{"prompt": own}])[0].messages == tuple(own)
+    assert prompts_of([{"prompt": own}], system_prompt="Be brief.")[0].messages == (system, user)
+
+
+def test_completion_is_not_passed_and_messages_lose_the_answer() -> None:
+    user, answer = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+    (pair,) = prompts_of([{"prompt": [user], "completion": [answer], "gold": 3}])
+    assert (pair.messages, pair.columns) == ((user,), {"gold": 3})
+    (dialog,) = prompts_of([{"messages": [user, answer, user, answer]}])
+    assert dialog.messages == (user, answer, user)
+    (prefill,) = prompts_of([{"prompt": [user, answer]}])
+    assert prefill.messages == (user, answer)
+
+
+def test_first_known_column_wins_unless_one_is_named() -> None:
+    row = {"problem": "p", "question": "q", "text": "t"}
+    assert prompts_of([row])[0].messages == ({"role": "user", "content": "q"},)
+    named = prompts_of([row], prompt_column="text")[0]
+    assert named.messages == ({"role": "user", "content": "t"},)
+
+
+def test_missing_columns_name_those_there() -> None:
+    with pytest.raises(
+        UserError, match=r"no column 'promt'; did you mean 'prompt'\? .*columns: prom"
+    ):
+        prompts_of([{"prompt": "a"}], prompt_column="promt")
+    with pytest.raises(UserError, match=r"--env.prompt-column; did you mean 'questions'.*solution"):
+        prompts_of([{"questions": "a", "solution": "b"}])
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"prompt": ""}, "row 2, column 'prompt': empty"),
+        ({"prompt": None}, "expected text or a list of messages, this is null"),
+        ({}, "row 2, column 'prompt': .*null"),
+        ({"prompt": 7}, "this is a int"),
+        ({"prompt": "\ud800"}, "half of a surrogate pair"),
+        ({"prompt": []}, "no messages"),
+        ({"prompt": ["hi"]}, "message 1: a message has a role"),
+        ({"prompt": [{"role": "wizard", "content": "a"}]}, "message 1: a message has a role"),
+        ({"prompt": [{"role": "user"}]}, "content must be text, this is null"),
+        ({"prompt": [{"role": "user", "content": [{"type": "image"}]}]}, "this is a list"),
+        ({"prompt": "a", "tools": 3}, "column 'tools': expected a list"),
+        ({"prompt": "a", "image": b"\x89PNG"}, "column 'image': a bytes cannot be passed"),
+        ({"prompt": "a", "completions": 1}, "rename that column"),
+    ],
+)
+def test_malformed_rows_are_named(row: Row, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        prompts_of([{"prompt": "fine"}, row])
+
+
+def test_columns_are_json_and_complete() -> None:
+    day = datetime.date(2026, 1, 2)
+    first, second = prompts_of(
+        [{"prompt": "a", "day": day, "meta": {"pair": (1, 2)}}, {"prompt": "b"}]
+    )
+    assert first.columns == {"day": "2026-01-02", "meta": {"pair": [1, 2]}}
+    assert second.columns == {"day": None, "meta": None}
+    assert json.loads(json.dumps(first.columns)) == first.columns
+
+
+def test_row_tools_and_null_fields_from_arrow() -> None:
+    schema = {"type": "function", "function": {"name": "f"}}
+    call = [{"type": "function", "function": {"name": "f", "arguments": {}}}]
+    dialog = [
+        {"role": "user", "content": "q", "tool_calls": None},
+        {"role": "assistant", "content": None, "tool_calls": call},
+        {"role": "tool", "content": "1", "tool_calls": None},
+    ]
+    for tools in ([schema], json.dumps([schema])):
+        (prompt,) = prompts_of([{"prompt": dialog, "tools": tools}])
+        assert prompt.tools == (schema,)
+        assert prompt.messages[0] == {"role": "user", "content": "q"}
+        assert prompt.messages[1] == {"role": "assistant", "content": "", "tool_calls": call}
+
+
+# Held-out questions
+
+
+def test_no_heldout_question_occurs_in_training() -> None:
+    prompts = questions(*(f"what is {i % 40}?" + " " * (i // 40) for i in range(120)))
+    train, heldout = split_heldout(prompts, 10, seed=3)
+    asked = {question_text(p) for p in heldout}
+    assert len(heldout) == len(asked) == 10
+    assert not asked & {question_text(p) for p in train}
+    assert len(train) == 90
+    assert [p.index for p in train] == sorted(p.index for p in train)
+
+
+def test_split_depends_on_seed_and_not_on_order() -> None:
+    prompts = questions(*(f"question {i}" for i in range(50)))
+
+    def texts(seed: int, rows: list[Prompt]) -> set[str]:
+        return {question_text(p) for p in split_heldout(rows, 10, seed)[1]}
+
+    assert texts(0, prompts) == texts(0, prompts[::-1])
+    assert texts(0, prompts) != texts(1, prompts)
+
+
+def test_split_that_leaves_nothing() -> None:
+    with pytest.raises(UserError, match=r"--env.heldout 2 leaves nothing .* 2 distinct questions"):
+        split_heldout(questions("a", "b", " a"), 2, 0)
+    assert split_heldout(questions("a"), 0, 0)[1] == []
+
+
+def test_validation_data_replaces_the_split(tmp_path: Path) -> None:
+    cfg = EnvConfig(
+        train=lines(
+            tmp_path / "a.jsonl", [{"question": "x"}, {"question": "y"}, {"question": "z"}]
+        ),
+        validation=lines(tmp_path / "b.jsonl", [{"question": "y "}]),
+        limit=2,
+    )
+    train, heldout = load_prompts(cfg, 0, lambda rows, where: make_prompts(rows, cfg, where))
+    assert [question_text(p) for p in train] == ["user: x", "user: y"]
+    assert [question_text(p) for p in heldout] == ["user: y"]
+
+
+# Sampling
+
+
+@settings(deadline=None)
+@given(
+    size=st.integers(1, 12),
+    takes=st.lists(st.integers(0, 30), max_size=6),
+    cut=st.integers(0, 6),
+    seed=st.integers(0, 3),
+)
+def test_sampler_epochs_and_resume(size: int, takes: list[int], cut: int, seed: int) -> None:
+    prompts = questions(*map(str, range(size)))
+    sampler = EpochSampler(prompts, seed)
+    drawn: list[int] = []
+    state = sampler.state()
+    for i, k in enumerate(takes):
+        if i == cut:
+            state, drawn = json.loads(json.dumps(sampler.state())), []
+        drawn += [p.index for p in sampler.take(k)]
+    resumed = EpochSampler(prompts, seed)
+    resumed.restore(state)
+    assert [p.index for p in resumed.take(len(drawn))] == drawn
+    whole = [p.index for p in EpochSampler(prompts, seed).take(sum(takes))]
+    for start in range(0, len(whole), size):
+        epoch = whole[start : start + size]
+        assert len(set(epoch)) == len(epoch)
+
+
+def test_sampler_shuffles_each_epoch_anew() -> None:
+    sampler = EpochSampler(questions(*map(str, range(30))), 0)
+    first, second = ([p.index for p in sampler.take(30)] for _ in range(2))
+    assert sorted(first) == sorted(second) == list(range(30))
+    assert len({tuple(first), tuple(second), tuple(range(30))}) == 3
+
+
+def test_sampler_refuses_what_does_not_fit() -> None:
+    sampler = EpochSampler(questions("a", "b"), 0)
+    with pytest.raises(UserError, match="had 2 prompts and seed 0, now there are 1"):
+        EpochSampler(questions("a"), 0).restore(sampler.state())
+    with pytest.raises(UserError, match="no prompts"):
+        EpochSampler([], 0)

@@ -1,0 +1,140 @@
+"""GGUF files against those of llama.cpp's own converter, from llama-cpp-python's source."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from helpers.gguf_models import FAMILIES, make_folder, text, unpack_smollm2
+from rlsloth.exports.gguf.write import write_gguf
+
+pytestmark = pytest.mark.gguf
+CONVERTER = Path(sys.prefix) / "llama.cpp" / "convert_hf_to_gguf.py"
+ONLY_OURS = {
+    # Said always: llama.cpp would take its own default otherwise.
+    "tokenizer.ggml.add_bos_token",
+    "tokenizer.ggml.add_eos_token",
+    "tokenizer.ggml.add_space_prefix",
+    # transformers' Qwen2Tokenizer names one where the file does not; byte-level BPE never uses it.
+    "tokenizer.ggml.unknown_token_id",
+    # Some of the converter's classes leave these to defaults that happen to be right.
+    "vocab_size",
+    "rope.freq_base",
+}
+
+
+# The converter knows pre-tokenizers by the hash of a real vocabulary's ids, which these are not.
+DRIVER = """
+import sys
+sys.path[:0] = [{folder!r}, {gguf_py!r}]
+import conversion.base
+import conversion.phi
+if {pre!r}:
+    conversion.base.TextModel.get_vocab_base_pre = lambda self, tokenizer: {pre!r}
+# It knows Phi-4's tokenizer by a class name that transformers 5 does not save.
+conversion.phi.Phi3MiniModel.set_vocab = lambda self: self._set_vocab_gpt2()
+import runpy
+sys.argv = ["convert_hf_to_gguf.py", *{arguments!r}]
+runpy.run_path({script!r}, run_name="__main__")
+"""
+
+
+def convert(folder: Path, out: Path, kind: str, pre: str) -> None:
+    arguments = [str(folder), "--outtype", kind, "--outfile", str(out)]
+    code = DRIVER.format(
+        folder=str(CONVERTER.parent), gguf_py=str(CONVERTER.parent / "gguf-py"), pre=pre,
+        arguments=arguments, script=str(CONVERTER),
+    )  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def compare(ours: Path, theirs: Path) -> None:
+    """Key by key, table by table, tensor by tensor."""
+    from gguf import GGUFReader
+
+    a, b = GGUFReader(ours), GGUFReader(theirs)
+    keys_a = {k: f.contents() for k, f in a.fields.items() if not k.startswith("GGUF.")}
+    keys_b = {k: f.contents() for k, f in b.fields.items() if not k.startswith("GGUF.")}
+    arch = keys_a["general.architecture"]
+    for key in sorted(keys_a.keys() | keys_b.keys()):
+        if key == "tokenizer.ggml.scores":
+            same_scores(keys_a, keys_b)
+        elif key in keys_b:
+            assert keys_a.get(key) == keys_b[key], key
+        else:
+            assert key.removeprefix(f"{arch}.") in ONLY_OURS, key
+    tensors_a = {t.name: t for t in a.tensors}
+    tensors_b = {t.name: t for t in b.tensors}
+    assert tensors_a.keys() == tensors_b.keys()
+    for name, ours_ in tensors_a.items():
+        same_tensor(ours_, tensors_b[name])
+
+
+def same_scores(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
+    """Of tokens that merges make; nothing looks at those of bytes and marks."""
+    kinds = ours["tokenizer.ggml.token_type"]
+    a, b = ours["tokenizer.ggml.scores"], theirs["tokenizer.ggml.scores"]
+    normal = [i for i, kind in enumerate(kinds) if kind == 1]
+    assert len(normal) > 300
+    assert [a[i] for i in normal] == [b[i] for i in normal]
+
+
+def same_tensor(ours: Any, theirs: Any) -> None:
+    assert ours.tensor_type == theirs.tensor_type, ours.name
+    assert ours.shape.tolist() == theirs.shape.tolist(), ours.name
+    if ours.name.startswith("rope_"):  # computed in float64 here, in float32 there
+        np.testing.assert_allclose(ours.data, theirs.data, rtol=1e-6)
+    else:
+        assert np.array_equal(ours.data, theirs.data), ours.name
+
+
+@pytest.fixture(scope="module")
+def smollm2(tmp_path_factory) -> Path:
+    return unpack_smollm2(tmp_path_factory.mktemp("smollm2"))
+
+
+BYTE_LEVEL = [f for f, (_, pre, _) in FAMILIES.items() if "sentencepiece" not in pre]
+
+
+@pytest.mark.parametrize("family", BYTE_LEVEL)
+def test_as_the_converter_writes_them(family, tmp_path):
+    folder = make_folder(tmp_path / "model", family)
+    kind = "q8_0" if family in ("llama3", "qwen3") else "bf16"
+    write_gguf(folder, tmp_path / "ours.gguf", kind)
+    convert(folder, tmp_path / "theirs.gguf", kind, FAMILIES[family][1])
+    compare(tmp_path / "ours.gguf", tmp_path / "theirs.gguf")
+
+
+def test_smollm2_as_the_converter_writes_it(smollm2, tmp_path):
+    """With nothing of the converter replaced: it knows this tokenizer by its hash."""
+    write_gguf(smollm2, tmp_path / "ours.gguf", "bf16")
+    convert(smollm2, tmp_path / "theirs.gguf", "bf16", "")
+    compare(tmp_path / "ours.gguf", tmp_path / "theirs.gguf")
+
+
+@pytest.mark.parametrize("family", ["llama2", "gemma2", "gemma3"])
+def test_sentencepiece_tables_regained_from_tokenizer_json(family, tmp_path):
+    """The converter reads tokenizer.model, which transformers 5 no longer saves."""
+    import sentencepiece
+    from transformers import LlamaTokenizer
+
+    folder = make_folder(tmp_path / "model", family, bos_token_id=1, eos_token_id=2)
+    (tmp_path / "text.txt").write_text(text())
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(tmp_path / "text.txt"), model_prefix=str(tmp_path / "tokenizer"), vocab_size=600,
+        model_type="bpe", byte_fallback=True, normalization_rule_name="identity",
+        remove_extra_whitespaces=False, split_digits=True, minloglevel=2,
+    )  # fmt: skip
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    LlamaTokenizer.from_pretrained(tmp_path).save_pretrained(folder)
+    write_gguf(folder, tmp_path / "ours.gguf", "bf16")
+    (folder / "tokenizer.model").write_bytes((tmp_path / "tokenizer.model").read_bytes())
+    convert(folder, tmp_path / "theirs.gguf", "bf16", "")
+    compare(tmp_path / "ours.gguf", tmp_path / "theirs.gguf")

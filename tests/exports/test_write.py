@@ -1,0 +1,333 @@
+"""GGUF files without llama.cpp: read back by transformers, tables, refusals, checks."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from helpers.gguf_models import FAMILIES, VOCAB, make_folder, room_for, text, tokenizer_of
+from rlsloth.exports.gguf import check as gguf_check
+from rlsloth.exports.gguf import quantize as gguf_quantize
+from rlsloth.exports.gguf.check import check_gguf
+from rlsloth.exports.gguf.families import read_config, rope_tensors
+from rlsloth.exports.gguf.pretokenizer import NAMES, pretokenizer_name
+from rlsloth.exports.gguf.vocab import read_vocabulary
+from rlsloth.exports.gguf.write import write_gguf
+from rlsloth.policy.gguf_tokenizer import restore_pretokenizer
+from rlsloth.records import UserError
+
+
+def logits(model: Any, ids: list[int]) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(torch.tensor([ids])).logits
+
+
+# transformers' reader of GGUF knows neither llama3's and longrope's tensors nor yarn, leaves out
+# Llama's attention biases, and takes its defaults for some sizes; llama.cpp itself runs every
+# family in test_gguf_llama_cpp.py.
+READ_BACK: dict[str, dict[str, Any]] = {
+    "smollm": {},
+    "mistral": {},
+    "qwen2": {},
+    "qwen3": {"head_dim": 128},
+    "phi3": {},
+    "gemma2": {"head_dim": 256, "query_pre_attn_scalar": 256},
+    "gemma3": {"head_dim": 256, "query_pre_attn_scalar": 256, "rope_parameters": None},
+}
+
+
+@pytest.mark.parametrize("family", READ_BACK)
+def test_transformers_reads_the_same_model(family, tmp_path):
+    folder = make_folder(tmp_path / "model", family, **READ_BACK[family])
+    write_gguf(folder, tmp_path / "model.gguf", "bf16")
+    ids = tokenizer_of(FAMILIES[family][1])(text()[:400]).input_ids
+    want = logits(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), ids)
+    again = AutoModelForCausalLM.from_pretrained(
+        tmp_path, gguf_file="model.gguf", dtype=torch.float32
+    )
+    assert (logits(again, ids) - want).abs().max() <= 1e-4 * want.abs().max()
+
+
+@pytest.mark.parametrize("family", ["llama3", "smollm", "qwen2"])
+def test_transformers_reads_the_same_tokenizer(family, tmp_path):
+    folder = make_folder(tmp_path / "model", family)
+    path = tmp_path / "model.gguf"
+    write_gguf(folder, path, "f16")
+    again = AutoTokenizer.from_pretrained(tmp_path, gguf_file=path.name)
+    restore_pretokenizer(again, path)
+    ours = AutoTokenizer.from_pretrained(folder)
+    sample = text()[:3000] + " 12345 isn't <|im_start|>x<|im_end|>"
+    want = ours(sample, add_special_tokens=False).input_ids
+    assert again(sample, add_special_tokens=False).input_ids == want
+    assert again.chat_template == ours.chat_template
+
+
+def test_llama3_rope_factors_are_transformers(tmp_path):
+    """transformers scales inverse frequencies: unscaled / scaled are the factors."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    config = read_config(make_folder(tmp_path, "llama3"))
+    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
+    plain = 500000.0 ** -(torch.arange(0, 16, 2) / 16)
+    factors = torch.tensor(rope_tensors(config)["rope_freqs.weight"])
+    torch.testing.assert_close(factors, plain / scaled, rtol=1e-5, atol=0)
+    assert factors[0] == 1
+    assert factors[-1] == 8
+    assert any(1 < f < 8 for f in factors)
+
+
+def test_q8_0_is_near(tmp_path):
+    from gguf import GGUFReader, quants
+
+    folder = make_folder(tmp_path / "model", "qwen3")
+    write_gguf(folder, tmp_path / "q.gguf", "q8_0")
+    stored = load_file(folder / "model.safetensors")["model.layers.1.mlp.up_proj.weight"].float()
+    tensors = {t.name: t for t in GGUFReader(tmp_path / "q.gguf").tensors}
+    up = tensors["blk.1.ffn_up.weight"]
+    assert up.tensor_type.name == "Q8_0"
+    value = torch.from_numpy(quants.dequantize(up.data, up.tensor_type))
+    step = stored.view(-1, 32).abs().amax(1) / 127
+    # Half a step, and the rounding of the step to float16 times 127.
+    assert ((value - stored).view(-1, 32).abs() <= 0.57 * step[:, None]).all()
+    assert tensors["blk.1.attn_q_norm.weight"].tensor_type.name == "F32"
+
+
+def test_rows_that_no_block_divides_stay_f16(tmp_path):
+    from gguf import GGUFReader
+
+    folder = make_folder(tmp_path / "model", "smollm", intermediate_size=80)
+    write_gguf(folder, tmp_path / "q.gguf", "q8_0")
+    types = {t.name: t.tensor_type.name for t in GGUFReader(tmp_path / "q.gguf").tensors}
+    assert types["blk.0.ffn_down.weight"] == "F16"
+    assert types["blk.0.ffn_up.weight"] == "Q8_0"
+
+
+# --- tables --------------------------------------------------------------------------------------
+
+
+def test_token_table(tmp_path):
+    from gguf import TokenType
+
+    folder = make_folder(tmp_path, "smollm")
+    vocabulary = read_vocabulary(folder, read_config(folder))
+    assert len(vocabulary.tokens) == len(vocabulary.types) == VOCAB
+    types = dict(zip(vocabulary.tokens, vocabulary.types, strict=True))
+    assert types["<|im_end|>"] == TokenType.CONTROL
+    assert types["<tool>"] == TokenType.USER_DEFINED
+    assert types["<|plugin|>"] == TokenType.CONTROL  # not special, but looks it
+    assert types["Ġthe"] == TokenType.NORMAL
+    assert types[f"[PAD{VOCAB - 1}]"] == TokenType.UNUSED
+    assert vocabulary.special == {"bos": 0, "eos": 2, "pad": 2}
+    assert (vocabulary.adds_bos, vocabulary.adds_eos) == (False, False)
+
+
+def test_merges_as_pairs_and_as_strings(tmp_path):
+    folder = make_folder(tmp_path, "smollm")
+    file = folder / "tokenizer.json"
+    content = json.loads(file.read_text())
+    pairs = content["model"]["merges"]
+    assert isinstance(pairs[0], list)
+    want = read_vocabulary(folder, read_config(folder)).merges
+    content["model"]["merges"] = [" ".join(pair) for pair in pairs]
+    file.write_text(json.dumps(content))
+    assert read_vocabulary(folder, read_config(folder)).merges == want
+    assert want is not None
+    assert want[0] == " ".join(pairs[0])
+
+
+def test_bos_is_said_where_the_tokenizer_adds_it(tmp_path):
+    folder = make_folder(tmp_path, "llama3")
+    vocabulary = read_vocabulary(folder, read_config(folder))
+    assert (vocabulary.adds_bos, vocabulary.adds_eos) == (True, False)
+
+
+def test_ends_of_the_generation_config(tmp_path):
+    """<|endoftext|> llama.cpp knows by name; others become eot and eom."""
+    folder = make_folder(tmp_path, "smollm")
+    tool = tokenizer_of("smollm").convert_tokens_to_ids("<tool>")
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 0, tool, 9]}))
+    special = read_vocabulary(folder, read_config(folder)).special
+    assert special == {"bos": 0, "eos": 2, "pad": 2, "eot": tool, "eom": 9}
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, tool, 9, 10]}))
+    with pytest.raises(UserError, match="4 end tokens; GGUF has room for three"):
+        read_vocabulary(folder, read_config(folder))
+
+
+@pytest.mark.parametrize("name", NAMES.values())
+def test_every_split_is_recognised(name):
+    backend = json.loads(tokenizer_of(name).backend_tokenizer.to_str())
+    assert pretokenizer_name(Path("x"), backend) == name
+
+
+@pytest.mark.parametrize(
+    ("part", "value"),
+    [
+        ("pre_tokenizer", {"type": "Whitespace"}),
+        ("pre_tokenizer", None),
+        ("normalizer", {"type": "Lowercase"}),
+    ],
+)
+def test_unknown_splits_are_refused(part, value):
+    backend = json.loads(tokenizer_of("qwen2").backend_tokenizer.to_str())
+    with pytest.raises(UserError, match="no name for how this tokenizer splits"):
+        pretokenizer_name(Path("x"), backend | {part: value})
+
+
+# --- refusals ------------------------------------------------------------------------------------
+
+
+def edit(folder: Path, **values: Any) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+def refusal(folder: Path, out: Path, kind: Any = "bf16") -> str:
+    before = sorted(out.parent.iterdir())
+    with pytest.raises(UserError) as caught:
+        write_gguf(folder, out, kind)
+    assert sorted(out.parent.iterdir()) == before
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("family", "values", "message"),
+    [
+        ("smollm", {"model_type": "granite"}, "'granite' cannot be written as GGUF; known: gemma2"),
+        ("smollm", {"hidden_act": "gelu"}, "runs llama with silu, not gelu"),
+        ("smollm", {"intermediate_size": 97}, "wants model.layers.0.mlp.* in shape .*97"),
+        ("smollm", {"tie_word_embeddings": False}, "wants lm_head.weight in shape .* have none"),
+        ("smollm", {"num_hidden_layers": 1}, "layers.1.* has no place in llama.cpp's LLAMA"),
+        ("llama-bias", {"attention_bias": False}, "does not ask for: model.layers.0.self_attn.k"),
+        ("smollm", {"vocab_size": 601}, "has id 601, but the model has only 601 embeddings"),
+        ("gemma2", {"query_pre_attn_scalar": 8}, "scales the attention of gemma2 by 16, not by"),
+        ("gemma2", {"layer_types": ["full_attention"] * 2}, "every 2th layer of gemma2"),
+        (
+            "qwen2",
+            {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
+            "rope_type 'dynamic' cannot be written for qwen2",
+        ),
+    ],
+)
+def test_what_llama_cpp_would_run_otherwise(family, values, message, tmp_path):
+    folder = make_folder(tmp_path / "model", family)
+    edit(folder, **values)
+    assert re.search(message, refusal(folder, tmp_path / "model.gguf"))
+
+
+def test_folders_that_are_none(tmp_path):
+    (tmp_path / "model").mkdir()
+    assert "no config.json" in refusal(tmp_path / "model", tmp_path / "x.gguf")
+    folder = make_folder(tmp_path / "other", "smollm")
+    (folder / "model.safetensors").unlink()
+    assert "cannot read weights" in refusal(folder, tmp_path / "x.gguf")
+    (folder / "tokenizer.json").unlink()
+    assert "no tokenizer.json" in refusal(folder, tmp_path / "x.gguf")
+
+
+@pytest.mark.parametrize("value", [1e5, math.nan])
+def test_values_beyond_float16(value, tmp_path):
+    folder = make_folder(tmp_path / "model", "smollm")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = value
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    message = refusal(folder, tmp_path / "model.gguf", "f16")
+    assert "model.layers.1.mlp.up_proj.weight: values that are not finite in f16" in message
+
+
+def test_a_full_disk_leaves_nothing(tmp_path):
+    folder = make_folder(tmp_path / "model", "smollm")
+    out = tmp_path / "model.gguf"
+    out.write_text("the old file")
+    with room_for(100_000):
+        message = refusal(folder, out)
+    assert f"cannot write {out}: " in message
+    assert out.read_text() == "the old file"
+
+
+# --- checks --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def written(tmp_path) -> tuple[Path, Path]:
+    folder = make_folder(tmp_path / "model", "qwen2")
+    write_gguf(folder, tmp_path / "model.gguf", "bf16")
+    return folder, tmp_path / "model.gguf"
+
+
+@pytest.fixture
+def without_llama_cpp(monkeypatch) -> None:
+    monkeypatch.setattr(gguf_check.importlib.util, "find_spec", lambda name: None)
+
+
+def test_a_sound_file(written, without_llama_cpp):
+    found = check_gguf(*written)
+    assert found.tensors == 27
+    assert found.keys > 20
+    assert found.tokens == 0
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"rms_norm_eps": 1e-3}, r"qwen2\.attention\.layer_norm_rms_epsilon is 9\.99.*folder says"),
+        ({"max_position_embeddings": 128}, r"qwen2\.context_length is 512, the folder says 128"),
+    ],
+)
+def test_another_folder(values, message, written, without_llama_cpp):
+    edit(written[0], **values)
+    with pytest.raises(UserError, match=message):
+        check_gguf(*written)
+
+
+def test_another_template(written, without_llama_cpp):
+    (written[0] / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
+    with pytest.raises(UserError, match=r"tokenizer\.chat_template is .* the folder says"):
+        check_gguf(*written)
+
+
+def test_a_missing_tensor(written, without_llama_cpp, monkeypatch):
+    whole = gguf_check.plan
+    monkeypatch.setattr("rlsloth.exports.gguf.write.plan", lambda *a: whole(*a)[:-1])
+    write_gguf(written[0], written[1], "bf16")
+    with pytest.raises(UserError, match=r"tensor .* has shape none, the folder's has"):
+        check_gguf(*written)
+
+
+def test_a_cut_file(written, without_llama_cpp):
+    written[1].write_bytes(written[1].read_bytes()[:-5000])
+    with pytest.raises(UserError, match="cannot read this GGUF file"):
+        check_gguf(*written)
+
+
+def test_the_yardstick_keeps_soft_caps(tmp_path):
+    folder = make_folder(tmp_path / "model", "gemma2", attn_logit_softcapping=0.01)
+    windows = torch.arange(3, 67)[None]
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    )
+    wanted = torch.nn.functional.cross_entropy(
+        logits(model, windows[0].tolist())[0, :-1], windows[0, 1:]
+    )
+    model.set_attn_implementation("sdpa")
+    without = torch.nn.functional.cross_entropy(
+        logits(model, windows[0].tolist())[0, :-1], windows[0, 1:]
+    )
+    assert abs(without - wanted) > 1e-3
+    found = gguf_check._nll_transformers(folder, windows).mean()
+    assert float(found) == pytest.approx(float(wanted), abs=1e-5)
+
+
+def test_k_quants_without_llama_cpp(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "llama_cpp", None)
+    with pytest.raises(UserError, match=r"pip install 'rlsloth\[gguf\]'"):
+        gguf_quantize.quantize(tmp_path / "a.gguf", tmp_path / "b.gguf", "q4_k_m")

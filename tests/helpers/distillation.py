@@ -1,0 +1,14 @@
+"""Shared by several tests: what `tests/distillation/test_distill.py` and others build on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+CONFIG: dict[str, Any] = {
+    "rewards": ["./reward.py:letters"],
+    "model": {"path": "model", "device": "cpu"},
+    "env": {"train": "data.jsonl", "heldout": 4, "system_prompt": "Letters!"},
+    "rollout": {"max_tokens": 16, "temperature": 0.9},
+    "reward": {"workers": 1},
+    "traces": {"samples": 4, "chunk": 4, "correct_at": 0.05},
+}

@@ -1,0 +1,47 @@
+"""Shared by several tests: what `tests/memory/test_plan.py` and others build on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from helpers.families import FAMILIES, family_model
+from helpers.tiny import tiny_llama, tiny_tokenizer
+from rlsloth.cli import main as cli
+from rlsloth.config import LoraConfig, ModelConfig, OptimConfig
+from rlsloth.policy.load import LoadedModel
+from rlsloth.policy.policy import Policy
+
+WIDE = {
+    "vocab_size": 97, "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 3,
+    "head_dim": 16, "max_position_embeddings": 8192, "sliding_window": None,
+}  # fmt: skip
+EXPERTS = ("qwen3_moe", "gpt_oss")
+
+
+def make_policy(
+    family: str, checkpointing: bool = True, dtype: torch.dtype = torch.float32, name: str = "adamw"
+) -> Policy:
+    window = {"sliding_window": 100_000} if FAMILIES[family].get("sliding_window") else {}
+    model = family_model(family, **WIDE | window).to(dtype)
+    if family in EXPERTS:
+        model.set_experts_implementation("grouped_mm")
+    return Policy(
+        LoadedModel(model, tiny_tokenizer(), torch.device("cpu"), dtype),
+        ModelConfig(gradient_checkpointing=checkpointing), LoraConfig(rank=8),
+        OptimConfig(name=name), temperature=1.0, total_updates=1,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def llama_folder(tmp_path: Path) -> Path:
+    tiny_llama(hidden=128).save_pretrained(tmp_path / "llama")
+    tiny_tokenizer().save_pretrained(tmp_path / "llama")
+    return tmp_path / "llama"
+
+
+def run(folder: Path, *more: str) -> int:
+    longest = () if "--env.train" in more else ("--longest-prompt", "50")
+    return cli.main(["plan", "--model.path", str(folder), *longest, *more])

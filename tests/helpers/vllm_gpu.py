@@ -1,0 +1,57 @@
+"""Shared by several tests: what `tests/rollout/test_vllm_gpu.py` and others build on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from helpers.tiny import tiny_llama, tiny_tokenizer
+from rlsloth.config import LoraConfig, ModelConfig, OptimConfig
+from rlsloth.policy.policy import Policy
+from rlsloth.records import Adapter, Completion
+
+
+@pytest.fixture(scope="module", params=["bf16", "nf4"])
+def policy(request, tmp_path_factory) -> Policy:
+    folder = tmp_path_factory.mktemp("model")
+    tiny_llama(hidden=256, layers=4).bfloat16().save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    torch.manual_seed(0)
+    return Policy.load(
+        ModelConfig(path=str(folder), precision=request.param),
+        LoraConfig(rank=12),
+        OptimConfig(),
+        temperature=1.0,
+        total_updates=1,
+    )
+
+
+def changed(policy: Policy, version: int) -> Adapter:
+    """The policy's adapter, now another one."""
+    with torch.no_grad():
+        for name, p in policy.adapter().tensors.items():
+            if "lora_B" in name:
+                p.normal_(0, 0.05 * version)
+    return Adapter(version, policy.adapter().tensors)
+
+
+def used() -> int:
+    torch.cuda.synchronize()
+    free, total = torch.cuda.mem_get_info()
+    return total - free
+
+
+def differences(found: list[list[Completion]], wanted: list[list[Completion]]) -> list[Any]:
+    """Of completions that are not equal: the first other token, and how far log-probs lie apart
+    before it."""
+    told = []
+    for g, groups in enumerate(zip(found, wanted, strict=True)):
+        for i, (a, b) in enumerate(zip(*groups, strict=True)):
+            if a != b:
+                pairs = zip(a.token_ids, b.token_ids, strict=False)
+                first = next((at for at, (x, y) in enumerate(pairs) if x != y), None)
+                before = zip(a.logprobs[:first], b.logprobs[:first], strict=False)
+                told.append((g, i, first, max((abs(x - y) for x, y in before), default=0.0)))
+    return told

@@ -1,0 +1,57 @@
+"""Shared by several tests: what `tests/policy/test_wrap.py` and others build on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from helpers.policies import VOCAB
+from rlsloth.policy.policy import Policy
+from rlsloth.records import SamplingParams
+from rlsloth.rollout.embedded.engine import TransformersEngine
+
+SPREAD = {"initializer_range": 0.15}
+"""Weights so large that outputs are of order 1 and errors show."""
+
+
+def randomize(model: Any) -> None:
+    """Random norms, so that their offset counts, and random adapters."""
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "norm" in name:
+                p.add_(torch.randn_like(p), alpha=0.2)
+            if "lora_B" in name:
+                p.normal_(0, 0.1)
+
+
+def run(model: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    """Logits of two random sequences, and each trained parameter's gradient of a sum of them."""
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(3, VOCAB, (2, 11), generator=generator)
+    logits = model(input_ids=ids, use_cache=False).logits.float()
+    model.zero_grad()
+    (logits * torch.randn(logits.shape, generator=generator)).sum().backward()
+    grads = {n: p.grad.float() for n, p in model.named_parameters() if p.grad is not None}
+    return logits.detach(), grads
+
+
+def assert_same(model: Any, stock: Any) -> None:
+    """fp32: outputs within 1e-5, gradients within 1e-4 of their largest element."""
+    (got, grads), (want, stock_grads) = run(model), run(stock)
+    assert want.std() > 0.1
+    assert (got - want).abs().max() <= 1e-5
+    assert grads.keys() == stock_grads.keys()
+    for name, g in stock_grads.items():
+        assert (grads[name] - g).abs().max() <= 1e-4 * g.abs().max(), name
+
+
+def decoded(policy: Policy) -> list[list[int]]:
+    engine = TransformersEngine(
+        policy.model, policy.tokenizer, stop_ids=[1], context=128, max_sequences=4,
+        device=policy.device, transform=policy.logit_transform,
+    )  # fmt: skip
+    prompts = [[5, 6, 7], [8] * 11, [9, 10]]
+    out = engine.generate(prompts, 2, SamplingParams(max_tokens=12, temperature=1.0, seed=3))
+    return [c.token_ids for completions in out for c in completions]

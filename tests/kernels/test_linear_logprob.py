@@ -1,0 +1,415 @@
+"""kernels/linear_logprob on a CPU: the torch path, and the Triton kernel interpreted."""
+
+import math
+
+import pytest
+import torch
+
+from helpers.logprob_cases import CAPPED, close, expected, make
+from rlsloth.kernels.linear_logprob import op
+from rlsloth.kernels.linear_logprob.op import HeadLora, linear_logprob, weighted_logprob_sum
+from rlsloth.kernels.linear_logprob.reference import linear_logprob_reference
+from rlsloth.kernels.measure import peak_bytes
+
+SETTINGS = [
+    {},
+    {"temperature": 0.6},
+    {"logit_scale": 0.25},
+    {"logit_scale": -0.7},
+    {"softcap": 8.0},
+    CAPPED,
+]
+
+
+@pytest.mark.parametrize("vocabulary", [2, 97, 1000, 8193, 50257, 128256, 151936])
+def test_outputs_and_gradient_equal_float64(vocabulary):
+    hidden, weight, target, gradient = make(13, 17, vocabulary)
+    outputs, (grad_hidden, _) = expected(hidden, weight, target, gradient)
+    hidden.requires_grad_()
+    result = linear_logprob(hidden, weight, target, chunk_rows=5)
+    for actual, wanted in zip(result, outputs, strict=True):
+        assert actual.dtype == torch.float32
+        close(actual, wanted)
+    assert not result.entropy_N.requires_grad
+    assert not result.logsumexp_N.requires_grad
+    close(torch.autograd.grad(result.logprob_N, hidden, gradient)[0], grad_hidden)
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_settings_and_trainable_head(settings, with_bias, trainable):
+    hidden, weight, target, gradient = make(37, 24, 1009)
+    bias = torch.randn(1009) if with_bias else None
+    target[0] = (hidden[0] @ weight.t()).argmax()
+    outputs, grads = expected(hidden, weight, target, gradient, bias, **settings)
+    leaves = [hidden, *([weight, *([bias] if with_bias else [])] if trainable else [])]
+    for leaf in leaves:
+        leaf.requires_grad_()
+    result = linear_logprob(hidden, weight, target, bias_V=bias, chunk_rows=16, **settings)
+    for actual, wanted in zip(result, outputs, strict=True):
+        close(actual, wanted)
+    actual_grads = torch.autograd.grad(result.logprob_N, leaves, gradient)
+    for actual, wanted in zip(actual_grads, grads[: len(leaves)], strict=True):
+        close(actual, wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sixteen_bit_inputs_keep_float32_logprobs(dtype):
+    # More rows than the weight is upcast in at a time, so that the product is summed over blocks.
+    hidden, weight, target, gradient = make(19, 32, 9001, dtype)
+    outputs, grads = expected(hidden, weight, target, gradient)
+    hidden.requires_grad_()
+    for trainable in (False, True):
+        weight.requires_grad_(trainable)
+        result = linear_logprob(hidden, weight, target, chunk_rows=8)
+        for actual, wanted in zip(result, outputs, strict=True):
+            close(actual, wanted)
+        leaves = [hidden, weight] if trainable else [hidden]
+        rounding = 2 * torch.finfo(dtype).eps
+        for actual, wanted in zip(
+            torch.autograd.grad(result.logprob_N, leaves, gradient), grads, strict=False
+        ):
+            assert actual.dtype == dtype
+            close(actual, wanted, rounding)
+
+
+def identity_head(logits):
+    """Logits that the product reproduces exactly."""
+    return logits.clone().requires_grad_(), torch.eye(logits.shape[1])
+
+
+def test_extreme_logits_and_ties():
+    logits = torch.zeros(6, 300)
+    logits[0, 7] = 1e4  # the target has it all
+    logits[1, 8] = 1e4  # another token has it all
+    logits[2] = -1e4
+    logits[3] = 1e4  # all equal, at both ends
+    logits[4, ::2] = -1e4
+    logits[4, 1::2] = 1e4
+    logits[5, 7] = 40.0  # p_target rounds to 1 in float32; log-prob and gradient must not
+    target = torch.full((6,), 7)
+    gradient = torch.ones(6)
+    outputs, (wanted, _) = expected(logits, torch.eye(300), target, gradient)
+    hidden, weight = identity_head(logits)
+    result = linear_logprob(hidden, weight, target, chunk_rows=4)
+    for actual, output in zip(result, outputs, strict=True):
+        torch.testing.assert_close(actual.double(), output, rtol=1e-5, atol=1e-15)
+    (actual,) = torch.autograd.grad(result.logprob_N, hidden, gradient)
+    torch.testing.assert_close(actual.double(), wanted, rtol=1e-5, atol=1e-15)
+    # float64 itself keeps two digits of the certain row's 1 - p_target = 1.27e-15.
+    certain = 299 * math.exp(-40.0)
+    assert result.logprob_N[5].item() == pytest.approx(-certain, rel=1e-5)
+    assert actual[5, 7].item() == pytest.approx(certain, rel=1e-5)
+
+
+@pytest.mark.parametrize(("n", "v"), [(1, 50), (3, 1), (1, 1)])
+def test_one_row_and_one_token_vocabulary(n, v):
+    hidden, weight, target, gradient = make(n, 4, v)
+    outputs, (wanted, _) = expected(hidden, weight, target, gradient)
+    hidden.requires_grad_()
+    result = linear_logprob(hidden, weight, target)
+    for actual, output in zip(result, outputs, strict=True):
+        close(actual, output)
+    close(torch.autograd.grad(result.logprob_N, hidden, gradient)[0], wanted)
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+def test_no_rows(trainable):
+    hidden, weight, target, _ = make(0, 8, 33)
+    hidden.requires_grad_()
+    weight.requires_grad_(trainable)
+    result = linear_logprob(hidden, weight, target)
+    assert [x.shape for x in result] == [(0,)] * 3
+    result.logprob_N.sum().backward()
+    assert hidden.grad is not None
+    assert hidden.grad.shape == (0, 8)
+    if trainable:
+        assert torch.equal(weight.grad, torch.zeros_like(weight))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_policy_ratio_is_exactly_one(dtype):
+    hidden, weight, target, _ = make(101, 48, 5003, dtype)
+    with torch.no_grad():
+        old = linear_logprob(hidden, weight, target, chunk_rows=32)
+    frozen = linear_logprob(hidden.clone().requires_grad_(), weight, target, chunk_rows=32)
+    trained = linear_logprob(
+        hidden.clone().requires_grad_(),
+        weight.clone().requires_grad_(),
+        target,
+        chunk_rows=32,
+    )
+    for new in (frozen, trained):
+        for before, after in zip(old, new, strict=True):
+            assert torch.equal(before, after)
+        assert torch.equal(torch.exp(new.logprob_N - old.logprob_N), torch.ones(101))
+
+
+def test_gradients_are_deterministic():
+    grads = []
+    for _ in range(2):
+        hidden, weight, target, gradient = make(70, 40, 3001)
+        leaves = [hidden.requires_grad_(), weight.requires_grad_()]
+        result = linear_logprob(hidden, weight, target, chunk_rows=32)
+        grads.append(torch.autograd.grad(result.logprob_N, leaves, gradient))
+    for first, second in zip(*grads, strict=True):
+        assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("settings", [{}, CAPPED])
+def test_no_uninitialised_memory_is_read(monkeypatch, settings):
+    hidden, weight, target, gradient = make(21, 16, 777)
+    outputs, grads = expected(hidden, weight, target, gradient, **settings)
+    for name in ("empty", "empty_like"):
+        allocate = getattr(torch, name)
+
+        def poisoned(*args, allocate=allocate, **kwargs):
+            return allocate(*args, **kwargs).fill_(float("nan"))
+
+        monkeypatch.setattr(torch, name, poisoned)
+    hidden.requires_grad_()
+    for trainable in (False, True):
+        weight.requires_grad_(trainable)
+        result = linear_logprob(hidden, weight, target, chunk_rows=8, **settings)
+        for actual, wanted in zip(result, outputs, strict=True):
+            close(actual, wanted)
+        close(torch.autograd.grad(result.logprob_N, hidden, gradient)[0], grads[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_peak_memory_does_not_grow_with_rows(dtype):
+    """The allocator's own peak: inputs, gradient and outputs aside, it is one chunk and change."""
+    vocabulary, width, rows = 20011, 32, 16
+
+    def overhead(n):
+        hidden, weight, target, gradient = make(n, width, vocabulary, dtype)
+        hidden.requires_grad_()
+
+        def run():
+            result = linear_logprob(hidden, weight, target, chunk_rows=rows)
+            torch.autograd.grad(result.logprob_N, hidden, gradient)
+
+        run()
+        return peak_bytes(run, hidden.device) - hidden.nbytes
+
+    small, large = overhead(4 * rows), overhead(32 * rows)
+    # What does grow: [N] vectors, a few hundred bytes a row. A row of logits is 80,000.
+    assert large - small < 28 * rows * 256
+    # The chunk's logits and exponentials, and the upcast block of a 16-bit weight.
+    upcast = 0 if dtype == torch.float32 else 4 * width * vocabulary
+    assert rows * vocabulary * 4 < large < 2 * rows * vocabulary * 4 + upcast + 2**18
+
+
+def test_a_graph_is_differentiated_once():
+    hidden, weight, target, gradient = make(5, 8, 33)
+    hidden.requires_grad_()
+    logprob = linear_logprob(hidden, weight, target).logprob_N
+    torch.autograd.grad(logprob, hidden, gradient, retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(logprob, hidden, gradient)
+
+
+def test_strided_inputs():
+    hidden, weight, target, gradient = make(12, 16, 129)
+    outputs, (wanted, _) = expected(hidden, weight, target, gradient)
+    hidden = hidden.t().contiguous().t().requires_grad_()
+    result = linear_logprob(hidden, weight.t().contiguous().t(), target, chunk_rows=5)
+    close(result.logprob_N, outputs[0])
+    close(torch.autograd.grad(result.logprob_N, hidden, gradient)[0], wanted)
+
+
+def test_default_chunk_stays_within_its_scratch():
+    for vocabulary in (2, 50257, 128256, 262144, 10**9):
+        cpu = op.most_rows(vocabulary, torch.device("cpu"), fused=False)
+        assert cpu == 1 or 8 * cpu * vocabulary <= op.CPU_SCRATCH_BYTES
+        for fused, size in ((True, 2), (False, 10)):
+            gpu = op.most_rows(vocabulary, torch.device("cuda"), fused)
+            assert gpu == 128 or size * gpu * vocabulary <= op.GPU_SCRATCH_BYTES
+            assert gpu % 128 == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_hidden_may_be_overwritten(dtype):
+    hidden, weight, target, gradient = make(21, 16, 777, dtype)
+    grads = []
+    for overwrite in (False, True):
+        leaf = hidden.clone().requires_grad_()
+        result = linear_logprob(leaf, weight, target, chunk_rows=8, overwrite_hidden=overwrite)
+        (grad,) = torch.autograd.grad(result.logprob_N, leaf, gradient)
+        assert (grad.data_ptr() == leaf.data_ptr()) == overwrite
+        grads.append(grad)
+    assert torch.equal(*grads)
+
+
+def test_overwriting_what_the_producer_needs_is_an_error():
+    hidden, weight, target, _ = make(5, 8, 33)
+    produced = hidden.requires_grad_().exp()  # exp's backward reads its result
+    result = linear_logprob(produced, weight, target, overwrite_hidden=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        result.logprob_N.sum().backward()
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+@pytest.mark.parametrize("settings", [{}, CAPPED])
+@pytest.mark.parametrize("chunk_rows", [8, 64])
+def test_weights_known_beforehand(chunk_rows, settings, trainable):
+    hidden, weight, target, gradient = make(37, 24, 1009)
+    gradient[::3] = 0.0
+    bias = torch.randn(1009)
+    outputs, grads = expected(hidden, weight, target, gradient, bias, **settings)
+    leaves = [hidden, *([weight, bias] if trainable else [])]
+    for leaf in leaves:
+        leaf.requires_grad_()
+    total, result = weighted_logprob_sum(
+        hidden, weight, target, gradient, bias_V=bias, chunk_rows=chunk_rows, **settings
+    )
+    for actual, wanted in zip(result, outputs, strict=True):
+        close(actual, wanted)
+        assert not actual.requires_grad
+    close(total, (outputs[0] * gradient.double()).sum())
+    actual_grads = torch.autograd.grad(2.0 * total, leaves, retain_graph=True)
+    for actual, wanted in zip(actual_grads, grads[: len(leaves)], strict=True):
+        close(actual, 2.0 * wanted)
+    assert not actual_grads[0][::3].any()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(total, leaves)
+
+
+def test_upstream_is_not_rounded_to_sixteen_bits():
+    hidden, weight, target, gradient = make(21, 16, 301, torch.bfloat16)
+    hidden.requires_grad_()
+    grads = []
+    for upstream in (1.0, 1.0117):
+        total, _ = weighted_logprob_sum(hidden, weight, target, gradient)
+        grads.append(torch.autograd.grad(upstream * total, hidden)[0].double())
+    ratio = (grads[1].abs().sum() / grads[0].abs().sum()).item()
+    assert ratio == pytest.approx(1.0117, rel=1e-3)  # 1.0117 rounds to 1.0156
+
+
+def test_weights_known_beforehand_without_gradient():
+    hidden, weight, target, gradient = make(21, 16, 301)
+    gradient[3] = 0.0
+    hidden[3] = math.nan  # left out by its weight
+    hidden.requires_grad_()
+    with torch.no_grad():
+        total, _ = weighted_logprob_sum(hidden, weight, target, gradient)
+    assert not total.requires_grad
+    with_gradient, _ = weighted_logprob_sum(hidden, weight, target, gradient)
+    assert total.item() == with_gradient.item()
+    (grad,) = torch.autograd.grad(with_gradient, hidden)
+    assert grad.isfinite().all()
+
+
+def test_autocast_changes_nothing():
+    hidden, weight, target, gradient = make(21, 16, 301)
+    leaf = hidden.requires_grad_()
+    wanted = torch.autograd.grad(linear_logprob(leaf, weight, target).logprob_N, leaf, gradient)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = linear_logprob(leaf, weight, target)
+    assert torch.equal(torch.autograd.grad(out.logprob_N, leaf, gradient)[0], wanted[0])
+
+
+def test_masked_vocabulary():
+    hidden, weight, target, _ = make(7, 16, 301)
+    bias = torch.zeros(301)
+    bias[target.max() + 1 :] = -math.inf
+    wanted = linear_logprob_reference(
+        hidden.double(), weight.double(), target, bias_V=bias.double()
+    )
+    for actual, expected_output in zip(
+        linear_logprob(hidden, weight, target, bias_V=bias), wanted, strict=True
+    ):
+        close(actual, expected_output)
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "error", "message"),
+    [
+        ((2, 5), (9, 2), ValueError, r"a_RH is \[2, 5\], expected \[2, 4\]"),
+        ((2, 4), (9, 3), ValueError, r"b_VR is \[9, 3\], expected \[9, 2\]"),
+    ],
+)
+def test_bad_adapters_are_named(a, b, error, message):
+    hidden, weight, target, _ = make(3, 4, 9)
+    with pytest.raises(error, match=message):
+        linear_logprob(hidden, weight, target, lora=HeadLora(torch.zeros(a), torch.zeros(b), 1.0))
+
+
+@pytest.mark.parametrize("rows", [0, 5])
+def test_no_weight_at_all(rows):
+    hidden, weight, target, _ = make(rows, 8, 33)
+    leaves = [hidden.requires_grad_(), weight.requires_grad_()]
+    total, _ = weighted_logprob_sum(hidden, weight, target, torch.zeros(rows))
+    assert total.item() == 0.0
+    for leaf, grad in zip(leaves, torch.autograd.grad(total, leaves), strict=True):
+        assert torch.equal(grad, torch.zeros_like(leaf))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("known", [False, True])
+def test_adapter_on_the_head(known, dtype):
+    hidden, weight, target, gradient = make(21, 16, 301, dtype)
+    a, b = torch.randn(8, 16), torch.randn(301, 8)
+    wide = [x.double().requires_grad_() for x in (hidden, a, b)]
+    merged = weight.double() + 0.5 * wide[2] @ wide[1]
+    wanted = linear_logprob_reference(wide[0], merged, target)[0]
+    wanted_grads = torch.autograd.grad(wanted, wide, gradient.double())
+    leaves = [x.requires_grad_() for x in (hidden, a, b)]
+    lora = HeadLora(a, b, 0.5)
+    if known:
+        loss, out = weighted_logprob_sum(hidden, weight, target, gradient, lora=lora, chunk_rows=8)
+        logprob = out.logprob_N
+    else:
+        logprob = linear_logprob(hidden, weight, target, lora=lora, chunk_rows=8).logprob_N
+        loss = (logprob * gradient).sum()
+    # In 16 bits the adapter's output is rounded before the product.
+    tolerance = 2e-5 if dtype == torch.float32 else 0.1
+    close(logprob, wanted, tolerance)
+    for actual, expected_grad in zip(torch.autograd.grad(loss, leaves), wanted_grads, strict=True):
+        assert (actual - expected_grad).norm() < tolerance * expected_grad.norm()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (torch.zeros(3, requires_grad=True), "row_weight_N requires grad"),
+        (torch.zeros(3, dtype=torch.float64), r"row_weight_N is torch.float64 \[3\], expected"),
+        (torch.zeros(4), r"row_weight_N is torch.float32 \[4\], expected torch.float32 \[3\]"),
+        (torch.zeros(3, device="meta"), "row_weight_N is on meta, not cpu"),
+    ],
+)
+def test_bad_row_weights_are_named(change, message):
+    hidden, weight, target, _ = make(3, 4, 9)
+    with pytest.raises(ValueError, match=message):
+        weighted_logprob_sum(hidden, weight, target, change)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"hidden_NH": torch.zeros(3, 4, 5)}, ValueError, "hidden_NH has 3 dimensions"),
+        ({"hidden_NH": torch.zeros(3, 5)}, ValueError, "weight_VH has hidden size 4, hidden_NH 5"),
+        ({"hidden_NH": torch.zeros(2, 4)}, ValueError, "target_N has 3 rows, hidden_NH 2"),
+        ({"weight_VH": torch.zeros(9, 4, dtype=torch.float64)}, TypeError, "weight_VH is torch.fl"),
+        ({"hidden_NH": torch.zeros(3, 4).bfloat16()}, TypeError, "weight_VH is torch.float32"),
+        ({"target_N": torch.zeros(3, dtype=torch.int32)}, TypeError, "expected torch.int64"),
+        ({"target_N": torch.tensor([0, 9, 1])}, ValueError, "outside the vocabulary of 9"),
+        ({"target_N": torch.tensor([0, -1, 1])}, ValueError, "outside the vocabulary of 9"),
+        ({"weight_VH": torch.zeros(9, 4, device="meta")}, ValueError, "weight_VH is on meta"),
+        ({"bias_V": torch.zeros(8)}, ValueError, "bias_V has 8 entries, weight_VH 9 rows"),
+        ({"temperature": 0.0}, ValueError, "temperature is 0.0"),
+        ({"softcap": -1.0}, ValueError, "softcap is -1.0"),
+        ({"logit_scale": float("nan")}, ValueError, "logit_scale is nan"),
+        ({"chunk_rows": 0}, ValueError, "chunk_rows is 0"),
+    ],
+)
+def test_bad_input_is_named(change, error, message):
+    arguments = {
+        "hidden_NH": torch.zeros(3, 4),
+        "weight_VH": torch.zeros(9, 4),
+        "target_N": torch.zeros(3, dtype=torch.int64),
+    }
+    with pytest.raises(error, match=message) as caught:
+        linear_logprob(**(arguments | change))
+    assert "\n" not in str(caught.value)

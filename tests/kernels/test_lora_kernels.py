@@ -1,0 +1,460 @@
+"""kernels/lora on a CPU: outputs and every gradient against the reference in float64."""
+
+import weakref
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from helpers.interpreted import AGREED, check_interpreted
+from rlsloth.kernels.lora import autograd as autograd_module
+from rlsloth.kernels.lora import layer as layer_module
+from rlsloth.kernels.lora import mlp as mlp_module
+from rlsloth.kernels.lora.bench import cases
+from rlsloth.kernels.lora.op import LoraLinear, lora_linear, lora_linears, lora_mlp
+from rlsloth.kernels.lora.reference import lora_linear_reference, lora_mlp_reference
+from rlsloth.kernels.nf4.op import Nf4Weight, dequantize
+
+
+@dataclass(frozen=True)
+class Kind:
+    rank: int = 5
+    nf4: bool = False
+    bias: bool = False
+    adapter_dtype: torch.dtype | None = None
+
+
+PLAIN, NF4, BIASED = Kind(), Kind(nf4=True), Kind(rank=8, bias=True)
+BIASED_NF4, OFF, OFF_NF4 = Kind(nf4=True, bias=True), Kind(rank=0), Kind(rank=0, nf4=True)
+
+
+def make(out, into, kind=PLAIN, dtype=torch.float32, seed=0):
+    """A layer whose output has about the input's size, its adapter a third of it."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape, scale=1.0):
+        return torch.randn(*shape, generator=generator) * scale
+
+    weight = normal(out, into, scale=into**-0.5).to(dtype)
+    if kind.nf4:
+        count = out * into
+        packed = torch.randint(0, 256, (count // 2,), dtype=torch.uint8, generator=generator)
+        absmax = (torch.rand(-(-count // 64), generator=generator) + 0.5) * into**-0.5
+        weight = Nf4Weight(packed, absmax, None, None, None, (out, into), dtype)
+    bias = normal(out).to(dtype) if kind.bias else None
+    if not kind.rank:
+        return LoraLinear(weight, bias)
+    adapter = kind.adapter_dtype or dtype
+    a = normal(kind.rank, into, scale=into**-0.5).to(adapter).requires_grad_()
+    b = normal(out, kind.rank, scale=0.1).to(adapter).requires_grad_()
+    return LoraLinear(weight, bias, a, b, scale=1.7)
+
+
+def parameters(layers):
+    return [p for layer in layers for p in (layer.lora_a, layer.lora_b) if p is not None]
+
+
+def wide(layer):
+    """float64: the reference's layer, with leaves of its own."""
+    weight = dequantize(layer.weight) if isinstance(layer.weight, Nf4Weight) else layer.weight
+    a, b = (
+        None if x is None else x.detach().double().requires_grad_()
+        for x in (layer.lora_a, layer.lora_b)
+    )
+    bias = None if layer.bias is None else layer.bias.double()
+    return weight.double(), bias, a, b, layer.scale
+
+
+def close(actual, wanted, dtype=torch.float32):
+    tolerance = 1e-5 if dtype == torch.float32 else 6 * torch.finfo(dtype).eps
+    error = (actual.double() - wanted).abs().max() / wanted.abs().max().clamp_min(1e-30)
+    assert error.item() < tolerance, error.item()
+
+
+def input_like(*shape, dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(9)).to(dtype)
+
+
+def check(run, reference, layers, x, dtype=torch.float32):
+    """Outputs and all gradients; then the outputs without gradient."""
+    linears = [wide(layer) for layer in layers]
+    wide_x = x.detach().double().requires_grad_()
+    wanted = reference(wide_x, linears)
+    grads = [torch.randn(y.shape, generator=torch.Generator().manual_seed(3)) for y in wanted]
+    wanted_grads = torch.autograd.grad(
+        wanted,
+        [wide_x, *(x for linear in linears for x in linear[2:4] if x is not None)],
+        [g.double() for g in grads],
+    )
+    x = x.detach().requires_grad_()
+    outputs = run(x, layers)
+    inputs = [x, *parameters(layers)]
+    kept = [g.to(dtype) for g in grads]
+    given = [g.clone() for g in kept]
+    actual_grads = torch.autograd.grad(outputs, inputs, given)
+    assert all(torch.equal(*pair) for pair in zip(kept, given, strict=True)), "dy was overwritten"
+    for actual, y in zip(outputs, wanted, strict=True):
+        assert actual.dtype == dtype
+        close(actual, y, dtype)
+    for actual, grad, leaf in zip(actual_grads, wanted_grads, inputs, strict=True):
+        assert actual.dtype == leaf.dtype
+        close(actual, grad, dtype)
+    with torch.no_grad():
+        for actual, y in zip(run(x, layers), wanted, strict=True):
+            close(actual, y, dtype)
+
+
+def siblings(x, layers):
+    return lora_linears(x, tuple(layers))
+
+
+def siblings_reference(x, linears):
+    return tuple(lora_linear_reference(x, linear) for linear in linears)
+
+
+def mlp(activation="silu"):
+    return lambda x, layers: (lora_mlp(x, *layers, activation),)
+
+
+def mlp_reference(activation="silu"):
+    return lambda x, linears: (lora_mlp_reference(x, *linears, activation),)
+
+
+def make_mlp(kinds, hidden=64, width=192, dtype=torch.float32):
+    shapes = [(width, hidden), (width, hidden), (hidden, width)]
+    return [
+        make(*shape, kind, dtype, seed)
+        for seed, (shape, kind) in enumerate(zip(shapes, kinds, strict=True))
+    ]
+
+
+@pytest.mark.parametrize("kind", [PLAIN, NF4, BIASED, BIASED_NF4, OFF, OFF_NF4])
+@pytest.mark.parametrize("tokens", [1, 13, 300])
+def test_one_linear(tokens, kind):
+    layer = make(70, 64, kind)
+    check(siblings, siblings_reference, [layer], input_like(tokens, 64))
+    x = input_like(2, 3, 64)
+    assert torch.equal(lora_linear(x, layer), lora_linears(x, (layer,))[0])
+
+
+@pytest.mark.parametrize(
+    "kinds",
+    [(NF4, NF4, NF4), (PLAIN, BIASED_NF4, OFF), (OFF, OFF_NF4, BIASED), (OFF, OFF, OFF_NF4)],
+)
+@pytest.mark.parametrize("tokens", [7, 261])
+def test_siblings_share_their_input(tokens, kinds):
+    layers = [
+        make(out, 128, kind, seed=i)
+        for i, (out, kind) in enumerate(zip((96, 32, 33), kinds, strict=True))
+    ]
+    check(siblings, siblings_reference, layers, input_like(tokens, 128))
+
+
+@pytest.mark.parametrize(
+    "kinds",
+    [
+        (NF4, NF4, NF4),
+        (PLAIN, PLAIN, PLAIN),
+        (BIASED_NF4, BIASED, BIASED_NF4),
+        (NF4, OFF_NF4, OFF_NF4),
+        (OFF_NF4, NF4, PLAIN),
+        (OFF, OFF_NF4, NF4),
+        (OFF, OFF, OFF_NF4),
+    ],
+)
+@pytest.mark.parametrize("tokens", [1, 300])
+def test_mlp(tokens, kinds):
+    check(mlp(), mlp_reference(), make_mlp(kinds), input_like(tokens, 64))
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 100.0])
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh"])
+def test_mlp_activations_and_extreme_values(activation, scale):
+    layers = make_mlp((NF4, PLAIN, NF4))
+    check(mlp(activation), mlp_reference(activation), layers, input_like(2, 9, 64) * scale)
+
+
+@pytest.mark.parametrize("adapter", [torch.float32, torch.bfloat16])
+def test_sixteen_bits(adapter):
+    kind = Kind(rank=8, nf4=True, adapter_dtype=adapter)
+    dtype = torch.bfloat16
+    layers = [make(96, 64, kind, dtype, seed) for seed in range(3)]
+    check(siblings, siblings_reference, layers, input_like(50, 64, dtype=dtype), dtype)
+    layers = make_mlp((kind, kind, kind), dtype=dtype)
+    check(mlp(), mlp_reference(), layers, input_like(50, 64, dtype=dtype), dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast_changes_nothing(dtype):
+    layers, x = make_mlp((NF4, PLAIN, NF4), dtype=dtype), input_like(9, 64, dtype=dtype)
+    results = []
+    for enabled in (False, True):
+        leaf = x.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            outputs = [lora_mlp(leaf, *layers, "silu"), *lora_linears(leaf, tuple(layers[:2]))]
+            grads = torch.autograd.grad(sum(y.sum() for y in outputs), [leaf, *parameters(layers)])
+        results.append([*outputs, *grads])
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("kinds", [(NF4, NF4, NF4), (NF4, NF4, OFF_NF4), (OFF_NF4,) * 3])
+def test_only_gate_and_up_are_kept_of_what_is_wide(kinds):
+    layers, x = make_mlp(kinds), input_like(50, 64).requires_grad_()
+    kept = {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        lora_mlp(x, *layers, "silu")
+    assert sum(size >= 50 * 192 * 4 for size in kept.values()) == 2
+
+
+def test_two_layers_share_one_weight():
+    first, second = make(64, 64, NF4), make(64, 64, NF4, seed=1)
+    second = replace(second, weight=first.weight)
+    check(siblings, siblings_reference, [first, second], input_like(40, 64))
+
+
+@pytest.mark.parametrize("kind", [PLAIN, NF4])
+def test_no_tokens(kind):
+    layers, x = make_mlp((kind, kind, kind)), torch.zeros(2, 0, 64, requires_grad=True)
+    outputs = [*lora_linears(x, tuple(layers[:2])), lora_mlp(x, *layers, "silu")]
+    assert [y.shape for y in outputs] == [(2, 0, 192), (2, 0, 192), (2, 0, 64)]
+    grads = torch.autograd.grad(sum(y.sum() for y in outputs), [x, *parameters(layers)])
+    assert all(g.shape == p.shape for g, p in zip(grads, [x, *parameters(layers)], strict=True))
+    assert all(not grad.any() for grad in grads)
+    with torch.no_grad():
+        assert lora_mlp(x, *layers, "silu").shape == (2, 0, 64)
+
+
+def test_an_unused_sibling():
+    layers = [make(out, 64, NF4, seed=out) for out in (96, 32, 40)]
+    linears = [wide(layer) for layer in layers]
+    x = input_like(11, 64).requires_grad_()
+    wide_x = x.detach().double().requires_grad_()
+    wanted = torch.autograd.grad(
+        lora_linear_reference(wide_x, linears[1]).sum(), [wide_x, *linears[1][2:4]]
+    )
+    _, y, _ = lora_linears(x, tuple(layers))
+    grads = torch.autograd.grad(y.sum(), [x, *parameters(layers)], allow_unused=True)
+    for index, grad in zip((0, 3, 4), wanted, strict=True):
+        close(grads[index], grad)
+    assert all(grads[i] is None for i in (1, 2, 5, 6))
+
+
+@pytest.mark.parametrize("run", [siblings, mlp()])
+def test_only_the_adapters_are_differentiated(run):
+    """As in the first layer, whose input is an embedding's output."""
+    layers = make_mlp((NF4, NF4, NF4))[: 2 if run is siblings else 3]
+    x = input_like(10, 64)
+    with_x = x.clone().requires_grad_()
+    outputs, others = run(x, layers), run(with_x, layers)
+    ones = [torch.ones_like(y) for y in outputs]
+    grads = torch.autograd.grad(outputs, parameters(layers), ones)
+    wanted = torch.autograd.grad(others, parameters(layers), ones)
+    assert all(torch.equal(*pair) for pair in zip(grads, wanted, strict=True))
+
+
+def test_strided_inputs_and_gradients():
+    layers = make_mlp((NF4, PLAIN, NF4))
+    x = input_like(64, 14).t()
+    check(mlp(), mlp_reference(), layers, x)
+    leaf = x.detach().requires_grad_()
+    grads = []
+    for gradient in (torch.ones(1, 1).expand(14, 64), torch.ones(64, 14).t()):
+        y = lora_mlp(leaf, *layers, "silu")
+        grads.append(torch.autograd.grad(y, [leaf, *parameters(layers)], gradient))
+    for pair in zip(*grads, strict=True):
+        torch.testing.assert_close(*pair)
+
+
+def test_an_mlp_is_differentiated_once():
+    layers, x = make_mlp((NF4, NF4, NF4)), input_like(4, 64).requires_grad_()
+    y = lora_mlp(x, *layers, "silu")
+    torch.autograd.grad(y.sum(), x, retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(y.sum(), x)
+    (y,) = lora_linears(x, (layers[0],))  # keeps what it saved
+    first = torch.autograd.grad(y.sum(), x, retain_graph=True)[0]
+    assert torch.equal(first, torch.autograd.grad(y.sum(), x)[0])
+
+
+@pytest.mark.parametrize("run", [siblings, mlp()])
+def test_an_adapter_changed_in_between_is_noticed(run):
+    layers = make_mlp((NF4, NF4, NF4))[: 2 if run is siblings else 3]
+    x = input_like(4, 64).requires_grad_()
+    y = run(x, layers)[0]
+    with torch.no_grad():
+        layers[0].lora_b.add_(1.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(y.sum(), x)
+
+
+def test_checkpointing_does_not_run_down_again(monkeypatch):
+    layers = make_mlp((NF4, NF4, NF4))
+    runs = []
+    outer = mlp_module.outer
+    monkeypatch.setattr(mlp_module, "outer", lambda *args: runs.append(1) or outer(*args))
+    x = input_like(20, 64).requires_grad_()
+    y = checkpoint(lambda x: x + lora_mlp(x, *layers, "silu"), x, use_reentrant=False)
+    y.sum().backward()
+    assert len(runs) == 1
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_under_activation_checkpointing(reentrant):
+    layers = make_mlp((NF4, PLAIN, NF4))
+    x = input_like(20, 64).requires_grad_()
+
+    def run(x):
+        up, _ = lora_linears(x, (layers[0], layers[1]))
+        return lora_mlp(x, *layers, "silu") + up.sum()
+
+    wanted = torch.autograd.grad(run(x).square().sum(), [x, *parameters(layers)])
+    y = checkpoint(run, x, use_reentrant=reentrant)
+    y.square().sum().backward()
+    for leaf, grad in zip([x, *parameters(layers)], wanted, strict=True):
+        close(leaf.grad, grad.double())  # shared adapters: their two parts may change places
+
+
+def test_with_and_without_gradient_bitwise_the_same():
+    layers = make_mlp((NF4, NF4, NF4))
+    x = input_like(300, 64)  # more than are decoded row by row
+    with torch.no_grad():
+        old = [lora_mlp(x, *layers, "silu"), *lora_linears(x, tuple(layers[:2]))]
+    new = [lora_mlp(x, *layers, "silu"), *lora_linears(x, tuple(layers[:2]))]
+    assert all(y.requires_grad for y in new)
+    assert all(torch.equal(*pair) for pair in zip(old, new, strict=True))
+
+
+def test_no_uninitialised_memory_is_read(monkeypatch):
+    for name in ("empty", "empty_like"):
+        allocate = getattr(torch, name)
+
+        def poisoned(*args, allocate=allocate, **kwargs):
+            result = allocate(*args, **kwargs)
+            return result.fill_(float("nan")) if result.is_floating_point() else result
+
+        monkeypatch.setattr(torch, name, poisoned)
+    allocate = torch.Tensor.new_empty
+    monkeypatch.setattr(
+        torch.Tensor, "new_empty", lambda *args, **kw: allocate(*args, **kw).fill_(float("nan"))
+    )
+    for kinds in ((NF4, NF4, NF4), (PLAIN, BIASED, PLAIN), (OFF_NF4, NF4, OFF)):
+        layers = make_mlp(kinds)
+        check(mlp(), mlp_reference(), layers, input_like(30, 64))
+        check(siblings, siblings_reference, layers[:2], input_like(30, 64))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"weight": torch.zeros(4)}, ValueError, "weight has 1 dimensions"),
+        ({"weight": torch.zeros(6, 4).double()}, TypeError, "weight is torch.float64"),
+        ({"weight": torch.zeros(6, 4, requires_grad=True)}, ValueError, "frozen"),
+        ({"bias": torch.zeros(6, requires_grad=True)}, ValueError, "frozen"),
+        ({"bias": torch.zeros(5)}, ValueError, r"bias is \[5\], expected \[6\]"),
+        ({"lora_b": None}, ValueError, "go together"),
+        ({"lora_a": torch.zeros(2, 5)}, ValueError, r"lora_a is \[2, 5\], expected \[2, 4\]"),
+        ({"lora_b": torch.zeros(6, 3)}, ValueError, r"lora_b is \[6, 3\], expected \[6, 2\]"),
+        ({"lora_b": torch.zeros(6, 2).half()}, TypeError, "lora_b is torch.float16"),
+        ({"lora_a": torch.zeros(2, 4, device="meta")}, ValueError, "lora_a is on meta"),
+    ],
+)
+def test_a_bad_layer_is_named(change, error, message):
+    fields = {"weight": torch.zeros(6, 4), "bias": torch.zeros(6)}
+    fields |= {"lora_a": torch.zeros(2, 4), "lora_b": torch.zeros(6, 2)}
+    with pytest.raises(error, match=message) as caught:
+        LoraLinear(**(fields | change))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("x", "error", "message"),
+    [
+        (torch.zeros(3, 63), ValueError, r"x is \[3, 63\], expected \[..., 64\]"),
+        (torch.zeros(3, 64).bfloat16(), TypeError, "x is torch.bfloat16, weight torch.float32"),
+        (torch.zeros(3, 64, device="meta"), ValueError, "x is on meta"),
+    ],
+)
+def test_a_bad_input_is_named(x, error, message):
+    layers = make_mlp((NF4, NF4, NF4))
+    for run in (lambda: lora_linears(x, tuple(layers)), lambda: lora_mlp(x, *layers, "silu")):
+        with pytest.raises(error, match=message):
+            run()
+
+
+def test_a_bad_mlp_is_named():
+    gate, up, down = make_mlp((NF4, NF4, NF4))
+    x = torch.zeros(2, 64)
+    with pytest.raises(ValueError, match="activation is 'relu'"):
+        lora_mlp(x, gate, up, down, "relu")
+    for others in ((make(128, 64), down), (up, make(64, 128))):
+        with pytest.raises(ValueError, match="do not fit together"):
+            lora_mlp(x, gate, *others, "silu")
+    with pytest.raises(TypeError, match=r"down is torch\.bfloat16"):
+        lora_mlp(x, gate, up, make(64, 192, PLAIN, torch.bfloat16), "silu")
+
+
+def test_bench_cases_run():
+    for case in cases(torch.device("cpu")):
+        case.ours()
+        case.floor()
+        if case.error is not None:
+            assert case.error() < 1e-4
+
+
+def check_triton_in_interpreter():
+    """The MLP with the NF4 and gated-linear kernels; in 16 bits the adapters' own, too."""
+    for tokens in (3, 260):
+        check(mlp(), mlp_reference(), make_mlp((NF4, BIASED_NF4, NF4)), input_like(tokens, 64))
+    half = torch.bfloat16
+    for rank, nf4 in ((5, True), (16, False), (16, True), (80, True)):
+        kind = Kind(rank=rank, nf4=nf4, bias=True)
+        layers, x = make_mlp((kind, kind, kind), dtype=half), input_like(70, 64, dtype=half)
+        # As it lies in memory must not matter.
+        layers[2] = replace(layers[2], lora_a=layers[2].lora_a.detach().t().contiguous().t())
+        layers[2].lora_a.requires_grad_()
+        check(mlp(), mlp_reference(), layers, x, half)
+        check(siblings, siblings_reference, layers[:2], x, half)
+    print(AGREED)
+
+
+def test_triton_kernels_in_their_interpreter():
+    check_interpreted(__file__)
+
+
+def test_checkpointing_lets_go_of_adapter_copies(monkeypatch):
+    made = []
+
+    def watched(layers):
+        stacked = layer_module.stack(layers)
+        made.append(weakref.ref(stacked.a_RI))
+        return stacked
+
+    monkeypatch.setattr(autograd_module, "stack", watched)
+    monkeypatch.setattr(mlp_module, "stack", watched)
+    siblings, mlp = (make(64, 64), make(64, 64, seed=1)), make_mlp((PLAIN,) * 3)
+
+    def block(x):
+        return lora_mlp(x + sum(lora_linears(x, siblings)), *mlp, "silu")
+
+    x = torch.randn(300, 64, requires_grad=True)
+    plain = block(x)
+    assert [copy() is not None for copy in made] == [True] * 3  # the backward finds them
+    made.clear()
+    kept = checkpoint(block, x, use_reentrant=False)
+    assert [copy() for copy in made] == [None] * 3
+    plain.sum().backward()
+    want, x.grad = x.grad, None
+    made.clear()
+    kept.sum().backward()
+    assert torch.equal(x.grad, want)
+    assert [copy() for copy in made] == [None] * 3
+
+
+if __name__ == "__main__":
+    check_triton_in_interpreter()

@@ -1,0 +1,384 @@
+"""The vLLM engine on SmolLM2-135M-Instruct in float32 against the embedded engine and the trainer.
+
+Run by ``make test-vllm``, in an environment of its own.
+"""
+
+from __future__ import annotations
+
+import math
+import socket
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import chain
+
+import pytest
+import torch
+
+from helpers.smollm2 import load
+from helpers.vllm_engines import CONTEXT, EOS, LONG, QUESTIONS, chat, gap, logprobs, make, tokens
+from rlsloth.policy.policy import Policy
+from rlsloth.records import Adapter, Completion, SamplingParams, UserError
+from rlsloth.rollout.embedded.engine import TransformersEngine
+from rlsloth.rollout.engine import BASE_VERSION
+from rlsloth.rollout.vllm import start as vllm_start
+from rlsloth.rollout.vllm.engine import VllmEngine
+
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+
+
+@pytest.fixture(scope="module")
+def policy() -> Policy:
+    return load("fp32")
+
+
+@pytest.fixture(scope="module")
+def engine(policy) -> Iterator[VllmEngine]:
+    """Starts without a network, and must leave this process as it was."""
+
+    def refuse(self: socket.socket, address: object) -> None:
+        if self.family in (socket.AF_INET, socket.AF_INET6):
+            raise AssertionError(f"vLLM went to {address}")
+
+    threads, set_num_threads = torch.get_num_threads(), torch.set_num_threads
+    state = torch.get_rng_state()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket.socket, "connect", refuse)
+        engine = make(policy)
+    assert torch.get_num_threads() == threads
+    assert torch.set_num_threads is set_num_threads
+    assert torch.equal(torch.get_rng_state(), state)
+    with pytest.raises(RuntimeError, match="no adapter is loaded"):
+        engine.generate([[5]], 1, SamplingParams(1))
+    engine.load(policy.adapter())
+    yield engine
+    engine.close()
+
+
+@pytest.fixture(scope="module")
+def embedded(policy) -> TransformersEngine:
+    return TransformersEngine(
+        policy.model,
+        policy.tokenizer,
+        stop_ids=[EOS],
+        context=CONTEXT,
+        max_sequences=64,
+        device=policy.device,
+    )
+
+
+@pytest.fixture(scope="module")
+def prefixes(policy) -> list[list[int]]:
+    return [chat(policy, question) for question in QUESTIONS]
+
+
+# What it samples
+
+
+def test_greedy_is_the_embedded_engines(engine, embedded, prefixes):
+    sampling = SamplingParams(max_tokens=16, temperature=0.0)
+    got, want = (e.generate(prefixes, 2, sampling) for e in (engine, embedded))
+    assert tokens(got) == tokens(want)
+    assert [[c.finish for c in g] for g in got] == [[c.finish for c in g] for g in want]
+    assert logprobs(got) == pytest.approx(logprobs(want), abs=1e-3)
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0, 1.4])
+def test_logprobs_are_the_trainers_at_the_same_temperature(engine, policy, prefixes, temperature):
+    policy.temperature = temperature
+    sampling = SamplingParams(max_tokens=24, temperature=temperature, seed=3)
+    got = engine.generate(prefixes, 4, sampling)
+    off = gap(policy, prefixes, got)
+    policy.temperature = 1.0
+    print(f"float32, T={temperature}: mean |difference| {off.mean():.2g}, max {off.max():.2g}")
+    assert off.mean() <= 1e-4
+
+
+def test_truncated_sampling_reports_the_distribution_drawn_from(engine, policy, prefixes):
+    sampling = SamplingParams(max_tokens=1, temperature=0.8, top_k=6, min_p=0.02, top_p=0.7, seed=1)
+    (group,) = engine.generate(prefixes[1:2], 64, sampling)
+    ids = torch.tensor([[*prefixes[1]]])
+    with torch.no_grad():
+        logits = policy.model(input_ids=ids, use_cache=False).logits[0, -1].double() / 0.8
+    p = logits.softmax(-1)
+    order = p.argsort(descending=True)[:6]
+    order = order[p[order] >= 0.02 * p.max()]
+    kept = p[order] / p[order].sum()
+    inside = (kept.cumsum(-1) - kept) < 0.7
+    order, kept = order[inside], kept[inside] / kept[inside].sum()
+    want = dict(zip(order.tolist(), kept.log().tolist(), strict=True))
+    assert 1 < len(want) < 6
+    for c in group:
+        assert c.logprobs[0] == pytest.approx(want[c.token_ids[0]], abs=1e-3)
+
+
+# Reproducible
+
+
+def test_same_seed_same_tokens_whatever_runs_beside(engine, prefixes):
+    sampling = SamplingParams(max_tokens=12, seed=7)
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    first = engine.generate(prefixes, 3, sampling)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(1)
+    assert tokens(engine.generate(prefixes, 3, sampling)) == tokens(first)
+    assert tokens(engine.generate(prefixes[:1], 3, sampling))[0] == tokens(first)[0]
+    assert tokens(engine.generate(prefixes, 3, replace(sampling, seed=8))) != tokens(first)
+    for group in tokens(first):
+        assert len({tuple(t) for t in group}) > 1
+
+
+# Ends
+
+
+def test_limits_hold_for_each_prefix_alone(engine, prefixes):
+    sampling = SamplingParams(max_tokens=12, temperature=0.0)
+    free = engine.generate(prefixes, 1, sampling)
+    capped = engine.generate(prefixes, 1, sampling, limits=[1, 3, 2])
+    for (long,), (short,), limit in zip(free, capped, [1, 3, 2], strict=True):
+        assert short.token_ids == long.token_ids[:limit]
+        assert len(short.logprobs) == len(short.token_ids)
+
+
+def test_an_end_token_is_kept_and_ends(engine, prefixes):
+    (group,) = engine.generate(prefixes[1:2], 8, SamplingParams(max_tokens=32, seed=2))
+    assert "stop" in {c.finish for c in group}
+    for c in group:
+        assert (EOS in c.token_ids) == (c.finish == "stop")
+        assert EOS not in c.token_ids[:-1]
+        assert len(c.token_ids) == 32 or c.finish == "stop"
+
+
+def test_a_stop_string_ends_a_completion_with_its_token(engine, policy, embedded, prefixes):
+    sampling = SamplingParams(max_tokens=24, temperature=0.0)
+    whole = engine.generate(prefixes[:1], 1, sampling)[0][0]
+    text = policy.tokenizer.decode(whole.token_ids[2:4])
+    sampling = replace(sampling, stop=("never there", text))
+    got, want = (e.generate(prefixes[:1], 1, sampling)[0][0] for e in (engine, embedded))
+    assert got.token_ids == want.token_ids == whole.token_ids[: len(got.token_ids)]
+    assert got.finish == want.finish == "stop"
+    assert len(got.token_ids) < len(whole.token_ids)
+    last = replace(sampling, max_tokens=len(got.token_ids))
+    assert engine.generate(prefixes[:1], 1, last)[0][0].finish == "stop"
+
+
+def test_the_context_cuts_a_completion_and_a_full_one_is_refused(engine):
+    (group,) = engine.generate([[9] * (CONTEXT - 3)], 2, SamplingParams(max_tokens=50))
+    assert all(len(c.token_ids) == 3 or c.finish == "stop" for c in group)
+    with pytest.raises(UserError, match=rf"{CONTEXT} tokens.*context of {CONTEXT}.*max-context"):
+        engine.generate([[5], [9] * CONTEXT], 1, SamplingParams(max_tokens=5))
+
+
+# As it goes
+
+
+def test_a_group_is_handed_over_once_and_before_others_finish(engine, prefixes):
+    calls = []
+
+    def done(p: int, completions: list[Completion]) -> None:
+        calls.append((p, completions, engine._llm.llm_engine.has_unfinished_requests()))
+
+    sampling = SamplingParams(max_tokens=12, temperature=0.0)
+    got = engine.generate(prefixes, 2, sampling, limits=[2, 12, 5], done=done)
+    assert [(p, going) for p, _, going in calls] == [(0, True), (2, True), (1, False)]
+    assert all(completions == got[p] for p, completions, _ in calls)
+    assert tokens(got) == tokens(engine.generate(prefixes, 2, sampling, limits=[2, 12, 5]))
+
+
+def test_a_callback_that_raises_leaves_an_engine_that_works(engine, prefixes):
+    sampling = SamplingParams(max_tokens=6, temperature=0.0)
+    want = tokens(engine.generate(prefixes, 1, sampling))
+
+    def refuse(p: int, completions: list[Completion]) -> None:
+        raise UserError("no")
+
+    try:
+        engine.generate(prefixes, 1, sampling, limits=[1, 6, 6], done=refuse)
+    except UserError:  # while the traceback is alive
+        assert not engine._llm.llm_engine.has_unfinished_requests()
+        assert tokens(engine.generate(prefixes, 1, sampling)) == want
+    else:
+        pytest.fail("the error was swallowed")
+
+
+def test_the_tail_is_cut_and_what_waits_has_one_token(engine, prefixes):
+    """Of 80 requests 64 run at once; half of them finish at their first token."""
+    sampling = SamplingParams(max_tokens=20, seed=4)
+    limits = [1, 20]
+    whole = engine.generate(prefixes[:2], 40, sampling, limits=limits)
+    handed = []
+    cut = engine.generate(
+        prefixes[:2],
+        40,
+        replace(sampling, cut_tail=0.5),
+        limits=limits,
+        done=lambda p, completions: handed.append(p),
+    )
+    assert handed == [0, 1]
+    assert tokens(cut)[0] == tokens(whole)[0]
+    lengths = [len(c.token_ids) for c in cut[1]]
+    assert set(lengths) == {1, 2} or set(lengths) == {1}
+    for c, w in zip(cut[1], whole[1], strict=True):
+        assert c.token_ids == w.token_ids[: len(c.token_ids)]
+        assert c.logprobs == pytest.approx(w.logprobs[: len(c.logprobs)], abs=1e-4)
+        assert c.finish == ("stop" if EOS in c.token_ids else "length")
+    assert not engine._llm.llm_engine.has_unfinished_requests()
+    assert tokens(engine.generate(prefixes[:2], 40, sampling, limits=limits)) == tokens(whole)
+
+
+def test_cutting_cuts_no_more_than_the_tail(engine, policy, prefixes):
+    """With parts of completions told as they come, and a stop string."""
+    sampling = SamplingParams(max_tokens=24, seed=5, stop=(" is",))
+    whole = engine.generate(prefixes, 4, sampling)
+    cut = engine.generate(prefixes, 4, replace(sampling, cut_tail=0.5))
+    lengths = sorted(len(c.token_ids) for group in whole for c in group)
+    for c, w in zip(chain(*cut), chain(*whole), strict=True):
+        assert len(c.token_ids) == min(len(w.token_ids), lengths[5])
+        assert c.token_ids == w.token_ids[: len(c.token_ids)]
+        assert c.finish == (w.finish if len(c.token_ids) == len(w.token_ids) else "length")
+    assert gap(policy, prefixes, cut).mean() <= 1e-4
+    late = engine.generate(prefixes, 4, replace(sampling, cut_tail=0.999))
+    assert tokens(late) == tokens(whole)
+
+
+# Adapters
+
+
+def variant(policy: Policy, version: int, seed: int) -> Adapter:
+    """Writes other weights into the live adapter."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in policy.adapter().tensors.items():
+            if "lora_B" in name:
+                p.copy_(torch.randn(p.shape, generator=generator) * 0.03)
+    return replace(policy.adapter(), version=version)
+
+
+def test_adapters_never_see_the_keys_and_values_of_another(engine, policy):
+    """One long prompt under adapters A, B, none, A, none: each time the trainer's log-probs."""
+    prefix = chat(policy, LONG)
+    assert len(prefix) > 3 * vllm_start.BLOCK["cpu"]
+    sampling = SamplingParams(max_tokens=8, temperature=0.0)
+    seen: list[list[Completion]] = []
+    for version, seed in ((11, 1), (12, 2), (13, 1)):
+        adapter = variant(policy, version, seed)
+        before = {n: p.detach().clone() for n, p in adapter.tensors.items()}
+        engine.load(adapter)
+        for _ in range(2):  # the second time from the cache
+            (got,) = engine.generate([prefix], 2, sampling)
+            assert gap(policy, [prefix], [got]).max() <= 1e-3
+            assert {c.policy_version for c in got} == {version} == {engine.version}
+        seen.append(got)
+        assert all(torch.equal(before[n], p) for n, p in adapter.tensors.items())
+        with engine.base_model():
+            (got,) = engine.generate([prefix], 2, sampling)
+            assert {c.policy_version for c in got} == {BASE_VERSION}
+        with policy.base_model():
+            assert gap(policy, [prefix], [got]).max() <= 1e-3
+        seen.append(got)
+    a, base, b, base_again, a_again, _ = (c[0].logprobs for c in seen)
+    assert a == pytest.approx(a_again, abs=1e-5)
+    assert base == pytest.approx(base_again, abs=1e-5)
+    assert a != pytest.approx(b, abs=1e-2)
+    assert a != pytest.approx(base, abs=1e-2)
+
+
+def test_a_live_adapter_samples_only_once_it_is_loaded(engine, policy, prefixes):
+    sampling = SamplingParams(max_tokens=8, temperature=0.0)
+    engine.load(variant(policy, 20, 3))
+    before = engine.generate(prefixes, 1, sampling)
+    live = variant(policy, 21, 4)
+    assert logprobs(engine.generate(prefixes, 1, sampling)) == pytest.approx(
+        logprobs(before), abs=1e-5
+    )
+    engine.load(live)
+    after = engine.generate(prefixes, 1, sampling)
+    assert logprobs(after) != pytest.approx(logprobs(before), abs=1e-2)
+    assert {c.policy_version for group in after for c in group} == {21}
+
+
+def test_the_adapter_is_back_after_an_error_inside_base_model(engine, policy, prefixes):
+    engine.load(variant(policy, 30, 5))
+    with pytest.raises(KeyError), engine.base_model():
+        raise KeyError
+    got = engine.generate(prefixes[:1], 1, SamplingParams(max_tokens=8, temperature=0.0))
+    assert got[0][0].policy_version == 30
+    assert gap(policy, prefixes[:1], got).max() <= 1e-3
+
+
+@pytest.mark.parametrize(
+    ("change", "said"), [("lost", r"has no .*q_proj\.lora_A"), ("extra", r"no place for .*nowhere")]
+)
+def test_lost_or_extra_tensors_are_refused(engine, policy, prefixes, change, said):
+    tensors = dict(policy.adapter().tensors)
+    name = next(n for n in tensors if "q_proj.lora_A" in n)
+    if change == "extra":
+        tensors[name.replace("q_proj", "nowhere")] = tensors[name]
+    else:
+        del tensors[name]
+    with pytest.raises(UserError, match=said):
+        engine.load(Adapter(3, tensors))
+    with pytest.raises(RuntimeError, match="no adapter is loaded"):
+        engine.generate(prefixes[:1], 1, SamplingParams(2))
+    engine.load(policy.adapter())
+
+
+# Refused before it starts
+
+
+def test_a_model_that_vllm_does_not_know_is_refused(policy, monkeypatch):
+    import vllm
+
+    monkeypatch.setattr(vllm.ModelRegistry, "get_supported_archs", lambda: set())
+    with pytest.raises(UserError, match="vLLM does not know LlamaForCausalLM"):
+        make(policy)
+
+
+@pytest.mark.parametrize("version", ["0.25.3", "0.33.0", "1.0"])
+def test_other_releases_are_refused(policy, monkeypatch, version):
+    monkeypatch.setattr(vllm_start.importlib.metadata, "version", lambda name: version)
+    with pytest.raises(UserError, match=rf"vllm {version} .*0\.26 to 0\.32.*pip install"):
+        make(policy)
+
+
+def test_without_vllm_the_error_says_how_to_install_it(policy, monkeypatch):
+    def missing(name: str) -> str:
+        raise vllm_start.importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(vllm_start.importlib.metadata, "version", missing)
+    with pytest.raises(UserError, match=r"not installed: pip install"):
+        make(policy)
+
+
+def test_a_temperature_that_vllm_would_change_is_refused(engine, prefixes):
+    for temperature in (1e-6, 0.005, 0.0099):
+        with pytest.raises(UserError, match=r"between 0 and 0\.01"):
+            engine.generate(prefixes, 1, SamplingParams(1, temperature=temperature))
+    engine.generate(prefixes, 1, SamplingParams(1, temperature=0.01))
+
+
+def test_damaged_weights_are_named(engine, policy, prefixes):
+    nan = {n: torch.full_like(p, math.nan) for n, p in policy.adapter().tensors.items()}
+    engine.load(Adapter(9, nan))
+    with pytest.raises(UserError, match=r"not finite.*version 9"):
+        engine.generate(prefixes[:1], 1, SamplingParams(2))
+
+
+# The last test: it closes the engine
+
+
+def test_close_frees_everything(engine):
+    import gc
+    import weakref
+
+    import psutil
+
+    worker = engine._llm.collective_rpc(lambda worker: weakref.ref(worker.model_runner.model))
+    engine.close()
+    gc.collect()
+    assert worker[0]() is None
+    assert not torch.distributed.is_initialized()
+    assert not psutil.Process().children(recursive=True)
+    with pytest.raises(RuntimeError, match="closed"):
+        engine.generate([[5]], 1, SamplingParams(1))
+    engine.close()

@@ -1,0 +1,408 @@
+"""The embedded engine against transformers' generate and forward; the sampler against numpy."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from helpers.tiny import tiny_llama, tiny_tokenizer
+from rlsloth.policy.attention import interface as attention
+from rlsloth.records import Adapter, Completion, SamplingParams, UserError
+from rlsloth.rollout.embedded import engine as transformers_engine
+from rlsloth.rollout.embedded.engine import TransformersEngine
+from rlsloth.rollout.embedded.sampling import draw
+
+CONTEXT = 96
+EOS = 2
+STOP_IDS = (EOS, *range(40, 52))
+"""So many end tokens that a random model reaches one now and then."""
+PROMPTS = [[5], [7, 9, 11, 13, 200, 31], [17] * 23, [3, 4], list(range(60, 71)), [7, 9]]
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    attention.register()
+    model = tiny_llama(context=CONTEXT)
+    model.set_attn_implementation(attention.NAME)
+    return model
+
+
+@pytest.fixture(scope="module")
+def stock() -> Any:
+    model = tiny_llama(context=CONTEXT)
+    model.set_attn_implementation("eager")
+    return model
+
+
+@pytest.fixture
+def make_engine(model: Any) -> Callable[..., TransformersEngine]:
+    def make(max_sequences: int = 64, stop_ids: Sequence[int] = STOP_IDS) -> TransformersEngine:
+        return TransformersEngine(
+            model,
+            tiny_tokenizer(),
+            stop_ids=stop_ids,
+            context=CONTEXT,
+            max_sequences=max_sequences,
+            device=torch.device("cpu"),
+        )
+
+    return make
+
+
+def tokens(completions: list[list[Completion]]) -> list[list[list[int]]]:
+    return [[c.token_ids for c in group] for group in completions]
+
+
+# Against transformers
+
+
+@pytest.mark.parametrize("max_sequences", [2, 64])
+def test_greedy_is_what_generate_gives_one_by_one(make_engine, stock, max_sequences):
+    sampling = SamplingParams(max_tokens=24, temperature=0.0)
+    got = make_engine(max_sequences).generate(PROMPTS, 1, sampling)
+    ended = 0
+    for prompt, (completion,) in zip(PROMPTS, got, strict=True):
+        ids = torch.tensor([prompt])
+        want = stock.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=24,
+            eos_token_id=list(STOP_IDS),
+        )[0, len(prompt) :].tolist()
+        assert completion.token_ids == want
+        assert completion.finish == ("stop" if want[-1] in STOP_IDS else "length")
+        ended += completion.finish == "stop"
+    assert 0 < ended < len(PROMPTS)  # both ways of ending were seen
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.6, 1.0, 1.7])
+def test_logprobs_are_the_models_own_at_the_same_temperature(make_engine, stock, temperature):
+    sampling = SamplingParams(max_tokens=20, temperature=temperature, seed=3)
+    for prompt, group in zip(PROMPTS, make_engine(3).generate(PROMPTS, 2, sampling), strict=True):
+        for completion in group:
+            with torch.no_grad():
+                logits = stock(torch.tensor([prompt + completion.token_ids])).logits[0]
+            scores = (logits / (temperature or 1.0)).log_softmax(-1)[len(prompt) - 1 : -1]
+            want = scores.gather(-1, torch.tensor(completion.token_ids)[:, None])[:, 0]
+            assert (torch.tensor(completion.logprobs) - want).abs().max() <= 1e-5
+
+
+def test_truncated_sampling_reports_the_distribution_drawn_from(make_engine, stock):
+    sampling = SamplingParams(max_tokens=1, temperature=0.8, top_k=6, top_p=0.7, seed=1)
+    prompt = PROMPTS[1]
+    (group,) = make_engine(512).generate([prompt], 512, sampling)
+    with torch.no_grad():
+        logits = stock(torch.tensor([prompt])).logits[0, -1]
+    kept = reference_distribution(logits.numpy(), sampling)
+    assert np.count_nonzero(kept) < 6  # top_p cut further than top_k
+    for completion in group:
+        (token,), (logprob,) = completion.token_ids, completion.logprobs
+        assert logprob == pytest.approx(math.log(kept[token]), abs=1e-5)
+    assert {c.token_ids[0] for c in group} == set(np.flatnonzero(kept))
+
+
+# Reproducible, whatever runs beside
+
+
+def test_tokens_depend_on_the_seed_alone(make_engine):
+    def run(max_sequences: int, seed: int) -> list[list[list[int]]]:
+        sampling = SamplingParams(max_tokens=24, seed=seed)
+        return tokens(make_engine(max_sequences).generate(PROMPTS, 5, sampling))
+
+    want = run(64, seed=1)
+    assert run(64, seed=1) == run(3, seed=1) == run(1, seed=1) == want
+    assert run(64, seed=2) != want
+    for group in want:
+        assert len({tuple(t) for t in group}) > 1  # continuations of one prefix differ
+
+
+def test_tokens_do_not_depend_on_the_prompts_beside(make_engine):
+    engine, sampling = make_engine(4), SamplingParams(max_tokens=24, seed=9)
+    beside_some = tokens(engine.generate([PROMPTS[2], PROMPTS[1], PROMPTS[4]], 3, sampling))
+    beside_others = tokens(engine.generate([PROMPTS[3], PROMPTS[1], PROMPTS[0]], 3, sampling))
+    assert beside_some[1] == beside_others[1]
+    assert beside_some[0] != beside_others[0]
+
+
+def test_global_random_state_plays_no_part_and_stays(make_engine):
+    sampling = SamplingParams(max_tokens=8, seed=4)
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    first = tokens(make_engine().generate(PROMPTS, 2, sampling))
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(1)
+    assert tokens(make_engine().generate(PROMPTS, 2, sampling)) == first
+
+
+def test_first_tokens_come_as_often_as_the_model_says(make_engine, stock):
+    draws = 4000
+    sampling = SamplingParams(max_tokens=1, temperature=0.5, seed=5)
+    (group,) = make_engine(draws).generate([PROMPTS[4]], draws, sampling)
+    counts = np.bincount([c.token_ids[0] for c in group], minlength=259)
+    with torch.no_grad():
+        expected = (stock(torch.tensor([PROMPTS[4]])).logits[0, -1] / 0.5).softmax(-1).numpy()
+    assert chi_square_excess(counts, expected) < 5
+
+
+def test_completions_carry_the_adapters_version(make_engine):
+    engine = make_engine()
+    sampling = SamplingParams(max_tokens=2)
+    assert engine.generate(PROMPTS[:1], 1, sampling)[0][0].policy_version == engine.version == 0
+    engine.load(Adapter(7, {}))
+    assert engine.generate(PROMPTS[:1], 1, sampling)[0][0].policy_version == engine.version == 7
+
+
+# Early ends
+
+
+@pytest.mark.parametrize("max_sequences", [3, 64])
+def test_a_prefix_is_told_of_when_its_last_completion_ends(make_engine, monkeypatch, max_sequences):
+    engine, sampling = make_engine(max_sequences), SamplingParams(max_tokens=24, seed=1)
+    steps = 0
+    plain_step = engine._decoder.step
+
+    def step(*arguments: Any) -> Any:
+        nonlocal steps
+        steps += 1
+        return plain_step(*arguments)
+
+    monkeypatch.setattr(engine._decoder, "step", step)
+    told: dict[int, tuple[int, list[Completion]]] = {}
+
+    def done(prefix: int, completions: list[Completion]) -> None:
+        assert prefix not in told
+        told[prefix] = steps, completions
+
+    got = engine.generate(PROMPTS, 5, sampling, done=done)
+    assert [told[p][1] for p in range(len(PROMPTS))] == got
+    if max_sequences == 64:  # all start at once, with a first token that takes no step
+        for at, group in told.values():
+            assert at == max(len(c.token_ids) for c in group) - 1
+    assert len({at for at, _ in told.values()}) > 1
+
+
+@pytest.mark.parametrize("share", [0.01, 0.5, 0.8, 0.99])
+def test_the_tail_is_cut_once_a_share_has_finished(make_engine, share):
+    sampling = SamplingParams(max_tokens=40, seed=6)
+    whole, cut = (
+        [c for group in make_engine().generate(PROMPTS, 6, s) for c in group]
+        for s in (sampling, replace(sampling, cut_tail=share))
+    )
+    # All start at once, so the step in which enough have finished is known.
+    last = sorted(len(c.token_ids) for c in whole)[math.ceil(share * len(whole)) - 1]
+    for long, short in zip(whole, cut, strict=True):
+        assert short.token_ids == long.token_ids[:last]
+        assert len(short.logprobs) == len(short.token_ids)
+        assert short.finish == (long.finish if len(long.token_ids) <= last else "length")
+    assert (cut == whole) == (last == 40)
+
+
+def test_what_waits_when_the_tail_is_cut_gets_its_first_token(make_engine):
+    sampling = SamplingParams(max_tokens=40, seed=6)
+    told: dict[int, list[Completion]] = {}
+    whole, cut = (
+        make_engine(3).generate(PROMPTS, 6, s, done=told.__setitem__)
+        for s in (sampling, replace(sampling, cut_tail=0.25))
+    )
+    assert [told[p] for p in range(len(PROMPTS))] == cut
+    finished = 0
+    for long, short in zip(chain(*tokens(whole)), chain(*tokens(cut)), strict=True):
+        assert short == long[: len(short)]
+        finished += short == long
+    assert 9 <= finished < 20
+    assert {len(ids) for ids in chain(*tokens(cut[2:]))} == {1}
+
+
+# Ends
+
+
+def test_limits_hold_for_each_prefix_alone(make_engine):
+    limits = [1, 5, 12, 3, 7, 2]
+    sampling = SamplingParams(max_tokens=12, seed=2)
+    free = make_engine(4, [EOS]).generate(PROMPTS, 1, sampling)
+    capped = make_engine(4, [EOS]).generate(PROMPTS, 1, sampling, limits=limits)
+    for (long,), (short,), limit in zip(free, capped, limits, strict=True):
+        assert short.token_ids == long.token_ids[:limit]
+        assert short.logprobs == pytest.approx(long.logprobs[:limit], abs=1e-5)
+        if long.finish == "length":
+            assert short.finish == "length"
+            assert len(short.token_ids) == limit
+
+
+def test_the_context_cuts_a_completion(make_engine):
+    prompt = [9] * (CONTEXT - 3)
+    (group,) = make_engine(stop_ids=[EOS]).generate([prompt], 4, SamplingParams(max_tokens=50))
+    assert {(len(c.token_ids), c.finish) for c in group} == {(3, "length")}
+
+
+@pytest.mark.parametrize("length", [CONTEXT, CONTEXT + 1])
+def test_a_prefix_that_fills_the_context_is_refused(make_engine, length):
+    with pytest.raises(UserError, match=rf"{length} tokens.*context of {CONTEXT}.*max-context"):
+        make_engine().generate([PROMPTS[0], [9] * length], 2, SamplingParams(max_tokens=5))
+
+
+def test_a_sampled_end_token_is_kept_and_ends(make_engine):
+    sampling = SamplingParams(max_tokens=40, seed=6)
+    completions = [c for g in make_engine(7).generate(PROMPTS, 6, sampling) for c in g]
+    assert {c.finish for c in completions} == {"stop", "length"}
+    for c in completions:
+        assert len(c.token_ids) == len(c.logprobs)
+        ends = [i for i, t in enumerate(c.token_ids) if t in STOP_IDS]
+        if c.finish == "stop":
+            assert ends == [len(c.token_ids) - 1]
+        else:
+            assert not ends
+            assert len(c.token_ids) == 40
+
+
+@pytest.fixture
+def write(make_engine, monkeypatch) -> Callable[..., Completion]:
+    """Samples the tokens of a text, whatever the model says."""
+
+    def write(text: str, max_tokens: int, *stop: str) -> Completion:
+        ids = iter(tiny_tokenizer()(text)["input_ids"])
+
+        def scripted(logits: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
+            return torch.tensor([next(ids)]), torch.tensor([-0.5])
+
+        monkeypatch.setattr(transformers_engine, "draw", scripted)
+        sampling = SamplingParams(max_tokens=max_tokens, stop=stop)
+        return make_engine(stop_ids=[EOS]).generate([PROMPTS[0]], 1, sampling)[0][0]
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("text", "stop", "kept"),
+    [
+        ("so 7\n\nmore", ("\n\n",), "so 7\n\n"),
+        ("a END b", ("STOP", "END"), "a END"),
+        ("ÄÖÜé! rest", ("é!",), "ÄÖÜé!"),  # characters of two tokens, cut at the window's edge
+        ("日本語。次", ("。",), "日本語。"),
+        ("</answer>x", ("</answer>",), "</answer>"),
+    ],
+)
+def test_a_stop_string_ends_a_completion(write, text, stop, kept):
+    completion = write(text, 30, *stop)
+    assert tiny_tokenizer().decode(completion.token_ids) == kept
+    assert completion.finish == "stop"
+    assert len(completion.logprobs) == len(completion.token_ids)
+
+
+def test_a_stop_string_on_the_last_token_is_a_stop(write):
+    assert write("ab##cd", 4, "##").finish == "stop"
+
+
+def test_a_completion_without_its_stop_string_is_cut(write):
+    completion = write("ab#c#d", 6, "##")
+    assert completion.finish == "length"
+    assert len(completion.token_ids) == 6
+
+
+def test_a_stop_string_is_looked_for_in_the_completion_only(make_engine):
+    hashes = tiny_tokenizer()("####")["input_ids"]
+    sampling = SamplingParams(max_tokens=6, stop=("##",))
+    (completion,) = make_engine(stop_ids=[EOS]).generate([hashes], 1, sampling)[0]
+    assert completion.finish == "length"
+
+
+# The sampler
+
+
+def reference_distribution(logits: np.ndarray, sampling: SamplingParams) -> np.ndarray:
+    """Probabilities after temperature, then top-k, min-p and top-p, in float64 and by the book."""
+    scaled = logits.astype(np.float64) / sampling.temperature
+    p = np.exp(scaled - scaled.max())
+    p /= p.sum()
+    order = np.argsort(-p, kind="stable")
+    keep = np.ones(len(p), dtype=bool)
+    if sampling.top_k:
+        keep[order[sampling.top_k :]] = False
+    keep &= p >= sampling.min_p * p.max()
+    p = np.where(keep, p, 0) / p[keep].sum()
+    if sampling.top_p < 1:
+        mass_before = np.cumsum(p[order]) - p[order]
+        p[order[mass_before >= sampling.top_p]] = 0
+        p /= p.sum()
+    return p
+
+
+SETTINGS = [
+    SamplingParams(1),
+    SamplingParams(1, temperature=0.3),
+    SamplingParams(1, temperature=2.5),
+    SamplingParams(1, top_k=1),
+    SamplingParams(1, top_k=4),
+    SamplingParams(1, top_k=1000),
+    SamplingParams(1, top_p=0.5),
+    SamplingParams(1, top_p=1e-6),
+    SamplingParams(1, min_p=0.2),
+    SamplingParams(1, min_p=1.0),
+    SamplingParams(1, temperature=1.4, top_k=8, top_p=0.8, min_p=0.05),
+]
+
+
+@pytest.mark.parametrize("sampling", SETTINGS, ids=repr)
+def test_draw_equals_the_reference(sampling):
+    rng = np.random.default_rng(0)
+    logits = rng.normal(0, 2, (300, 23)).astype(np.float32)
+    uniform = rng.random(300).astype(np.float32)
+    got, logprobs = draw(torch.tensor(logits), torch.tensor(uniform), sampling)
+    for row, u, token, logprob in zip(
+        logits, uniform, got.tolist(), logprobs.tolist(), strict=True
+    ):
+        p = reference_distribution(row, sampling)
+        assert token == np.searchsorted(np.cumsum(p), u, side="right")
+        assert logprob == pytest.approx(math.log(p[token]), abs=2e-6)
+
+
+def test_draw_frequencies():
+    draws = 50_000
+    logits = np.random.default_rng(1).normal(0, 1.5, 11).astype(np.float32)
+    for sampling in SETTINGS:
+        generator = torch.Generator().manual_seed(8)
+        rows = torch.tensor(logits).repeat(draws, 1)
+        got, _ = draw(rows, torch.rand(draws, generator=generator), sampling)
+        counts = np.bincount(got.numpy(), minlength=11)
+        assert chi_square_excess(counts, reference_distribution(logits, sampling)) < 5, sampling
+
+
+def chi_square_excess(counts: np.ndarray, expected: np.ndarray) -> float:
+    """Standard deviations of Pearson's statistic above its mean; inf for impossible draws."""
+    if counts[expected == 0].any():
+        return math.inf
+    mean = expected * counts.sum()
+    common = mean >= 5  # the rest is pooled, by the usual rule
+    o = np.append(counts[common], counts[~common].sum())
+    e = np.append(mean[common], mean[~common].sum())
+    o, e = o[e > 0], e[e > 0]
+    freedom = max(len(e) - 1, 1)
+    return float((((o - e) ** 2 / e).sum() - freedom) / math.sqrt(2 * freedom))
+
+
+def test_temperature_0_takes_the_best_and_reports_the_untempered_logprob():
+    logits = torch.randn(50, 23, generator=torch.Generator().manual_seed(0))
+    want = logits.log_softmax(-1).max(-1)
+    got, logprobs = draw(
+        logits.clone(), torch.full((50,), 0.999), SamplingParams(1, temperature=0.0)
+    )
+    assert torch.equal(got, want.indices)
+    assert torch.allclose(logprobs, want.values, atol=1e-6)
+
+
+@pytest.mark.parametrize("uniform", [0.0, 1 - 2**-24])
+@pytest.mark.parametrize("vocab", [3, 1021, 50257])
+def test_the_ends_of_the_unit_interval_never_pick_what_was_cut(uniform, vocab):
+    logits = torch.randn(8, vocab, generator=torch.Generator().manual_seed(vocab))
+    logits[:, 0] = logits[:, -1] = -50.0
+    got, logprobs = draw(logits, torch.full((8,), uniform), SamplingParams(1, top_k=vocab // 2))
+    assert logprobs.isfinite().all()
+    assert ((got > 0) & (got < vocab - 1)).all()

@@ -1,0 +1,68 @@
+"""Imports beside other work."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from rlsloth.records import UserError
+from rlsloth.training.preload import beside
+
+
+def test_both_are_done_afterwards_and_a_failure_waits_for_its_use():
+    begun, done = threading.Event(), threading.Event()
+
+    def load() -> None:
+        assert begun.wait(10)
+        done.set()
+        raise ImportError("no such library")
+
+    with beside(load):
+        assert not done.is_set()
+        begun.set()
+    assert done.is_set()
+
+
+def test_bad_input_is_raised_at_once():
+    end, ended = threading.Event(), threading.Event()
+
+    def load() -> None:
+        end.wait(10)
+        ended.set()
+
+    further = threading.Event()
+    with pytest.raises(UserError), beside(load, further.set):
+        raise UserError("bad")
+    assert not ended.is_set()
+    end.set()
+    assert ended.wait(10)
+    for thread in threading.enumerate():
+        if thread.name == "imports":
+            thread.join()
+    assert not further.is_set()
+
+
+def test_scikit_learn_is_not_imported_and_found_again(tmp_path):
+    (tmp_path / "sklearn").mkdir()
+    (tmp_path / "sklearn" / "__init__.py").write_text("raise SystemExit('imported')")
+    (tmp_path / "scikit_learn-1.0.dist-info").mkdir()
+    (tmp_path / "scikit_learn-1.0.dist-info" / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: scikit-learn\nVersion: 1.0\n"
+    )
+    code = (
+        "from rlsloth.training.preload import import_transformers; import_transformers()\n"
+        "import sys; from transformers import utils\n"
+        "print('peft' in sys.modules, 'sklearn' in sys.modules, utils.is_sklearn_available())"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.stdout.split() == ["True", "False", "True"], ran.stderr
