@@ -19,8 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from rlsloth.config import EnvConfig
 from rlsloth.environments.protocol import ToolEnvironment, tool_environment
-from rlsloth.plugins import nearest
-from rlsloth.records import UserError
+from rlsloth.errors import UserError, nearest
 
 MAX_CHARACTERS = 200
 MAX_BITS = 512

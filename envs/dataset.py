@@ -6,7 +6,8 @@ from rlsloth.config import EnvConfig
 from rlsloth.data.prompts import load_prompts, make_prompts
 from rlsloth.data.rows import Row
 from rlsloth.environments.protocol import SingleTurn
-from rlsloth.records import Prompt, UserError
+from rlsloth.errors import UserError
+from rlsloth.records import Prompt
 
 
 def dataset(cfg: EnvConfig, seed: int) -> SingleTurn:

@@ -18,8 +18,7 @@ from rlsloth.config import EnvConfig
 from rlsloth.data.prompts import make_prompts, split_heldout
 from rlsloth.data.rows import Row
 from rlsloth.environments.protocol import SingleTurn
-from rlsloth.plugins import nearest
-from rlsloth.records import UserError
+from rlsloth.errors import UserError, nearest
 
 DRAWS = 2000
 """Default of the parameter ``size``: problems drawn; a question drawn twice is kept once."""

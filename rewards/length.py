@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rlsloth.records import UserError
+from rlsloth.errors import UserError
 from rlsloth.scoring.example import Example
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import sympy
 from math_verify import parse, verify
 
-from rlsloth.records import UserError
+from rlsloth.errors import UserError
 from rlsloth.scoring.answers import (
     after_hashes,
     completion_text,

@@ -8,8 +8,7 @@ from typing import Any
 
 from reasoning_gym.factory import DATASETS, get_score_answer_fn
 
-from rlsloth.plugins import nearest
-from rlsloth.records import UserError
+from rlsloth.errors import UserError, nearest
 from rlsloth.scoring.answers import completion_text, last_tag, numbers_in
 from rlsloth.scoring.example import Example
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from rlsloth.records import UserError
+from rlsloth.errors import UserError
 from rlsloth.scoring.answers import completion_text
 from rlsloth.scoring.example import Example
 

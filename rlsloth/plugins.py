@@ -7,21 +7,17 @@ my_pkg.rewards:tidy      an importable module
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import importlib.util
-import os
 import pkgutil
 import sys
-import traceback
 from pathlib import Path
 from typing import Any
 
-from rlsloth.records import UserError
+from rlsloth.errors import UserError, describe_exception, nearest
 
 KINDS = {"rewards": "reward", "envs": "environment"}
 """What a plugin of a package is called in messages."""
-DETAIL_LIMIT = 300
 
 
 def builtin_names(package: str) -> list[str]:
@@ -29,22 +25,6 @@ def builtin_names(package: str) -> list[str]:
     sorted."""
     paths = importlib.import_module(package).__path__
     return sorted(m.name for m in pkgutil.iter_modules(paths) if not m.name.startswith("_"))
-
-
-def nearest(word: str, known: list[str]) -> str:
-    """``"; did you mean 'x'?"`` for the closest known word, or an empty string."""
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else ""
-
-
-def describe(error: BaseException) -> str:
-    """``ValueError: no digits (mine.py:12)``: what foreign code raised, and the line, in one
-    line."""
-    frames = traceback.extract_tb(error.__traceback__)
-    own = frames and not frames[-1].filename.startswith("<")  # <frozen importlib...>
-    place = f" ({os.path.basename(frames[-1].filename)}:{frames[-1].lineno})" if own else ""
-    words = " ".join([f"{type(error).__name__}:", *str(error).split()])
-    return words[:DETAIL_LIMIT].removesuffix(":") + place
 
 
 def load(spec: str, package: str) -> Any:
@@ -73,7 +53,7 @@ def _import(name: str, what: str) -> Any:
     try:
         return importlib.import_module(name)
     except (Exception, SystemExit) as error:
-        raise UserError(f"{what}: cannot import {name}: {describe(error)}") from error
+        raise UserError(f"{what}: cannot import {name}: {describe_exception(error)}") from error
 
 
 def _module_from_file(path: Path, what: str) -> Any:
@@ -92,7 +72,7 @@ def _module_from_file(path: Path, what: str) -> Any:
         source.loader.exec_module(module)
     except (Exception, SystemExit) as error:
         del sys.modules[name]
-        raise UserError(f"{what}: {path} raised {describe(error)}") from error
+        raise UserError(f"{what}: {path} raised {describe_exception(error)}") from error
     return module
 
 

@@ -22,11 +22,6 @@ FinishReason = Literal["stop", "length"]
 """Why a rollout ended: an end-of-sequence token or stop string, or a limit of length or turns."""
 
 
-class UserError(Exception):
-    """Bad input that the user can mend: what is wrong, where, what to do. The CLI prints it and
-    exits with 2."""
-
-
 @dataclass(frozen=True, slots=True)
 class Prompt:
     """One task put to the policy."""

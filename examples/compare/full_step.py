@@ -98,7 +98,7 @@ def rlsloth(args: argparse.Namespace) -> Meter:
     """`rlsloth grpo`, with the meter in its parts."""
     from transformers import AutoTokenizer
 
-    from rlsloth.records import UserError
+    from rlsloth.errors import UserError
     from rlsloth.training import grpo
 
     rows = [{"prompt": text} for text in texts(AutoTokenizer.from_pretrained(args.model), args)]

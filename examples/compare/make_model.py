@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     set_environment()
     need("torch", "transformers", "safetensors", "rlsloth")
-    from rlsloth.records import UserError
+    from rlsloth.errors import UserError
 
     start = time.perf_counter()
     args.out.mkdir(parents=True, exist_ok=True)

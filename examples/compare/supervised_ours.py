@@ -20,7 +20,7 @@ def rlsloth(args: argparse.Namespace, clock: Clock) -> None:
     need("rlsloth")
     from transformers import AutoTokenizer
 
-    from rlsloth.records import UserError
+    from rlsloth.errors import UserError
     from rlsloth.training import preference, sft
 
     made = rows(AutoTokenizer.from_pretrained(args.model), args)

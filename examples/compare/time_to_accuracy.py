@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> None:
     set_environment()
     need("torch", "transformers", "psutil", "rlsloth", "reasoning_gym")
     need(*(["vllm"] if args.engine == "vllm" else []), *(["trl"] if args.trainer == "trl" else []))
-    from rlsloth.records import UserError
+    from rlsloth.errors import UserError
 
     race = Race(args)
     try:

@@ -26,8 +26,7 @@ from rlsloth.config.supervised import (
     SimpoConfig,
     SupervisedConfig,
 )
-from rlsloth.plugins import nearest
-from rlsloth.records import UserError
+from rlsloth.errors import UserError, nearest
 from rlsloth.run.folder import CONFIG, METRICS
 
 Parsed = TypeVar("Parsed")

@@ -16,7 +16,7 @@ from pydantic_core import ErrorDetails
 
 from rlsloth.config import Section
 from rlsloth.distillation.raw import FILE as TRACES
-from rlsloth.records import UserError
+from rlsloth.errors import UserError
 from rlsloth.run.folder import CONFIG, METRICS
 
 Config = TypeVar("Config", bound=Section)

@@ -11,8 +11,9 @@ from rlsloth.data.example import Example
 from rlsloth.data.prompts import split_heldout
 from rlsloth.data.renderer import Renderer
 from rlsloth.data.rows import Row, load_rows
+from rlsloth.errors import UserError
 from rlsloth.policy.tokenizer import load_tokenizer, read_context
-from rlsloth.records import Prompt, UserError
+from rlsloth.records import Prompt
 
 MANY = 2000
 """Rows that take seconds to tokenise, which is said: a millisecond or two each."""

@@ -22,7 +22,8 @@ from rlsloth.data.renderer import Renderer
 from rlsloth.data.rows import Row
 from rlsloth.data.sft import completed, completion_column, read_turns, sft_examples
 from rlsloth.data.turns import Answer
-from rlsloth.records import Prompt, UserError
+from rlsloth.errors import UserError
+from rlsloth.records import Prompt
 
 SIDES = ("chosen", "rejected")
 

@@ -13,8 +13,8 @@ from typing import Any, Generic, TypedDict, TypeVar
 
 from rlsloth.config import DatasetConfig
 from rlsloth.data.rows import Row, load_rows, parse_json
-from rlsloth.plugins import nearest
-from rlsloth.records import Message, Prompt, UserError
+from rlsloth.errors import UserError, nearest
+from rlsloth.records import Message, Prompt
 
 Item = TypeVar("Item")
 

@@ -13,7 +13,8 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from rlsloth.config import DatasetConfig
-from rlsloth.records import Message, Prompt, UserError
+from rlsloth.errors import UserError
+from rlsloth.records import Message, Prompt
 
 _MARK = "placeholder7391"
 """Stands in for text whose place in a rendering is looked for; no template holds it."""

@@ -9,8 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from rlsloth.plugins import nearest
-from rlsloth.records import UserError
+from rlsloth.errors import UserError, nearest
 
 Row = dict[str, Any]
 FILES = (".jsonl", ".json", ".parquet")

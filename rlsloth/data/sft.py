@@ -19,7 +19,8 @@ from rlsloth.data.prompts import (
 from rlsloth.data.renderer import Renderer, template_kwargs
 from rlsloth.data.rows import Row
 from rlsloth.data.turns import Answer, end_id, spoken
-from rlsloth.records import Message, Prompt, UserError
+from rlsloth.errors import UserError
+from rlsloth.records import Message, Prompt
 
 COMPLETION_COLUMNS = ("completion", "answer", "solution", "response", "output")
 

@@ -14,7 +14,8 @@ from itertools import pairwise
 from typing import Any
 
 from rlsloth.data.renderer import Renderer
-from rlsloth.records import Message, UserError
+from rlsloth.errors import UserError
+from rlsloth.records import Message
 
 _OPEN, _CLOSED = "<think>", "</think>"
 

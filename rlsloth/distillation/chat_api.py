@@ -17,8 +17,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from rlsloth.config.distill import EndpointConfig
-from rlsloth.plugins import nearest
-from rlsloth.records import UserError
+from rlsloth.errors import UserError, nearest
 
 FIRST_WAIT = 1.0
 """Seconds before the second try; doubled each time."""

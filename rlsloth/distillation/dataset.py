@@ -16,7 +16,8 @@ from rlsloth.data.rows import Row
 from rlsloth.distillation.raw import Problem, RawFile, Sample
 from rlsloth.distillation.selection import Selection, pass_rate, refuse_nothing
 from rlsloth.distillation.source import sha256
-from rlsloth.records import Message, UserError
+from rlsloth.errors import UserError
+from rlsloth.records import Message
 
 TAKEN = (
     "prompt",

@@ -14,8 +14,9 @@ from rlsloth.distillation.chat_api import ChatApi
 from rlsloth.distillation.parallel import in_parallel
 from rlsloth.distillation.raw import Answered
 from rlsloth.environments.protocol import Environment
+from rlsloth.errors import UserError
 from rlsloth.evaluation.evaluator import open_problems
-from rlsloth.records import FinishReason, Group, Prompt, Rollout, UserError
+from rlsloth.records import FinishReason, Group, Prompt, Rollout
 from rlsloth.run.run import Run
 from rlsloth.seeding import derive_seed
 

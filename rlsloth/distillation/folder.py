@@ -19,7 +19,7 @@ import yaml
 
 from rlsloth.config.distill import DistillConfig
 from rlsloth.distillation.raw import FILE
-from rlsloth.records import UserError
+from rlsloth.errors import UserError
 from rlsloth.run.folder import CONFIG, METRICS, atomic_write
 
 TEACHER = "teacher"

@@ -23,7 +23,8 @@ from rlsloth.distillation.raw import Answered, RawFile, make_problem
 from rlsloth.distillation.selection import Selection
 from rlsloth.distillation.source import chosen_prompts, describe_source
 from rlsloth.environments.protocol import Environment, load_environment
-from rlsloth.records import Prompt, UserError
+from rlsloth.errors import UserError
+from rlsloth.records import Prompt
 from rlsloth.run.folder import CONFIG, METRICS, SUMMARY
 from rlsloth.run.metrics import count_tokens, rollout_metrics
 from rlsloth.run.run import Run

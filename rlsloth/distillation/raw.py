@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from rlsloth import __version__
-from rlsloth.records import Group, Message, Prompt, Rollout, UserError
+from rlsloth.errors import UserError
+from rlsloth.records import Group, Message, Prompt, Rollout
 from rlsloth.run.folder import finite
 
 FILE = "raw.jsonl"

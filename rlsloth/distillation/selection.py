@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from rlsloth.config.distill import TracesConfig
 from rlsloth.distillation.raw import Problem, Sample
-from rlsloth.records import UserError
+from rlsloth.errors import UserError
 
 NGRAM = 5
 """Words of the shingles that near-duplicates share (Broder 1997)."""

@@ -12,8 +12,9 @@ from rlsloth.config import EnvConfig
 from rlsloth.config.distill import DistillConfig
 from rlsloth.data.prompts import question_text
 from rlsloth.environments.protocol import PACKAGE, Environment, ToolEnvironment
+from rlsloth.errors import UserError
 from rlsloth.plugins import builtin_names
-from rlsloth.records import Prompt, UserError
+from rlsloth.records import Prompt
 
 
 def chosen_prompts(env: Environment, cfg: DistillConfig) -> tuple[list[Prompt], int]:

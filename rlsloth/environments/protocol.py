@@ -13,7 +13,8 @@ from rlsloth import plugins
 from rlsloth.config import EnvConfig
 from rlsloth.data.prompts import load_prompts, make_prompts, question_text, split_heldout
 from rlsloth.data.rows import Row
-from rlsloth.records import Message, Prompt, UserError
+from rlsloth.errors import UserError, describe_exception
+from rlsloth.records import Message, Prompt
 
 PACKAGE = "rlsloth.envs"
 
@@ -163,7 +164,7 @@ def _own_environment(name: str, make: Any, cfg: EnvConfig, seed: int) -> Environ
     except UserError:
         raise
     except (Exception, SystemExit) as error:
-        raise UserError(f"environment {name} raised {plugins.describe(error)}") from error
+        raise UserError(f"environment {name} raised {describe_exception(error)}") from error
     for member in ("name", "train", "heldout", "default_rewards", "start"):
         if not hasattr(environment, member):
             raise UserError(
@@ -237,7 +238,7 @@ def _instance(factory: Callable[[], Any], name: str) -> Any:
         return factory()
     except (Exception, SystemExit) as error:
         raise UserError(
-            f"environment {name}: its class raised {plugins.describe(error)}"
+            f"environment {name}: its class raised {describe_exception(error)}"
         ) from error
 
 
@@ -277,7 +278,7 @@ def _reset(instance: Any, prompt: Prompt, name: str) -> str:
     try:
         text = instance.reset(**prompt.columns)
     except (Exception, SystemExit) as error:
-        problem = f"on row {prompt.index + 1} raised {plugins.describe(error)}"
+        problem = f"on row {prompt.index + 1} raised {describe_exception(error)}"
         raise UserError(f"environment {name}: reset {problem}") from error
     if isinstance(text, list) and all(isinstance(part, dict) and "text" in part for part in text):
         text = "".join(part["text"] for part in text)

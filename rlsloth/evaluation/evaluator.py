@@ -10,10 +10,11 @@ from typing import Any
 from rlsloth.config import EvalConfig, GrpoConfig
 from rlsloth.data.renderer import Renderer
 from rlsloth.environments.protocol import Environment, load_environment
+from rlsloth.errors import UserError
 from rlsloth.evaluation.result import EvalResult, assess, describe, reward_index
 from rlsloth.memory.out_of_memory import advise
 from rlsloth.policy.policy import Policy
-from rlsloth.records import Group, Prompt, SamplingParams, UserError
+from rlsloth.records import Group, Prompt, SamplingParams
 from rlsloth.rollout.collect import collect
 from rlsloth.rollout.engine import Engine
 from rlsloth.run.run import Run

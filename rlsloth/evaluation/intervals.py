@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
-from rlsloth.records import UserError
+from rlsloth.errors import UserError
 
 Z_95 = statistics.NormalDist().inv_cdf(0.975)
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import yaml
 
 from rlsloth.config import GrpoConfig
+from rlsloth.errors import UserError
 from rlsloth.evaluation.intervals import (
     Estimate,
     avg_at_k,
@@ -19,7 +20,7 @@ from rlsloth.evaluation.intervals import (
     mean_estimate,
     pass_at_k,
 )
-from rlsloth.records import Group, Rollout, UserError
+from rlsloth.records import Group, Rollout
 from rlsloth.run.folder import CONFIG
 from rlsloth.scoring.answers import exact_number, marked_answer, numbers_in
 

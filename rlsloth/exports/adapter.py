@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from rlsloth.config import ModelConfig
+from rlsloth.errors import UserError
 from rlsloth.policy.gguf_once import forget, parsed_once
 from rlsloth.policy.lora import TRAINED, load_adapter
-from rlsloth.records import UserError
 from rlsloth.training.source import PEFT_CONFIG, Source
 
 WEIGHTS = "adapter_model.safetensors"

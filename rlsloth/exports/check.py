@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
+from rlsloth.errors import UserError
 from rlsloth.exports.merged import checksums
-from rlsloth.records import UserError
 
 USUAL = 0.02
 """Mean |difference of log-probs| in nats to base and adapter that 16 bits mostly cost."""

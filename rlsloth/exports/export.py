@@ -12,6 +12,7 @@ import torch
 
 from rlsloth.config import ModelConfig
 from rlsloth.config.export import ExportConfig
+from rlsloth.errors import UserError
 from rlsloth.exports.adapter import write_adapter
 from rlsloth.exports.card import Card, write_card
 from rlsloth.exports.check import USUAL, check_merged, sample_ids, score
@@ -21,7 +22,6 @@ from rlsloth.exports.writing import check_out, whole_folder
 from rlsloth.policy.identity import write_identity
 from rlsloth.policy.load import load_model
 from rlsloth.policy.lora import load_adapter
-from rlsloth.records import UserError
 from rlsloth.training.source import Source, find_source, prompting
 
 K_QUANTS = ("q6_k", "q5_k_m", "q4_k_m")

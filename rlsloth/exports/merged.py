@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlsloth.errors import UserError
 from rlsloth.kernels.nf4.op import Nf4Weight, dequantize
 from rlsloth.policy.lora import TRAINED
-from rlsloth.records import UserError
 
 SHARD = "5GB"
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16}

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from rlsloth.config import ModelConfig
+from rlsloth.errors import UserError
 from rlsloth.policy.gguf_once import parsed_once
 from rlsloth.policy.gguf_tokenizer import restore_pretokenizer
 from rlsloth.policy.identity import hash_template, hash_tokenizer
-from rlsloth.records import UserError
 from rlsloth.training.source import PEFT_CONFIG, Source
 
 

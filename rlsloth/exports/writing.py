@@ -12,8 +12,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from rlsloth.errors import UserError
 from rlsloth.policy.identity import FILE
-from rlsloth.records import UserError
 
 
 def check_out(out: Path, *, overwrite: bool, keep: list[Path]) -> None:

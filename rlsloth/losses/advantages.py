@@ -7,7 +7,8 @@ import statistics
 from collections.abc import Sequence
 
 from rlsloth.config import AdvantageConfig
-from rlsloth.records import Group, Rollout, UserError
+from rlsloth.errors import UserError
+from rlsloth.records import Group, Rollout
 
 STD_EPSILON = 1e-4
 """Added to the standard deviation, as in TRL."""

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from rlsloth.config import GrpoConfig, PlanConfig
+from rlsloth.errors import UserError
 from rlsloth.memory.plan import decide_update, largest_sequences, largest_tokens, make_plan
 from rlsloth.memory.report import SHOWN, Source, as_json, print_plan, summary, update_said
 from rlsloth.memory.shape import ModelShape, read_shape
@@ -18,7 +19,7 @@ from rlsloth.memory.terms import GIB, EngineName, Plan
 from rlsloth.memory.workload import context_limit
 from rlsloth.policy.gguf_once import parsed_once
 from rlsloth.policy.tokenizer import place
-from rlsloth.records import Prompt, UserError
+from rlsloth.records import Prompt
 from rlsloth.rollout.vllm.start import check_installed
 
 DEFAULT_PROMPT = 512

@@ -10,6 +10,7 @@ from rlsloth.config import GrpoConfig
 from rlsloth.config.supervised import SupervisedConfig
 from rlsloth.data.example import Example
 from rlsloth.data.examples import Reader, load_examples
+from rlsloth.errors import UserError
 from rlsloth.memory.activations import Stream
 from rlsloth.memory.decide import gpu_bytes, model_shape, not_planned, tell
 from rlsloth.memory.plan import (
@@ -20,7 +21,6 @@ from rlsloth.memory.plan import (
 )
 from rlsloth.memory.report import update_said
 from rlsloth.memory.terms import GIB, Plan
-from rlsloth.records import UserError
 
 
 def stream_of(longest: Example) -> Stream:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from rlsloth.records import UserError
+from rlsloth.errors import UserError
 
 ADVICE = {
     "trial": "the weights alone nearly fill it: take a smaller model",

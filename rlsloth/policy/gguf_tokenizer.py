@@ -11,7 +11,7 @@ from typing import Any
 
 from tokenizers import Regex, pre_tokenizers
 
-from rlsloth.records import UserError
+from rlsloth.errors import UserError
 
 # The split patterns are those in the models' own tokenizer.json files (Llama 3, Qwen 2).
 _LLAMA3 = (

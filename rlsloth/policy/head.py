@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlsloth.errors import UserError
 from rlsloth.kernels.linear_logprob.norm import FinalNorm
 from rlsloth.kernels.linear_logprob.op import HeadLora
 from rlsloth.policy.wrap.families import Norm, spec_of
 from rlsloth.policy.wrap.forwards import NormForward
 from rlsloth.policy.wrap.linears import Linears, has_hooks
-from rlsloth.records import UserError
 
 
 class HeadAdapter:

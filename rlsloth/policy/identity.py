@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from rlsloth.config import ModelConfig
-from rlsloth.records import UserError
+from rlsloth.errors import UserError
 
 FILE = "rlsloth.json"
 IDENTITY = "rlsloth_identity"

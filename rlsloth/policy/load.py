@@ -15,11 +15,11 @@ import torch
 from safetensors import SafetensorError
 
 from rlsloth.config import ModelConfig
+from rlsloth.errors import UserError
 from rlsloth.policy.attention.interface import NAME, register
 from rlsloth.policy.gguf_once import forget, parsed_once
 from rlsloth.policy.gguf_tokenizer import restore_pretokenizer
 from rlsloth.policy.identity import IDENTITY, identify
-from rlsloth.records import UserError
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,13 +15,13 @@ from safetensors import SafetensorError
 from torch import nn
 
 from rlsloth.config import LoraConfig, ModelConfig
+from rlsloth.errors import UserError
 from rlsloth.policy.identity import (
     IDENTITY,
     read_identity,
     refuse_other_base,
     write_identity,
 )
-from rlsloth.records import UserError
 
 TRAINED = "default"
 REFERENCE = "reference"

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from rlsloth.config import LoraConfig, ModelConfig, OptimConfig
+from rlsloth.errors import UserError
 from rlsloth.kernels.linear_logprob.op import linear_logprob
 from rlsloth.policy.attention.interface import NAME, choose_backend
 from rlsloth.policy.attention.layout import PackedLayout
@@ -25,14 +26,7 @@ from rlsloth.policy.optimizer import (
     resume_schedule,
 )
 from rlsloth.policy.wrap.wrap import unwrapped, wrap
-from rlsloth.records import (
-    Adapter,
-    LogitTransform,
-    MicroBatch,
-    StepStats,
-    TokenLogprobs,
-    UserError,
-)
+from rlsloth.records import Adapter, LogitTransform, MicroBatch, StepStats, TokenLogprobs
 
 
 class Policy:

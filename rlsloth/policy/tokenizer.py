@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from rlsloth.config import ModelConfig
+from rlsloth.errors import UserError
 from rlsloth.policy.gguf_once import parsed_once
 from rlsloth.policy.gguf_tokenizer import restore_pretokenizer
 from rlsloth.policy.load import pretrained_tokenizer
-from rlsloth.records import UserError
 
 
 def place(cfg: ModelConfig) -> tuple[str | Path, dict[str, Any]]:

@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Protocol
 
-from rlsloth.records import Adapter, Completion, SamplingParams, UserError
+from rlsloth.errors import UserError
+from rlsloth.records import Adapter, Completion, SamplingParams
 
 BASE_VERSION = -1
 """Version of tokens that no adapter had a part in; no update takes them for the policy's own."""

@@ -8,6 +8,7 @@ import torch
 
 from rlsloth.config import GrpoConfig
 from rlsloth.data.renderer import Renderer
+from rlsloth.errors import UserError
 from rlsloth.memory.out_of_memory import advise
 from rlsloth.memory.plan import make_plan
 from rlsloth.memory.report import describe
@@ -15,7 +16,6 @@ from rlsloth.memory.shape import read_shape
 from rlsloth.memory.terms import GIB, Cache, Phase
 from rlsloth.memory.workload import sequences_at_once
 from rlsloth.policy.policy import Policy
-from rlsloth.records import UserError
 from rlsloth.rollout.embedded.engine import TransformersEngine
 from rlsloth.rollout.engine import Engine
 from rlsloth.rollout.trial import PROMPT_TOKENS, SAMPLED_TOKENS, probe

@@ -13,17 +13,10 @@ import torch
 from torch import Tensor
 
 from rlsloth.data.packing import pack, to_device
+from rlsloth.errors import UserError
 from rlsloth.policy.policy import Policy
 from rlsloth.policy.wrap.wrap import forget
-from rlsloth.records import (
-    Completion,
-    Group,
-    MicroBatch,
-    Prompt,
-    Rollout,
-    SamplingParams,
-    UserError,
-)
+from rlsloth.records import Completion, Group, MicroBatch, Prompt, Rollout, SamplingParams
 from rlsloth.rollout.engine import Engine
 
 PROMPT_TOKENS = 7

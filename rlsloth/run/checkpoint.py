@@ -26,7 +26,7 @@ from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
-from rlsloth.records import UserError
+from rlsloth.errors import UserError
 
 FORMAT = 1
 _PARTIAL = ".partial-"

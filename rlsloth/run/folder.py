@@ -26,7 +26,7 @@ import yaml
 from pydantic import ValidationError
 
 from rlsloth.config import ModelConfig, RunConfig
-from rlsloth.records import UserError
+from rlsloth.errors import UserError
 
 LOCK = ".lock"
 CONFIG = "config.yaml"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from rlsloth.config import GrpoConfig
-from rlsloth.records import UserError
+from rlsloth.errors import UserError
 from rlsloth.run.diagnosis import Episodes
 from rlsloth.run.metrics import LOGP_GAP, is_number
 from rlsloth.run.run import Run

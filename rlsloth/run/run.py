@@ -12,7 +12,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
 
-from rlsloth.records import Group, UserError
+from rlsloth.errors import UserError
+from rlsloth.records import Group
 from rlsloth.run import folder as files
 from rlsloth.run.machine import write_environment
 from rlsloth.run.metrics import is_number

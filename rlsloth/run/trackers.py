@@ -12,7 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
 
-from rlsloth.records import UserError
+from rlsloth.errors import UserError
 
 
 class Tracker(Protocol):

@@ -12,7 +12,7 @@ import sys
 import time
 from typing import Any, cast
 
-from rlsloth.records import UserError
+from rlsloth.errors import UserError
 from rlsloth.scoring.protocol import Call, Ready, Reply, RewardInfo, Setup, failed
 
 START_SECONDS = 120.0

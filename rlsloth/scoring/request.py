@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from rlsloth.plugins import nearest
-from rlsloth.records import Group, Prompt, UserError
+from rlsloth.errors import UserError, nearest
+from rlsloth.records import Group, Prompt
 from rlsloth.scoring.protocol import Call, RewardInfo
 
 RESERVED = (

@@ -16,8 +16,9 @@ from pathlib import Path
 from types import TracebackType
 
 from rlsloth.config import RewardConfig
-from rlsloth.plugins import builtin_names, nearest
-from rlsloth.records import Group, Prompt, Rollout, UserError
+from rlsloth.errors import UserError, nearest
+from rlsloth.plugins import builtin_names
+from rlsloth.records import Group, Prompt, Rollout
 from rlsloth.scoring.process import WorkerProcess
 from rlsloth.scoring.protocol import Call, Reply, RewardSetup, Setup
 from rlsloth.scoring.report import Outcome, ScoringReport, assign_scores

@@ -32,7 +32,7 @@ from types import FrameType, SimpleNamespace
 from typing import Any
 
 from rlsloth import plugins
-from rlsloth.records import UserError
+from rlsloth.errors import UserError, describe_exception, nearest
 from rlsloth.scoring.protocol import (
     Call,
     Died,
@@ -158,7 +158,7 @@ def _load(setup: RewardSetup) -> Reward:
     unknown = [key for key in setup["params"] if key not in {p.name for p in named}]
     if unknown and not takes_all:
         known = [p.name for p in named]
-        hint = plugins.nearest(unknown[0], known)
+        hint = nearest(unknown[0], known)
         raise UserError(f"reward {name!r} has no parameter {unknown[0]!r}{hint}")
     free = [p for p in named if p.name not in setup["params"]]
     info = RewardInfo(
@@ -221,7 +221,7 @@ def answer(reward: Reward, call: Call) -> Reply:
         reply = failed("raised", str(error))
         reply["user_error"] = str(error)
     except BaseException as error:
-        reply = failed("raised", plugins.describe(error))
+        reply = failed("raised", describe_exception(error))
         reply["retire"] = isinstance(error, MemoryError)
     reply["cpu_seconds"] = time.process_time() - start
     return reply

@@ -10,10 +10,11 @@ from rlsloth.config import GrpoConfig
 from rlsloth.data.prompts import EpochSampler, SamplerState
 from rlsloth.data.renderer import Renderer
 from rlsloth.environments.protocol import SingleTurn, overlap_warning
+from rlsloth.errors import UserError
 from rlsloth.evaluation.evaluator import Examiner, longest_prompt, open_problems
 from rlsloth.memory.decide import decide
 from rlsloth.memory.out_of_memory import advise
-from rlsloth.records import Prompt, UserError
+from rlsloth.records import Prompt
 from rlsloth.rollout.opening import open_engine
 from rlsloth.rollout.trial import trial_backward
 from rlsloth.run.run import Run

@@ -10,10 +10,10 @@ import torch
 
 from rlsloth.config import LoraConfig, OptimConfig
 from rlsloth.data.prompts import EpochSampler, SamplerState
+from rlsloth.errors import UserError
 from rlsloth.evaluation.intervals import Estimate
 from rlsloth.evaluation.result import EvalResult
 from rlsloth.policy.policy import Policy
-from rlsloth.records import UserError
 from rlsloth.run import checkpoint
 from rlsloth.run.folder import SUMMARY, TrainingConfig
 from rlsloth.run.run import Run

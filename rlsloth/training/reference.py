@@ -14,9 +14,9 @@ from torch import Tensor
 
 from rlsloth.data.example import Example, fingerprint
 from rlsloth.data.prompts import EpochSampler
+from rlsloth.errors import UserError
 from rlsloth.memory.out_of_memory import advise
 from rlsloth.policy.policy import Policy
-from rlsloth.records import UserError
 from rlsloth.run.folder import atomic_write
 from rlsloth.training.supervised import Supervised
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import torch
 
-from rlsloth.records import MicroBatch, PackedBatch, UserError
+from rlsloth.errors import UserError
+from rlsloth.records import MicroBatch, PackedBatch
 from rlsloth.run.run import Run
 
 

@@ -11,8 +11,8 @@ from typing import Any
 import yaml
 
 from rlsloth.config import ModelConfig
+from rlsloth.errors import UserError
 from rlsloth.policy.identity import Identity, hash_weights, read_identity, refuse_other_base
-from rlsloth.records import UserError
 from rlsloth.run.folder import CONFIG
 
 ADAPTER = "adapter"

@@ -19,6 +19,7 @@ from rlsloth.data.examples import Examples, Reader, load_examples
 from rlsloth.data.prompts import EpochSampler, question_text
 from rlsloth.data.renderer import Renderer
 from rlsloth.environments.protocol import Environment, SingleTurn
+from rlsloth.errors import UserError
 from rlsloth.evaluation.evaluator import (
     Examiner,
     heldout_problems,
@@ -31,7 +32,7 @@ from rlsloth.memory.decide_given import decide_given
 from rlsloth.memory.out_of_memory import advise
 from rlsloth.policy.lora import save_adapter
 from rlsloth.policy.policy import Policy
-from rlsloth.records import PackedBatch, StepStats, UserError
+from rlsloth.records import PackedBatch, StepStats
 from rlsloth.rollout.opening import open_engine
 from rlsloth.rollout.trial import probe_packing, trial_backward
 from rlsloth.run.run import Run

@@ -22,7 +22,7 @@ from rlsloth import __version__
 from rlsloth.cli import main as cli
 from rlsloth.cli.commands import doctor
 from rlsloth.config import GrpoConfig
-from rlsloth.records import UserError
+from rlsloth.errors import UserError
 
 Output = pytest.CaptureFixture[str]
 

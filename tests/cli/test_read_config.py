@@ -13,7 +13,7 @@ from rlsloth.config import GrpoConfig, Section
 from rlsloth.config.distill import DistillConfig
 from rlsloth.config.export import ExportConfig
 from rlsloth.config.supervised import DpoConfig, SftConfig
-from rlsloth.records import UserError
+from rlsloth.errors import UserError
 
 
 def read(*argv: str) -> GrpoConfig:

@@ -17,7 +17,7 @@ from rlsloth.data.example import Example
 from rlsloth.data.preference import labelled_examples, pair_examples
 from rlsloth.data.renderer import Renderer
 from rlsloth.data.sft import sft_examples
-from rlsloth.records import UserError
+from rlsloth.errors import UserError
 
 QWEN3 = (
     "{%- for m in messages %}{%- set content = m.content %}{%- set reasoning = '' %}"

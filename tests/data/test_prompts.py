@@ -21,7 +21,8 @@ from rlsloth.data.prompts import (
     split_heldout,
 )
 from rlsloth.data.rows import Row, load_rows
-from rlsloth.records import Prompt, UserError
+from rlsloth.errors import UserError
+from rlsloth.records import Prompt
 
 
 def lines(path: Path, rows: list[object]) -> str:

@@ -15,8 +15,9 @@ from helpers.tiny import CHATML, tiny_tokenizer
 from helpers.tool_templates import HERMES, TOOL
 from rlsloth.config import EnvConfig
 from rlsloth.data.renderer import Renderer, ToolCall
+from rlsloth.errors import UserError
 from rlsloth.policy.gguf_tokenizer import restore_pretokenizer
-from rlsloth.records import Message, Prompt, UserError
+from rlsloth.records import Message, Prompt
 
 USER: Message = {"role": "user", "content": "hi"}
 LLAMA = (  # begins with the begin-of-sequence token; its turns end in a token that is not eos

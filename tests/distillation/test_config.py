@@ -10,7 +10,7 @@ import yaml
 from helpers.distillation import CONFIG
 from rlsloth.cli.read_config import read_config
 from rlsloth.config.distill import DistillConfig
-from rlsloth.records import UserError
+from rlsloth.errors import UserError
 
 
 @pytest.mark.parametrize(

@@ -26,8 +26,9 @@ from rlsloth.data.renderer import Renderer
 from rlsloth.data.rows import load_rows
 from rlsloth.data.sft import sft_examples
 from rlsloth.distillation import pipeline as loop
+from rlsloth.errors import UserError
 from rlsloth.policy.identity import hash_weights
-from rlsloth.records import Completion, SamplingParams, UserError
+from rlsloth.records import Completion, SamplingParams
 from rlsloth.training import assembly
 from rlsloth.training.source import find_source
 

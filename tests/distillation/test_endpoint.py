@@ -17,7 +17,7 @@ from rlsloth.config.distill import DistillConfig
 from rlsloth.data.rows import load_rows
 from rlsloth.distillation import chat_api
 from rlsloth.distillation.pipeline import distill
-from rlsloth.records import UserError
+from rlsloth.errors import UserError
 
 KEY = "sk-very-secret-1234"
 REWARD = """

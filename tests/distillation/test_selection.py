@@ -20,7 +20,7 @@ from rlsloth.data.sft import sft_examples
 from rlsloth.distillation.dataset import make_row, write_dataset
 from rlsloth.distillation.raw import Problem, RawFile, Sample, opened
 from rlsloth.distillation.selection import Selection, jaccard
-from rlsloth.records import UserError
+from rlsloth.errors import UserError
 
 LONG = "we add the first number to the second number and then we carry the one to the left"
 

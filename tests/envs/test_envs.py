@@ -22,7 +22,7 @@ from rlsloth.environments.protocol import (
 )
 from rlsloth.envs.calculator import Calculator, evaluate, show
 from rlsloth.envs.reasoning_gym import generate
-from rlsloth.records import UserError
+from rlsloth.errors import UserError
 
 ONE_DIGIT: dict[str, Any] = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
 

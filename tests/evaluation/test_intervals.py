@@ -9,6 +9,7 @@ import statistics
 
 import pytest
 
+from rlsloth.errors import UserError
 from rlsloth.evaluation.intervals import (
     Estimate,
     avg_at_k,
@@ -18,7 +19,6 @@ from rlsloth.evaluation.intervals import (
     pass_at_k,
     t_quantile,
 )
-from rlsloth.records import UserError
 
 
 def test_pass_at_k_is_the_share_of_subsets_with_a_correct_sample() -> None:

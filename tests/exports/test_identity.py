@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from helpers.tiny import CHATML, tiny_llama, tiny_tokenizer
 from rlsloth.config import LoraConfig, ModelConfig, OptimConfig
+from rlsloth.errors import UserError
 from rlsloth.policy.identity import (
     FILE,
     IDENTITY,
@@ -23,7 +24,6 @@ from rlsloth.policy.identity import (
 from rlsloth.policy.load import load_model
 from rlsloth.policy.lora import save_adapter
 from rlsloth.policy.policy import Policy
-from rlsloth.records import UserError
 
 
 @pytest.fixture(scope="module")

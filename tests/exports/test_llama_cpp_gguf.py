@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 from helpers.gguf_models import FAMILIES, make_folder, room_for, unpack_smollm2
+from rlsloth.errors import UserError
 from rlsloth.exports.gguf import check as gguf_check
 from rlsloth.exports.gguf import families as gguf_families
 from rlsloth.exports.gguf.check import Checked, check_gguf
 from rlsloth.exports.gguf.quantize import quantize
 from rlsloth.exports.gguf.write import write_gguf
-from rlsloth.records import UserError
 
 pytestmark = pytest.mark.gguf
 

@@ -12,9 +12,9 @@ import trl
 
 from helpers.gguf_models import make_folder
 from helpers.tiny import CHATML, tiny_tokenizer
+from rlsloth.errors import UserError
 from rlsloth.exports.gguf import ollama
 from rlsloth.exports.gguf.ollama import find_pieces, go_template, modelfile, stops
-from rlsloth.records import UserError
 
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"
 NAMES = [

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from helpers.gguf_models import FAMILIES, VOCAB, make_folder, room_for, text, tokenizer_of
+from rlsloth.errors import UserError
 from rlsloth.exports.gguf import check as gguf_check
 from rlsloth.exports.gguf import quantize as gguf_quantize
 from rlsloth.exports.gguf.check import check_gguf
@@ -23,7 +24,6 @@ from rlsloth.exports.gguf.pretokenizer import NAMES, pretokenizer_name
 from rlsloth.exports.gguf.vocab import read_vocabulary
 from rlsloth.exports.gguf.write import write_gguf
 from rlsloth.policy.gguf_tokenizer import restore_pretokenizer
-from rlsloth.records import UserError
 
 
 def logits(model: Any, ids: list[int]) -> torch.Tensor:

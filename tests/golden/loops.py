@@ -89,7 +89,7 @@ def make_workplace() -> None:
         from helpers.tiny import tiny_llama, tiny_tokenizer
     except ImportError:
         from tiny import tiny_llama, tiny_tokenizer
-    model = tiny_llama()
+    model = tiny_llama(context=1024)
     model.lm_head.weight.data *= 4
     model.generation_config.eos_token_id = [2, *range(40, 60)]
     model.save_pretrained("model")

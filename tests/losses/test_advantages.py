@@ -15,8 +15,9 @@ from trl.rewards import get_soft_overlong_punishment
 from trl.trainer.utils import nanstd
 
 from rlsloth.config import AdvantageConfig
+from rlsloth.errors import UserError
 from rlsloth.losses.advantages import assign_advantages, overlong_penalty
-from rlsloth.records import Group, Prompt, Rollout, UserError
+from rlsloth.records import Group, Prompt, Rollout
 
 KINDS = ["group", "batch", "none", "leave_one_out"]
 

@@ -13,13 +13,13 @@ import torch
 from helpers.families import family_model
 from helpers.plans import llama_folder, make_policy, run  # noqa: F401 -- a fixture
 from rlsloth.config import GrpoConfig, LoraConfig, ModelConfig
+from rlsloth.errors import UserError
 from rlsloth.memory import decide as planning
 from rlsloth.memory.plan import SMALL_CACHE, SPARE, make_plan
 from rlsloth.memory.shape import ModelShape, read_shape
 from rlsloth.memory.terms import GIB, Cache, Plan
 from rlsloth.memory.workload import longest_sequence
 from rlsloth.policy.lora import add_adapter
-from rlsloth.records import UserError
 from rlsloth.rollout.vllm import memory as rollout_vllm
 from rlsloth.rollout.vllm import start as vllm_start
 from rlsloth.rollout.vllm.adapter import Adapted, Slot

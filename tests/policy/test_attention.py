@@ -9,10 +9,10 @@ from transformers import DeepseekV3Config, LlamaConfig
 from helpers.attention import attended
 from helpers.policies import make_groups
 from rlsloth.data.packing import pack
+from rlsloth.errors import UserError
 from rlsloth.policy.attention import backends as packed_backends
 from rlsloth.policy.attention import interface as attention
 from rlsloth.policy.attention.layout import PackedLayout
-from rlsloth.records import UserError
 
 
 @pytest.mark.parametrize("tokens", [40, 400, 4000])

@@ -23,12 +23,12 @@ from helpers.tiny import tiny_llama, tiny_tokenizer
 from helpers.wrapping import SPREAD, assert_same, decoded, randomize, run
 from rlsloth.config import LoraConfig, ModelConfig, OptimConfig
 from rlsloth.data.packing import pack
+from rlsloth.errors import UserError
 from rlsloth.policy.attention import interface as attention
 from rlsloth.policy.load import load_model
 from rlsloth.policy.lora import REFERENCE, TRAINED, add_adapter, save_adapter
 from rlsloth.policy.policy import Policy
 from rlsloth.policy.wrap.wrap import wrap
-from rlsloth.records import UserError
 
 FAMILIES = ("qwen3_moe", "gpt_oss")
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]

@@ -17,12 +17,13 @@ from helpers.policies import VOCAB, make_groups, make_policy, one_by_one
 from helpers.tiny import tiny_llama
 from helpers.wrapping import randomize
 from rlsloth.data.packing import pack
+from rlsloth.errors import UserError
 from rlsloth.policy import policy as policy_module
 from rlsloth.policy.head import before_final_norm
 from rlsloth.policy.lora import save_adapter
 from rlsloth.policy.policy import Policy
 from rlsloth.policy.wrap.wrap import unwrapped
-from rlsloth.records import MicroBatch, SamplingParams, UserError
+from rlsloth.records import MicroBatch, SamplingParams
 from rlsloth.rollout.embedded.engine import TransformersEngine
 
 HEAD = ["q_proj", "lm_head"]

@@ -17,11 +17,11 @@ from helpers.families import family_model
 from helpers.policies import make_policy
 from helpers.tiny import tiny_llama, tiny_tokenizer
 from rlsloth.config import LoraConfig, ModelConfig
+from rlsloth.errors import UserError
 from rlsloth.memory.out_of_memory import advise
 from rlsloth.policy.load import load_model, pick_device
 from rlsloth.policy.lora import add_adapter, save_adapter
 from rlsloth.policy.optimizer import make_optimizer, resume_schedule
-from rlsloth.records import UserError
 from rlsloth.rollout.trial import probe
 
 

@@ -18,12 +18,12 @@ from helpers.tiny import tiny_llama
 from helpers.wrapping import SPREAD, assert_same, decoded, randomize, run
 from rlsloth.config import LoraConfig, ModelConfig
 from rlsloth.data.packing import pack
+from rlsloth.errors import UserError
 from rlsloth.policy.attention import interface as attention
 from rlsloth.policy.lora import REFERENCE, TRAINED, add_adapter, save_adapter
 from rlsloth.policy.wrap import forwards
 from rlsloth.policy.wrap.preview import preview
 from rlsloth.policy.wrap.wrap import unwrapped, wrap
-from rlsloth.records import UserError
 
 UNKNOWN = ("granite", "cohere")
 KNOWN = [family for family in FAMILIES if family not in UNKNOWN]

@@ -13,8 +13,8 @@ import pytest
 
 from rlsloth.cli.commands.rewards import list_rewards, summarize_rewards, test_reward
 from rlsloth.config import RewardConfig
+from rlsloth.errors import UserError
 from rlsloth.plugins import builtin_names
-from rlsloth.records import UserError
 from rlsloth.rewards.format_tags import format_tags
 from rlsloth.rewards.gsm8k_answer import gsm8k_answer
 from rlsloth.rewards.length import length

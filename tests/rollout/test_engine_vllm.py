@@ -16,8 +16,9 @@ import torch
 
 from helpers.smollm2 import load
 from helpers.vllm_engines import CONTEXT, EOS, LONG, QUESTIONS, chat, gap, logprobs, make, tokens
+from rlsloth.errors import UserError
 from rlsloth.policy.policy import Policy
-from rlsloth.records import Adapter, Completion, SamplingParams, UserError
+from rlsloth.records import Adapter, Completion, SamplingParams
 from rlsloth.rollout.embedded.engine import TransformersEngine
 from rlsloth.rollout.engine import BASE_VERSION
 from rlsloth.rollout.vllm import start as vllm_start

@@ -9,8 +9,9 @@ import torch
 
 from helpers.families import COMMON, FAMILIES, MOE, family_policy
 from helpers.vllm_engines import gap
+from rlsloth.errors import UserError
 from rlsloth.policy.policy import Policy
-from rlsloth.records import SamplingParams, UserError
+from rlsloth.records import SamplingParams
 from rlsloth.rollout.vllm.engine import VllmEngine
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]

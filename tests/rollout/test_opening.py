@@ -23,12 +23,13 @@ from rlsloth.config import (
     OptimConfig,
 )
 from rlsloth.data.renderer import Renderer
+from rlsloth.errors import UserError
 from rlsloth.memory.plan import make_plan
 from rlsloth.memory.shape import read_shape
 from rlsloth.memory.terms import GIB
 from rlsloth.policy.lora import add_adapter
 from rlsloth.policy.policy import Policy
-from rlsloth.records import Completion, SamplingParams, UserError
+from rlsloth.records import Completion, SamplingParams
 from rlsloth.rollout import opening as engines
 from rlsloth.rollout.embedded.engine import TransformersEngine
 from rlsloth.rollout.engine import BASE_VERSION, Engine

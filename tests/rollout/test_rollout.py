@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from helpers.tiny import tiny_llama, tiny_tokenizer
+from rlsloth.errors import UserError
 from rlsloth.policy.attention import interface as attention
-from rlsloth.records import Adapter, Completion, SamplingParams, UserError
+from rlsloth.records import Adapter, Completion, SamplingParams
 from rlsloth.rollout.embedded import engine as transformers_engine
 from rlsloth.rollout.embedded.engine import TransformersEngine
 from rlsloth.rollout.embedded.sampling import draw

@@ -14,9 +14,10 @@ from helpers.families import FAMILIES, family_policy
 from helpers.policies import make_policy
 from helpers.tiny import tiny_llama, tiny_tokenizer
 from rlsloth.config import LoraConfig, ModelConfig, OptimConfig
+from rlsloth.errors import UserError
 from rlsloth.kernels.nf4.stack import stack
 from rlsloth.policy.policy import Policy
-from rlsloth.records import LogitTransform, UserError
+from rlsloth.records import LogitTransform
 from rlsloth.rollout.trial import probe, trial_backward
 
 

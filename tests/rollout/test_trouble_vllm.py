@@ -12,7 +12,8 @@ import torch
 from torch.nn.functional import linear
 
 from helpers.vllm_weights import PREFIXES, SAMPLING, make, start, vllm_model  # noqa: F401
-from rlsloth.records import SamplingParams, UserError
+from rlsloth.errors import UserError
+from rlsloth.records import SamplingParams
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from helpers.tiny import tiny_llama
-from rlsloth.records import UserError
+from rlsloth.errors import UserError
 from rlsloth.rollout.vllm.adapter import Adapted, Slot, adapted_linears, clear, fill
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

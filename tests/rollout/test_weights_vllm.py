@@ -15,8 +15,9 @@ from torch import Tensor
 from helpers.vllm_engines import gap, logprobs, tokens
 from helpers.vllm_weights import PREFIXES, SAMPLING, start, vllm_model
 from rlsloth.data.packing import pack
+from rlsloth.errors import UserError
 from rlsloth.policy.policy import Policy
-from rlsloth.records import Completion, Group, Prompt, Rollout, SamplingParams, UserError
+from rlsloth.records import Completion, Group, Prompt, Rollout, SamplingParams
 from rlsloth.rollout.vllm.engine import VllmEngine
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from rlsloth.records import UserError
+from rlsloth.errors import UserError
 from rlsloth.run.checkpoint import load_latest, save
 
 

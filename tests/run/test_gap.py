@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from rlsloth.config import GrpoConfig
-from rlsloth.records import UserError
+from rlsloth.errors import UserError
 from rlsloth.run.diagnosis import WINDOW
 from rlsloth.run.gap import GapGuard
 from rlsloth.run.metrics import LOGP_GAP

@@ -17,15 +17,8 @@ import yaml
 from rich.console import Console
 
 from rlsloth.config import GrpoConfig
-from rlsloth.records import (
-    Group,
-    LossStats,
-    Prompt,
-    Rollout,
-    Score,
-    StepStats,
-    UserError,
-)
+from rlsloth.errors import UserError
+from rlsloth.records import Group, LossStats, Prompt, Rollout, Score, StepStats
 from rlsloth.run import folder as files
 from rlsloth.run import run as run_module
 from rlsloth.run.metrics import UpdateFigures, count_tokens, rollout_metrics, update_metrics

@@ -15,7 +15,8 @@ import pytest
 
 from helpers.groups import make_group
 from rlsloth.config import RewardConfig
-from rlsloth.records import Group, Prompt, UserError
+from rlsloth.errors import UserError
+from rlsloth.records import Group, Prompt
 from rlsloth.scoring.scorer import Scorer
 
 HOSTILE = """

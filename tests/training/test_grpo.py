@@ -23,8 +23,9 @@ from safetensors.torch import load_file
 from helpers.tiny import tiny_llama, tiny_tokenizer
 from rlsloth.cli import main as cli
 from rlsloth.config import GrpoConfig
+from rlsloth.errors import UserError
 from rlsloth.policy.policy import Policy
-from rlsloth.records import LossOutput, UserError
+from rlsloth.records import LossOutput
 from rlsloth.run.metrics import UpdateFigures
 from rlsloth.training import assembly, grpo
 

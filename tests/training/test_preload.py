@@ -9,7 +9,7 @@ import threading
 
 import pytest
 
-from rlsloth.records import UserError
+from rlsloth.errors import UserError
 from rlsloth.training.preload import beside
 
 

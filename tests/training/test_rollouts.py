@@ -12,7 +12,8 @@ import torch
 
 from rlsloth.config import GrpoConfig
 from rlsloth.data.prompts import EpochSampler
-from rlsloth.records import Prompt, UserError
+from rlsloth.errors import UserError
+from rlsloth.records import Prompt
 from rlsloth.training.grpo import _check_version
 from rlsloth.training.rollouts import Rollouts
 

@@ -11,10 +11,11 @@ import torch
 from rlsloth.config import EnvConfig
 from rlsloth.config.export import ChatConfig
 from rlsloth.data.renderer import Renderer
+from rlsloth.errors import UserError
 from rlsloth.policy.attention.interface import whole_attention
 from rlsloth.policy.load import load_model
 from rlsloth.policy.lora import load_adapter
-from rlsloth.records import Message, Prompt, UserError
+from rlsloth.records import Message, Prompt
 from rlsloth.training.source import Source, find_source, prompting
 
 

@@ -17,7 +17,8 @@ from rich.table import Table
 
 from rlsloth import plugins
 from rlsloth.config import RewardConfig
-from rlsloth.records import FinishReason, Group, Prompt, Rollout, Score, UserError
+from rlsloth.errors import UserError
+from rlsloth.records import FinishReason, Group, Prompt, Rollout, Score
 from rlsloth.scoring.example import Example
 from rlsloth.scoring.report import ScoringReport
 from rlsloth.scoring.scorer import Scorer

@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
+from rlsloth.errors import UserError
 from rlsloth.exports.gguf.families import add_hyperparameters, family_of, read_config
 from rlsloth.exports.gguf.quantize import load_llama_cpp, quiet
 from rlsloth.exports.gguf.tensors import Weights, plan
 from rlsloth.exports.gguf.vocab import add_vocabulary, read_vocabulary, starts_with_space
 from rlsloth.policy.attention.interface import whole_attention
-from rlsloth.records import UserError
 
 LIMITS = {
     "MOSTLY_F16": (0.005, 0.1),

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlsloth.records import UserError
+from rlsloth.errors import UserError
 
 
 @dataclass(frozen=True, slots=True)

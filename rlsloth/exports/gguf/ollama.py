@@ -19,7 +19,7 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from rlsloth.records import UserError
+from rlsloth.errors import UserError
 
 Chat = list[dict[str, str]]
 _SYSTEM, _USER, _ANSWER, _NEXT = "Sys7391", "Use7391", "Ans7391", "Nex7391"

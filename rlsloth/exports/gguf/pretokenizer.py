@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from rlsloth.records import UserError
+from rlsloth.errors import UserError
 
 _TAIL = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _APOSTROPHE = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"

@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
+from rlsloth.errors import UserError
 from rlsloth.exports.gguf.write import whole_file
-from rlsloth.records import UserError
 
 KQuant = Literal["q6_k", "q5_k_m", "q4_k_m"]
 FILE_TYPES = {

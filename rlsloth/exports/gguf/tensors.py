@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from rlsloth.errors import UserError
 from rlsloth.exports.gguf.families import Family, family_of, rope_tensors
-from rlsloth.records import UserError
 
 Kind = Literal["f16", "bf16", "q8_0"]
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rlsloth.errors import UserError
 from rlsloth.exports.gguf.pretokenizer import pretokenizer_name
-from rlsloth.records import UserError
 
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 ENDS = {

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
+from rlsloth.errors import UserError
 from rlsloth.exports.gguf.families import add_hyperparameters, family_of, read_config
 from rlsloth.exports.gguf.tensors import Kind, Weights, data, plan
 from rlsloth.exports.gguf.vocab import add_vocabulary, read_vocabulary
-from rlsloth.records import UserError
 
 FILE_TYPES = {"f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
 

@@ -19,9 +19,9 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
+from rlsloth.errors import UserError
 from rlsloth.policy.attention.backends import BACKENDS
 from rlsloth.policy.attention.layout import PackedLayout
-from rlsloth.records import UserError
 
 NAME = "rlsloth"
 BLOCK_ROWS = 512

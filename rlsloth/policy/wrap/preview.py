@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
+from rlsloth.errors import UserError
 from rlsloth.policy.wrap.report import WrapReport
 from rlsloth.policy.wrap.wrap import wrap
-from rlsloth.records import UserError
 
 
 def preview(path: str) -> tuple[str, WrapReport]:

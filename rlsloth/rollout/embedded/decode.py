@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlsloth.errors import UserError
 from rlsloth.kernels.linear_logprob.op import HeadLora
 from rlsloth.kernels.linear_logprob.products import add_transposed, project
-from rlsloth.records import LogitTransform, UserError
+from rlsloth.records import LogitTransform
 from rlsloth.rollout.embedded.slot_cache import PromptCache, SlotCache
 
 COLUMNS = 128

@@ -12,14 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlsloth.records import (
-    Adapter,
-    Completion,
-    FinishReason,
-    LogitTransform,
-    SamplingParams,
-    UserError,
-)
+from rlsloth.errors import UserError
+from rlsloth.records import Adapter, Completion, FinishReason, LogitTransform, SamplingParams
 from rlsloth.rollout.embedded.decode import Decoder
 from rlsloth.rollout.embedded.sampling import draw
 from rlsloth.rollout.embedded.slot_cache import SlotCache

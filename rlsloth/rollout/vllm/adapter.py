@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlsloth.records import UserError
+from rlsloth.errors import UserError
 
 
 @dataclass(frozen=True, slots=True)

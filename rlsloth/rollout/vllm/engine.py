@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from rlsloth.records import Adapter, Completion, SamplingParams, UserError
+from rlsloth.errors import UserError
+from rlsloth.records import Adapter, Completion, SamplingParams
 from rlsloth.rollout.engine import BASE_VERSION, most_tokens
 from rlsloth.rollout.vllm.adapter import clear, fill
 from rlsloth.rollout.vllm.start import first_line, free_memory, start_vllm, stop_vllm

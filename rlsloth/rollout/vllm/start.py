@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from packaging.version import Version
 
-from rlsloth.records import UserError
+from rlsloth.errors import UserError
 
 if TYPE_CHECKING:
     from rlsloth.rollout.vllm.adapter import Slot
