@@ -16,16 +16,14 @@ from rlsloth.cli.read_config import holds, read_config
 from rlsloth.config import GrpoConfig, PlanConfig
 from rlsloth.config.distill import DistillConfig
 from rlsloth.config.export import ChatConfig, ExportConfig
-from rlsloth.config.supervised import (
+from rlsloth.config.preference import (
     DpoConfig,
     KtoConfig,
     OrpoConfig,
-    Planned,
     PreferenceConfig,
-    SftConfig,
     SimpoConfig,
-    SupervisedConfig,
 )
+from rlsloth.config.sft import Planned, SftConfig, SupervisedConfig
 from rlsloth.errors import UserError, nearest
 from rlsloth.run.folder import CONFIG, METRICS
 

@@ -1,18 +1,16 @@
-"""Configuration: pydantic models, the only home of defaults. cli_config reads files and flags."""
+"""Configuration: pydantic models, the only home of defaults. rlsloth.cli reads files and flags."""
 
-from rlsloth.config.grpo import MICROBATCH, AdvantageConfig, GrpoConfig, LossConfig, PlanConfig
-from rlsloth.config.parts import (
-    DatasetConfig,
-    EnvConfig,
-    EvalConfig,
-    LoraConfig,
-    ModelConfig,
-    OptimConfig,
-    RewardConfig,
-    RolloutConfig,
-    RunConfig,
-)
+from rlsloth.config.data import DatasetConfig, EnvConfig
+from rlsloth.config.evaluation import EvalConfig
+from rlsloth.config.grpo import GrpoConfig, PlanConfig
+from rlsloth.config.loss import AdvantageConfig, LossConfig
+from rlsloth.config.model import LoraConfig, ModelConfig
+from rlsloth.config.optim import OptimConfig
+from rlsloth.config.reward import RewardConfig
+from rlsloth.config.rollout import RolloutConfig
+from rlsloth.config.run import RunConfig
 from rlsloth.config.section import Params, Section
+from rlsloth.config.training import MICROBATCH, ProblemsConfig, TrainingConfig
 
 __all__ = [
     "MICROBATCH",
@@ -27,8 +25,10 @@ __all__ = [
     "OptimConfig",
     "Params",
     "PlanConfig",
+    "ProblemsConfig",
     "RewardConfig",
     "RolloutConfig",
     "RunConfig",
     "Section",
+    "TrainingConfig",
 ]

@@ -8,17 +8,15 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
+from rlsloth.config.data import EnvConfig
+from rlsloth.config.evaluation import EvalConfig
 from rlsloth.config.grpo import GrpoConfig
-from rlsloth.config.parts import (
-    EnvConfig,
-    EvalConfig,
-    ModelConfig,
-    RewardConfig,
-    RolloutConfig,
-    RunConfig,
-)
+from rlsloth.config.model import ModelConfig
+from rlsloth.config.reward import RewardConfig
+from rlsloth.config.rollout import RolloutConfig
+from rlsloth.config.run import RunConfig
 from rlsloth.config.section import Folder, Params, Section, Text
-from rlsloth.config.supervised import SftConfig
+from rlsloth.config.sft import SftConfig
 
 TAKEN_PARAMS = {
     "model", "messages", "temperature", "top_p", "top_k", "min_p", "stop", "seed", "max_tokens",

@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rlsloth.config.supervised import ExamplesConfig, SupervisedConfig
+from rlsloth.config.data import ExamplesConfig
+from rlsloth.config.sft import SupervisedConfig
 from rlsloth.data.example import Example
 from rlsloth.data.prompts import split_heldout
 from rlsloth.data.renderer import Renderer

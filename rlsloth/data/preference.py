@@ -8,13 +8,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from rlsloth.config.supervised import (
-    KtoConfig,
-    KtoDataConfig,
-    PreferenceDataConfig,
-    SftConfig,
-    SupervisedConfig,
-)
+from rlsloth.config.data import KtoDataConfig, PreferenceDataConfig
+from rlsloth.config.preference import KtoConfig
+from rlsloth.config.sft import SftConfig, SupervisedConfig
 from rlsloth.data.example import Example, make_example
 from rlsloth.data.examples import Reader
 from rlsloth.data.prompts import check_text, make_prompts, question_text

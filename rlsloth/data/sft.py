@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from rlsloth.config.supervised import SftDataConfig
+from rlsloth.config.data import SftDataConfig
 from rlsloth.data.example import Example, make_example
 from rlsloth.data.prompts import (
     PROMPT_COLUMNS,

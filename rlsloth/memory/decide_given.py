@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 
 from rlsloth.config import GrpoConfig
-from rlsloth.config.supervised import SupervisedConfig
+from rlsloth.config.sft import SupervisedConfig
 from rlsloth.data.example import Example
 from rlsloth.data.examples import Reader, load_examples
 from rlsloth.errors import UserError

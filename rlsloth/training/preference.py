@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rlsloth.config.supervised import (
+from rlsloth.config.preference import (
     DpoConfig,
     KtoConfig,
     OrpoConfig,

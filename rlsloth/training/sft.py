@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from rlsloth.config.supervised import SftConfig
+from rlsloth.config.sft import SftConfig
 from rlsloth.data.example import Example
 from rlsloth.data.packing import pack, to_device
 from rlsloth.data.sft import sft_examples

@@ -13,7 +13,7 @@ from typing import Generic, Self, TypeVar
 
 import torch
 
-from rlsloth.config.supervised import SupervisedConfig
+from rlsloth.config.sft import SupervisedConfig
 from rlsloth.data.example import Example, fingerprint, hash_question
 from rlsloth.data.examples import Examples, Reader, load_examples
 from rlsloth.data.prompts import EpochSampler, question_text

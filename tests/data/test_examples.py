@@ -12,7 +12,7 @@ from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
 from helpers.tiny import CHATML, SPECIAL, tiny_tokenizer
-from rlsloth.config.supervised import KtoDataConfig, PreferenceDataConfig, SftDataConfig
+from rlsloth.config.data import KtoDataConfig, PreferenceDataConfig, SftDataConfig
 from rlsloth.data.example import Example
 from rlsloth.data.preference import labelled_examples, pair_examples
 from rlsloth.data.renderer import Renderer

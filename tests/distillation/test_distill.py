@@ -19,8 +19,9 @@ from helpers.trained_runs import make_run
 from rlsloth import __version__
 from rlsloth.cli.read_config import read_config
 from rlsloth.config import EnvConfig
+from rlsloth.config.data import SftDataConfig
 from rlsloth.config.distill import DistillConfig
-from rlsloth.config.supervised import SftConfig, SftDataConfig
+from rlsloth.config.sft import SftConfig
 from rlsloth.data.prompts import make_prompts
 from rlsloth.data.renderer import Renderer
 from rlsloth.data.rows import load_rows

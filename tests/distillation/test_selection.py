@@ -12,8 +12,8 @@ import pytest
 from helpers.tiny import tiny_tokenizer
 from helpers.tool_templates import HERMES, TOOL
 from rlsloth.config import EnvConfig
+from rlsloth.config.data import SftDataConfig
 from rlsloth.config.distill import DistillConfig, TracesConfig
-from rlsloth.config.supervised import SftDataConfig
 from rlsloth.data.renderer import Renderer
 from rlsloth.data.rows import load_rows
 from rlsloth.data.sft import sft_examples

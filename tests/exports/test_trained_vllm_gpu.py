@@ -13,7 +13,8 @@ import torch
 from helpers.gguf_models import unpack_smollm2
 from rlsloth.cli import main as cli
 from rlsloth.config import ModelConfig
-from rlsloth.config.supervised import SftConfig, SftDataConfig
+from rlsloth.config.data import SftDataConfig
+from rlsloth.config.sft import SftConfig
 from rlsloth.data.examples import load_examples
 from rlsloth.data.packing import to_device
 from rlsloth.data.sft import sft_examples

@@ -70,7 +70,7 @@ RUNS = {
     "grpo_cispo_kl":
         "grpo grpo.yaml --loss.name cispo --loss.beta 0.05 --advantage.normalize batch",
     "grpo_game": "grpo grpo.yaml --env.name reasoning_gym:chain_sum --tokens-per-microbatch 400",
-    "grpo_tools": "grpo grpo.yaml --env.name calculator --tokens-per-microbatch 600",
+    "grpo_tools": "grpo grpo.yaml --env.name calculator --tokens-per-microbatch 1000",
     "sft": "sft given.yaml --data.train sft.jsonl",
     "dpo": "dpo given.yaml --data.train pairs.jsonl",
     "dpo_before": "dpo given.yaml --data.train pairs.jsonl --precompute-reference",

@@ -23,16 +23,15 @@ from helpers.supervised import (
 )
 from rlsloth.cli import main as cli
 from rlsloth.config import LoraConfig, ModelConfig, OptimConfig
-from rlsloth.config.preference_losses import DpoLossConfig
-from rlsloth.config.supervised import (
+from rlsloth.config.data import KtoDataConfig, PreferenceDataConfig
+from rlsloth.config.preference import (
     DpoConfig,
     KtoConfig,
-    KtoDataConfig,
     OrpoConfig,
     PreferenceConfig,
-    PreferenceDataConfig,
     SimpoConfig,
 )
+from rlsloth.config.preference_losses import DpoLossConfig
 from rlsloth.data.example import Example
 from rlsloth.data.examples import load_examples
 from rlsloth.data.preference import labelled_examples, pair_examples

@@ -14,7 +14,8 @@ from helpers.supervised import PAIRS, SFT, command, evaluations, make_folder, st
 from helpers.tiny import tiny_llama
 from rlsloth.cli import main as cli
 from rlsloth.config import LoraConfig, ModelConfig, OptimConfig
-from rlsloth.config.supervised import SftConfig, SftDataConfig
+from rlsloth.config.data import SftDataConfig
+from rlsloth.config.sft import SftConfig
 from rlsloth.data.examples import load_examples
 from rlsloth.data.sft import sft_examples
 from rlsloth.policy.policy import Policy

@@ -1,0 +1,42 @@
+"""The rollout section."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from rlsloth.config.section import Section, Text
+
+
+class RolloutConfig(Section):
+    """How completions are sampled."""
+
+    engine: Literal["transformers", "vllm", "auto"] = "transformers"
+    """transformers: the trained model itself samples. vllm: vLLM samples in this process, on a GPU
+    or a CPU, from the very weights that train; adapters are handed over in memory after each step.
+    auto: vllm where it is installed and can run the model, else transformers."""
+    max_tokens: int = Field(512, ge=1)
+    """Longest completion; longer ones are cut and count as truncated."""
+    temperature: float = Field(1.0, ge=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=0)
+    min_p: float = Field(0.0, ge=0, le=1)
+    stop: list[Text] = []
+    """Strings that end a completion."""
+    max_sequences: int = Field(256, ge=1)
+    """Completions decoded at once."""
+    cuda_graphs: bool = True
+    """Replay decoding steps as CUDA graphs: several times faster for small models."""
+    kv_cache: Literal["auto", "fp8", "fp8_per_token_head"] = "auto"
+    """Key-value cache of the vLLM engine. auto: the model's type. fp8: half the memory, one scale
+    for all. fp8_per_token_head: a scale for each token and head. 8 bits widen the gap that
+    loss.gap_limit watches."""
+    overlap: bool = False
+    """Sample each step's rollouts while the update before runs (vllm only): faster, with policies
+    one update old, which loss.correction makes up for. The key-value cache then stays in memory,
+    and on a CPU dropout depends on timing."""
+    cut_tail: float = Field(1.0, gt=0, le=1)
+    """Once this share of a step's training completions has finished, the rest is cut where it is
+    and counts as truncated; 1 cuts none. Short answers are favoured: pair it with
+    loss.mask_truncated."""

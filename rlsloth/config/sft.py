@@ -1,0 +1,70 @@
+"""The configuration of ``rlsloth sft``, and what it shares with the preference methods."""
+
+from __future__ import annotations
+
+from pydantic import Field, model_validator
+
+from rlsloth.config.data import ExamplesConfig, SftDataConfig
+from rlsloth.config.evaluation import EvalConfig, SupervisedEvalConfig
+from rlsloth.config.grpo import GrpoConfig
+from rlsloth.config.optim import SftOptimConfig
+from rlsloth.config.section import Section
+from rlsloth.config.training import ProblemsConfig, TrainingConfig
+
+
+class SupervisedConfig(TrainingConfig, ProblemsConfig):
+    """Settings that SFT and preference methods share."""
+
+    steps: int = Field(0, ge=0)
+    """Optimizer updates; 0: as many as epochs need."""
+    epochs: float | None = Field(None, gt=0)
+    """Passes over the data, in place of steps; 1 where neither is set."""
+    samples_per_step: int = Field(16, ge=1)
+    """Examples an update is made from."""
+    data: ExamplesConfig = ExamplesConfig()
+    eval: SupervisedEvalConfig = SupervisedEvalConfig()
+
+    @model_validator(mode="after")
+    def _generates(self) -> SupervisedConfig:
+        if self.steps and self.epochs is not None:
+            raise ValueError(
+                "steps and epochs both say how long to train: leave out one of them (steps 0 takes "
+                "a file's away)"
+            )
+        if self.rollout.overlap:
+            raise ValueError(
+                "rollout.overlap is for rlsloth grpo: there are no rollouts to train on here"
+            )
+        if not self.eval.generate:
+            for name in ("rewards", "env", "rollout", "reward"):
+                if getattr(self, name) != type(self).model_fields[name].default:
+                    raise ValueError(f"{name} has no effect without eval.generate")
+        return self
+
+    def as_grpo(self) -> GrpoConfig:
+        shared = ("model", "lora", "optim", "run", "env", "rollout", "reward")
+        kept = {name: getattr(self, name).model_dump() for name in shared}
+        return GrpoConfig(
+            steps=self.steps or 1,
+            prompts_per_step=1,
+            group_size=2,
+            tokens_per_microbatch=self.tokens_per_microbatch,
+            seed=self.seed,
+            rewards=self.rewards,
+            eval=EvalConfig(**self.eval.model_dump(exclude={"generate"})),
+            **kept,
+        )
+
+
+class SftConfig(SupervisedConfig):
+    """Supervised fine-tuning: raise the likelihood of the answers in a dataset."""
+
+    data: SftDataConfig = SftDataConfig()
+    optim: SftOptimConfig = SftOptimConfig()
+
+
+class Planned(Section):
+    """What a memory plan is made for, beside a run's configuration."""
+
+    memory_gb: float | None = Field(None, gt=0, le=65536)
+    """GPU memory in GiB; default: that of this machine's GPU."""
