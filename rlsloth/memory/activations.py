@@ -11,11 +11,8 @@ from dataclasses import dataclass
 
 from rlsloth.kernels.adapted_glu.op import CHUNK_ROWS, FUSED_RANK
 from rlsloth.memory.shape import Layer
-
-TREE_LIMIT = 1024
-"""policy.packed_layout.TREE_LIMIT: longest tree whose scores exist at once."""
-BLOCK_ROWS = 512
-"""policy.attention.BLOCK_ROWS: rows of scores that exist at once for longer ones."""
+from rlsloth.policy.attention.layout import TREE_LIMIT
+from rlsloth.policy.attention.plain import BLOCK_ROWS
 
 
 @dataclass(frozen=True, slots=True)

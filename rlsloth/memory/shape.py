@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from rlsloth.kernels.lora.layer import ALIGNMENT
+from rlsloth.policy.layers import decoder_layers
 
 Group = Literal["linears", "experts", "embeddings", "head", "norms and biases"]
 SIBLINGS = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
@@ -122,7 +123,7 @@ def read_shape(model: Any) -> ModelShape:
                 packed &= not _is_skipped(module_name.removesuffix(".base_layer"), skipped)
                 weights.append(Weight(group, _shape_of(p).numel(), packed))
     dtype = _weight_of(embeddings).dtype
-    modules = _decoder_layers(decoder)
+    modules = decoder_layers(decoder)
     fused = [joined for layer in modules for joined in _fused(layer, skipped)]
     if _lora_rank(head):
         out, into = _shape_of(_weight_of(head))
@@ -179,12 +180,6 @@ def _group(p: torch.Tensor, head: torch.Tensor, embeddings: torch.Tensor) -> Gro
     if p.dim() >= 3:
         return "experts"
     return "linears" if p.dim() == 2 else "norms and biases"
-
-
-def _decoder_layers(decoder: nn.Module) -> list[Any]:
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
-    return [m for m in decoder.modules() if isinstance(m, GradientCheckpointingLayer)]
 
 
 def _linears(module: nn.Module) -> Iterator[tuple[str, Any]]:

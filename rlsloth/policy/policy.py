@@ -14,7 +14,8 @@ from torch import Tensor
 from rlsloth.config import LoraConfig, ModelConfig, OptimConfig
 from rlsloth.errors import UserError
 from rlsloth.kernels.linear_logprob.op import linear_logprob
-from rlsloth.policy.attention.interface import NAME, choose_backend
+from rlsloth.policy.attention.backends import choose_backend
+from rlsloth.policy.attention.interface import NAME
 from rlsloth.policy.attention.layout import PackedLayout
 from rlsloth.policy.head import HeadAdapter, before_final_norm
 from rlsloth.policy.load import LoadedModel, load_model

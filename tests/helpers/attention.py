@@ -26,6 +26,6 @@ def attended(
     q, k, v = (random(total, h, WIDTH).transpose(0, 1) for h in (HEADS, KV_HEADS, KV_HEADS))
     for x in (q, k, v):
         x.requires_grad_()
-    out = BACKENDS[backend](q, k, v, PackedLayout(micro, backend), 0.3)
+    out = BACKENDS[backend].attend(q, k, v, PackedLayout(micro, backend), 0.3)
     grads = torch.autograd.grad((out * random(total, HEADS, WIDTH)).sum(), (q, k, v))
     return (out.detach(), *grads)

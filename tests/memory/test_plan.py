@@ -25,7 +25,6 @@ from rlsloth.memory.plan import (
 )
 from rlsloth.memory.shape import read_shape
 from rlsloth.memory.terms import GIB, Plan
-from rlsloth.policy.attention import interface as attention
 from rlsloth.policy.attention import layout as packed_layout
 from rlsloth.policy.load import load_model
 from rlsloth.policy.lora import add_adapter, save_adapter
@@ -148,11 +147,8 @@ def test_numbers_that_other_modules_own():
     assert rollout_transformers.PREFILL_TOKENS == transformers_engine.PREFILL_TOKENS
     assert rollout_transformers.COLUMNS == decode.COLUMNS
     from rlsloth.kernels.lora.op import DECODED_ROWS
-    from rlsloth.memory import activations
 
     assert rollout_transformers.NF4_ROWS == DECODED_ROWS
-    assert activations.TREE_LIMIT == packed_layout.TREE_LIMIT
-    assert activations.BLOCK_ROWS == attention.BLOCK_ROWS
 
 
 # --- activations: an estimate ---------------------------------------------------------------------

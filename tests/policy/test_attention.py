@@ -10,8 +10,7 @@ from helpers.attention import attended
 from helpers.policies import make_groups
 from rlsloth.data.packing import pack
 from rlsloth.errors import UserError
-from rlsloth.policy.attention import backends as packed_backends
-from rlsloth.policy.attention import interface as attention
+from rlsloth.policy.attention import backends, fa4
 from rlsloth.policy.attention.layout import PackedLayout
 
 
@@ -47,14 +46,14 @@ def test_every_row_has_one_place_of_its_own() -> None:
     ],
 )
 def test_auto_weighs_what_a_backend_takes_to_start(monkeypatch, parameters, installed, chosen):
-    monkeypatch.setattr(attention, "available_backends", lambda: installed)
+    monkeypatch.setattr(backends, "available_backends", lambda: installed)
     device = torch.device("cuda")
     config = LlamaConfig()
-    assert attention.choose_backend("auto", device, torch.bfloat16, config, parameters) == chosen
-    assert attention.choose_backend("sdpa", device, torch.bfloat16, config, parameters) == "sdpa"
+    assert backends.choose_backend("auto", device, torch.bfloat16, config, parameters) == chosen
+    assert backends.choose_backend("sdpa", device, torch.bfloat16, config, parameters) == "sdpa"
     with pytest.raises(UserError, match=r"--model\.attention bad does not work"):
-        attention.choose_backend("bad", device, torch.bfloat16, config, parameters)
-    assert attention.choose_backend("auto", device, torch.float32, config, parameters) == "sdpa"
+        backends.choose_backend("bad", device, torch.bfloat16, config, parameters)
+    assert backends.choose_backend("auto", device, torch.float32, config, parameters) == "sdpa"
 
 
 @pytest.mark.parametrize(
@@ -67,14 +66,14 @@ def test_auto_weighs_what_a_backend_takes_to_start(monkeypatch, parameters, inst
     ],
 )
 def test_varlen_is_chosen_for_heads_that_it_takes(monkeypatch, config, taken):
-    monkeypatch.setattr(attention, "available_backends", lambda: ["cudnn", "varlen", "sdpa"])
-    chosen = attention.choose_backend("auto", torch.device("cuda"), torch.bfloat16, config, 10**6)
+    monkeypatch.setattr(backends, "available_backends", lambda: ["cudnn", "varlen", "sdpa"])
+    chosen = backends.choose_backend("auto", torch.device("cuda"), torch.bfloat16, config, 10**6)
     assert chosen == ("varlen" if taken else "cudnn")
 
 
 def test_no_cache_folder_where_nothing_can_be_written(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert packed_backends._cache_folder() == tmp_path / "rlsloth" / "flash_attention_4"
+    assert fa4._cache_folder() == tmp_path / "rlsloth" / "flash_attention_4"
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    assert packed_backends._cache_folder() is None
+    assert fa4._cache_folder() is None

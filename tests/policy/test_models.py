@@ -8,8 +8,8 @@ import torch
 from helpers.families import FAMILIES, family_policy
 from helpers.policies import make_groups, one_by_one
 from rlsloth.data.packing import pack
-from rlsloth.policy.attention import interface as attention
 from rlsloth.policy.attention import layout as packed_layout
+from rlsloth.policy.attention import plain
 from rlsloth.policy.wrap.wrap import unwrapped
 from rlsloth.records import SamplingParams
 from rlsloth.rollout.embedded.engine import TransformersEngine
@@ -59,7 +59,7 @@ def test_engine_equals_generate(family):
 def test_long_sequences_are_exact_too(family, monkeypatch):
     """Trees over the limit go sequence by sequence, special attention in recomputed blocks."""
     monkeypatch.setattr(packed_layout, "TREE_LIMIT", 20)
-    monkeypatch.setattr(attention, "BLOCK_ROWS", 3)
+    monkeypatch.setattr(plain, "BLOCK_ROWS", 3)
     policy = family_policy(family)
     groups = make_groups(1)
     batch = pack(groups, 10_000, mask_truncated=False, keep_zero_advantage=True)

@@ -161,7 +161,7 @@ def gpu_checks() -> list[Check]:
         note = "" if able else "bf16 needs compute capability 8.0: pass --model.precision fp32"
         checks.append(Check("gpu", f"cuda:{index}", found, "note" if note else "ok", note))
     try:
-        from rlsloth.policy.attention.interface import available_backends
+        from rlsloth.policy.attention.backends import available_backends
     except ImportError as error:
         advice = "mend the packages above"
         return [*checks, Check("gpu", "attention", f"cannot be imported: {error}", "error", advice)]

@@ -1,4 +1,4 @@
-"""Where the segments of a packed stream lie, in the forms that attention backends want."""
+"""Places of a packed stream's segments, in the forms that attention backends want."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from rlsloth.records import MicroBatch
 
 TREE_LIMIT = 1024
-"""Longest tree that is taken as one masked square; longer ones go sequence by sequence."""
+"""Tokens of the longest tree that is one masked square; longer ones go sequence by sequence."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,18 +30,18 @@ class Bucket:
 
 @dataclass(frozen=True, slots=True)
 class Repeated:
-    """The stream with each prompt laid out again before each of its completions, T_kv rows."""
+    """The stream with each prompt repeated before each of its completions: T_kv places."""
 
     index: Tensor
-    """[T_kv] stream row of each."""
+    """[T_kv] stream row of each place."""
     own: Tensor
-    """[T] where each stream row comes for its own sake, in the stream's order."""
+    """[T] place of each stream row's first occurrence, in the stream's order."""
     again: Tensor
-    """[T_kv - T] all other places."""
+    """[T_kv - T] places of the repetitions."""
 
 
 class PackedLayout:
-    """A micro-batch's segments, on its device; each form is made when first asked for."""
+    """A micro-batch's segments, on its device; each form is computed on first use."""
 
     def __init__(self, micro: MicroBatch, backend: str) -> None:
         self.backend = backend
@@ -51,7 +51,7 @@ class PackedLayout:
         self.positions = micro.positions
         self._q, self._k = (cu.tolist() for cu in (self.cu_q, self.cu_k))
         self.lengths = [end - start for start, end in pairwise(self._k)]
-        """Of each segment with its prompt."""
+        """Tokens of each segment together with its prompt."""
         self.max_k = max(self.lengths)
         self.max_q = max(end - start for start, end in pairwise(self._q))
         self._tree_of = micro.tree_of
@@ -77,7 +77,7 @@ class PackedLayout:
 
     @cached_property
     def buckets(self) -> tuple[Bucket, ...]:
-        """The trees up to TREE_LIMIT, those within a power of two of each other in one bucket."""
+        """Trees of up to TREE_LIMIT tokens, in buckets by the next power of two."""
         width = 2 ** torch.log2(self._tree_sizes.double().clamp(min=32)).ceil().long()
         width[self._tree_sizes > TREE_LIMIT] = 0
         widths = sorted(set(width.tolist()) - {0})
@@ -99,7 +99,7 @@ class PackedLayout:
 
     @cached_property
     def repeated(self) -> Repeated:
-        """What takes a stream [T, ...] to [T_kv, ...] and back."""
+        """Indices that take a stream [T, ...] to [T_kv, ...] and back."""
         shift = (self.cu_k - self.cu_q)[1:].long()[self._segment]
         own = torch.arange(len(shift), device=shift.device) + shift
         others = torch.ones_like(self.kv_index, dtype=torch.bool)
@@ -108,8 +108,8 @@ class PackedLayout:
 
     @cached_property
     def long_sequences(self) -> tuple[tuple[Tensor, int], ...]:
-        """The segments of trees over TREE_LIMIT, which are in no bucket, each as a square over
-        prompt and own rows: (stream rows, last ones to keep)."""
+        """Segments of the trees over TREE_LIMIT, which are in no bucket: each as the stream rows
+        of its prompt and itself, and how many of the last rows to keep."""
         long = (self._tree_sizes > TREE_LIMIT)[self._tree_of]
         q, k = self._q, self._k
         return tuple(
@@ -118,14 +118,14 @@ class PackedLayout:
 
     @cached_property
     def back(self) -> Tensor:
-        """[T] puts the outputs of buckets, then of long_sequences, into the stream's order."""
+        """[T] index that puts the outputs of buckets, then of long_sequences, in stream order."""
         rows = [b.index.flatten()[b.places] for b in self.buckets]
         rows += [square[len(square) - keep :] for square, keep in self.long_sequences]
         return torch.cat(rows).argsort()
 
     @cached_property
     def block_mask(self) -> Any:
-        """flex attention's mask."""
+        """The mask for flex attention."""
         from torch.nn.attention.flex_attention import create_block_mask
 
         segment = self._segment

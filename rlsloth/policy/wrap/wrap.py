@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from rlsloth.kernels.nf4.ahead import release_buffers
+from rlsloth.policy.layers import decoder_layers
 from rlsloth.policy.wrap.families import (
     Attention,
     Layer,
@@ -46,7 +47,7 @@ def wrap(model: Any) -> WrapReport:
     decoder = base.get_decoder()
     left: Counter[tuple[str, str]] = Counter()
     modules = [m for m in decoder.modules() if spec_of(m) is not None]
-    layers = _layers(decoder)
+    layers = decoder_layers(decoder)
     # Layers last: each takes over one of its norms.
     for module in sorted(modules, key=lambda m: isinstance(spec_of(m), Layer)):
         spec = spec_of(module)
@@ -93,12 +94,6 @@ def _forwards(model: nn.Module) -> Iterator[tuple[Any, Forward]]:
         forward = vars(module).get("forward")
         if isinstance(forward, Forward):
             yield module, forward
-
-
-def _layers(decoder: nn.Module) -> list[nn.Module]:
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
-    return [m for m in decoder.modules() if isinstance(m, GradientCheckpointingLayer)]
 
 
 def _forward(module: Any, spec: Spec) -> Forward | str:

@@ -1,0 +1,74 @@
+"""flash-attention 4 (extra ``fa4``), for Hopper and Blackwell."""
+
+from __future__ import annotations
+
+import fcntl
+import importlib.util
+import os
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from rlsloth.policy.attention.backend import Backend, has_gpu
+from rlsloth.policy.attention.layout import PackedLayout
+from rlsloth.policy.attention.repeated import repeated_keys
+
+_CACHE = "FLASH_ATTENTION_CUTE_DSL_CACHE_"
+
+
+def _works() -> bool:
+    if not has_gpu(9):
+        return False
+    try:
+        return importlib.util.find_spec("flash_attn.cute") is not None
+    except ImportError:  # no flash_attn at all
+        return False
+
+
+def _cache_folder() -> Path | None:
+    """A folder in which files can be written and locked, as flash-attention 4 does; else None."""
+    try:
+        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        folder = root / "rlsloth" / "flash_attention_4"
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / "lock", "w") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except (OSError, RuntimeError):  # no home; a read-only or full one; one without locks
+        return None
+    return folder
+
+
+@cache
+def _function() -> Callable[..., Any]:
+    """flash-attention 4's function, with its compiled kernels kept on disk.
+
+    Without these two variables every process would compile for 10 s.
+    """
+    if _CACHE + "ENABLED" not in os.environ and (folder := _cache_folder()):
+        os.environ[_CACHE + "ENABLED"] = "1"
+        os.environ.setdefault(_CACHE + "DIR", str(folder))
+    from flash_attn.cute import flash_attn_varlen_func
+
+    function: Callable[..., Any] = flash_attn_varlen_func
+    return function
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, packed: PackedLayout, scale: float) -> Tensor:
+    out = _function()(
+        *repeated_keys(q, k, v, packed),
+        cu_seqlens_q=packed.cu_q,
+        cu_seqlens_k=packed.cu_k,
+        max_seqlen_q=packed.max_q,
+        max_seqlen_k=packed.max_k,
+        softmax_scale=scale,
+        causal=True,
+        return_lse=not q.requires_grad,  # one kernel with and without gradients
+    )
+    attended: Tensor = out[0] if isinstance(out, tuple) else out
+    return attended
+
+
+FA4 = Backend("fa4", _attend, works=_works)

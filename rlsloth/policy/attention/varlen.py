@@ -1,0 +1,44 @@
+"""torch's attention over sequences of varying length."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from torch import Tensor
+
+from rlsloth.policy.attention.backend import Backend, has_gpu
+from rlsloth.policy.attention.layout import PackedLayout
+from rlsloth.policy.attention.repeated import repeated_keys
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, packed: PackedLayout, scale: float) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    # torch 2.11 spells causality is_causal; later releases window_size. Both align at the end.
+    known = inspect.signature(varlen_attn).parameters
+    options: dict[str, Any] = (
+        {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
+    )
+    if "enable_gqa" in known:
+        options["enable_gqa"] = True
+    else:
+        k, v = (x.repeat_interleave(q.shape[0] // x.shape[0], 0) for x in (k, v))
+    if "scale" in known:
+        options["scale"] = scale
+    else:
+        q = q * (scale * q.shape[-1] ** 0.5)
+    stream = repeated_keys(q, k, v, packed)
+    out: Any = varlen_attn(*stream, packed.cu_q, packed.cu_k, packed.max_q, packed.max_k, **options)
+    attended: Tensor = out
+    return attended
+
+
+def _takes(config: Any) -> bool:
+    """Whether all heads have one size, which torch's kernel does not pad."""
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    others = (getattr(config, name, None) or size for name in ("v_head_dim", "global_head_dim"))
+    return size % 8 == 0 and size <= 256 and all(other == size for other in others)
+
+
+VARLEN = Backend("varlen", _attend, works=lambda: has_gpu(8), starts_quickly=True, takes=_takes)
