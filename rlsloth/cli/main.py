@@ -225,7 +225,7 @@ def evaluate(argv: list[str]) -> int:
     )
     _refuse_examples_config(argv, "eval")
     config = read_config(GrpoConfig, argv, "rlsloth eval", about)
-    from rlsloth.evaluation.result import run_eval
+    from rlsloth.cli.commands.evaluate import run_eval
 
     run_eval(config)
     return 0

@@ -102,7 +102,7 @@ def test_every_line_of_an_error_is_marked(capsys: Output) -> None:
 def test_grpo_and_eval_hand_over_the_config(module: Callable[..., None]) -> None:
     seen: list[GrpoConfig] = []
     module("rlsloth.training.grpo", train=seen.append)
-    module("rlsloth.evaluation.result", run_eval=seen.append)
+    module("rlsloth.cli.commands.evaluate", run_eval=seen.append)
     assert cli.main(["grpo", "--steps", "3"]) == 0
     assert cli.main(["eval", "--eval.samples", "2"]) == 0
     assert [seen[0].steps, seen[1].eval.samples] == [3, 2]
@@ -185,7 +185,7 @@ def test_interrupted_training_says_how_to_resume(
         raise KeyboardInterrupt
 
     module("rlsloth.training.grpo", train=interrupted)
-    module("rlsloth.evaluation.result", run_eval=interrupted)
+    module("rlsloth.cli.commands.evaluate", run_eval=interrupted)
     assert cli.main(["grpo", "--run.dir", "runs/x"]) == 130
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1
