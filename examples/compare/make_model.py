@@ -118,7 +118,7 @@ def read_tokenizer(path: str) -> Any:
     """From a folder or a GGUF file. Pad and end differ: Unsloth adds a token where they do not."""
     from transformers import AutoTokenizer
 
-    from rlsloth.policy.gguf_tokenizer import restore_pretokenizer
+    from rlsloth.policy.gguf import restore_pretokenizer
 
     file = Path(path)
     if not file.exists():

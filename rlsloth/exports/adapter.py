@@ -1,12 +1,10 @@
-"""A PEFT folder that stands on its own: adapter, tokenizer and chat template."""
+"""A self-contained PEFT folder: adapter, tokenizer and chat template."""
 
 from __future__ import annotations
 
-import io
 import json
 import shutil
 import warnings
-from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +12,9 @@ import torch
 
 from rlsloth.config import ModelConfig
 from rlsloth.errors import UserError
-from rlsloth.policy.gguf_once import forget, parsed_once
+from rlsloth.policy.compat import forget_parsed_gguf
 from rlsloth.policy.lora import TRAINED, load_adapter
+from rlsloth.policy.meta_model import read_meta_model
 from rlsloth.training.source import PEFT_CONFIG, Source
 
 WEIGHTS = "adapter_model.safetensors"
@@ -51,14 +50,20 @@ def write_adapter(source: Source, tokenizer: Any, out: Path) -> int:
 
 
 def _check_fit(base: ModelConfig, folder: Path) -> int:
-    """Load the adapter onto the base's modules without weights: every tensor has its place."""
+    """Load the adapter onto the base's modules without weights; returns the number of tensors.
+
+    Raises:
+        UserError: tensors that are missing, or that have no place.
+    """
     import peft
     from safetensors import safe_open
 
+    empty = read_meta_model(base)
+    forget_parsed_gguf()
     with torch.device("meta"), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*meta parameter in the current model")
         warnings.filterwarnings("ignore", message="Found missing adapter keys")
-        model = load_adapter(empty_model(base), folder, base.path, to_train=False)
+        model = load_adapter(empty, folder, base.path, to_train=False)
     wanted = set(
         peft.get_peft_model_state_dict(model, adapter_name=TRAINED, save_embedding_layers=False)
     )
@@ -70,22 +75,3 @@ def _check_fit(base: ModelConfig, folder: Path) -> int:
             f"missing, {len(found - wanted)} have no place ({min(wanted ^ found)}, ...)"
         )
     return len(found)
-
-
-def empty_model(base: ModelConfig) -> Any:
-    """The base's modules on no device, from its configuration."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    file = Path(base.path).expanduser()
-    place, options = base.path, {"revision": base.revision}
-    if file.suffix == ".gguf":
-        place, options = str(file.parent), {"gguf_file": file.name}
-    with parsed_once("gguf_file" in options), redirect_stderr(io.StringIO()):
-        config = AutoConfig.from_pretrained(
-            place, trust_remote_code=base.trust_remote_code, **options
-        )
-    forget()
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(
-            config, attn_implementation="eager", trust_remote_code=base.trust_remote_code
-        )

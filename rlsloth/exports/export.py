@@ -19,6 +19,7 @@ from rlsloth.exports.check import USUAL, check_merged, sample_ids, score
 from rlsloth.exports.merged import DTYPES, checksums, merge
 from rlsloth.exports.tokenizer import export_tokenizer
 from rlsloth.exports.writing import check_out, whole_folder
+from rlsloth.policy.files import locate
 from rlsloth.policy.identity import write_identity
 from rlsloth.policy.load import load_model
 from rlsloth.policy.lora import load_adapter
@@ -130,13 +131,10 @@ def _held_in(base: ModelConfig, dtype: torch.dtype) -> str:
 
 def _original(base: ModelConfig) -> ModelConfig:
     """The base in the precision of its files."""
-    from transformers import AutoConfig
-
-    if Path(base.path).suffix == ".gguf":
+    files = locate(base)
+    if files.gguf is not None:
         return base.model_copy(update={"precision": "fp32"})
-    config = AutoConfig.from_pretrained(
-        base.path, revision=base.revision, trust_remote_code=base.trust_remote_code
-    )
+    config = files.read_config()
     if getattr(config, "quantization_config", None):
         raise UserError(
             f"--onto original: {base.path} is stored quantised, so there is no other original; "

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import io
 import json
-from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
 
 from rlsloth.config import ModelConfig
-from rlsloth.errors import UserError
-from rlsloth.policy.gguf_once import parsed_once
-from rlsloth.policy.gguf_tokenizer import restore_pretokenizer
+from rlsloth.errors import UserError, first_line
+from rlsloth.policy.files import READ_ERRORS, locate
 from rlsloth.policy.identity import hash_template, hash_tokenizer
 from rlsloth.training.source import PEFT_CONFIG, Source
 
 
 def export_tokenizer(source: Source) -> Any:
-    """The tokenizer to write: the one beside the adapter, where there is one, else the base's.
+    """The tokenizer to write: that in the adapter's folder if it has one, else the base's.
 
     Raises:
         UserError: it, or its template, is not what training saw, or it has tokens without trained
@@ -78,36 +75,25 @@ def _trains_embeddings(adapter: Path | None) -> bool:
 
 def _read_base(base: ModelConfig) -> tuple[Any, int]:
     """The base's tokenizer and the rows of its embedding."""
-    from transformers import AutoConfig
-
-    file = Path(base.path).expanduser()
-    if file.suffix != ".gguf":
-        options = {"revision": base.revision, "trust_remote_code": base.trust_remote_code}
-        try:
-            config = AutoConfig.from_pretrained(base.path, **options)
-        except (OSError, ValueError) as error:
-            raise _unreadable(base.path, error) from error
-        return _read(base.path, **options), int(config.get_text_config().vocab_size)
-    options = {"gguf_file": file.name}
-    with parsed_once(), redirect_stderr(io.StringIO()):
-        try:
-            config = AutoConfig.from_pretrained(file.parent, **options)
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
-            raise _unreadable(base.path, error) from error
-        tokenizer = _read(str(file.parent), **options)
-        restore_pretokenizer(tokenizer, file)
-    tokenizer.model_max_length = config.max_position_embeddings
-    return tokenizer, int(config.vocab_size)
+    files = locate(base)
+    try:
+        with files.reading():
+            config, tokenizer = files.read_config(), files.read_tokenizer()
+    except READ_ERRORS as error:
+        raise _unreadable(base.path, error) from error
+    if files.gguf is not None:
+        tokenizer.model_max_length = config.max_position_embeddings
+    return tokenizer, int(config.get_text_config().vocab_size)
 
 
-def _read(path: str, **options: Any) -> Any:
+def _read(folder: str) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(path, **options)
+        return AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
-        raise _unreadable(path, error) from error
+        raise _unreadable(folder, error) from error
 
 
 def _unreadable(path: str, error: Exception) -> UserError:
-    return UserError(f"cannot read {path}: {str(error).strip().splitlines()[0][:200]}")
+    return UserError(f"cannot read {path}: {first_line(error)}")

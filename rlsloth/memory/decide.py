@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import struct
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -17,8 +16,8 @@ from rlsloth.memory.report import SHOWN, Source, as_json, print_plan, summary, u
 from rlsloth.memory.shape import ModelShape, read_shape
 from rlsloth.memory.terms import GIB, EngineName, Plan
 from rlsloth.memory.workload import context_limit
-from rlsloth.policy.gguf_once import parsed_once
-from rlsloth.policy.tokenizer import place
+from rlsloth.policy.files import READ_ERRORS, locate
+from rlsloth.policy.meta_model import read_meta_model
 from rlsloth.records import Prompt
 from rlsloth.rollout.vllm.start import check_installed
 
@@ -159,26 +158,10 @@ def model_shape(cfg: GrpoConfig) -> ModelShape:
     Raises:
         UserError: no configuration there, or targets or an adapter that do not fit it.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     from rlsloth.policy.lora import add_adapter
     from rlsloth.policy.wrap.wrap import wrap
 
-    where, options = place(cfg.model)
-    try:
-        with parsed_once("gguf_file" in options):
-            config = AutoConfig.from_pretrained(where, **options)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(
-                config,
-                attn_implementation="eager",
-                dtype=torch.float32,
-                trust_remote_code=cfg.model.trust_remote_code,
-            )
-    except (OSError, ValueError, KeyError, RuntimeError, struct.error) as error:
-        first = str(error).strip().split("\n")[0][:200]
-        raise UserError(f"--model.path {cfg.model.path}: {first}") from error
-    model.requires_grad_(False)
+    model = read_meta_model(cfg.model)
     with torch.device("meta"), warnings.catch_warnings():
         # Of a starting adapter only the shapes arrive on meta, and torch says so for each tensor.
         warnings.filterwarnings("ignore", message=".*meta parameter in the current model")
@@ -224,19 +207,14 @@ def find_longest_prompt(cfg: GrpoConfig) -> tuple[int, str]:
 
 def _longest_of(cfg: GrpoConfig, prompts: Sequence[Prompt]) -> int:
     """Tokens of the longest prompt, among those of the most characters; 0 without a tokenizer."""
-    from transformers import AutoTokenizer
-
     from rlsloth.data.renderer import Renderer
 
     def characters(prompt: Prompt) -> int:
         return len(prompt.messages if isinstance(prompt.messages, str) else str(prompt.messages))
 
-    where, options = place(cfg.model)
     try:
-        with parsed_once("gguf_file" in options):
-            tokenizer = AutoTokenizer.from_pretrained(where, **options)
-        renderer = Renderer(tokenizer, cfg.env)
+        renderer = Renderer(locate(cfg.model).read_tokenizer(), cfg.env)
         longest = sorted(prompts, key=characters)[-TOKENIZED:]
         return max((len(renderer.prompt_ids(prompt)) for prompt in longest), default=0)
-    except (UserError, OSError, ValueError, KeyError, RuntimeError, struct.error):
+    except (UserError, *READ_ERRORS):
         return 0

@@ -12,6 +12,7 @@ from torch import Tensor
 from rlsloth.errors import UserError
 from rlsloth.kernels.linear_logprob.norm import FinalNorm
 from rlsloth.kernels.linear_logprob.op import HeadLora
+from rlsloth.policy.compat import norm_skipped
 from rlsloth.policy.wrap.families import Norm, spec_of
 from rlsloth.policy.wrap.forwards import NormForward
 from rlsloth.policy.wrap.linears import Linears, has_hooks
@@ -78,12 +79,8 @@ def before_final_norm(decoder: Any) -> Iterator[FinalNorm | None]:
     if norm is None:
         yield None
         return
-    forward = decoder.norm.forward
-    decoder.norm.forward = _identity
-    try:
+    with norm_skipped(decoder.norm):
         yield norm
-    finally:
-        decoder.norm.forward = forward
 
 
 def _final_norm(decoder: Any) -> FinalNorm | None:
@@ -97,7 +94,3 @@ def _final_norm(decoder: Any) -> FinalNorm | None:
     spec = spec_of(module)
     assert isinstance(spec, Norm)
     return FinalNorm(module.weight, float(getattr(module, spec.eps)), spec.offset)
-
-
-def _identity(x: Tensor) -> Tensor:
-    return x

@@ -18,6 +18,7 @@ import numpy as np
 
 from rlsloth.config import ModelConfig
 from rlsloth.errors import UserError
+from rlsloth.policy.gguf import gguf_file
 
 FILE = "rlsloth.json"
 IDENTITY = "rlsloth_identity"
@@ -81,9 +82,8 @@ def hash_weights(path: str, revision: str | None = None) -> str | None:
     Raises:
         UserError: a file that is not what its name says.
     """
-    place = Path(path).expanduser()
-    if place.suffix == ".gguf":
-        return _hash_file(place) if place.is_file() else None
+    if (file := gguf_file(path)) is not None:
+        return _hash_file(file) if file.is_file() else None
     files = _weight_files(path, revision)
     if not files:
         return None

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import io
 import logging
-import os
-import struct
-from contextlib import redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,11 +11,13 @@ import torch
 from safetensors import SafetensorError
 
 from rlsloth.config import ModelConfig
-from rlsloth.errors import UserError
+from rlsloth.errors import UserError, first_line
 from rlsloth.policy.attention.interface import NAME, register
-from rlsloth.policy.gguf_once import forget, parsed_once
-from rlsloth.policy.gguf_tokenizer import restore_pretokenizer
+from rlsloth.policy.compat import forget_parsed_gguf, keep_nf4_weights
+from rlsloth.policy.files import READ_ERRORS, ModelFiles, locate, unreadable
 from rlsloth.policy.identity import IDENTITY, identify
+from rlsloth.policy.meta_model import build_meta_model
+from rlsloth.policy.tokenizer import check_gguf_exists, load_tokenizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,18 +31,18 @@ class LoadedModel:
     """Compute type: that of the weights, or of the dequantised product for nf4."""
 
 
-def pick_device(asked: str) -> torch.device:
-    """The device of a run: the one asked for, or the first GPU, or the CPU."""
-    if asked == "auto":
-        asked = "cuda" if torch.cuda.is_available() else "cpu"
+def pick_device(name: str) -> torch.device:
+    """The device of a run: the one named, or for "auto" the first GPU, or the CPU."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device(asked)
+        device = torch.device(name)
     except RuntimeError:
         raise UserError(
-            f"--model.device {asked!r} is not a device; try cuda, cuda:1 or cpu"
+            f"--model.device {name!r} is not a device; try cuda, cuda:1 or cpu"
         ) from None
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"--model.device {asked}: this torch sees no GPU; run `rlsloth doctor`")
+        raise UserError(f"--model.device {name}: this torch sees no GPU; run `rlsloth doctor`")
     if device.type == "cuda" and device.index is None:
         return torch.device("cuda", torch.cuda.current_device())
     return device
@@ -67,21 +65,18 @@ def load_model(cfg: ModelConfig) -> LoadedModel:
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
     if precision == "nf4" and device.type == "cpu":
         dtype = torch.float32
-    path = Path(cfg.path).expanduser()
-    if path.suffix == ".gguf":
-        model, tokenizer = _from_gguf(path, dtype, precision == "nf4", device)
+    files = locate(cfg)
+    if files.gguf is not None:
+        model, tokenizer = _from_gguf(files, dtype, precision == "nf4", device)
     else:
-        tokenizer = pretrained_tokenizer(cfg)
+        tokenizer = load_tokenizer(cfg)
         model = _pretrained(cfg, dtype, precision == "nf4", device)
     model.requires_grad_(False)
     for module in model.modules():
         # A dropout of the base would make the trained distribution another than the sampled one.
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-        # On CPUs with bf16 instructions bitsandbytes 0.50 rewrites the weights for bf16 products at
-        # the first evaluation, and training would go on with those.
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+        keep_nf4_weights(module)
     model.set_attn_implementation(NAME)
     if model._can_set_experts_implementation():
         # One product over all experts. A loop over them would wait for the device at every layer,
@@ -116,7 +111,7 @@ def _nf4(dtype: torch.dtype) -> Any:
 
 
 def _stored(config: Any) -> str:
-    """How a checkpoint is quantised, "" where it is not."""
+    """The method by which a checkpoint is quantised; "" where it is not."""
     stored = getattr(config, "quantization_config", None)
     if not stored:
         return ""
@@ -126,8 +121,8 @@ def _stored(config: Any) -> str:
 
 
 def _unpacked(stored: str) -> Any:
-    """How to load a checkpoint in MXFP4 (gpt-oss) or FP8: in the compute type, because the kernels
-    for those formats have no backward pass. None for any other checkpoint."""
+    """transformers' setting to load a checkpoint in MXFP4 (gpt-oss) or FP8 in the compute type,
+    because the kernels for those formats have no backward pass; None for any other checkpoint."""
     from transformers import FineGrainedFP8Config, Mxfp4Config
 
     kinds = {"mxfp4": Mxfp4Config, "fp8": FineGrainedFP8Config}
@@ -137,10 +132,7 @@ def _unpacked(stored: str) -> Any:
 def _experts(config: Any, trust_remote_code: bool = False) -> tuple[float, int]:
     """The share of experts in a model's weights, 0 where they are less than half, and the number of
     all its weights. bitsandbytes quantises linears; experts are stacked in three dimensions."""
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    model = build_meta_model(config, trust_remote_code)
     total = sum(p.numel() for p in model.parameters())
     experts = sum(p.numel() for p in model.parameters() if p.dim() == 3)
     return experts / total if experts > total / 2 else 0.0, total
@@ -157,7 +149,7 @@ def _refuse_nf4_experts(path: str | Path, config: Any, trust_remote_code: bool =
 
 
 def _refuse_stored(cfg: ModelConfig, config: Any, nf4: bool) -> None:
-    """Checkpoints in a format that cannot be trained on."""
+    """Raises UserError for a checkpoint in a format that cannot be trained on."""
     stored = _stored(config)
     if stored not in ("", "bitsandbytes", "fp8", "mxfp4"):
         share, _ = _experts(config, cfg.trust_remote_code)
@@ -175,64 +167,27 @@ def _refuse_stored(cfg: ModelConfig, config: Any, nf4: bool) -> None:
         )
 
 
-def _hub_hint(cfg: ModelConfig, error: Exception) -> UserError:
-    first = str(error).strip().split("\n")[0][:200]
-    if Path(cfg.path).expanduser().is_dir():
-        return UserError(f"--model.path {cfg.path}: {first}")
-    return UserError(
-        f"cannot load model {cfg.path!r} from the hub ({first}); offline, pass a folder or a GGUF "
-        "file with --model.path"
-    )
-
-
-def pretrained_tokenizer(cfg: ModelConfig) -> Any:
-    """Of a folder or hub id. Raises UserError."""
-    from transformers import AutoTokenizer
-
-    path = Path(cfg.path).expanduser()
-    if cfg.path.startswith(("/", "./", "../", "~")) and not path.exists():
-        raise UserError(f"--model.path {cfg.path}: no such folder or file")
-    if path.exists() and not path.is_dir():
-        raise UserError(
-            f"--model.path {cfg.path} is a file; pass a folder, a .gguf file or a hub id"
-        )
-    names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
-    if path.is_dir() and not any((path / name).exists() for name in names):
-        raise UserError(
-            f"{path} holds no tokenizer (none of {', '.join(names)}); copy the tokenizer files of "
-            "the base model there"
-        )
-    try:
-        return AutoTokenizer.from_pretrained(
-            cfg.path, revision=cfg.revision, trust_remote_code=cfg.trust_remote_code
-        )
-    except (OSError, ValueError) as error:
-        raise _hub_hint(cfg, error) from error
-
-
 def _pretrained(cfg: ModelConfig, dtype: torch.dtype, nf4: bool, device: torch.device) -> Any:
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    source: dict[str, Any] = {
-        "revision": cfg.revision,
-        "trust_remote_code": cfg.trust_remote_code,
-    }
+    files = locate(cfg)
+    options = dict(files.options)
     try:
-        config = AutoConfig.from_pretrained(cfg.path, **source)
+        config = files.read_config()
         _refuse_stored(cfg, config, nf4)
         unpacked = _unpacked(_stored(config))
         quantization = _nf4(dtype) if nf4 else unpacked
         if quantization is not None:
             # Never None: that would make transformers forget how the checkpoint is quantised, and
             # read its packed numbers as weights.
-            source["quantization_config"] = quantization
+            options["quantization_config"] = quantization
         model, found = AutoModelForCausalLM.from_pretrained(
-            cfg.path,
+            files.source,
             output_loading_info=True,
             dtype=dtype,
             device_map={"": str(device)},
             use_safetensors=True,  # never unpickle
-            **source,
+            **options,
         )
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         if isinstance(error, torch.OutOfMemoryError):
@@ -241,7 +196,7 @@ def _pretrained(cfg: ModelConfig, dtype: torch.dtype, nf4: bool, device: torch.d
             )
             hint = "; try --model.precision nf4" if helps else ""
             raise UserError(f"{cfg.path} does not fit the GPU{hint}") from error
-        raise _hub_hint(cfg, error) from error
+        raise unreadable(cfg, error) from error
     if missing := sorted(found["missing_keys"]):
         raise UserError(
             f"{cfg.path}: its files lack {len(missing)} tensors ({missing[0]}, ...), which would "
@@ -255,26 +210,24 @@ def _pretrained(cfg: ModelConfig, dtype: torch.dtype, nf4: bool, device: torch.d
     return model
 
 
-def _from_gguf(path: Path, dtype: torch.dtype, nf4: bool, device: torch.device) -> tuple[Any, Any]:
-    """Dequantise a GGUF file; nf4 quantises the result anew through bitsandbytes."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def _from_gguf(
+    files: ModelFiles, dtype: torch.dtype, nf4: bool, device: torch.device
+) -> tuple[Any, Any]:
+    """Dequantise a GGUF file; nf4 quantises the result again through bitsandbytes."""
+    from transformers import AutoModelForCausalLM
 
-    if not path.is_file():
-        raise UserError(f"--model.path: no file {path} (looked from {Path.cwd()})")
-    folder, name = os.path.split(path)
+    path = files.gguf
+    assert path is not None
+    check_gguf_exists(path)
     try:
-        # A progress bar has no switch of its own.
-        with parsed_once(), redirect_stderr(io.StringIO()):
-            tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
-            model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=dtype)
-    except (OSError, ValueError, KeyError, RuntimeError, struct.error) as error:
-        first = str(error).strip().split("\n")[0][:200]
+        with files.reading():
+            tokenizer = files.read_tokenizer()
+            model = AutoModelForCausalLM.from_pretrained(files.source, dtype=dtype, **files.options)
+    except READ_ERRORS as error:
         raise UserError(
-            f"--model.path {path}: transformers cannot read this GGUF file: {first}"
+            f"--model.path {path}: transformers cannot read this GGUF file: {first_line(error)}"
         ) from error
-    with parsed_once():
-        restore_pretokenizer(tokenizer, path)
-    forget()
+    forget_parsed_gguf()
     tokenizer.model_max_length = model.config.max_position_embeddings
     # The config would otherwise claim a quantisation that the dequantised weights no longer have.
     del model.config.quantization_config

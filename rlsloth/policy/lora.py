@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import shutil
 import tempfile
@@ -16,6 +15,7 @@ from torch import nn
 
 from rlsloth.config import LoraConfig, ModelConfig
 from rlsloth.errors import UserError
+from rlsloth.policy.compat import adapt_dense_mlps
 from rlsloth.policy.identity import (
     IDENTITY,
     read_identity,
@@ -59,7 +59,7 @@ def add_adapter(model: Any, lora: LoraConfig, source: ModelConfig) -> Any:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="fan_in_fan_out is set")  # says it and does
             warnings.filterwarnings("ignore", message="You are trying to modify a model with PEFT")
-            written = _adapt_apart(model, config, TRAINED)
+            written = adapt_dense_mlps(model, config, TRAINED)
             adapted = peft.get_peft_model(model, config, TRAINED)
     except ValueError as error:
         raise UserError(f"--lora.targets {' '.join(lora.targets)}: {error}") from error
@@ -130,34 +130,6 @@ def _means_experts(model: Any, name: str) -> bool:
     return name not in (config.target_modules or ())
 
 
-def _adapt_apart(model: Any, config: Any, adapter: str) -> list[str]:
-    """Adapt the linears whose weights are among ``config``'s parameters, which it then lacks.
-
-    Of the dense MLPs beside experts PEFT takes the modules' names for the experts, but not the
-    weights' names, so adapters are saved with those. Its own adapter of a parameter adds B A to the
-    weight, though, and in bf16 that sum swallows small updates. A container without a
-    configuration makes PEFT take the modules' names as they are.
-
-    Returns:
-        These parameters, to be put back into the configuration once the adapters are in place.
-    """
-    import peft
-
-    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    # As they were named before another adapter wrapped them.
-    weights = [f".{name.removesuffix('.base_layer')}.weight" for name in linears]
-    asked = sorted(getattr(config, "target_parameters", None) or ())
-    apart = [p for p in asked if any(weight.endswith(f".{p}") for weight in weights)]
-    if not apart:
-        return []
-    config.target_parameters = [p for p in asked if p not in apart] or None
-    inner = copy.copy(config)
-    inner.target_modules = {p.removesuffix(".weight") for p in apart}
-    inner.target_parameters, inner.rank_pattern, inner.alpha_pattern = None, {}, {}
-    peft.inject_adapter_in_model(inner, nn.ModuleList([model]), adapter)
-    return apart
-
-
 def load_adapter(model: Any, folder: Path, path: str, *, to_train: bool) -> Any:
     """Wrap ``model``, loaded from ``path``, with the adapter in a PEFT folder.
 
@@ -179,12 +151,12 @@ def load_adapter(model: Any, folder: Path, path: str, *, to_train: bool) -> Any:
         refuse_other_base(recorded, here.weights, folder, path)
     try:
         config, reference = (peft.PeftConfig.from_pretrained(str(folder)) for _ in range(2))
-        written = _adapt_apart(model, config, TRAINED)
+        written = adapt_dense_mlps(model, config, TRAINED)
         wrapped = peft.PeftModel.from_pretrained(
             model, str(folder), TRAINED, is_trainable=to_train, config=config
         )
         if to_train:
-            _adapt_apart(model, reference, REFERENCE)
+            adapt_dense_mlps(model, reference, REFERENCE)
             wrapped.add_adapter(REFERENCE, reference)
             wrapped.load_adapter(str(folder), REFERENCE, is_trainable=False)
     except (RuntimeError, ValueError, OSError, SafetensorError) as error:

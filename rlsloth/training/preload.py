@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 from rlsloth.config import GrpoConfig
+from rlsloth.policy.compat import without_scikit_learn
 from rlsloth.policy.load import pick_device
 from rlsloth.rollout.vllm.start import check_installed, import_vllm
 
@@ -35,15 +36,9 @@ def beside(*loads: Callable[[], None]) -> Iterator[None]:
 
 def import_transformers() -> None:
     """What loading a model needs."""
-    from transformers import utils
-
-    # Its assisted decoding, of which there is none here, would import scikit-learn for 1.6 s.
-    utils.is_sklearn_available = lambda: False
-    try:
+    with without_scikit_learn():
         import peft  # noqa: F401
         from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401
-    finally:
-        utils.is_sklearn_available = utils.import_utils.is_sklearn_available
 
 
 def import_sampler(cfg: GrpoConfig) -> None:

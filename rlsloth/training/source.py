@@ -12,6 +12,7 @@ import yaml
 
 from rlsloth.config import ModelConfig
 from rlsloth.errors import UserError
+from rlsloth.policy.gguf import gguf_file
 from rlsloth.policy.identity import Identity, hash_weights, read_identity, refuse_other_base
 from rlsloth.run.folder import CONFIG
 
@@ -123,7 +124,9 @@ def _read_config(run: Path) -> dict[str, Any]:
 
 def _check_there(base: ModelConfig, adapter: Path) -> None:
     path = Path(base.path).expanduser()
-    local = path.suffix == ".gguf" or base.path.count("/") != 1 or base.path.startswith(("/", "."))
+    local = (
+        gguf_file(path) is not None or base.path.count("/") != 1 or base.path.startswith(("/", "."))
+    )
     if local and not path.exists():
         raise UserError(
             f"the base {base.path} of adapter {adapter} is not there (looked from {Path.cwd()}); "

@@ -16,7 +16,7 @@ from helpers.tool_templates import HERMES, TOOL
 from rlsloth.config import EnvConfig
 from rlsloth.data.renderer import Renderer, ToolCall
 from rlsloth.errors import UserError
-from rlsloth.policy.gguf_tokenizer import restore_pretokenizer
+from rlsloth.policy.gguf import restore_pretokenizer
 from rlsloth.records import Message, Prompt
 
 USER: Message = {"role": "user", "content": "hi"}

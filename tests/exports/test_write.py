@@ -23,7 +23,7 @@ from rlsloth.exports.gguf.families import read_config, rope_tensors
 from rlsloth.exports.gguf.pretokenizer import NAMES, pretokenizer_name
 from rlsloth.exports.gguf.vocab import read_vocabulary
 from rlsloth.exports.gguf.write import write_gguf
-from rlsloth.policy.gguf_tokenizer import restore_pretokenizer
+from rlsloth.policy.gguf import restore_pretokenizer
 
 
 def logits(model: Any, ids: list[int]) -> torch.Tensor:

@@ -1,8 +1,7 @@
 """llama.cpp's name for the way a byte-level BPE tokenizer splits text into words.
 
-llama.cpp knows each split by name (``tokenizer.ggml.pre``). Its converter finds the name by a hash
-of a test text's token ids, which changes with the vocabulary; here it is found by the split itself,
-as tokenizer.json has it. The names are those of llama.cpp's src/llama-vocab.cpp.
+llama.cpp's converter finds the name by a hash of a test text's token ids, which changes with the
+vocabulary; here it is found by the split itself, as tokenizer.json has it.
 """
 
 from __future__ import annotations
@@ -11,31 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from rlsloth.errors import UserError
+from rlsloth.policy.pretokenizers import DIGITS, GPT2, SPLITS
 
-_TAIL = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_APOSTROPHE = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_CL100K = rf"{_APOSTROPHE}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}|{_TAIL}"
-_QWEN2 = _CL100K.replace(r"\p{N}{1,3}", r"\p{N}")
-_CASED = (
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(SUFFIX)"
-    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(SUFFIX)"
-)
-_SLASHED = _TAIL.replace(r"[\r\n]*", r"[\r\n/]*")
-_TEKKEN = rf"{_CASED.replace('(SUFFIX)', '')}|\p{{N}}|{_SLASHED}"
-_GPT4O = rf"{_CASED.replace('(SUFFIX)', _APOSTROPHE + '?')}|\p{{N}}{{1,3}}|{_SLASHED}"
-
-DIGITS = "one digit a word"
-GPT2 = "GPT-2's words"
-NAMES = {
-    # Words, and whether a word that is a token is taken as it is, without merges.
-    ((GPT2,), False): "gpt-2",
-    ((DIGITS, GPT2), False): "smollm",
-    ((_CL100K,), True): "llama-bpe",
-    ((_CL100K,), False): "dbrx",  # Phi-4
-    ((_QWEN2,), False): "qwen2",
-    ((_TEKKEN,), True): "tekken",  # Mistral Nemo and newer
-    ((_GPT4O,), False): "gpt-4o",  # Phi-4-mini
-}
+NAMES = {(split.steps, split.ignore_merges): name for name, split in SPLITS.items()}
 
 
 def pretokenizer_name(folder: Path, backend: dict[str, Any]) -> str:

@@ -1,0 +1,70 @@
+"""GGUF files of models: which paths are, and what transformers does not read from them."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
+from pathlib import Path
+from typing import Any
+
+from rlsloth.errors import UserError
+from rlsloth.policy.compat import gguf_parsed_once
+from rlsloth.policy.pretokenizers import ALIASES, DIGITS, GPT2, SPLITS
+
+
+def gguf_file(path: str | Path) -> Path | None:
+    """The GGUF file that a model's path names, whether it exists or not; None for any other."""
+    file = Path(path).expanduser()
+    return file if file.suffix == ".gguf" else None
+
+
+@contextmanager
+def reading_gguf() -> Iterator[None]:
+    """Parse a GGUF file once, without transformers' progress bar, which has no switch."""
+    with gguf_parsed_once(), redirect_stderr(io.StringIO()):
+        yield
+
+
+def restore_pretokenizer(tokenizer: Any, path: Path) -> None:
+    """Give a tokenizer read from a GGUF file the pre-tokenizer that the file names, in place.
+
+    transformers (5.16 - 5.19) drops it for byte-level BPE, which changes token ids: SmolLM2 splits
+    numbers into digits.
+
+    Raises:
+        UserError: byte-level BPE with a pre-tokenizer not known here: ids would be silently wrong.
+    """
+    from gguf import GGUFReader
+
+    fields = GGUFReader(path).fields
+    kind = _text(fields, "tokenizer.ggml.model")
+    if kind != "gpt2":  # sentencepiece vocabularies have no pre-tokenizer
+        return
+    name = _text(fields, "tokenizer.ggml.pre") or "default"
+    split = SPLITS.get(ALIASES.get(name, name))
+    if split is None or not split.readable:
+        raise UserError(
+            f"{path}: unknown GGUF pre-tokenizer {name!r}; pass the model's folder or hub id"
+        )
+    if split.steps != (GPT2,):  # that is what transformers assumes
+        tokenizer.backend_tokenizer.pre_tokenizer = _pretokenizer(split.steps)
+
+
+def _pretokenizer(steps: tuple[str, ...]) -> Any:
+    from tokenizers import Regex, pre_tokenizers
+
+    made: list[Any] = []
+    for step in steps:
+        if step == DIGITS:
+            made.append(pre_tokenizers.Digits(individual_digits=True))
+        elif step != GPT2:
+            made.append(pre_tokenizers.Split(Regex(step), "isolated"))
+    gpt2 = steps[-1] == GPT2
+    made.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=gpt2))
+    return pre_tokenizers.Sequence(made)
+
+
+def _text(fields: Any, key: str) -> str | None:
+    field = fields.get(key)
+    return None if field is None else str(field.contents())
