@@ -327,9 +327,14 @@ def plan(argv: list[str]) -> int:
     config = read_config(
         PlanConfig, [word for word in argv if word != "--json"], "rlsloth plan", about
     )
-    from rlsloth.memory.decide import run_plan
+    from rlsloth.cli.commands.plan import plan_grpo
 
-    return run_plan(config, as_json)
+    return plan_grpo(
+        config,
+        memory_gb=config.memory_gb,
+        longest_prompt=config.longest_prompt,
+        as_json=as_json,
+    )
 
 
 def _plan_given(name: str, argv: list[str]) -> int:
@@ -342,10 +347,11 @@ def _plan_given(name: str, argv: list[str]) -> int:
     kind: type[Any] = type("Plan", (Planned, GIVEN[name]), {"__module__": __name__})
     words = [word for word in argv if word != "--json"]
     config = read_config(kind, words, f"rlsloth plan {name}", about)
+    from rlsloth.cli.commands.plan import plan_examples
     from rlsloth.data.preference import reader
-    from rlsloth.memory.decide_given import run_given_plan
 
-    return run_given_plan(config, reader(config), config.memory_gb, "--json" in argv)
+    as_json = "--json" in argv
+    return plan_examples(config, reader(config), memory_gb=config.memory_gb, as_json=as_json)
 
 
 def doctor(argv: list[str]) -> int:

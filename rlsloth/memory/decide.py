@@ -1,220 +1,139 @@
-"""``rlsloth plan``: what a run needs of a GPU's memory, from its configuration alone."""
+"""Decide by the memory plan what a run's configuration leaves open; ``rlsloth plan`` prints it."""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
+from typing import Literal, TypeVar
 
 import torch
 
-from rlsloth.config import GrpoConfig, PlanConfig
+from rlsloth.config import ModelConfig
+from rlsloth.config.training import TrainingConfig
 from rlsloth.errors import UserError
 from rlsloth.memory.plan import decide_update, largest_sequences, largest_tokens, make_plan
-from rlsloth.memory.report import SHOWN, Source, as_json, print_plan, summary, update_said
-from rlsloth.memory.shape import ModelShape, read_shape
-from rlsloth.memory.terms import GIB, EngineName, Plan
-from rlsloth.memory.workload import context_limit
-from rlsloth.policy.files import READ_ERRORS, locate
-from rlsloth.policy.meta_model import read_meta_model
-from rlsloth.records import Prompt
-from rlsloth.rollout.vllm.start import check_installed
+from rlsloth.memory.planned_model import model_shape
+from rlsloth.memory.report import SEQUENCES, TOKENS, Source, print_json, print_table, report_line
+from rlsloth.memory.shape import ModelShape
+from rlsloth.memory.terms import GIB, Plan
+from rlsloth.memory.workload import Request
 
 DEFAULT_PROMPT = 512
-"""Tokens of the longest prompt where the data are not at hand."""
-TOKENIZED = 64
-"""Prompts of the most characters that are tokenised to find the longest."""
+"""Tokens of the longest prompt where the prompts are not known."""
+
+Training = TypeVar("Training", bound=TrainingConfig)
 
 
-def run_plan(cfg: PlanConfig, json: bool) -> int:
-    """Print the plan. Returns 0 where the run fits the GPU, 1 where it does not.
+@dataclass(frozen=True, slots=True)
+class Decided:
+    """The settings of the update that a run uses."""
 
-    Raises:
-        UserError: bad input: the model's configuration, the adapter, or no GPU and no
-            ``--memory-gb``.
-    """
-    total = gpu_bytes(cfg) if cfg.memory_gb is None else int(cfg.memory_gb * GIB)
-    if total is None:
-        raise UserError("this machine has no GPU: pass --memory-gb 24, the size of the one meant")
-    shape = model_shape(cfg)
-    given = cfg.longest_prompt
-    found = (given, "--longest-prompt") if given is not None else find_longest_prompt(cfg)
-    longest, engine = found[0], planned_engine(cfg)
-    source = Source(shape.name, *found, engine_said(cfg, engine))
-    show = as_json if json else print_plan
-    plan_of, decided = _decided(cfg, shape, engine, longest, total)
-    plan = plan_of(decided)
-    show(plan, decided, source, settings(plan_of, decided, shape, longest))
-    return 0 if plan.fits else 1
+    tokens_per_microbatch: int | None
+    """None: nothing was planned, and the user named no number."""
+    gradient_checkpointing: bool | Literal["auto"]
+    """auto: nothing was planned."""
+
+    def applied(self, cfg: Training) -> Training:
+        """A copy of the configuration with these settings."""
+        checkpointing = {"gradient_checkpointing": self.gradient_checkpointing}
+        model = cfg.model.model_copy(update=checkpointing)
+        tokens = self.tokens_per_microbatch
+        return cfg.model_copy(update={"model": model, "tokens_per_microbatch": tokens})
 
 
 def decide(
-    cfg: GrpoConfig,
-    prompts: Sequence[Prompt],
+    cfg: TrainingConfig,
+    request: Callable[[], Request],
     say: Callable[[str], None],
     warn: Callable[[str], None],
-) -> GrpoConfig:
-    """The configuration with what it leaves to the plan. The plan is said in one line, with a
-    warning where it does not fit. Without a GPU nothing is; what cannot be read here is left for
-    loading to complain about."""
-    total = gpu_bytes(cfg)
+) -> Decided:
+    """Decide what the configuration leaves to the plan, say the plan in one line, and warn where it
+    does not fit. Without a GPU nothing is planned.
+
+    Args:
+        request: makes the request; called only where there is a GPU. Whatever goes wrong in it or
+            in the plan is said, and left for loading to report: an estimate must not stop a run.
+    """
+    asked = Decided(cfg.tokens_per_microbatch, cfg.model.gradient_checkpointing)
+    total = gpu_bytes(cfg.model)
     if total is None:
-        return cfg
+        return asked
     try:
-        longest = _longest_of(cfg, prompts) or DEFAULT_PROMPT
-        plan_of, decided = _decided(cfg, model_shape(cfg), planned_engine(cfg), longest, total)
-        plan = plan_of(decided)
-    except Exception as error:  # an estimate: whatever it stumbles over must not stop a run
-        say(not_planned(error))
-        return cfg
-    tell(plan, decided, say, warn, "`rlsloth plan` with the same arguments says which settings fit")
-    return decided
-
-
-def not_planned(error: Exception) -> str:
-    """Said where a plan stumbled."""
-    return f"memory is not planned ({type(error).__name__}: {str(error)[:100]})"
-
-
-def tell(
-    plan: Plan,
-    decided: GrpoConfig,
-    say: Callable[[str], None],
-    warn: Callable[[str], None],
-    advice: str,
-) -> None:
-    """The plan in one line, with a warning and ``advice`` where it does not fit."""
-    say(f"{summary(plan)}; {update_said(decided)}")
+        asks = request()
+        plan_of, chosen = _decided(model_shape(asks.model, asks.lora), asks, total)
+        plan = plan_of(chosen)
+    except Exception as error:  # see above
+        say(f"memory is not planned ({type(error).__name__}: {str(error)[:100]})")
+        return asked
+    say(report_line(plan, chosen))
     if not plan.fits:
+        advice = (
+            "lower --tokens-per-microbatch or --data.max-tokens, or pass --model.precision nf4"
+            if asks.sampling is None
+            else "`rlsloth plan` with the same arguments says which settings fit"
+        )
         warn(f"by estimate {-plan.left / GIB:.1f} GiB too much for this GPU; {advice}")
+    return Decided(chosen.tokens_per_microbatch, chosen.model.gradient_checkpointing)
 
 
-def _decided(
-    cfg: GrpoConfig, shape: ModelShape, engine: EngineName, longest: int, total: int
-) -> tuple[Callable[[GrpoConfig], Plan], GrpoConfig]:
-    """What plans a configuration, and ``cfg`` with what it leaves to the plan."""
+def plan_run(request: Request, total: int, source: Source, *, as_json: bool) -> int:
+    """Print the plan of a run on a GPU of ``total`` bytes. Returns the exit status: 0 where the run
+    fits, 1 where it does not.
 
-    def plan_with(engine: EngineName, changed: GrpoConfig) -> Plan:
-        return make_plan(shape, changed, engine, longest, total)
-
-    # ``auto`` may end with the transformers engine, whose slots stay during the update.
-    cautious = engine if cfg.rollout.engine == "vllm" else "transformers"
-    least = _one_completion(shape, cfg, longest)
-    return partial(plan_with, engine), decide_update(partial(plan_with, cautious), cfg, least)
-
-
-def planned_engine(cfg: GrpoConfig) -> EngineName:
-    """The engine that a run would try first (engines.open_engine). vLLM that is asked for by name
-    need not be installed for a plan."""
-    if cfg.rollout.engine != "auto":
-        return cfg.rollout.engine
-    try:
-        check_installed()
-    except UserError:
-        return "transformers"
-    return "vllm"
+    Raises:
+        UserError: a model or an adapter that cannot be read.
+    """
+    shape = model_shape(request.model, request.lora)
+    plan_of, chosen = _decided(shape, request, total)
+    plan = plan_of(chosen)
+    show = print_json if as_json else print_table
+    show(plan, chosen, shape.name, source, _largest_settings(plan_of, chosen, shape))
+    return 0 if plan.fits else 1
 
 
-def engine_said(cfg: GrpoConfig, engine: EngineName) -> str:
-    """``transformers (auto: no vLLM that rlsloth knows is installed)``."""
-    if cfg.rollout.engine != "auto":
-        return engine
-    which = "a" if engine == "vllm" else "no"
-    return f"{engine} (auto: {which} vLLM that rlsloth knows is installed)"
+def planned_bytes(model: ModelConfig, memory_gb: float | None) -> int:
+    """Memory of the GPU to plan for: ``memory_gb`` GiB, or this machine's.
+
+    Raises:
+        UserError: neither is there.
+    """
+    total = gpu_bytes(model) if memory_gb is None else int(memory_gb * GIB)
+    if total is None:
+        raise UserError("this machine has no GPU: pass --memory-gb 24, the size of the one meant")
+    return total
 
 
-def settings(
-    plan_of: Callable[[GrpoConfig], Plan], cfg: GrpoConfig, shape: ModelShape, longest: int
-) -> dict[str, int]:
-    """The largest value of each of SHOWN that fits while the other stays; 0 where none does."""
-    least = _one_completion(shape, cfg, longest)
-    return {
-        SHOWN[0]: largest_tokens(plan_of, cfg, least),
-        SHOWN[1]: largest_sequences(plan_of, cfg),
-    }
-
-
-def _one_completion(shape: ModelShape, cfg: GrpoConfig, longest: int) -> int:
-    """Tokens of the longest with its prompt."""
-    return min(longest + cfg.rollout.max_tokens, context_limit(shape, cfg))
-
-
-def gpu_bytes(cfg: GrpoConfig) -> int | None:
-    """Of the run's GPU, None where it would run on a CPU."""
-    device = cfg.model.device
+def gpu_bytes(model: ModelConfig) -> int | None:
+    """Memory of the run's GPU; None where it would run on a CPU."""
+    device = model.device
     if device == "cpu" or not torch.cuda.is_available():
         return None
     index = torch.device("cuda" if device == "auto" else device).index or 0
     return int(torch.cuda.get_device_properties(index).total_memory)
 
 
-# --- the model, without weights ------------------------------------------------------------------
+def _decided(
+    shape: ModelShape, request: Request, total: int
+) -> tuple[Callable[[Request], Plan], Request]:
+    """The function that plans a request, and the request with everything decided."""
+    plan_of = partial(_plan, shape, total)
+    # Where a fallback may end up sampling, its memory counts: the embedded engine's slots stay
+    # during the update.
+    update = decide_update(plan_of, request.with_fallback(), request.least_tokens(shape))
+    tokens, checkpointing = update.microbatch, update.model.gradient_checkpointing
+    return plan_of, request.with_update(tokens, bool(checkpointing))
 
 
-def model_shape(cfg: GrpoConfig) -> ModelShape:
-    """Built on meta with its adapter and kernels, as Policy makes it: some seconds.
-
-    Raises:
-        UserError: no configuration there, or targets or an adapter that do not fit it.
-    """
-    from rlsloth.policy.lora import add_adapter
-    from rlsloth.policy.wrap.wrap import wrap
-
-    model = read_meta_model(cfg.model)
-    with torch.device("meta"), warnings.catch_warnings():
-        # Of a starting adapter only the shapes arrive on meta, and torch says so for each tensor.
-        warnings.filterwarnings("ignore", message=".*meta parameter in the current model")
-        model = add_adapter(model, cfg.lora, cfg.model)
-    if cfg.model.fused_kernels:
-        wrap(model)
-    try:
-        shape = read_shape(model)
-    except (AttributeError, TypeError, ValueError) as error:
-        raise UserError(
-            f"--model.path {cfg.model.path}: the memory of {type(model.get_base_model()).__name__} "
-            f"is not known ({str(error)[:100]})"
-        ) from error
-    _refuse_nf4_experts(cfg, shape)
-    return shape
+def _plan(shape: ModelShape, total: int, request: Request) -> Plan:
+    return make_plan(shape, request, total)
 
 
-def _refuse_nf4_experts(cfg: GrpoConfig, shape: ModelShape) -> None:
-    """As loading does (policy.load). Raises UserError."""
-    every = sum(weight.count for weight in shape.weights)
-    experts = sum(weight.count for weight in shape.weights if weight.group == "experts")
-    if cfg.model.precision == "nf4" and 2 * experts > every:
-        raise UserError(
-            f"--model.precision nf4: {experts / every:.0%} of the weights of {cfg.model.path} are "
-            "experts, which bitsandbytes does not quantise; pass --model.precision bf16"
-        )
-
-
-# --- the data ------------------------------------------------------------------------------------
-
-
-def find_longest_prompt(cfg: GrpoConfig) -> tuple[int, str]:
-    """Its tokens and where the number comes from: generated or local data, else the default."""
-    from rlsloth.environments.protocol import load_environment
-
-    default = DEFAULT_PROMPT, "default; pass --longest-prompt"
-    generated = cfg.env.name.startswith("reasoning_gym:")
-    if not generated and not Path(cfg.env.train).expanduser().exists():
-        return default
-    found = _longest_of(cfg, load_environment(cfg.env, cfg.seed).train)
-    return (found, "from the data") if found else default
-
-
-def _longest_of(cfg: GrpoConfig, prompts: Sequence[Prompt]) -> int:
-    """Tokens of the longest prompt, among those of the most characters; 0 without a tokenizer."""
-    from rlsloth.data.renderer import Renderer
-
-    def characters(prompt: Prompt) -> int:
-        return len(prompt.messages if isinstance(prompt.messages, str) else str(prompt.messages))
-
-    try:
-        renderer = Renderer(locate(cfg.model).read_tokenizer(), cfg.env)
-        longest = sorted(prompts, key=characters)[-TOKENIZED:]
-        return max((len(renderer.prompt_ids(prompt)) for prompt in longest), default=0)
-    except (UserError, *READ_ERRORS):
-        return 0
+def _largest_settings(
+    plan_of: Callable[[Request], Plan], request: Request, shape: ModelShape
+) -> dict[str, int]:
+    """The largest value of each setting that fits while the other stays; 0 where none does."""
+    largest = {TOKENS: largest_tokens(plan_of, request, request.least_tokens(shape))}
+    if request.sampling is not None:
+        largest[SEQUENCES] = largest_sequences(plan_of, request)
+    return largest

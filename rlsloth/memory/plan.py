@@ -1,11 +1,11 @@
-"""What fits a GPU, decided before anything is loaded: sizes of tensors, by phase.
+"""The memory plan of a run on one GPU, made before anything is loaded: sizes of tensors, by phase.
 
 Weights, adapters, optimizer states and key-value slots are counted exactly. Activations are an
 estimate (memory/activations.py): on a CPU it is within ACTIVATION_TOLERANCE of the measured peak,
-token by token. What attention and matrix libraries take inside on a GPU was not measured.
+token by token. Workspaces of attention and matrix libraries on a GPU were not measured.
 
-vLLM's key-value cache is as large as the plan says. Only it is freed for the update and taken back
-for rollouts; what is needed beside it is counted first.
+An engine's own key-value cache is as large as the plan says. Only the cache is freed for the update
+and taken back for rollouts; everything else is counted first.
 """
 
 from __future__ import annotations
@@ -15,155 +15,147 @@ from dataclasses import replace
 
 import torch
 
-from rlsloth.config import MICROBATCH, GrpoConfig
+from rlsloth.config import MICROBATCH, ModelConfig
 from rlsloth.kernels.linear_logprob.op import most_rows
 from rlsloth.kernels.lora.layer import ALIGNMENT
 from rlsloth.kernels.nf4.ahead import BUFFERS
-from rlsloth.memory.activations import Stream, layer_memory
+from rlsloth.memory.activations import layer_memory
 from rlsloth.memory.shape import ModelShape, Weight
-from rlsloth.memory.terms import GIB, EngineName, Phase, Plan, Precision, Term, element_size
-from rlsloth.memory.workload import asked_sequences, longest_sequence, sequences_at_once
-from rlsloth.rollout.embedded.memory import transformers_terms
-from rlsloth.rollout.vllm.memory import completion_bytes, fit_cache, vllm_terms
+from rlsloth.memory.terms import GIB, Cache, Phase, Plan, Precision, Term, element_size
+from rlsloth.memory.workload import EngineMemory, Request, Sampling
 
 ACTIVATION_TOLERANCE = 0.12
-"""Of the estimate, found on a CPU for nine families (tests/test_plan.py)."""
+"""Relative error of the estimate on a CPU, for nine families (tests/memory/test_plan.py)."""
 MICROBATCHES = range(16384, 0, -512)
-"""Tokens to choose from."""
+"""Sizes of a micro-batch in tokens to choose from, largest first."""
 WORTH_KEEPING = 4096
-"""Tokens from which layers are kept rather than made again: with fewer, a prompt is computed for
-fewer of its completions at once, and the base dequantised for fewer tokens."""
+"""Smallest micro-batch, in tokens, that is preferred without gradient checkpointing: with fewer
+tokens a prompt is computed for fewer of its completions at once, and the base dequantised for fewer
+tokens."""
 KEPT_FREE = 0.1
 """Share of a GPU that the choice leaves to errors of the estimate and to fragmentation."""
 CONTEXT = int(0.6 * GIB)
-"""CUDA context, loaded kernels and cuBLAS workspaces: an allowance, outside what torch counts."""
+"""CUDA context, loaded kernels and cuBLAS workspaces: an allowance for memory that torch does not
+count."""
 SPARE = 32
-"""One part in so many of a GPU is not given to vLLM's cache: allocators lose some to gaps."""
+"""One part in SPARE of a GPU is not given to the cache: allocators lose some memory to gaps."""
 SMALL_CACHE = 20
-"""A cache of at most one part in so many of a GPU stays for the update where both find room. To
-give one back and take it again costs 30 ms a step, and torch the memory that it has at hand."""
+"""A cache of at most one part in SMALL_CACHE of a GPU stays during the update where both fit. To
+free and reallocate a cache costs 30 ms a step, and empties torch's own cache of blocks."""
 
 
 def make_plan(
     shape: ModelShape,
-    cfg: GrpoConfig,
-    engine: EngineName,
-    longest_prompt: int,
+    request: Request,
     total: int,
     *,
+    engine: EngineMemory | None = None,
     context: int | None = None,
     free: int | None = None,
 ) -> Plan:
     """The plan of a run on a GPU of ``total`` bytes.
 
     Args:
-        engine: the one that samples.
-        longest_prompt: its tokens.
-        context: tokens of the longest prompt and completion that vLLM is started for; default: by
-            the configuration.
-        free: bytes of the GPU that are free once the model is loaded, for vLLM's cache; default: as
-            planned.
+        engine: the engine that samples; default: the request's.
+        context: tokens of the longest prompt and completion that the engine is started for;
+            default: by the workload.
+        free: bytes of the GPU that are free once the model is loaded, for the key-value cache;
+            default: as planned.
     """
-    precision = precision_of(cfg)
-    context = context or longest_sequence(shape, cfg, longest_prompt)
-    terms = _static(shape, cfg, precision)
-    if engine == "vllm":
-        terms += vllm_terms(shape, cfg, precision, context)
-    else:
-        terms += transformers_terms(shape, cfg, precision, longest_prompt)
-    terms += _activations(shape, cfg, precision, stream_of(cfg, longest_prompt))
-    terms.append(_context())
-    if engine == "transformers":
-        return Plan(engine, tuple(terms), total)
+    precision, sampling = precision_of(request.model), request.sampling
+    terms = _static(shape, request, precision)
+    if sampling is not None:
+        engine = engine or sampling.engine
+        context = context or sampling.workload.longest_sequence(shape)
+        terms += engine.terms(shape, sampling, precision, context)
+    terms += _activations(shape, request, precision)
+    terms.append(Term("CUDA context, kernels (allowance)", CONTEXT, CONTEXT, loaded=True))
+    if sampling is None or engine is None or context is None:
+        return Plan(None, tuple(terms), total)
+    if engine.completion_bytes is None:
+        return Plan(engine.name, tuple(terms), total)
     # Nothing but this is left free where the cache takes all the room that there is.
     spare = total // SPARE
-    terms.append(
-        Term("vLLM: allocators' gaps (allowance)", spare, spare if cfg.rollout.overlap else 0)
-    )
-    plan = Plan(engine, tuple(terms), total)
-    one = completion_bytes(shape, cfg.rollout.kv_cache, context, element_size(precision))
-    return _with_cache(plan, one, cfg, context, free)
+    name = f"{engine.title}: allocators' gaps (allowance)"
+    terms.append(Term(name, spare, spare if request.overlap else 0))
+    plan = Plan(engine.name, tuple(terms), total)
+    kind, size = sampling.rollout.kv_cache, element_size(precision)
+    one = engine.completion_bytes(shape, kind, context, size)
+    return _with_cache(plan, engine.title, one, sampling, context, free)
 
 
-def make_update_plan(shape: ModelShape, cfg: GrpoConfig, stream: Stream, total: int) -> Plan:
-    """The plan of a run that samples nothing, on a GPU of ``total`` bytes; ``stream``: what its
-    micro-batches are made of."""
-    precision = precision_of(cfg)
-    terms = [*_static(shape, cfg, precision), *_activations(shape, cfg, precision, stream)]
-    return Plan(None, (*terms, _context()), total)
+def precision_of(model: ModelConfig) -> Precision:
+    """Precision of the base's weights on a GPU."""
+    return "bf16" if model.precision == "auto" else model.precision
 
 
-def precision_of(cfg: GrpoConfig) -> Precision:
-    """Of the weights on a GPU."""
-    return "bf16" if cfg.model.precision == "auto" else cfg.model.precision
-
-
-def _context() -> Term:
-    return Term("CUDA context, kernels (allowance)", CONTEXT, CONTEXT, loaded=True)
-
-
-def _with_cache(plan: Plan, one: int, cfg: GrpoConfig, context: int, free: int | None) -> Plan:
-    """vLLM's cache takes what the phases leave in which it is held. A small one is held in both."""
-    phases: tuple[Phase, ...] = ("rollout", "update") if cfg.rollout.overlap else ("rollout",)
+def _with_cache(
+    plan: Plan, title: str, one: int, sampling: Sampling, context: int, free: int | None
+) -> Plan:
+    """Give the engine's cache the room that the phases leave in which it is held. A small cache is
+    held in both."""
+    overlap = sampling.rollout.overlap
+    phases: tuple[Phase, ...] = ("rollout", "update") if overlap else ("rollout",)
     room = min(plan.total - plan.peak(phase) for phase in phases)
     if free is not None:
         room = min(room, *(free - plan.peak(phase, to_come=True) for phase in phases))
-    cache = fit_cache(one, sequences_at_once(cfg), context, room)
+    cache = fit_cache(one, sampling.at_once, context, room)
     left = plan.total - plan.peak("update")
     if free is not None:
         left = min(left, free - plan.peak("update", to_come=True))
-    beside = cache.size + KEPT_FREE * plan.total <= left
-    stays = cfg.rollout.overlap or (beside and SMALL_CACHE * cache.size <= plan.total)
-    name = f"vLLM: key-value cache, {max(1, cache.holds)} x {context}"
+    fits_both = cache.size + KEPT_FREE * plan.total <= left
+    stays = overlap or (fits_both and SMALL_CACHE * cache.size <= plan.total)
+    name = f"{title}: key-value cache, {max(1, cache.holds)} x {context}"
     term = Term(name, cache.size, cache.size if stays else 0)
     return replace(plan, terms=(*plan.terms, term), cache=replace(cache, stays=stays))
 
 
-def largest_tokens(plan: Callable[[GrpoConfig], Plan], cfg: GrpoConfig, least: int) -> int:
-    """The largest ``tokens_per_microbatch`` that fits, 0 where ``least`` does not."""
-    return _largest(
-        lambda tokens: plan(cfg.model_copy(update={"tokens_per_microbatch": tokens})).fits, least
-    )
+def fit_cache(one: int, asked: int, context: int, room: int) -> Cache:
+    """A cache for ``asked`` completions of ``one`` bytes each, or for as many as ``room`` bytes
+    hold: the engine lets the rest wait, or starts one again when it runs out of room."""
+    if room < one:
+        return Cache(one, asked, 0, context)
+    size = min(asked * one, room)
+    return Cache(size, asked, size // one, context)
 
 
-def decide_update(plan: Callable[[GrpoConfig], Plan], cfg: GrpoConfig, least: int) -> GrpoConfig:
-    """The configuration with ``tokens_per_microbatch`` and ``model.gradient_checkpointing`` decided
-    where it leaves them open: an update that leaves a share KEPT_FREE of the GPU, without
-    checkpointing rather than with it, with the largest of MICROBATCHES rather than a smaller one;
-    ``least`` tokens, checkpointed, where none does."""
-    named, auto = cfg.tokens_per_microbatch, cfg.model.gradient_checkpointing == "auto"
+def largest_tokens(plan: Callable[[Request], Plan], request: Request, least: int) -> int:
+    """The largest ``tokens_per_microbatch`` that fits; 0 where ``least`` does not."""
+    return _largest(lambda n: plan(replace(request, tokens_per_microbatch=n)).fits, least)
 
-    def having(tokens: int, checkpointing: bool) -> GrpoConfig:
-        model = cfg.model.model_copy(update={"gradient_checkpointing": checkpointing})
-        tokens = named or max(tokens, least)
-        return cfg.model_copy(update={"model": model, "tokens_per_microbatch": tokens})
 
-    checkpointing = bool(cfg.model.gradient_checkpointing)
-    if cfg.rollout.overlap:  # vLLM's cache then takes whatever an update leaves
-        return having(MICROBATCH, checkpointing)
-    choices = [having(tokens, checkpointing) for tokens in MICROBATCHES]
-    if auto:
-        choices = [having(n, False) for n in MICROBATCHES if n >= WORTH_KEEPING] + choices
-    for choice in choices:
-        made = plan(choice)
+def decide_update(plan: Callable[[Request], Plan], request: Request, least: int) -> Request:
+    """The request with ``tokens_per_microbatch`` and ``model.gradient_checkpointing`` decided where
+    it leaves them open: an update that leaves a share KEPT_FREE of the GPU, without checkpointing
+    rather than with it, with the largest of MICROBATCHES rather than a smaller one; ``least``
+    tokens, checkpointed, where none does."""
+    named, checkpointing = request.tokens_per_microbatch, request.model.gradient_checkpointing
+
+    def choice(tokens: int, checkpointed: bool) -> Request:
+        return request.with_update(named or max(tokens, least), checkpointed)
+
+    if request.overlap:  # the cache then takes whatever an update leaves
+        return choice(MICROBATCH, bool(checkpointing))
+    choices = [choice(tokens, bool(checkpointing)) for tokens in MICROBATCHES]
+    if checkpointing == "auto":
+        choices = [choice(n, False) for n in MICROBATCHES if n >= WORTH_KEEPING] + choices
+    for chosen in choices:
+        made = plan(chosen)
         if made.peak("update") <= (1 - KEPT_FREE) * made.total:
-            return choice
-    return having(least, checkpointing)
+            return chosen
+    return choice(least, bool(checkpointing))
 
 
-def largest_sequences(plan: Callable[[GrpoConfig], Plan], cfg: GrpoConfig) -> int:
+def largest_sequences(plan: Callable[[Request], Plan], request: Request) -> int:
     """The largest ``rollout.max_sequences`` that fits, 0 where 1 does not; at most what a step or
-    an evaluation asks for at once."""
-
-    def fits(rows: int) -> bool:
-        rollout = cfg.rollout.model_copy(update={"max_sequences": rows})
-        return plan(cfg.model_copy(update={"rollout": rollout})).fits
-
-    return min(_largest(fits, 1), asked_sequences(cfg))
+    an evaluation wants at once."""
+    assert request.sampling is not None
+    most = request.sampling.workload.sequences
+    return min(_largest(lambda rows: plan(request.with_sequences(rows)).fits, 1), most)
 
 
 def _largest(fits: Callable[[int], bool], least: int, most: int = 1 << 20) -> int:
-    """The largest number from ``least`` to ``most`` that fits: what it needs grows with it."""
+    """The largest number from ``least`` to ``most`` that fits; memory grows with the number."""
     if not fits(least):
         return 0
     low, high = least, most
@@ -173,7 +165,7 @@ def _largest(fits: Callable[[int], bool], least: int, most: int = 1 << 20) -> in
     return low
 
 
-# --- what is always there ------------------------------------------------------------------------
+# --- both phases ---------------------------------------------------------------------------------
 
 
 def weight_bytes(weight: Weight, precision: Precision) -> int:
@@ -184,8 +176,8 @@ def weight_bytes(weight: Weight, precision: Precision) -> int:
 
 
 def nf4_bytes(count: int) -> int:
-    """Of bitsandbytes' NF4 with double quantisation: two codes a byte; for each 64 weights an 8-bit
-    scale; for each 256 scales a float32 one; the tables of 16 and 256 float32, and an offset."""
+    """Bytes of bitsandbytes' NF4 with double quantisation: two codes a byte; for each 64 weights an
+    8-bit scale; for each 256 scales a float32 one; tables of 16 and 256 float32, and an offset."""
     scales = -(-count // 64)
     return -(-count // 2) + scales + 4 * -(-scales // 256) + 4 * (16 + 256 + 1)
 
@@ -199,7 +191,7 @@ def optimizer_bytes(trained: tuple[int, ...], name: str) -> int:
     return tables + sum(2 * n + 8 * -(-n // 256) if n >= 4096 else 8 * n for n in trained)
 
 
-def _static(shape: ModelShape, cfg: GrpoConfig, precision: Precision) -> list[Term]:
+def _static(shape: ModelShape, request: Request, precision: Precision) -> list[Term]:
     terms: list[Term] = []
     kept = {True: "NF4 + double quantisation", False: "fp32" if precision == "fp32" else "bf16"}
     sizes: dict[str, int] = {}
@@ -212,7 +204,7 @@ def _static(shape: ModelShape, cfg: GrpoConfig, precision: Precision) -> list[Te
     adapters = 4 * (sum(shape.trained) + shape.reference)
     terms.append(Term("LoRA: weights, fp32", adapters, adapters, loaded=True))
     terms.append(Term("LoRA: gradients, fp32", 0, 4 * sum(shape.trained)))
-    name = "adamw_8bit" if cfg.optim.name == "auto" else cfg.optim.name
+    name = "adamw_8bit" if request.optim.name == "auto" else request.optim.name
     states = optimizer_bytes(shape.trained, name)
     terms.append(Term(f"LoRA: optimizer states, {name}", states, states))
     if precision == "nf4":
@@ -226,29 +218,20 @@ def _static(shape: ModelShape, cfg: GrpoConfig, precision: Precision) -> list[Te
 # --- the update ----------------------------------------------------------------------------------
 
 
-def stream_of(cfg: GrpoConfig, longest_prompt: int) -> Stream:
-    """What a micro-batch is taken to hold: the longest prompt, completions of half the limit (short
-    ones repeat the prompt in attention more often) and as many of a group as fit."""
-    completion = max(1, cfg.rollout.max_tokens // 2)
-    room = max(1, (cfg.microbatch - longest_prompt) // completion)
-    return Stream(longest_prompt, completion, min(cfg.group_size, room))
-
-
-def _activations(
-    shape: ModelShape, cfg: GrpoConfig, precision: Precision, stream: Stream
-) -> list[Term]:
-    size, tokens = element_size(precision), cfg.microbatch
+def _activations(shape: ModelShape, request: Request, precision: Precision) -> list[Term]:
+    size, tokens = element_size(precision), request.microbatch
+    stream = request.micro_batch_stream()
     layers = [layer_memory(layer, shape.hidden, size, stream) for layer in shape.layers]
-    # Each layer's input; under checkpointing that is all, and a layer's own is made again.
+    # Under checkpointing only each layer's input is kept; its activations are computed again.
     inputs = len(layers) * shape.hidden * size
-    if cfg.model.gradient_checkpointing:
+    if request.model.gradient_checkpointing:
         kept, work, copies = float(inputs), max(layer.at_work for layer in layers), 0
         name = "activations: layer inputs (checkpointing)"
     else:
         kept = inputs + sum(layer.kept for layer in layers)
         work = max(layer.at_work - layer.kept for layer in layers)
         # lora.autograd.Adapters, lora.mlp.Parts
-        rank = cfg.lora.rank
+        rank = request.lora.rank
         padded = (rank + -rank % ALIGNMENT) / rank
         on_kernels = shape.layers[0].on_kernels
         copies = int(size * sum(shape.trained) * padded) if on_kernels else 0

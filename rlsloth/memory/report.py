@@ -1,35 +1,38 @@
-"""How a memory plan is shown: one line, a table, or JSON."""
+"""A memory plan as one line, a table or JSON."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from typing import Any
 
-from rlsloth.config import GrpoConfig
 from rlsloth.memory.plan import ACTIVATION_TOLERANCE
-from rlsloth.memory.terms import GIB, Cache, Plan
-from rlsloth.memory.workload import asked_sequences
+from rlsloth.memory.terms import GIB, Cache, Phase, Plan, Term
+from rlsloth.memory.workload import Request
 
-SHOWN = ("tokens_per_microbatch", "rollout.max_sequences")
+TOKENS = "tokens_per_microbatch"
+SEQUENCES = "rollout.max_sequences"
+"""Settings whose largest fitting value is shown."""
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """What a plan was made from."""
+    """Origin of a plan's inputs, for the table."""
 
-    model: str
-    """Its class."""
-    longest_prompt: int
-    """Tokens."""
-    prompts: str
-    """Where that number comes from."""
-    engine: str
-    """Which one is planned, and why where that is not what was asked for."""
+    longest: str = "from the data"
+    """Origin of the longest prompt's length."""
+    engine: str = ""
+    """The engine that is planned, with the reason where it was chosen."""
 
 
-def summary(plan: Plan) -> str:
-    """``memory: update 9.1 GiB, rollout 7.4 GiB of 24 GiB (estimate, engine transformers)``."""
+def report_line(plan: Plan, request: Request) -> str:
+    """``memory: update 9.1 GiB, rollout 7.4 GiB of 24 GiB (estimate, engine transformers);
+    micro-batches of 8192 tokens, no gradient checkpointing``."""
+    return f"{_summary(plan)}; {_describe_update(request)}"
+
+
+def _summary(plan: Plan) -> str:
     update, rollout = (plan.peak(phase) / GIB for phase in ("update", "rollout"))
     size = f"{plan.total / GIB:.1f}".removesuffix(".0")
     if plan.engine is None:
@@ -41,10 +44,9 @@ def summary(plan: Plan) -> str:
     )
 
 
-def update_said(cfg: GrpoConfig) -> str:
-    """``micro-batches of 8192 tokens, no gradient checkpointing``."""
-    kept = "" if cfg.model.gradient_checkpointing else "no "
-    return f"micro-batches of {cfg.microbatch} tokens, {kept}gradient checkpointing"
+def _describe_update(request: Request) -> str:
+    kept = "" if request.model.gradient_checkpointing else "no "
+    return f"micro-batches of {request.microbatch} tokens, {kept}gradient checkpointing"
 
 
 def describe(cache: Cache) -> str:
@@ -56,83 +58,65 @@ def describe(cache: Cache) -> str:
     return f"{size} holds {cache.holds} completions of {cache.context} tokens at once ({more})"
 
 
-def advice(plan: Plan, cfg: GrpoConfig, largest: Mapping[str, int]) -> list[str]:
-    """Sentences on what to turn; ``largest``: planning.settings."""
-    tokens, sequences = (largest[name] for name in SHOWN)
-    said = []
-    if plan.cache is not None:
-        waits = 0 < plan.cache.holds < plan.cache.asked
-        said.append(describe(plan.cache) + (": others wait for room" if waits else ""))
-    if tokens:
-        said.append(f"largest --tokens-per-microbatch that fits: {tokens} (now"
-                    f" {cfg.microbatch})")  # fmt: skip
-    # vLLM makes do with the cache that there is: more than fit are no mistake.
-    if sequences and (plan.cache is None or plan.cache.holds == 0):
-        most = " (all that are asked for at once)" if sequences == asked_sequences(cfg) else ""
-        said.append(f"largest --rollout.max-sequences that fits: {sequences}{most}"
-                    f" (now {cfg.rollout.max_sequences})")  # fmt: skip
-    if not tokens and not sequences:
-        said.append(
-            "neither setting alone makes it fit: lower both --tokens-per-microbatch and "
-            f"--rollout.max-sequences, or take {_smaller(plan, cfg)}a smaller --rollout.max-tokens "
-            "or model"
-        )
-    return said
-
-
-def _smaller(plan: Plan, cfg: GrpoConfig) -> str:
-    """Choices with which a run takes less, each with a comma behind it."""
-    experts = any("experts" in term.name for term in plan.terms)  # they are not quantised
-    nf4 = "" if experts or cfg.model.precision == "nf4" else "--model.precision nf4, "
-    return nf4 + ("--rollout.engine transformers, " if plan.engine == "vllm" else "")
-
-
-def as_json(plan: Plan, cfg: GrpoConfig, source: Source, largest: Mapping[str, int]) -> None:
-    """Print it as JSON, sizes in bytes."""
-    row = {
+def print_json(
+    plan: Plan, request: Request, model: str, source: Source, largest: Mapping[str, int]
+) -> None:
+    """Print a plan as JSON, sizes in bytes; without the rollout where nothing is sampled."""
+    samples = request.sampling is not None
+    update = plan.peak("update")
+    row: dict[str, Any] = {
         "fits": plan.fits,
-        "model": source.model,
+        "model": model,
         "engine": plan.engine,
         "total": plan.total,
         "left": plan.left,
-        "peak": {"rollout": plan.peak("rollout"), "update": plan.peak("update")},
-        "terms": [asdict(term) for term in plan.terms],
+        "peak": {"rollout": plan.peak("rollout"), "update": update} if samples else update,
+        "terms": [_term(term, samples) for term in plan.terms],
         "kv_cache": None if plan.cache is None else asdict(plan.cache),
-        "tokens_per_microbatch": cfg.microbatch,
-        "gradient_checkpointing": bool(cfg.model.gradient_checkpointing),
-        "longest_prompt": {"tokens": source.longest_prompt, "source": source.prompts},
-        "largest_that_fits": dict(largest),
-        "activations": f"estimate, within {ACTIVATION_TOLERANCE:.0%} of measured on a CPU",
+        TOKENS: request.microbatch,
+        "gradient_checkpointing": bool(request.model.gradient_checkpointing),
     }
+    if request.sampling is not None:
+        tokens = request.sampling.workload.longest_prompt
+        row["longest_prompt"] = {"tokens": tokens, "source": source.longest}
+    else:
+        for key in ("model", "engine", "kv_cache"):
+            del row[key]
+        row["longest_example"] = request.longest_example
+    row["largest_that_fits"] = dict(largest)
+    if samples:
+        row["activations"] = f"estimate, within {ACTIVATION_TOLERANCE:.0%} of measured on a CPU"
     print(json.dumps(row, indent=2))
 
 
-def print_plan(plan: Plan, cfg: GrpoConfig, source: Source, largest: Mapping[str, int]) -> None:
-    """Print it as a table and what it means."""
+def _term(term: Term, samples: bool) -> dict[str, Any]:
+    return {name: value for name, value in asdict(term).items() if samples or name != "rollout"}
+
+
+def print_table(
+    plan: Plan, request: Request, model: str, source: Source, largest: Mapping[str, int]
+) -> None:
+    """Print a plan as a table, the verdict, and the settings to change."""
     from rich.console import Console
     from rich.table import Table
 
+    phases: tuple[Phase, ...] = ("update",) if plan.engine is None else ("rollout", "update")
     table = Table(show_edge=False, header_style="bold")
     table.add_column("GiB", overflow="fold")
-    for heading in ("rollout", "update"):
-        table.add_column(heading, justify="right")
+    for phase in phases:
+        table.add_column(phase, justify="right")
     for term in plan.terms:
-        cells = []
-        for size in (term.rollout, term.update):
-            text = f"{size / GIB:.2f}" if size else ""
-            cells.append(f"({text})" if term.moment and text else text)
-        table.add_row(term.name, *cells)
+        table.add_row(term.name, *(_cell(term, phase) for phase in phases))
     table.add_section()
-    peaks = (plan.peak("rollout"), plan.peak("update"))
+    peaks = [plan.peak(phase) for phase in phases]
     table.add_row("peak", *(f"{size / GIB:.2f}" for size in peaks))
-    table.add_row(
-        f"left of {plan.total / GIB:g}", *(f"{(plan.total - s) / GIB:.2f}" for s in peaks)
-    )
+    left = [f"{(plan.total - size) / GIB:.2f}" for size in peaks]
+    table.add_row(f"left of {plan.total / GIB:g}", *left)
     console = Console(highlight=False, soft_wrap=True)
-    prompt = f"longest prompt {source.longest_prompt} tokens ({source.prompts})"
-    console.print(f"{source.model} {cfg.model.path}, {prompt}", markup=False)
-    console.print(f"rollout engine: {source.engine}", markup=False)
-    console.print(f"update: {update_said(cfg)}", markup=False)
+    console.print(f"{model} {request.model.path}, {_longest(request, source)}", markup=False)
+    if plan.engine is not None:
+        console.print(f"rollout engine: {source.engine}", markup=False)
+    console.print(f"update: {_describe_update(request)}", markup=False)
     console.print(table)
     console.print(
         "(In brackets): at different moments, the largest counts. Activations are an estimate: on "
@@ -140,5 +124,57 @@ def print_plan(plan: Plan, cfg: GrpoConfig, source: Source, largest: Mapping[str
     )
     verdict = "fits" if plan.fits else f"does not fit: {-plan.left / GIB:.2f} GiB too much"
     console.print(verdict, style="bold green" if plan.fits else "bold red")
-    for line in advice(plan, cfg, largest):
+    for line in _advice(plan, request, largest):
         console.print(line, markup=False)
+
+
+def _cell(term: Term, phase: Phase) -> str:
+    size = term.update if phase == "update" else term.rollout
+    text = f"{size / GIB:.2f}" if size else ""
+    return f"({text})" if term.moment and text else text
+
+
+def _longest(request: Request, source: Source) -> str:
+    if request.sampling is None:
+        return f"longest example {request.longest_example} tokens"
+    return f"longest prompt {request.sampling.workload.longest_prompt} tokens ({source.longest})"
+
+
+def _advice(plan: Plan, request: Request, largest: Mapping[str, int]) -> list[str]:
+    """Sentences on which settings to change."""
+    lines = []
+    if plan.cache is not None:
+        waits = 0 < plan.cache.holds < plan.cache.asked
+        lines.append(describe(plan.cache) + (": the rest wait for room" if waits else ""))
+    tokens, sequences = largest[TOKENS], largest.get(SEQUENCES, 0)
+    if tokens:
+        lines.append(
+            f"largest --tokens-per-microbatch that fits: {tokens} (now {request.microbatch})"
+        )
+    if request.sampling is None:
+        if not tokens:
+            lines.append(
+                "not even the longest example fits: lower --data.max-tokens, or take a smaller "
+                "model"
+            )
+        return lines
+    # An engine with a cache of its own makes do with less than all: no mistake.
+    if sequences and (plan.cache is None or plan.cache.holds == 0):
+        every = sequences == request.sampling.workload.sequences
+        most = " (all that are wanted at once)" if every else ""
+        lines.append(f"largest --rollout.max-sequences that fits: {sequences}{most}"
+                     f" (now {request.sampling.rollout.max_sequences})")  # fmt: skip
+    if not tokens and not sequences:
+        lines.append(
+            "neither setting alone makes it fit: lower both --tokens-per-microbatch and "
+            f"--rollout.max-sequences, or take {_smaller(plan, request)}a smaller "
+            "--rollout.max-tokens or model"
+        )
+    return lines
+
+
+def _smaller(plan: Plan, request: Request) -> str:
+    """Options with which a run takes less memory, each followed by a comma."""
+    experts = any("experts" in term.name for term in plan.terms)  # they are not quantised
+    nf4 = "" if experts or request.model.precision == "nf4" else "--model.precision nf4, "
+    return nf4 + ("--rollout.engine transformers, " if plan.cache is not None else "")

@@ -1,4 +1,4 @@
-"""The rows of a memory plan, and what they add up to."""
+"""The rows of a memory plan, their sums, and the key-value cache."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ GIB = 2**30
 
 Precision = Literal["nf4", "bf16", "fp32"]
 Phase = Literal["rollout", "update"]
-EngineName = Literal["transformers", "vllm"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,42 +19,44 @@ class Term:
     rollout: int
     update: int
     moment: bool = False
-    """Of these a phase holds only the largest at a time."""
+    """Whether it is held for a moment only: a phase needs the largest of these terms, not their
+    sum."""
     loaded: bool = False
-    """There as soon as the model and its adapter are."""
+    """Whether it is allocated as soon as the model and its adapter are loaded."""
 
 
 @dataclass(frozen=True, slots=True)
 class Cache:
-    """The key-value cache that vLLM is given."""
+    """The key-value cache that an engine is started with."""
 
     size: int
     """Bytes."""
     asked: int
-    """Completions that are decoded at once if they find room."""
+    """Completions to decode at once if they fit."""
     holds: int
-    """Of these as many find room at their longest; 0 where the GPU has no room for one: ``size`` is
+    """Completions of the longest length that fit; 0 where the GPU has no room for one: ``size`` is
     then that of one."""
     context: int
     """Tokens of the longest prompt and completion."""
     stays: bool = False
-    """Whether it is held while the policy is updated, too."""
+    """Whether it is also held while the policy is updated."""
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
     """The memory of a run on one GPU."""
 
-    engine: EngineName | None
-    """None where nothing is sampled."""
+    engine: str | None
+    """Value of ``rollout.engine``; None where nothing is sampled."""
     terms: tuple[Term, ...]
     total: int
     """Bytes of the GPU."""
     cache: Cache | None = None
-    """vLLM's; the slots of the transformers engine are a term like others."""
+    """None where the engine has no cache that the plan sizes; the embedded engine's slots are a
+    term."""
 
     def peak(self, phase: Phase, *, to_come: bool = False) -> int:
-        """Bytes at the phase's fullest moment; with ``to_come`` beyond what loading takes."""
+        """Bytes at the phase's fullest moment; with ``to_come`` without the terms ``loaded``."""
         sizes = [
             (t.update if phase == "update" else t.rollout, t.moment)
             for t in self.terms
@@ -66,12 +67,12 @@ class Plan:
 
     @property
     def left(self) -> int:
-        """Bytes free at the fullest moment of all; negative where it does not fit."""
+        """Bytes free at the run's fullest moment; negative where it does not fit."""
         return self.total - max(self.peak("rollout"), self.peak("update"))
 
     @property
     def fits(self) -> bool:
-        """Whether both phases do."""
+        """Whether both phases fit the GPU."""
         return self.left >= 0
 
 

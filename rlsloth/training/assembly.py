@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -12,12 +13,15 @@ from rlsloth.data.renderer import Renderer
 from rlsloth.environments.protocol import SingleTurn, overlap_warning
 from rlsloth.errors import UserError
 from rlsloth.evaluation.evaluator import Examiner, longest_prompt, open_problems
-from rlsloth.memory.decide import decide
+from rlsloth.memory.decide import DEFAULT_PROMPT, decide
 from rlsloth.memory.out_of_memory import advise
+from rlsloth.memory.planned_model import longest_prompt as estimate_longest
+from rlsloth.memory.workload import Request
 from rlsloth.records import Prompt
 from rlsloth.rollout.opening import open_engine
 from rlsloth.rollout.trial import trial_backward
 from rlsloth.run.run import Run
+from rlsloth.training.memory import grpo_request
 from rlsloth.training.preload import beside, import_sampler, import_transformers
 from rlsloth.training.progress import Progress, load_policy, refuse_changes, resume, save
 
@@ -41,7 +45,8 @@ class Assembly(Examiner):
             run.warn(text)
         asked = cfg.tokens_per_microbatch
         if trains:
-            cfg = decide(cfg, env.train, run.say, run.warn)
+            asks = partial(_request, cfg, env.train)
+            cfg = decide(cfg, asks, run.say, run.warn).applied(cfg)
         policy = load_policy(
             cfg,
             run,
@@ -62,7 +67,15 @@ class Assembly(Examiner):
         if isinstance(env, SingleTurn):
             tokens = max(cfg.rollout.max_tokens, cfg.eval.max_tokens or 0)
             context = min(context, max(longest, heldout) + tokens)
-        engine = open_engine(cfg, policy, renderer, run, stack, context=context)
+        engine = open_engine(
+            grpo_request(cfg, longest),
+            policy,
+            renderer,
+            run,
+            stack,
+            context=context,
+            temperatures=(cfg.rollout.temperature, cfg.eval.temperature),
+        )
         prompts = EpochSampler(env.train, cfg.seed)
         run.say(
             f"{len(env.train)} training prompts, {len(env.heldout)} held out; rewards: "
@@ -93,3 +106,9 @@ class Assembly(Examiner):
         progress = resume(self.run, self.cfg, self.policy, self.prompts)
         self.engine.load(self.policy.adapter())
         return progress
+
+
+def _request(cfg: GrpoConfig, prompts: Sequence[Prompt]) -> Request:
+    """The run as the memory plan takes it, before the model is loaded."""
+    longest = estimate_longest(cfg.model, cfg.env, prompts) or DEFAULT_PROMPT
+    return grpo_request(cfg, longest)

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Generic, Self, TypeVar
@@ -28,7 +29,7 @@ from rlsloth.evaluation.evaluator import (
     result_summary,
 )
 from rlsloth.evaluation.result import EvalResult
-from rlsloth.memory.decide_given import decide_given
+from rlsloth.memory.decide import decide
 from rlsloth.memory.out_of_memory import advise
 from rlsloth.policy.lora import save_adapter
 from rlsloth.policy.policy import Policy
@@ -38,6 +39,7 @@ from rlsloth.rollout.trial import probe_packing, trial_backward
 from rlsloth.run.run import Run
 from rlsloth.scoring.scorer import Scorer
 from rlsloth.seeding import derive_seed
+from rlsloth.training.memory import evaluation_request, examples_request
 from rlsloth.training.progress import (
     Progress,
     load_policy,
@@ -215,9 +217,10 @@ def _show(run: Run, policy: Policy, example: Example) -> None:
 
 def _decide(cfg: Config, data: Examples, run: Run) -> Config:
     """With what is left to the plan, and with room for the longest example."""
-    decided = decide_given(cfg.as_grpo(), data.longest, run.say, run.warn)
+    asks = partial(examples_request, cfg, data.longest)
+    decided = decide(cfg, asks, run.say, run.warn).applied(cfg)
     tokens = cfg.tokens_per_microbatch or max(decided.microbatch, data.longest.packed)
-    return cfg.model_copy(update={"model": decided.model, "tokens_per_microbatch": tokens})
+    return decided.model_copy(update={"tokens_per_microbatch": tokens})
 
 
 def _examiner(
@@ -238,7 +241,15 @@ def _examiner(
     longest = longest_prompt(renderer, prompts, context)
     if isinstance(env, SingleTurn):
         context = min(context, longest + tokens)
-    engine = open_engine(grpo, policy, renderer, run, stack, context=context)
+    engine = open_engine(
+        evaluation_request(cfg, longest),
+        policy,
+        renderer,
+        run,
+        stack,
+        context=context,
+        temperatures=(cfg.rollout.temperature, cfg.eval.temperature),
+    )
     return Examiner(grpo, env, scorer, run, policy, renderer, engine)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -23,8 +25,10 @@ from rlsloth.memory.plan import (
     optimizer_bytes,
     weight_bytes,
 )
+from rlsloth.memory.planned_model import model_shape
 from rlsloth.memory.shape import read_shape
 from rlsloth.memory.terms import GIB, Plan
+from rlsloth.memory.workload import Request, Sampling
 from rlsloth.policy.attention import layout as packed_layout
 from rlsloth.policy.load import load_model
 from rlsloth.policy.lora import add_adapter, save_adapter
@@ -34,6 +38,7 @@ from rlsloth.rollout.embedded import engine as transformers_engine
 from rlsloth.rollout.embedded import memory as rollout_transformers
 from rlsloth.rollout.embedded.memory import slots_shape
 from rlsloth.rollout.embedded.slot_cache import PromptCache, SlotCache
+from rlsloth.training.memory import grpo_request
 
 # --- weights, adapters, optimizer, slots: exact ---------------------------------------------------
 
@@ -78,7 +83,7 @@ def test_nf4_weights(llama_folder):
         nested = state.state2
         tensors = (p.data, state.absmax, state.code, nested.absmax, nested.code, state.offset)
         packed += sum(t.nbytes for t in tensors)
-    shape = planning.model_shape(GrpoConfig(model=ModelConfig(path=str(llama_folder))))
+    shape = model_shape(ModelConfig(path=str(llama_folder)), LoraConfig())
     sizes = {True: 0, False: 0}
     for weight in shape.weights:
         sizes[weight.quantised] += weight_bytes(weight, "nf4")
@@ -89,7 +94,7 @@ def test_nf4_weights(llama_folder):
 def test_a_loaded_model_has_the_shape_that_was_planned(llama_folder, precision):
     cfg = GrpoConfig(model=ModelConfig(path=str(llama_folder), precision=precision, device="cpu"))
     policy = Policy.load(cfg.model, cfg.lora, OptimConfig(), temperature=1.0, total_updates=1)
-    assert read_shape(policy.model) == planning.model_shape(cfg)
+    assert read_shape(policy.model) == model_shape(cfg.model, cfg.lora)
 
 
 @pytest.mark.parametrize("name", ["adamw", "adamw_8bit"])
@@ -114,7 +119,7 @@ def test_a_starting_adapter_is_there_twice(llama_folder, tmp_path):
     first = add_adapter(model, LoraConfig(rank=8), ModelConfig())
     save_adapter(first, tmp_path / "adapter")
     cfg = GrpoConfig(model=ModelConfig(path=str(llama_folder), adapter=tmp_path / "adapter"))
-    shape = planning.model_shape(cfg)
+    shape = model_shape(cfg.model, cfg.lora)
     assert shape.reference == sum(shape.trained) == sum(read_shape(first).trained)
 
 
@@ -131,16 +136,23 @@ def test_slots(family):
     assert read_shape(policy.model).kv_width * 8 * 64 * 4 == real
 
 
+def sampling(cfg: GrpoConfig, longest_prompt: int) -> Sampling:
+    found = grpo_request(cfg, longest_prompt).sampling
+    assert found is not None
+    return found
+
+
 def test_graphed_slots_are_rounded_up():
     cfg = GrpoConfig()
     rollout = cfg.rollout.model_copy(update={"max_sequences": 100, "max_tokens": 300})
     cfg = cfg.model_copy(update={"rollout": rollout})
     shape = read_shape(make_policy("llama").model)
-    assert slots_shape(shape, cfg, 50) == (128, 384)
+    assert slots_shape(shape, sampling(cfg, 50)) == (128, 384)
     short = cfg.model_copy(update={"model": ModelConfig(max_context=320)})
-    assert slots_shape(shape, short, 50)[1] == 384
+    assert slots_shape(shape, sampling(short, 50))[1] == 384
     plain = rollout.model_copy(update={"cuda_graphs": False})
-    assert slots_shape(shape, cfg.model_copy(update={"rollout": plain}), 50) == (100, 350)
+    plain_cfg = cfg.model_copy(update={"rollout": plain})
+    assert slots_shape(shape, sampling(plain_cfg, 50)) == (100, 350)
 
 
 def test_numbers_that_other_modules_own():
@@ -194,13 +206,13 @@ def estimate(policy: Policy, checkpointing: bool) -> float:
 
 def test_memory_grows_with_what_the_settings_say():
     shape, cfg = read_shape(make_policy("llama").model), GrpoConfig()
-    base = make_plan(shape, cfg, "transformers", 100, GIB)
+    base = make_plan(shape, grpo_request(cfg, 100), GIB)
     larger = cfg.model_copy(update={"tokens_per_microbatch": 16384})
-    more = make_plan(shape, larger, "transformers", 100, GIB)
+    more = make_plan(shape, grpo_request(larger, 100), GIB)
     assert more.peak("update") > base.peak("update")
     assert more.peak("rollout") == base.peak("rollout")
     off = cfg.model.model_copy(update={"gradient_checkpointing": False})
-    whole = make_plan(shape, cfg.model_copy(update={"model": off}), "transformers", 100, GIB)
+    whole = make_plan(shape, grpo_request(cfg.model_copy(update={"model": off}), 100), GIB)
     assert whole.peak("update") > base.peak("update")
 
 
@@ -269,7 +281,7 @@ def test_nf4_experts_are_refused_as_loading_does(tmp_path, capsys):
 
 
 def test_without_a_gpu_its_size_is_asked_for(llama_folder, capsys, monkeypatch):
-    monkeypatch.setattr(planning, "gpu_bytes", lambda cfg: None)
+    monkeypatch.setattr(planning, "gpu_bytes", lambda model: None)
     assert run(llama_folder) == 2
     assert capsys.readouterr().err == (
         "error: this machine has no GPU: pass --memory-gb 24, the size of the one meant\n"
@@ -281,13 +293,14 @@ def test_the_plan_decides_of_the_update_what_the_user_does_not(tmp_path):
     heads = {"num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 32000}
     LlamaConfig(**sizes, **heads).save_pretrained(tmp_path)
     cfg: Any = GrpoConfig(model=ModelConfig(path=str(tmp_path)))
-    shape = planning.model_shape(cfg)
+    shape = model_shape(cfg.model, cfg.lora)
 
-    def decided(total: int, least: int, **changes: Any) -> GrpoConfig:
-        def plan(c: GrpoConfig) -> Plan:
-            return make_plan(shape, c, "transformers", 100, total)
+    def decided(total: int, least: int, **changes: Any) -> Request:
+        def plan(request: Request) -> Plan:
+            return make_plan(shape, request, total)
 
-        return decide_update(plan, cfg.model_copy(update=changes), least)
+        request = grpo_request(cfg.model_copy(update=changes), 100)
+        return decide_update(plan, request, least)
 
     def checkpoints(value: bool | str) -> ModelConfig:
         return cfg.model.model_copy(update={"gradient_checkpointing": value})
@@ -307,8 +320,8 @@ def test_the_plan_decides_of_the_update_what_the_user_does_not(tmp_path):
     for total in (4 * GIB, 6 * GIB, 8 * GIB):
         chosen = decided(total, 600, **on)
         assert chosen.model.gradient_checkpointing is True
-        larger = chosen.model_copy(update={"tokens_per_microbatch": chosen.microbatch + 512})
-        peaks = [make_plan(shape, c, "transformers", 100, total).peak("update") / total
+        larger = replace(chosen, tokens_per_microbatch=chosen.microbatch + 512)
+        peaks = [make_plan(shape, c, total).peak("update") / total
                  for c in (chosen, larger)]  # fmt: skip
         assert chosen.microbatch == 600 or peaks[0] <= 0.9
         assert chosen.microbatch == 16384 or peaks[1] > 0.9
@@ -328,14 +341,15 @@ def test_the_plan_decides_of_the_update_what_the_user_does_not(tmp_path):
 @pytest.mark.parametrize(("gib", "warned"), [(None, None), (0.7, True), (24, False)])
 def test_a_run_says_it_in_a_line(llama_folder, gib, warned, monkeypatch):
     total = None if gib is None else int(gib * GIB)
-    monkeypatch.setattr(planning, "gpu_bytes", lambda cfg: total)
+    monkeypatch.setattr(planning, "gpu_bytes", lambda model: total)
     said: list[str] = []
     warnings: list[str] = []
     cfg: Any = GrpoConfig(model=ModelConfig(path=str(llama_folder)))
-    decided = planning.decide(cfg, [], said.append, warnings.append)
+    request = partial(grpo_request, cfg, 512)
+    decided = planning.decide(cfg, request, said.append, warnings.append).applied(cfg)
     if gib is None:
         assert not said + warnings
-        assert decided is cfg
+        assert decided == cfg
         return
     off = "" if decided.model.gradient_checkpointing else "no "
     how = f"; micro-batches of {decided.tokens_per_microbatch} tokens, {off}gradient checkpointing"

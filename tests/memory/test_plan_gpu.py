@@ -16,12 +16,13 @@ from rlsloth.config import GrpoConfig, LoraConfig, ModelConfig, OptimConfig
 from rlsloth.data.packing import to_device
 from rlsloth.kernels.nf4 import ahead
 from rlsloth.memory import plan as plan_module
-from rlsloth.memory.decide import model_shape
-from rlsloth.memory.plan import make_plan, stream_of
+from rlsloth.memory.plan import make_plan
+from rlsloth.memory.planned_model import model_shape
 from rlsloth.memory.terms import GIB, Plan
 from rlsloth.policy.policy import Policy
 from rlsloth.records import MicroBatch, SamplingParams
 from rlsloth.rollout.opening import open_engine
+from rlsloth.training.memory import grpo_request
 
 pytestmark = [
     pytest.mark.gpu,
@@ -85,7 +86,7 @@ def test_update_peak(folder, precision, checkpointing):
     )
     cfg = GrpoConfig(model=model, lora=LoraConfig(rank=32), tokens_per_microbatch=TOKENS)
     policy = Policy.load(model, cfg.lora, OptimConfig(), temperature=1.0, total_updates=4)
-    like = stream_of(cfg, PROMPT)
+    like = grpo_request(cfg, PROMPT).micro_batch_stream()
     trees = TOKENS // (PROMPT + like.group * like.completion)
     micro = to_device(stream(trees, PROMPT, like.completion, like.group), policy.device)
     tokens = len(micro.token_ids)
@@ -100,7 +101,7 @@ def test_update_peak(folder, precision, checkpointing):
     measured = torch.cuda.max_memory_allocated() - before
 
     cfg = cfg.model_copy(update={"tokens_per_microbatch": tokens})
-    plan = make_plan(model_shape(cfg), cfg, "transformers", PROMPT, 80 * GIB)
+    plan = make_plan(model_shape(cfg.model, cfg.lora), grpo_request(cfg, PROMPT), 80 * GIB)
     terms = tuple(t for t in plan.terms if not t.name.startswith(NOT_HERE))
     here = Plan(plan.engine, terms, plan.total)
     planned = here.peak("update")
@@ -126,14 +127,17 @@ def test_phases_with_vllm(wide_folder, precision, monkeypatch):
         "eval": {"at_start": False, "at_end": False},
     })  # fmt: skip
     policy = Policy.load(cfg.model, cfg.lora, cfg.optim, temperature=1.0, total_updates=4)
-    like = stream_of(cfg, PROMPT)
+    like = grpo_request(cfg, PROMPT).micro_batch_stream()
     trees = TOKENS // (PROMPT + like.group * like.completion)
     micro = to_device(stream(trees, PROMPT, like.completion, like.group), policy.device)
     prompts = torch.randint(3, 1000, (64, PROMPT)).tolist()
     run, renderer = SimpleNamespace(say=print), SimpleNamespace(stop_ids=[])
     measured = {}
     with ExitStack() as stack:
-        engine = open_engine(cfg, policy, renderer, run, stack, context=PROMPT + NEW)
+        request = grpo_request(cfg, PROMPT)
+        engine = open_engine(
+            request, policy, renderer, run, stack, context=PROMPT + NEW, temperatures=[1.0]
+        )
         for seed in range(2):  # the second finds gradients and states
             engine.load(policy.adapter())
             engine.generate(prompts, 8, SamplingParams(NEW, seed=seed))
@@ -145,7 +149,8 @@ def test_phases_with_vllm(wide_folder, precision, monkeypatch):
             policy.step()
             measured["update"] = used() - before
     cfg = cfg.model_copy(update={"tokens_per_microbatch": len(micro.token_ids)})
-    plan = make_plan(model_shape(cfg), cfg, "vllm", PROMPT, torch.cuda.mem_get_info()[1])
+    total = torch.cuda.mem_get_info()[1]
+    plan = make_plan(model_shape(cfg.model, cfg.lora), grpo_request(cfg, PROMPT), total)
     # The context was there before; gaps are what may come on top.
     terms = tuple(t for t in plan.terms if "context" not in t.name and "gaps" not in t.name)
     here = Plan(plan.engine, terms, plan.total)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +12,21 @@ import pytest
 import torch
 
 from helpers.families import family_model
-from helpers.plans import llama_folder, make_policy, run  # noqa: F401 -- a fixture
+from helpers.plans import make_policy, run
 from rlsloth.config import GrpoConfig, LoraConfig, ModelConfig
 from rlsloth.errors import UserError
 from rlsloth.memory import decide as planning
-from rlsloth.memory.plan import SMALL_CACHE, SPARE, make_plan
+from rlsloth.memory.plan import SMALL_CACHE, SPARE, fit_cache
+from rlsloth.memory.plan import make_plan as plan_request
 from rlsloth.memory.shape import ModelShape, read_shape
 from rlsloth.memory.terms import GIB, Cache, Plan
-from rlsloth.memory.workload import longest_sequence
 from rlsloth.policy.lora import add_adapter
+from rlsloth.rollout import opening
 from rlsloth.rollout.vllm import memory as rollout_vllm
 from rlsloth.rollout.vllm import start as vllm_start
 from rlsloth.rollout.vllm.adapter import Adapted, Slot
-from rlsloth.rollout.vllm.memory import completion_bytes, fit_cache
+from rlsloth.rollout.vllm.memory import completion_bytes
+from rlsloth.training.memory import grpo_request
 
 OVERLAP = {"overlap": True}, {"correction": "token_truncate"}
 
@@ -32,6 +35,10 @@ def config(rollout: dict[str, Any] | None = None, loss: dict[str, Any] | None = 
     return GrpoConfig.model_validate(
         {"rollout": {"engine": "vllm", **(rollout or {})}, "loss": loss or {}}
     )
+
+
+def make_plan(shape: ModelShape, cfg: GrpoConfig, total: int, free: int | None = None) -> Plan:
+    return plan_request(shape, grpo_request(cfg, 100), total, free=free)
 
 
 @pytest.fixture(scope="module")
@@ -69,23 +76,21 @@ def test_slots_are_as_large_as_those_of_the_engine(targets):
                     adapted, outs, parts[0].in_features, torch.empty(0, dtype=torch.bfloat16)
                 )
                 real += slot.a_RI.nbytes + slot.b_OR.nbytes
-    plan = make_plan(read_shape(model), config(), "vllm", 100, GIB)
+    plan = make_plan(read_shape(model), config(), GIB)
     assert size_of(plan, "copy of the adapter") == (real, real)
 
 
 def test_nf4_dequantises_one_matrix_at_a_time(shape):
     cfg = config().model_copy(update={"model": ModelConfig(precision="nf4")})
     largest = 2 * max(f.out * f.into for f in shape.fused)
-    four, sixteen = (
-        size_of(make_plan(shape, c, "vllm", 100, GIB), "prefill of") for c in (cfg, config())
-    )
+    four, sixteen = (size_of(make_plan(shape, c, GIB), "prefill of") for c in (cfg, config()))
     assert four[0] - sixteen[0] == largest
 
 
 def test_experts_are_there_twice():
     shape = read_shape(make_policy("qwen3_moe").model)
     experts = 2 * sum(w.count for w in shape.weights if w.group == "experts")
-    plan = make_plan(shape, config(), "vllm", 100, GIB)
+    plan = make_plan(shape, config(), GIB)
     assert size_of(plan, "copy of the experts") == size_of(plan, "base: experts") == (experts,) * 2
 
 
@@ -117,7 +122,7 @@ def cache_of(plan: Plan) -> Cache:
 
 def tight(shape: ModelShape, completions: float) -> int:
     """Bytes of a GPU whose rollouts leave room for this many completions."""
-    plan = make_plan(shape, config(), "vllm", 100, 0)
+    plan = make_plan(shape, config(), 0)
     beside = plan.peak("rollout") - cache_of(plan).size
     one = completion_bytes(shape, "auto", 612, 2)
     return int((beside + completions * one) * SPARE / (SPARE - 1))
@@ -125,9 +130,9 @@ def tight(shape: ModelShape, completions: float) -> int:
 
 def test_the_cache_takes_what_rollouts_leave_and_is_gone_in_the_update(shape):
     one = completion_bytes(shape, "auto", 612, 2)
-    ample = make_plan(shape, config(), "vllm", 100, 80 * GIB)
+    ample = make_plan(shape, config(), 80 * GIB)
     assert cache_of(ample) == Cache(256 * one, 256, 256, 612, stays=True)
-    small = make_plan(shape, config(), "vllm", 100, tight(shape, 100.5))
+    small = make_plan(shape, config(), tight(shape, 100.5))
     assert cache_of(small).holds == 100
     assert cache_of(small).size == pytest.approx(100.5 * one, abs=2)
     assert small.peak("rollout") == small.total
@@ -135,29 +140,27 @@ def test_the_cache_takes_what_rollouts_leave_and_is_gone_in_the_update(shape):
     assert ample.peak("update") == small.peak("update") + cache_of(ample).size
     assert ample.fits
     assert small.fits
-    none = make_plan(shape, config(), "vllm", 100, tight(shape, 0.9))
+    none = make_plan(shape, config(), tight(shape, 0.9))
     assert cache_of(none) == Cache(one, 256, 0, 612)
     assert not none.fits
 
 
 def test_a_small_cache_stays_where_both_find_room(shape):
     cfg = config({"max_tokens": 4000})
-    size = cache_of(make_plan(shape, cfg, "vllm", 100, 80 * GIB)).size
+    size = cache_of(make_plan(shape, cfg, 80 * GIB)).size
     for total, stays in ((SMALL_CACHE * size, True), (SMALL_CACHE * size - 20, False)):
-        plan = make_plan(shape, cfg, "vllm", 100, total)
+        plan = make_plan(shape, cfg, total)
         assert cache_of(plan) == replace(cache_of(plan), size=size, stays=stays)
         assert size_of(plan, "key-value cache") == (size, size if stays else 0)
     hungry = cfg.model_copy(update={"tokens_per_microbatch": 10**7})
-    full = make_plan(shape, hungry, "vllm", 100, SMALL_CACHE * size)
+    full = make_plan(shape, hungry, SMALL_CACHE * size)
     assert full.peak("update") > full.total
     assert not cache_of(full).stays
 
 
 def test_overlapped_sampling_keeps_it_beside_the_update(shape):
     total = tight(shape, 200)
-    apart, beside = (
-        make_plan(shape, cfg, "vllm", 100, total) for cfg in (config(), config(*OVERLAP))
-    )
+    apart, beside = (make_plan(shape, cfg, total) for cfg in (config(), config(*OVERLAP)))
     assert 0 < cache_of(beside).size < cache_of(apart).size
     assert size_of(beside, "key-value cache") == (cache_of(beside).size,) * 2
     assert beside.peak("update") == total
@@ -167,9 +170,9 @@ def test_no_more_than_what_is_free_beside_what_is_to_come(shape):
     total = tight(shape, 100)
 
     def cache(free: int | None) -> Cache:
-        return cache_of(make_plan(shape, config(), "vllm", 100, total, free=free))
+        return cache_of(make_plan(shape, config(), total, free=free))
 
-    plan = make_plan(shape, config(), "vllm", 100, total)
+    plan = make_plan(shape, config(), total)
     loaded = sum(t.rollout for t in plan.terms if t.loaded)
     assert cache(total) == cache(total - loaded) == plan.cache
     assert cache(total - loaded - 1000).size == cache_of(plan).size - 1000
@@ -182,13 +185,15 @@ def test_no_more_than_what_is_free_beside_what_is_to_come(shape):
 )
 def test_tools_may_fill_the_context(shape, name, tokens):
     cfg = GrpoConfig.model_validate({"env": {"name": name}})
-    assert longest_sequence(shape, cfg, 100) == tokens
+    sampling = grpo_request(cfg, 100).sampling
+    assert sampling is not None
+    assert sampling.workload.longest_sequence(shape) == tokens
 
 
 # --- the command ----------------------------------------------------------------------------------
 
 
-def test_the_table_says_how_many_completions_it_holds(llama_folder, capsys):  # noqa: F811
+def test_the_table_says_how_many_completions_it_holds(llama_folder, capsys):
     vllm = ("--rollout.engine", "vllm")
     assert run(llama_folder, "--memory-gb", "8", *vllm) == 0
     printed = capsys.readouterr().out
@@ -209,12 +214,12 @@ def test_the_table_says_how_many_completions_it_holds(llama_folder, capsys):  # 
 
 
 @pytest.mark.parametrize("installed", [True, False])
-def test_auto_says_which_engine_is_planned(llama_folder, installed, capsys, monkeypatch):  # noqa: F811
+def test_auto_says_which_engine_is_planned(llama_folder, installed, capsys, monkeypatch):
     def check() -> None:
         if not installed:
             raise UserError("vLLM is not installed")
 
-    monkeypatch.setattr(planning, "check_installed", check)
+    monkeypatch.setattr(opening, "check_installed", check)
     assert run(llama_folder, "--memory-gb", "8", "--rollout.engine", "auto") == 0
     said = "vllm (auto: a vLLM" if installed else "transformers (auto: no vLLM"
     assert f"rollout engine: {said} that rlsloth knows is installed)" in capsys.readouterr().out
@@ -225,15 +230,16 @@ def test_the_plan_counts_what_vllm_is_started_with():
     assert all(rollout_vllm.BLOCK % block == 0 for block in vllm_start.BLOCK.values())
 
 
-def test_auto_decides_for_the_engine_that_takes_more(llama_folder: Path, monkeypatch):  # noqa: F811
+def test_auto_decides_for_the_engine_that_takes_more(llama_folder: Path, monkeypatch):
     def decided(engine: str, total: int) -> int | None:
-        monkeypatch.setattr(planning, "gpu_bytes", lambda cfg: total)
-        monkeypatch.setattr(planning, "check_installed", lambda: None)
+        monkeypatch.setattr(planning, "gpu_bytes", lambda model: total)
+        monkeypatch.setattr(opening, "check_installed", lambda: None)
         rollout = config().rollout.model_copy(update={"engine": engine})
         changes = {"model": ModelConfig(path=str(llama_folder)), "rollout": rollout}
         said: list[str] = []
         cfg = config().model_copy(update={**changes, "tokens_per_microbatch": None})
-        return planning.decide(cfg, [], said.append, said.append).tokens_per_microbatch
+        request = partial(grpo_request, cfg, 512)
+        return planning.decide(cfg, request, said.append, said.append).tokens_per_microbatch
 
     totals = [GIB * n // 4 for n in range(3, 17)]
     found = [[decided(name, total) for total in totals] for name in ("auto", "transformers")]
@@ -241,18 +247,19 @@ def test_auto_decides_for_the_engine_that_takes_more(llama_folder: Path, monkeyp
 
 
 def test_what_cannot_be_planned_is_said(tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(planning, "gpu_bytes", lambda cfg: 8 * GIB)
+    monkeypatch.setattr(planning, "gpu_bytes", lambda model: 8 * GIB)
     said: list[str] = []
     cfg = config().model_copy(update={"model": ModelConfig(path=str(tmp_path / "none"))})
-    assert planning.decide(cfg, [], said.append, said.append) is cfg
+    request = partial(grpo_request, cfg, 512)
+    assert planning.decide(cfg, request, said.append, said.append).applied(cfg) == cfg
     assert said[0].startswith("memory is not planned (UserError: --model.path ")
 
 
-def test_a_run_says_it_in_a_line(llama_folder: Path, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(planning, "gpu_bytes", lambda cfg: 8 * GIB)
+def test_a_run_says_it_in_a_line(llama_folder: Path, monkeypatch):
+    monkeypatch.setattr(planning, "gpu_bytes", lambda model: 8 * GIB)
     said: list[str] = []
     cfg = config().model_copy(update={"model": ModelConfig(path=str(llama_folder))})
-    planning.decide(cfg, [], said.append, said.append)
+    planning.decide(cfg, partial(grpo_request, cfg, 512), said.append, said.append)
     (line,) = said
     assert line.startswith("memory: update ")
     assert "of 8 GiB (estimate, engine vllm); key-value cache " in line

@@ -12,7 +12,7 @@ from helpers.smollm2 import gguf, load
 from rlsloth.config import EnvConfig, GrpoConfig, ModelConfig
 from rlsloth.data.packing import pack
 from rlsloth.data.renderer import Renderer
-from rlsloth.memory import decide as planning
+from rlsloth.memory import planned_model as planning
 from rlsloth.policy.load import load_model
 from rlsloth.records import Group, Prompt, Rollout, SamplingParams
 from rlsloth.rollout.embedded.engine import TransformersEngine
@@ -99,10 +99,10 @@ def test_a_gguf_is_parsed_once(monkeypatch, tmp_path):
     file = tmp_path / "model.gguf"
     file.write_bytes(gguf().read_bytes())
     cfg = GrpoConfig(model=ModelConfig(path=str(file)))
-    assert planning.model_shape(cfg).name == "LlamaForCausalLM"
+    assert planning.model_shape(cfg.model, cfg.lora).name == "LlamaForCausalLM"
     load_model(cfg.model)
     assert len(parsed) == 1
     assert package.GGUFReader is theirs
     os.utime(file, (1, 1))
-    planning.model_shape(cfg)
+    planning.model_shape(cfg.model, cfg.lora)
     assert len(parsed) == 2

@@ -37,6 +37,7 @@ from rlsloth.rollout.opening import CPU_CACHE, open_engine, size_cache
 from rlsloth.rollout.trial import PROMPT_TOKENS, SAMPLED_TOKENS
 from rlsloth.rollout.vllm import start as vllm_start
 from rlsloth.run.run import Run
+from rlsloth.training.memory import grpo_request
 
 
 @pytest.fixture
@@ -71,7 +72,12 @@ def start(
             )
             run = stack.enter_context(Run.start(config))
             monkeypatch.setattr(run, "say", said.append)
-            return open_engine(config, policy, renderer, run, stack, context=context), said
+            request = grpo_request(config, 8)
+            temperatures = (config.rollout.temperature, config.eval.temperature)
+            engine = open_engine(
+                request, policy, renderer, run, stack, context=context, temperatures=temperatures
+            )
+            return engine, said
 
     return start
 
@@ -180,6 +186,8 @@ def test_vllm_gets_a_tokenizer_where_it_looks_for_stop_strings(start, monkeypatc
 # --- vLLM's cache --------------------------------------------------------------------------------
 
 CONFIG = GrpoConfig.model_validate({"rollout": {"engine": "vllm"}})
+REQUEST = grpo_request(CONFIG, 8)
+SAMPLING: Any = REQUEST.sampling
 ONE = (2 * 2 * 16) * 2 * (64 + 32)
 """Bytes of one completion of 64 tokens: keys and values of two layers, in blocks."""
 
@@ -197,23 +205,23 @@ def gpu(monkeypatch: pytest.MonkeyPatch, free: int, total: int) -> None:
 
 def test_the_cache_holds_all_where_a_gpu_has_room(policy: Any, monkeypatch) -> None:
     gpu(monkeypatch, 20 * GIB, 24 * GIB)
-    cache = size_cache(CONFIG, policy, 64)
+    cache = size_cache(REQUEST, SAMPLING, policy, 64)
     assert (cache.size, cache.holds, cache.asked, cache.context) == (256 * ONE, 256, 256, 64)
 
 
 def test_what_another_program_holds_is_not_given_away(policy: Any, monkeypatch) -> None:
     shape = read_shape(policy.model)
-    plan = make_plan(shape, CONFIG, "vllm", 1, 24 * GIB, context=64)
+    plan = make_plan(shape, grpo_request(CONFIG, 1), 24 * GIB, context=64)
     beside = plan.peak("rollout", to_come=True) - 256 * ONE
     gpu(monkeypatch, beside + 255 * ONE + 7, 24 * GIB)
-    cache = size_cache(CONFIG, policy, 64)
+    cache = size_cache(REQUEST, SAMPLING, policy, 64)
     assert (cache.holds, cache.size) == (255, 255 * ONE + 7)
 
 
 def test_no_room_is_one_line_that_says_what_to_do(policy: Any, monkeypatch) -> None:
     gpu(monkeypatch, GIB // 2, 24 * GIB)
     with pytest.raises(UserError) as caught:
-        size_cache(CONFIG, policy, 64)
+        size_cache(REQUEST, SAMPLING, policy, 64)
     text = str(caught.value)
     assert text.startswith("of the GPU's 24.0 GiB 0.5 are free beside the model, but sampling ")
     assert "for one completion of 64 tokens: lower --rollout.max-tokens" in text
@@ -223,6 +231,6 @@ def test_no_room_is_one_line_that_says_what_to_do(policy: Any, monkeypatch) -> N
 @pytest.mark.parametrize(("context", "holds"), [(64, 256), (12_000_000, 1)])
 def test_a_cpu_gives_so_much(policy: Any, context: int, holds: int) -> None:
     policy.device = torch.device("cpu")
-    cache = size_cache(CONFIG, policy, context)
+    cache = size_cache(REQUEST, SAMPLING, policy, context)
     assert cache.holds == holds
     assert cache.size == 256 * ONE if holds == 256 else cache.size >= CPU_CACHE

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from rlsloth.config import GrpoConfig
 from rlsloth.kernels.nf4.op import MAX_ROWS
 from rlsloth.memory.shape import Layer, ModelShape
-from rlsloth.memory.terms import GIB, Cache, Precision, Term, element_size
-from rlsloth.memory.workload import sequences_at_once
+from rlsloth.memory.terms import GIB, Precision, Term, element_size
+from rlsloth.memory.workload import EngineMemory, Sampling
 
 BLOCK = 32
-"""Tokens of a block of keys and values, or a multiple of it (rollout.vllm_start.BLOCK)."""
+"""Tokens of a block of keys and values, or a multiple of it (rollout.vllm.start.BLOCK)."""
 BATCHED_TOKENS = 8192
-"""rollout.vllm_start.BATCHED_TOKENS: prompt tokens computed at once."""
+"""rollout.vllm.start.BATCHED_TOKENS: prompt tokens computed at once."""
 SPLITS = 32
 """Parts of a sequence, at most, that graphed decoding attends to apart: vLLM's
 ``flash_attn_max_num_splits_for_cuda_graph``. Only flash-attention 3 (Hopper) makes them."""
@@ -22,10 +21,11 @@ examples/rollout_speed.py found 0.98 on an H100."""
 
 
 def vllm_terms(
-    shape: ModelShape, cfg: GrpoConfig, precision: Precision, context: int
+    shape: ModelShape, sampling: Sampling, precision: Precision, context: int
 ) -> list[Term]:
-    """All but the key-value cache. ``context``: tokens of the longest prompt and completion."""
-    size, rows = element_size(precision), sequences_at_once(cfg)
+    """Memory of vLLM without its key-value cache. ``context``: tokens of the longest prompt and
+    completion."""
+    size, rows = element_size(precision), sampling.at_once
     experts = size * sum(weight.count for weight in shape.weights if weight.group == "experts")
     slots = size * sum(linear.rank * (linear.into + linear.out) for linear in shape.fused)
     # For more rows than its product decodes by itself; graphs keep one in a pool of their own.
@@ -36,18 +36,18 @@ def vllm_terms(
     splits = 4 * SPLITS * max(layer.queries for layer in shape.layers)
     graphs = ALLOWANCE + rows * (token + splits) + (matrix if rows > MAX_ROWS else 0)
     tokens = min(max(BATCHED_TOKENS, rows), rows * context)
-    prefill, sampling = tokens * token + matrix, _sampling_bytes(shape, cfg, rows)
+    prefill, drawing = tokens * token + matrix, _sampling_bytes(shape, sampling, rows)
     terms = []
-    if experts:  # not bound to the trainer's (rollout.vllm_weights.SharedConfig)
+    if experts:  # not bound to the trainer's (rollout.vllm.weights.SharedConfig)
         terms.append(Term("vLLM: its own copy of the experts", experts, experts))
     terms.append(Term("vLLM: its copy of the adapter", slots, slots))
     terms += [
         Term("vLLM: CUDA graphs, workspaces (allowance)", graphs, graphs),
         Term(f"vLLM: prefill of {tokens} tokens (estimate)", prefill, 0, moment=True),
-        Term("vLLM: logits, sampling", sampling, 0, moment=True),
+        Term("vLLM: logits, sampling", drawing, 0, moment=True),
     ]
-    if cfg.rollout.overlap:
-        terms.append(Term("vLLM: sampling beside the update", 0, max(prefill, sampling)))
+    if sampling.rollout.overlap:
+        terms.append(Term("vLLM: sampling beside the update", 0, max(prefill, drawing)))
     return terms
 
 
@@ -61,10 +61,10 @@ def _token_bytes(layer: Layer, hidden: int, size: int) -> int:
     return (3 * hidden + max(mlp, attention) + layer.ranks) * size
 
 
-def _sampling_bytes(shape: ModelShape, cfg: GrpoConfig, rows: int) -> int:
+def _sampling_bytes(shape: ModelShape, sampling: Sampling, rows: int) -> int:
     """In float32: logits, log-probs, probabilities, exponential noise; top-p and top-k also sort.
     An adapted head's B is copied to float32."""
-    cut = cfg.rollout.top_p < 1 or cfg.rollout.top_k
+    cut = sampling.rollout.top_p < 1 or sampling.rollout.top_k
     return (32 if cut else 16) * rows * shape.vocabulary + 4 * shape.vocabulary * shape.head_rank
 
 
@@ -79,10 +79,4 @@ def completion_bytes(shape: ModelShape, kv_cache: str, context: int, size: int) 
     return tokens * (shape.kv_width + (4 * scales if per_token else 0))
 
 
-def fit_cache(one: int, asked: int, context: int, room: int) -> Cache:
-    """For all completions that are asked for, of ``one`` bytes each, or as many as ``room`` bytes
-    hold: vLLM lets others wait, or begin anew when it runs out of blocks."""
-    if room < one:
-        return Cache(one, asked, 0, context)
-    size = min(asked * one, room)
-    return Cache(size, asked, size // one, context)
+VLLM_MEMORY = EngineMemory("vllm", "vLLM", vllm_terms, completion_bytes)

@@ -1,0 +1,66 @@
+"""A run as the memory plan takes it: the request of each loop."""
+
+from __future__ import annotations
+
+from rlsloth.config import EnvConfig, GrpoConfig
+from rlsloth.config.sft import SupervisedConfig
+from rlsloth.data.example import Example
+from rlsloth.memory.activations import Stream
+from rlsloth.memory.workload import Request, Sampling, make_workload
+from rlsloth.rollout.opening import plan_engine
+
+SINGLE_TURN = ("dataset", "reasoning_gym")
+"""Built-in environments in which one completion ends the rollout."""
+
+
+def single_turn(env: EnvConfig) -> bool:
+    """Whether one completion ends a rollout of this environment."""
+    return env.name.partition(":")[0] in SINGLE_TURN
+
+
+def grpo_request(cfg: GrpoConfig, longest_prompt: int) -> Request:
+    """The request of ``rlsloth grpo``; ``longest_prompt``: its tokens."""
+    workload = make_workload(
+        cfg.model,
+        cfg.rollout,
+        cfg.eval,
+        prompts=cfg.prompts_per_step,
+        group_size=cfg.group_size,
+        longest_prompt=longest_prompt,
+        single_turn=single_turn(cfg.env),
+    )
+    planned = plan_engine(cfg.rollout)
+    sampling = Sampling(cfg.rollout, workload, planned.engine, planned.fallback)
+    return Request(cfg.model, cfg.lora, cfg.optim, cfg.tokens_per_microbatch, sampling)
+
+
+def examples_request(cfg: SupervisedConfig, longest: Example) -> Request:
+    """The request of training on examples, of which this one has the longest stream."""
+    answers = len(longest.answers)
+    prompt = len(longest.prompt_ids) if answers > 1 else 0
+    stream = Stream(prompt, -(-(longest.packed - prompt) // answers), answers)
+    return Request(
+        cfg.model,
+        cfg.lora,
+        cfg.optim,
+        cfg.tokens_per_microbatch,
+        stream=stream,
+        longest_example=longest.packed,
+    )
+
+
+def evaluation_request(cfg: SupervisedConfig, longest_prompt: int) -> Request:
+    """The request of an engine that answers held-out problems of training on examples
+    (eval.generate)."""
+    workload = make_workload(
+        cfg.model,
+        cfg.rollout,
+        cfg.eval,
+        prompts=1,
+        group_size=2,
+        longest_prompt=longest_prompt,
+        single_turn=single_turn(cfg.env),
+    )
+    planned = plan_engine(cfg.rollout)
+    sampling = Sampling(cfg.rollout, workload, planned.engine, planned.fallback)
+    return Request(cfg.model, cfg.lora, cfg.optim, cfg.tokens_per_microbatch, sampling)
