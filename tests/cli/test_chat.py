@@ -20,6 +20,8 @@ from rlsloth.cli.commands.chat import Talker
 from rlsloth.config.export import ChatConfig
 from rlsloth.training.source import find_source
 
+pytestmark = pytest.mark.slow
+
 Output = pytest.CaptureFixture[str]
 
 

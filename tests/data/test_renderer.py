@@ -19,6 +19,8 @@ from rlsloth.errors import UserError
 from rlsloth.policy.gguf import restore_pretokenizer
 from rlsloth.records import Message, Prompt
 
+pytestmark = pytest.mark.slow
+
 USER: Message = {"role": "user", "content": "hi"}
 LLAMA = (  # begins with the begin-of-sequence token; its turns end in a token that is not eos
     "{{ bos_token }}{% for m in messages %}<|head|>{{ m.role }}\n{{ m.content | trim }}<|eot|>"

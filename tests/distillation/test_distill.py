@@ -33,6 +33,8 @@ from rlsloth.records import Completion, SamplingParams
 from rlsloth.training import assembly
 from rlsloth.training.source import find_source
 
+pytestmark = pytest.mark.slow
+
 REWARD = """
 LETTERS = range(67, 93)  # the ids of a to z
 

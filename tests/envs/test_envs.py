@@ -24,6 +24,8 @@ from rlsloth.envs.calculator import Calculator, evaluate, show
 from rlsloth.envs.reasoning_gym import generate
 from rlsloth.errors import UserError
 
+pytestmark = pytest.mark.slow
+
 ONE_DIGIT: dict[str, Any] = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
 
 

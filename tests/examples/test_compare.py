@@ -14,6 +14,8 @@ from rlsloth.run.run import Run
 from rlsloth.scoring.scorer import Scorer
 from rlsloth.training import assembly
 
+pytestmark = pytest.mark.slow
+
 SCRIPTS = Path(__file__).parents[2] / "examples" / "compare"
 HOOKED = (
     (assembly, ("open_engine",)),

@@ -12,6 +12,8 @@ import pytest
 from helpers.tiny import tiny_tokenizer
 from rlsloth.run.run import Run
 
+pytestmark = pytest.mark.slow
+
 SCRIPTS = Path(__file__).parents[2] / "examples" / "compare"
 SMALL = "--tokens 32 --steps 2 --warmup 1 --samples 4 --micro-tokens 64 --rank 4"
 

@@ -12,6 +12,8 @@ import pytest
 from helpers.tiny import tiny_llama, tiny_tokenizer
 from rlsloth.run.metrics import LOGP_GAP
 
+pytestmark = pytest.mark.slow
+
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 

@@ -13,7 +13,7 @@ from helpers.policies import make_groups
 from helpers.trained_runs import make_run, micro_batch
 from rlsloth.cli import main as cli
 
-pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+pytestmark = pytest.mark.slow
 
 
 def test_vllm_gives_the_trainers_logprobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

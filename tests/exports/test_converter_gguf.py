@@ -13,7 +13,6 @@ import pytest
 from helpers.gguf_models import FAMILIES, make_folder, text, unpack_smollm2
 from rlsloth.exports.gguf.write import write_gguf
 
-pytestmark = pytest.mark.gguf
 CONVERTER = Path(sys.prefix) / "llama.cpp" / "convert_hf_to_gguf.py"
 ONLY_OURS = {
     # Said always: llama.cpp would take its own default otherwise.

@@ -15,8 +15,6 @@ from rlsloth.exports.gguf.check import Checked, check_gguf
 from rlsloth.exports.gguf.quantize import quantize
 from rlsloth.exports.gguf.write import write_gguf
 
-pytestmark = pytest.mark.gguf
-
 
 @pytest.fixture(scope="module")
 def smollm2(tmp_path_factory) -> Path:

@@ -21,7 +21,7 @@ from rlsloth.data.sft import sft_examples
 from rlsloth.policy.policy import Policy
 from rlsloth.training.sft import pack_examples
 
-pytestmark = [pytest.mark.gpu, pytest.mark.vllm, pytest.mark.slow]
+pytestmark = pytest.mark.slow
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SUMS = [
     {"question": f"What is {a} plus {b}?", "answer": f"{a} plus {b} makes {a + b}, as {b} + {a}."}

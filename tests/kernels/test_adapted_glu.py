@@ -16,6 +16,8 @@ from rlsloth.kernels.adapted_glu.reference import adapted_glu_reference
 from rlsloth.kernels.glu.op import ACTIVATIONS
 from rlsloth.kernels.lora.products import add_product
 
+pytestmark = pytest.mark.slow
+
 ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 # Tokens, width, ranks of gate, up and down.
 SIZES = [

@@ -9,6 +9,8 @@ import torch
 from rlsloth.kernels import bench
 from rlsloth.kernels.measure import Case, Result, measure
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 
 

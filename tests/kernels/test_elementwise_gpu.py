@@ -13,10 +13,6 @@ from rlsloth.kernels.rope import bench as rope_bench
 from rlsloth.kernels.rope.op import rope
 from rlsloth.kernels.rope.reference import rope_reference
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
-]
 EPS = 1e-6
 BF16, FP32 = torch.bfloat16, torch.float32
 ROUNDING = {BF16: 4e-3, FP32: 1e-5}  # half a unit in the last place of bfloat16 is 2e-3

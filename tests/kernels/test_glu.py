@@ -8,6 +8,8 @@ from rlsloth.kernels.glu.bench import cases
 from rlsloth.kernels.glu.op import ACTIVATIONS, glu, glu_backward, glu_forward
 from rlsloth.kernels.glu.reference import glu_reference
 
+pytestmark = pytest.mark.slow
+
 ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 SHAPES = [(1,), (1, 1), (7, 97), (2, 3, 1024), (3, 1025), (2, 5000)]
 

@@ -14,10 +14,6 @@ from rlsloth.kernels.measure import peak_bytes
 from rlsloth.kernels.rms_norm.op import rms_norm
 from rlsloth.kernels.rms_norm.reference import rms_norm_reference
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
-]
 CAPPED = {"temperature": 0.7, "softcap": 20.0, "logit_scale": 1.3}
 
 

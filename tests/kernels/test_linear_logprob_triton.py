@@ -11,6 +11,8 @@ from rlsloth.kernels.linear_logprob.op import linear_logprob, weighted_logprob_s
 from rlsloth.kernels.linear_logprob.reference import linear_logprob_reference
 from rlsloth.kernels.linear_logprob.tiles import PLAIN_TILE, TILES, Tile
 
+pytestmark = pytest.mark.slow
+
 
 def check_triton_in_interpreter():
     """The whole op through the Triton kernels. Vocabularies: below, at and above one tile."""

@@ -10,10 +10,6 @@ from rlsloth.kernels.lora.bench_layer import Sizes, both_ways, error, forward, m
 from rlsloth.kernels.lora.op import lora_linears, lora_mlp
 from rlsloth.kernels.nf4.op import dequantize
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
-]
 SMALL = Sizes(tokens=300, hidden=512, heads=8, key_heads=2, dim=64, width=1408, rank=16)
 ODD = Sizes(tokens=77, hidden=192, heads=3, key_heads=1, dim=64, width=320, rank=3)
 LARGE = Sizes(tokens=2048, hidden=4096, heads=32, key_heads=8, dim=128, width=14336, rank=32)

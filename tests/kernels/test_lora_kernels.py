@@ -16,6 +16,8 @@ from rlsloth.kernels.lora.op import LoraLinear, lora_linear, lora_linears, lora_
 from rlsloth.kernels.lora.reference import lora_linear_reference, lora_mlp_reference
 from rlsloth.kernels.nf4.op import Nf4Weight, dequantize
 
+pytestmark = pytest.mark.slow
+
 
 @dataclass(frozen=True)
 class Kind:

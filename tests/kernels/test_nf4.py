@@ -15,6 +15,8 @@ from rlsloth.kernels.nf4.op import Nf4Weight, dequantize, nf4_matmul
 from rlsloth.kernels.nf4.plan import BLOCK_O, MAX_STEPS, MIN_STEPS, UNRAISED, Gpu, plan
 from rlsloth.kernels.nf4.reference import CODES, absmax_reference, dequantize_reference
 
+pytestmark = pytest.mark.slow
+
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 

@@ -9,10 +9,6 @@ from rlsloth.kernels.nf4.ahead import Job, dequantize_ahead
 from rlsloth.kernels.nf4.op import Nf4Weight, dequantize, nf4_matmul
 from rlsloth.kernels.nf4.reference import absmax_reference, dequantize_reference
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
-]
 SHAPES = [(4096, 4096), (14336, 4096), (4096, 14336), (1024, 4096), (130, 192), (7, 64)]
 # SmolLM2's rows are 9 blocks, Qwen2.5-0.5B's 14: not whole words of four absmax codes.
 ODD = [(576, 576), (192, 576), (4864, 896), (132, 64), (64, 64 * 700)]

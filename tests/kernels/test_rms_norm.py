@@ -8,6 +8,8 @@ from rlsloth.kernels.rms_norm.bench import cases
 from rlsloth.kernels.rms_norm.op import MAX_WIDTH, add_rms_norm, fork_rms_norm, rms_norm
 from rlsloth.kernels.rms_norm.reference import rms_norm_reference
 
+pytestmark = pytest.mark.slow
+
 EPS = 1e-6
 ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 

@@ -9,6 +9,8 @@ from rlsloth.kernels.rope.bench import cases, tables
 from rlsloth.kernels.rope.op import rope
 from rlsloth.kernels.rope.reference import rope_reference
 
+pytestmark = pytest.mark.slow
+
 ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 # Batch, tokens, query heads, key heads, head dimension, rotary dimensions.
 SHAPES = [

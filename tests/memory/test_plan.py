@@ -40,6 +40,8 @@ from rlsloth.rollout.embedded.memory import slots_shape
 from rlsloth.rollout.embedded.slot_cache import PromptCache, SlotCache
 from rlsloth.training.memory import grpo_request
 
+pytestmark = pytest.mark.slow
+
 # --- weights, adapters, optimizer, slots: exact ---------------------------------------------------
 
 

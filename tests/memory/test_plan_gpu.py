@@ -24,10 +24,6 @@ from rlsloth.records import MicroBatch, SamplingParams
 from rlsloth.rollout.opening import open_engine
 from rlsloth.training.memory import grpo_request
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
-]
 TOKENS, PROMPT = 16384, 200
 NOT_HERE = ("key-value slots", "logits, decoding step", "CUDA context")
 """Terms of the engine, which does not run here, and of what torch does not count."""

@@ -18,8 +18,6 @@ from rlsloth.policy.policy import Policy
 from rlsloth.records import SamplingParams
 from rlsloth.rollout.embedded.engine import TransformersEngine
 
-pytestmark = pytest.mark.gpu
-
 
 def gpu_policy(backend: str, dtype: torch.dtype) -> Policy:
     from transformers import LlamaConfig, LlamaForCausalLM

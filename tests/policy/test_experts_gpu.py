@@ -9,8 +9,6 @@ from helpers.attention_gpu import logprobs_and_gradient
 from helpers.experts_gpu import ATTENTION, policy_of
 from helpers.wrapping_gpu import decoder
 
-pytestmark = pytest.mark.gpu
-
 EXPERTS = [*ATTENTION, "gate_proj", "up_proj", "down_proj"]
 CASES = [("qwen3_moe", ATTENTION), ("qwen3_moe", EXPERTS), ("gpt_oss", ATTENTION)]
 

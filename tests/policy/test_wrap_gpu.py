@@ -12,8 +12,6 @@ from rlsloth.config import LoraConfig, ModelConfig, OptimConfig
 from rlsloth.policy.policy import Policy
 from rlsloth.policy.wrap.wrap import unwrapped
 
-pytestmark = pytest.mark.gpu
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):

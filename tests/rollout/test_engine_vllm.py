@@ -24,7 +24,7 @@ from rlsloth.rollout.engine import BASE_VERSION
 from rlsloth.rollout.vllm import start as vllm_start
 from rlsloth.rollout.vllm.engine import VllmEngine
 
-pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

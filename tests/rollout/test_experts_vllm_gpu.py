@@ -11,10 +11,6 @@ from helpers.vllm_gpu import changed, differences, used
 from rlsloth.records import SamplingParams
 
 pytest.importorskip("vllm")
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
-]
 CACHE = 2**30
 PREFIXES = [[5, 6, 7], [8] * 11, list(range(9, 60))]
 SAMPLING = SamplingParams(24, seed=1)

@@ -18,7 +18,7 @@ from helpers.smollm2 import gguf
 from helpers.vllm_runs import CONFIG, REWARD
 from rlsloth.cli import main as cli
 
-pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+pytestmark = pytest.mark.slow
 
 BREAK = """
 import sys

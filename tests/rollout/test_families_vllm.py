@@ -14,7 +14,7 @@ from rlsloth.policy.policy import Policy
 from rlsloth.records import SamplingParams
 from rlsloth.rollout.vllm.engine import VllmEngine
 
-pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+pytestmark = pytest.mark.slow
 
 WIDE = {"hidden_size": 128, "intermediate_size": 96, "head_dim": 32}  # heads that vLLM takes
 VARIANTS: dict[str, dict[str, Any]] = {

@@ -16,7 +16,7 @@ from helpers.vllm_runs import CONFIG, REWARD
 from rlsloth.cli import main as cli
 from rlsloth.rollout.vllm import start as vllm_start
 
-pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(autouse=True)

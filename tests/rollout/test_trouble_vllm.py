@@ -15,7 +15,7 @@ from helpers.vllm_weights import PREFIXES, SAMPLING, make, start, vllm_model  # 
 from rlsloth.errors import UserError
 from rlsloth.records import SamplingParams
 
-pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+pytestmark = pytest.mark.slow
 
 
 def broken(engine: object) -> None:

@@ -16,10 +16,6 @@ from rlsloth.records import Completion, SamplingParams
 from rlsloth.rollout.vllm.engine import VllmEngine
 
 pytest.importorskip("vllm")
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
-]
 CACHE = 2 * 2**30
 PREFIXES = [list(range(3, 60)), list(range(5, 62)), list(range(9, 90))]
 SAMPLING = SamplingParams(24, seed=1)

@@ -20,7 +20,7 @@ from rlsloth.policy.policy import Policy
 from rlsloth.records import Completion, Group, Prompt, Rollout, SamplingParams
 from rlsloth.rollout.vllm.engine import VllmEngine
 
-pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+pytestmark = pytest.mark.slow
 
 
 def test_a_weight_that_is_missing_is_refused(make, monkeypatch):

@@ -13,7 +13,7 @@ from helpers.gguf_models import unpack_smollm2
 from rlsloth.cli import main as cli
 from rlsloth.exports.gguf.check import check_gguf
 
-pytestmark = [pytest.mark.gguf, pytest.mark.slow]
+pytestmark = pytest.mark.slow
 
 QUESTION = "State the final answer to the following arithmetic problem:"
 TASK = ["--env.name", "reasoning_gym:chain_sum", "--env.heldout", "20", "--env.params"]

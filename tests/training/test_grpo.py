@@ -29,6 +29,8 @@ from rlsloth.records import LossOutput
 from rlsloth.run.metrics import UpdateFigures
 from rlsloth.training import assembly, grpo
 
+pytestmark = pytest.mark.slow
+
 GOLDEN = Path(__file__).parents[1] / "golden" / "grpo_tiny.json"
 GOLDEN_METRICS = ("reward", "loss", "grad_norm", "entropy", "completions/mean_length")
 

@@ -40,6 +40,8 @@ from rlsloth.run.report.page import merged_rows
 from rlsloth.run.report.sections import chart_sections
 from rlsloth.training import preference
 
+pytestmark = pytest.mark.slow
+
 MODEL = ModelConfig(path="model")
 KINDS: dict[str, PreferenceConfig] = {
     "dpo": DpoConfig(data=PreferenceDataConfig(train="p.jsonl", heldout=3), model=MODEL),

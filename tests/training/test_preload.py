@@ -12,6 +12,8 @@ import pytest
 from rlsloth.errors import UserError
 from rlsloth.training.preload import beside
 
+pytestmark = pytest.mark.slow
+
 
 def test_both_are_done_afterwards_and_a_failure_waits_for_its_use():
     begun, done = threading.Event(), threading.Event()

@@ -22,6 +22,8 @@ from rlsloth.policy.policy import Policy
 from rlsloth.run.report.page import write_report
 from rlsloth.training import sft
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:

@@ -11,8 +11,6 @@ from helpers.supervised import SFT, command, evaluations, make_folder
 from helpers.tiny import tiny_llama
 from rlsloth.cli import main as cli
 
-pytestmark = pytest.mark.vllm
-
 REWARD = """
 def exact(completions, answer, **_):
     return [float(c[0]["content"] == a) for c, a in zip(completions, answer)]

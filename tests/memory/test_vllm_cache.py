@@ -28,6 +28,8 @@ from rlsloth.rollout.vllm.adapter import Adapted, Slot
 from rlsloth.rollout.vllm.memory import completion_bytes
 from rlsloth.training.memory import grpo_request
 
+pytestmark = pytest.mark.slow
+
 OVERLAP = {"overlap": True}, {"correction": "token_truncate"}
 
 

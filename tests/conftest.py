@@ -1,0 +1,42 @@
+"""Markers by file suffix, so that no test file has to name them.
+
+``test_x_gpu.py`` needs a CUDA GPU, ``test_x_vllm.py`` needs vLLM, ``test_x_gguf.py`` needs
+llama-cpp-python, and ``test_x_vllm_gpu.py`` needs both of what it names.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+SUFFIXES = ("gpu", "vllm", "gguf")
+
+
+def markers_of(path: Path) -> list[str]:
+    """Markers that a file's name asks for: the last parts of its stem that are suffixes."""
+    found: list[str] = []
+    for part in reversed(path.stem.split("_")):
+        if part not in SUFFIXES:
+            break
+        found.append(part)
+    return found
+
+
+@cache
+def has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        for marker in markers_of(item.path):
+            item.add_marker(marker)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not has_gpu():
+        pytest.skip("needs a CUDA GPU")

@@ -1,0 +1,30 @@
+"""SmolLM2 trained from a GGUF file and exported as GGUF files, which llama.cpp runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from helpers.smollm2 import gguf
+from helpers.trained_runs import make_run
+from rlsloth.cli import main as cli
+
+pytestmark = pytest.mark.slow
+
+
+def test_gguf_files_and_modelfile(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """check_gguf runs each of them in llama.cpp beside transformers."""
+    make_run(tmp_path / "run", gguf(), precision="fp32", size=0.01)
+    out = tmp_path / "sums"
+    files = ["--to", "gguf", "--gguf", "q8_0", "q4_k_m"]
+    assert cli.main(["export", str(tmp_path / "run"), *files, "--out", str(out)]) == 0
+    assert {p.name for p in out.iterdir()} == {
+        "Modelfile", "README.md", "rlsloth.json", "sums-Q4_K_M.gguf", "sums-Q8_0.gguf",
+    }  # fmt: skip
+    assert json.loads((out / "rlsloth.json").read_bytes())["export"] == "gguf"
+    assert (out / "Modelfile").read_text().startswith("FROM ./sums-Q8_0.gguf\n")
+    said = capsys.readouterr().out
+    assert said.count("nats from transformers'") == 2
+    assert (out / "sums-Q4_K_M.gguf").stat().st_size < (out / "sums-Q8_0.gguf").stat().st_size

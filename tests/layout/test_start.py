@@ -1,0 +1,53 @@
+"""Importing the package is fast, changes nothing and loads nothing heavy."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+
+def run_python(code: str) -> None:
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+
+
+def test_importing_changes_no_global_state_and_is_fast() -> None:
+    run_python(
+        """
+import locale, logging, os, random, signal, sys, threading, time, warnings
+
+def state():
+    return {
+        "environment": dict(os.environ), "path": list(sys.path), "cwd": os.getcwd(),
+        "hooks": [sys.excepthook, sys.displayhook, list(sys.meta_path)],
+        "warnings": list(warnings.filters), "handlers": list(logging.root.handlers),
+        "level": logging.root.level, "locale": locale.setlocale(locale.LC_ALL),
+        "signals": [signal.getsignal(s) for s in sorted(signal.valid_signals())],
+        "threads": threading.active_count(), "random": random.getstate(),
+    }
+
+before = state()
+started = time.process_time()  # the clock would count the tests that run in parallel
+import rlsloth, rlsloth.records, rlsloth.config, rlsloth.plugins
+seconds = time.process_time() - started
+after = state()
+changed = [key for key in before if before[key] != after[key]]
+heavy = {"torch", "transformers", "numpy", "datasets", "vllm", "triton", "ray"} & set(sys.modules)
+assert not changed, f"changed {changed}"
+assert not heavy, f"imported {heavy}"
+assert seconds < 1, f"took {seconds:.2f} s"
+"""
+    )
+
+
+def test_rewards_do_not_load_torch() -> None:
+    """A worker that loads torch, directly or through a library, costs a second and 300 MB."""
+    run_python(
+        """
+import importlib, sys
+from rlsloth.plugins import builtin_names
+for name in builtin_names("rlsloth.rewards"):
+    importlib.import_module(f"rlsloth.rewards.{name}")
+assert "torch" not in sys.modules
+"""
+    )
