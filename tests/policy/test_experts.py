@@ -30,6 +30,8 @@ from rlsloth.policy.lora import REFERENCE, TRAINED, add_adapter, save_adapter
 from rlsloth.policy.policy import Policy
 from rlsloth.policy.wrap.wrap import wrap
 
+pytestmark = pytest.mark.slow
+
 FAMILIES = ("qwen3_moe", "gpt_oss")
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 SIZES = {"hidden_size": 64, "intermediate_size": 64, "moe_intermediate_size": 64, "head_dim": 16}

@@ -14,6 +14,8 @@ from rlsloth.policy.wrap.wrap import unwrapped
 from rlsloth.records import SamplingParams
 from rlsloth.rollout.embedded.engine import TransformersEngine
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_packed_equals_one_by_one(family):

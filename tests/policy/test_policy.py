@@ -17,6 +17,8 @@ from rlsloth.policy.policy import Policy
 from rlsloth.records import Group
 from rlsloth.run import checkpoint
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("tree_limit", [packed_layout.TREE_LIMIT, 0], ids=["trees", "sequences"])

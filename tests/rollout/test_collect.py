@@ -26,6 +26,8 @@ from rlsloth.rollout.collect import collect
 from rlsloth.rollout.embedded.engine import TransformersEngine
 from rlsloth.scoring.scorer import Scorer
 
+pytestmark = pytest.mark.slow
+
 HERMES = (
     "{% if tools %}<|im_start|>system\n<tools>{% for t in tools %}{{ t | tojson }}{% endfor %}"
     "</tools><|im_end|>\n{% endif %}"

@@ -39,6 +39,8 @@ from rlsloth.rollout.vllm import start as vllm_start
 from rlsloth.run.run import Run
 from rlsloth.training.memory import grpo_request
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def start(

@@ -20,6 +20,8 @@ from rlsloth.policy.policy import Policy
 from rlsloth.records import LogitTransform
 from rlsloth.rollout.trial import probe, trial_backward
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_supported_families_pass(family):

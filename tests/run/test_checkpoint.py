@@ -20,6 +20,8 @@ import torch
 from rlsloth.errors import UserError
 from rlsloth.run.checkpoint import load_latest, save
 
+pytestmark = pytest.mark.slow
+
 
 def tensors_of(step: int) -> dict[str, dict[str, torch.Tensor]]:
     """Tensors that name their step, of every dtype a checkpoint holds."""

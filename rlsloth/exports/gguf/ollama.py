@@ -66,8 +66,8 @@ def modelfile(folder: Path, gguf: str, template_kwargs: Mapping[str, Any] | None
         raise UserError(f"{folder}: no chat template; a Modelfile is for models that chat")
     pieces = find_pieces(folder, tokenizer, dict(template_kwargs or {}))
     lines = [f"FROM {gguf}", f'TEMPLATE """{go_template(pieces)}"""']
-    for stop in stops(pieces, tokenizer.get_added_vocab()):
-        lines.append(f'PARAMETER stop """{stop}"""')
+    found = stops(pieces, tokenizer.get_added_vocab())
+    lines += [f'PARAMETER stop """{stop}"""' for stop in found]
     return "\n".join(lines) + "\n"
 
 

@@ -17,7 +17,7 @@ SPLITS = 32
 ALLOWANCE = int(0.6 * GIB)
 """CUDA graphs, workspaces and the kernels loaded with them. With the other terms that are there
 after vLLM's start this makes 0.96 GiB for 8 layers of an 8B model and 512 sequences, where
-examples/rollout_speed.py found 0.98 on an H100."""
+examples/benchmarks/rollout_speed.py found 0.98 on an H100."""
 
 
 def vllm_terms(

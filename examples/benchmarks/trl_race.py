@@ -55,7 +55,7 @@ def reward(renderer: Any, mark: Mark) -> Callable[..., list[float | None]]:
 
 
 def arguments(cfg: Any) -> Any:
-    """cfg's settings under TRL's names. loss_type is dapo and scale_rewards group by default."""
+    """Cfg's settings under TRL's names. loss_type is dapo and scale_rewards group by default."""
     import torch
     from trl import GRPOConfig
 

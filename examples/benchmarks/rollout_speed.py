@@ -1,7 +1,7 @@
 """How fast rollouts are on an 8B shape with random weights, and what the engine's seams cost.
 
-    python examples/rollout_speed.py rlsloth --precision nf4
-    python examples/rollout_speed.py vllm --adapter DIR    # vLLM as it comes, in bf16
+    python examples/benchmarks/rollout_speed.py rlsloth --precision nf4
+    python examples/benchmarks/rollout_speed.py vllm --adapter DIR    # vLLM as it comes, in bf16
 
 Each prints lines of JSON. ``rlsloth`` starts the engine on a policy's own base and writes the
 adapter to --adapter, so that ``vllm`` samples with the same one. All requests end at --new tokens.

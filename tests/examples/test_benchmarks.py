@@ -16,7 +16,7 @@ from rlsloth.training import assembly
 
 pytestmark = pytest.mark.slow
 
-SCRIPTS = Path(__file__).parents[2] / "examples" / "compare"
+SCRIPTS = Path(__file__).parents[2] / "examples" / "benchmarks"
 HOOKED = (
     (assembly, ("open_engine",)),
     (assembly.Assembly, ("open", "collect", "save")),

@@ -1,6 +1,6 @@
 """Where a GRPO step's time goes: model, sampling, optimizer, and everything else.
 
-    python examples/profile_step.py configs/demo.yaml --model.path FOLDER_OR_GGUF --steps 4
+    python examples/benchmarks/profile_step.py configs/demo.yaml --model.path MODEL --steps 4
 
 Takes the arguments of `rlsloth grpo`; evaluations are left out, and the first step, which warms up.
 Times are those of Python's profiler, which slows Python code but not the model, so the share of

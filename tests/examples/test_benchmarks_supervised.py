@@ -14,7 +14,7 @@ from rlsloth.run.run import Run
 
 pytestmark = pytest.mark.slow
 
-SCRIPTS = Path(__file__).parents[2] / "examples" / "compare"
+SCRIPTS = Path(__file__).parents[2] / "examples" / "benchmarks"
 SMALL = "--tokens 32 --steps 2 --warmup 1 --samples 4 --micro-tokens 64 --rank 4"
 
 FIGURES = (

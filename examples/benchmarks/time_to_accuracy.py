@@ -1,8 +1,8 @@
 """How long until a model answers so many held-out questions: seconds from start, seeds, medians.
 
-    python examples/compare/time_to_accuracy.py --trainer rlsloth --model DIR --seed 0 --json OUT
-    python examples/compare/time_to_accuracy.py --trainer trl --model DIR --seed 0 --json OUT
-    python examples/compare/time_to_accuracy.py --summary OUT...
+    python examples/benchmarks/time_to_accuracy.py --trainer rlsloth --model DIR --seed 0 --json OUT
+    python examples/benchmarks/time_to_accuracy.py --trainer trl --model DIR --seed 0 --json OUT
+    python examples/benchmarks/time_to_accuracy.py --summary OUT...
 
 The task: sums and differences of two one-digit numbers, 100 of the 200 withheld. Reward 1 for a
 right last number in a finished answer. SmolLM2-135M-Instruct (make_model.py --unpack makes a folder

@@ -1,8 +1,8 @@
 """A model folder with random weights in a real shape, for timing where no weights are at hand.
 
-    python examples/compare/make_model.py --tokenizer FOLDER_OR_GGUF --out DIR
-    python examples/compare/make_model.py --tokenizer FOLDER_OR_GGUF --out DIR --shape tiny
-    python examples/compare/make_model.py --unpack SmolLM2-135M-Instruct.Q4_1.gguf --out DIR
+    python examples/benchmarks/make_model.py --tokenizer FOLDER_OR_GGUF --out DIR
+    python examples/benchmarks/make_model.py --tokenizer FOLDER_OR_GGUF --out DIR --shape tiny
+    python examples/benchmarks/make_model.py --unpack SmolLM2-135M-Instruct.Q4_1.gguf --out DIR
 
 Weights are bf16, normal with a standard deviation of 0.02, norms 1; trainers quantise them as they
 load. They are made on the GPU where there is one. The tokenizer may know fewer tokens than the

@@ -1,9 +1,9 @@
 """Training steps of SFT, DPO and ORPO on one GPU: tokens a second and memory, by system.
 
-    python examples/compare/make_model.py --shape qwen3-8b --tokenizer FOLDER_OR_GGUF --out DIR
-    python examples/compare/supervised.py --model DIR --tasks sft dpo --out RESULTS.json \
+    python examples/benchmarks/make_model.py --shape qwen3-8b --tokenizer FOLDER_OR_GGUF --out DIR
+    python examples/benchmarks/supervised.py --model DIR --tasks sft dpo --out RESULTS.json \
         --systems rlsloth trl unsloth --peers-path FOLDER_WITH_UNSLOTH
-    python examples/compare/supervised.py --model DIR --systems rlsloth --vocab 32768 131072 262144
+    python examples/benchmarks/supervised.py --model DIR --systems rlsloth --vocab 32768 131072
 
 Each measurement has a process of its own. One that fails is a line of the table, with its error.
 

@@ -1,6 +1,6 @@
 """Results of full_step.py as Markdown tables.
 
-    python examples/compare/table.py RESULT.json...
+    python examples/benchmarks/table.py RESULT.json...
 
 Times and tokens are medians over the measured steps, memory is the most of any of them.
 """

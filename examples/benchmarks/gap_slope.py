@@ -1,6 +1,6 @@
 """Does the gap between trainer and sampler drift? Its slope over the steps, with 95 % intervals.
 
-    python examples/gap_slope.py RUN_DIR
+    python examples/benchmarks/gap_slope.py RUN_DIR
 
 Fits gap = a + b * step by ordinary least squares. The first interval takes the steps' errors for
 independent; the second stays valid when neighbouring steps err alike (Newey and West 1987, Bartlett

@@ -1,8 +1,8 @@
 """Whole GRPO steps of one trainer: seconds by phase, memory, tokens. One process, one trainer.
 
-    python examples/compare/full_step.py --trainer rlsloth --model DIR --precision nf4 --json OUT
-    python examples/compare/full_step.py --trainer unsloth --model DIR --precision nf4 --json OUT
-    python examples/compare/full_step.py --trainer trl --model DIR --precision bf16 --json OUT
+    python examples/benchmarks/full_step.py --trainer rlsloth --model DIR --precision nf4 --json OUT
+    python examples/benchmarks/full_step.py --trainer unsloth --model DIR --precision nf4 --json OUT
+    python examples/benchmarks/full_step.py --trainer trl --model DIR --precision bf16 --json OUT
 
 Work: --prompts prompts of exactly --prompt-tokens tokens, --group completions each of exactly
 --new-tokens tokens (no token ends one), a reward that is never equal within a group, LoRA on all
