@@ -15,7 +15,8 @@ import sys
 from typing import Any
 
 from rlsloth.config import EnvConfig
-from rlsloth.data.prompts import make_prompts, split_heldout
+from rlsloth.data.heldout import split_heldout
+from rlsloth.data.prompts import make_prompts
 from rlsloth.data.rows import Row
 from rlsloth.environments.protocol import SingleTurn
 from rlsloth.errors import UserError, nearest

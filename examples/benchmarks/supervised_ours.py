@@ -37,7 +37,7 @@ def rlsloth(args: argparse.Namespace, clock: Clock) -> None:
 
 def unshuffled(made: list[dict[str, str]]) -> list[dict[str, str]]:
     """In an order from which rlsloth's sampler makes that of ``made``, which the peers get."""
-    from rlsloth.data.prompts import EpochSampler
+    from rlsloth.data.sampler import EpochSampler
 
     order = EpochSampler(range(len(made)), seed=0).take(len(made))
     placed = dict(zip(order, made, strict=True))

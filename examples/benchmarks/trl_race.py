@@ -98,7 +98,7 @@ def dataset(cfg: Any, prompts: Any) -> Any:
     """The questions of all steps, in the order in which rlsloth takes them."""
     from datasets import Dataset
 
-    from rlsloth.data.prompts import EpochSampler
+    from rlsloth.data.sampler import EpochSampler
 
     taken = EpochSampler(prompts, cfg.seed).take(cfg.steps * cfg.prompts_per_step)
     return Dataset.from_list(

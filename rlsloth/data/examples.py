@@ -1,4 +1,4 @@
-"""From a configuration to examples: read, held out, measured."""
+"""Examples of a supervised run: read, split and checked for length."""
 
 from __future__ import annotations
 
@@ -9,22 +9,21 @@ from typing import Any
 from rlsloth.config.data import ExamplesConfig
 from rlsloth.config.sft import SupervisedConfig
 from rlsloth.data.example import Example
-from rlsloth.data.prompts import split_heldout
+from rlsloth.data.heldout import split_heldout
 from rlsloth.data.renderer import Renderer
 from rlsloth.data.rows import Row, load_rows
 from rlsloth.errors import UserError
-from rlsloth.policy.tokenizer import load_tokenizer, read_context
 from rlsloth.records import Prompt
 
 MANY = 2000
-"""Rows that take seconds to tokenise, which is said: a millisecond or two each."""
+"""Rows that take seconds to tokenise, at a millisecond or two each: a line says so."""
 Reader = Callable[[Sequence[Row], Any, Renderer, str], list[Example]]
 """(rows, data configuration, renderer, what to call the rows) -> examples."""
 
 
 @dataclass(frozen=True, slots=True)
 class Examples:
-    """What a run learns from and is examined on."""
+    """The training and held-out examples of a run."""
 
     train: list[Example]
     heldout: list[Example]
@@ -39,15 +38,20 @@ class Examples:
         return max([*self.train, *self.heldout], key=lambda example: example.packed)
 
 
-def load_examples(cfg: SupervisedConfig, read: Reader) -> Examples:
-    """Read, tokenise and split the data; no weights are loaded.
+def load_examples(cfg: SupervisedConfig, read: Reader, tokenizer: Any, context: int) -> Examples:
+    """Read, tokenise and split the data.
+
+    Args:
+        read: makes examples of rows.
+        tokenizer: the model's.
+        context: the tokens that the model is used with, at most.
 
     Raises:
-        UserError: no such data or tokenizer, a malformed row, nothing held out though the
+        UserError: no such data, a malformed row, nothing held out though the
             evaluation is on, or nothing left to train on.
     """
     data = cfg.data
-    renderer = Renderer(load_tokenizer(cfg.model), data)
+    renderer = Renderer(tokenizer, data)
     if not renderer.stop_ids:
         raise UserError("the tokenizer has no end-of-sequence token: answers would not end")
 
@@ -58,7 +62,6 @@ def load_examples(cfg: SupervisedConfig, read: Reader) -> Examples:
         return read(rows, data, renderer, source)
 
     train = examples(data.train, data.train_split, data.limit)
-    context = read_context(cfg.model)
     limit = min(context, data.max_tokens or context)
     kept = [example for example in train if example.longest <= limit]
     left_out = len(train) - len(kept)

@@ -13,7 +13,8 @@ from rlsloth.config.preference import KtoConfig
 from rlsloth.config.sft import SftConfig, SupervisedConfig
 from rlsloth.data.example import Example, make_example
 from rlsloth.data.examples import Reader
-from rlsloth.data.prompts import check_text, make_prompts, question_text
+from rlsloth.data.heldout import question_text
+from rlsloth.data.prompts import check_text, make_prompts
 from rlsloth.data.renderer import Renderer
 from rlsloth.data.rows import Row
 from rlsloth.data.sft import completed, completion_column, read_turns, sft_examples

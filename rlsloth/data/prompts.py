@@ -1,22 +1,19 @@
-"""Prompts from rows in TRL's dataset formats, the held-out split, and sampling."""
+"""Prompts from rows in TRL's dataset formats."""
 
 from __future__ import annotations
 
 import datetime
 import decimal
-import hashlib
 import itertools
 import json
-import random
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Generic, TypedDict, TypeVar
+from typing import Any
 
 from rlsloth.config import DatasetConfig
+from rlsloth.data.heldout import split_heldout
 from rlsloth.data.rows import Row, load_rows, parse_json
 from rlsloth.errors import UserError, nearest
 from rlsloth.records import Message, Prompt
-
-Item = TypeVar("Item")
 
 PROMPT_COLUMNS = ("prompt", "question", "problem", "messages")
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -34,7 +31,7 @@ def make_prompts(
 ) -> list[Prompt]:
     """One prompt a row, in the rows' order.
 
-    A string in the column ``prompt`` is continued as it stands (TRL's standard format); a string in
+    A string in the column ``prompt`` is continued unchanged (TRL's standard format); a string in
     any other column, or any string when there is a system prompt, is one user message. The system
     prompt replaces a row's own. Of ``messages`` the last assistant turn is left out. A row's own
     ``tools`` follow those given. Columns but NOT_PASSED are kept, None where a row lacks one.
@@ -81,110 +78,8 @@ def load_prompts(
     return train, make(load_rows(cfg.validation, cfg.validation_split), cfg.validation)
 
 
-def question_text(prompt: Prompt) -> str:
-    """What tells questions apart: all turns but the system's, white space normalised."""
-    if isinstance(prompt.messages, str):
-        return " ".join(prompt.messages.split())
-    turns = (m for m in prompt.messages if m["role"] != "system")
-    return "\n".join(f"{m['role']}: {' '.join(m['content'].split())}" for m in turns)
-
-
-def split_heldout(
-    prompts: Sequence[Prompt], heldout: int, seed: int, section: str = "env"
-) -> tuple[list[Prompt], list[Prompt]]:
-    """Withholds ``heldout`` distinct questions, by text: none of them occurs in the first list.
-
-    The choice depends on seed and texts only, not on the order of the rows.
-    """
-    first = {question_text(prompt): prompt for prompt in reversed(prompts)}
-    if heldout >= len(first):
-        raise UserError(
-            f"--{section}.heldout {heldout} leaves nothing to train on: "
-            f"the data has {len(first)} distinct questions"
-        )
-    ranked = sorted(first, key=lambda text: _digest(f"{seed} {text}"))
-    withheld = set(ranked[:heldout])
-    train = [prompt for prompt in prompts if question_text(prompt) not in withheld]
-    return train, sorted((first[text] for text in withheld), key=lambda prompt: prompt.index)
-
-
-class SamplerState(TypedDict):
-    """Where an EpochSampler stands; JSON-serialisable."""
-
-    seed: int
-    size: int
-    epoch: int
-    position: int
-    digest: str
-    """Of the items, where the sampler was given one."""
-
-
-class EpochSampler(Generic[Item]):
-    """Items in shuffled epochs: within an epoch none comes twice. The generator is its own."""
-
-    def __init__(
-        self, items: Sequence[Item], seed: int, what: str = "prompts", digest: str = ""
-    ) -> None:
-        """``what`` to call the items in errors; ``digest``: of their contents, so that others are
-        refused on ``restore``."""
-        if not items:
-            raise UserError(f"there are no {what} to train on")
-        self._items = items
-        self._what = what
-        self._digest = digest
-        self._seed = seed
-        self._start_epoch(0)
-
-    def take(self, k: int) -> list[Item]:
-        """The next k items, over as many epochs as that needs."""
-        taken: list[Item] = []
-        while len(taken) < k:
-            if self._position == len(self._order):
-                self._start_epoch(self._epoch + 1)
-            indices = self._order[self._position : self._position + k - len(taken)]
-            self._position += len(indices)
-            taken.extend(self._items[i] for i in indices)
-        return taken
-
-    def state(self) -> SamplerState:
-        """What ``restore`` needs to go on from here."""
-        return SamplerState(
-            seed=self._seed,
-            size=len(self._items),
-            epoch=self._epoch,
-            position=self._position,
-            digest=self._digest,
-        )
-
-    def restore(self, state: SamplerState) -> None:
-        """Continue where ``state`` was taken.
-
-        Raises:
-            UserError: the state belongs to other items, another number of them, or another seed.
-        """
-        here = (self._seed, len(self._items))
-        if (state["seed"], state["size"]) != here:
-            raise UserError(
-                f"cannot resume: the run had {state['size']} {self._what} and seed "
-                f"{state['seed']}, now there are {here[1]} and seed {here[0]}"
-            )
-        if state.get("digest", "") != self._digest:
-            raise UserError(
-                f"cannot resume: the {self._what} are others than before (a file has changed, or "
-                "the tokenizer); start another run"
-            )
-        self._start_epoch(state["epoch"])
-        self._position = state["position"]
-
-    def _start_epoch(self, epoch: int) -> None:
-        self._epoch = epoch
-        self._position = 0
-        self._order = list(range(len(self._items)))
-        random.Random(f"{self._seed} {epoch}").shuffle(self._order)
-
-
 def named_column(columns: list[str], wanted: str, source: str) -> str:
-    """The column that was asked for. Raises UserError where there is none of that name."""
+    """The column ``wanted``. Raises UserError where there is none of that name."""
     if wanted not in columns:
         have = f"(columns: {', '.join(columns)})"
         raise UserError(f"{source} has no column {wanted!r}{nearest(wanted, columns)} {have}")
@@ -229,7 +124,7 @@ def _prompt(
 
 
 def read_message(value: Any, where: str) -> Message:
-    """A row's message, checked; ``where`` it stands is for errors. Raises UserError."""
+    """A row's message, checked; ``where`` names its place in errors. Raises UserError."""
     if not isinstance(value, Mapping) or value.get("role") not in ROLES:
         raise UserError(f"{where}: a message has a role ({', '.join(ROLES)}) and content")
     # Arrow fills the keys that other messages have with null.
@@ -285,7 +180,3 @@ def _jsonable(value: Any, where: str) -> Any:
 
 def _kind(value: Any) -> str:
     return "null" if value is None else f"a {type(value).__name__}"
-
-
-def _digest(text: str) -> bytes:
-    return hashlib.sha256(text.encode()).digest()

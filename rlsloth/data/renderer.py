@@ -1,11 +1,9 @@
-"""Chat rendering: prompts to token ids, token ids to text, tool calls and what follows them."""
+"""Chat rendering: prompts to token ids, token ids to text, and the turns after tool calls."""
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -13,30 +11,20 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from rlsloth.config import DatasetConfig
+from rlsloth.data.tool_calls import ToolCall, call_message, parse_tool_calls, tools_as_text
 from rlsloth.errors import UserError
 from rlsloth.records import Message, Prompt
 
 _MARK = "placeholder7391"
-"""Stands in for text whose place in a rendering is looked for; no template holds it."""
+"""A placeholder for text whose place in a rendering is looked for; no template holds it."""
 RESERVED = {"add_generation_prompt", "continue_final_message", "tokenize", "tools"}
 """Arguments of the chat template that are not a row's to choose."""
-_TOOL_CALL = re.compile(r"<tool_call>(.*?)(</tool_call>|\Z)", re.DOTALL)
-
-
-@dataclass(frozen=True, slots=True)
-class ToolCall:
-    """A call the model wrote."""
-
-    name: str
-    arguments: dict[str, Any]
-    error: str | None = None
-    """Why the call cannot be made, in words for the model; None for a well-formed call."""
 
 
 class Renderer:
-    """Between conversations and token ids, by the tokenizer's chat template.
+    """Conversion of conversations to token ids and back, by the tokenizer's chat template.
 
-    Where the tokenizer begins plain text with a begin-of-sequence token, conversations begin with
+    If the tokenizer begins plain text with a begin-of-sequence token, conversations begin with
     exactly one. Padding plays no part: ids are lists, and the pad token may be the end token.
     """
 
@@ -62,7 +50,7 @@ class Renderer:
         self.stop_ids = tuple(sorted(ends))
 
     def check(self, prompts: Sequence[Prompt]) -> None:
-        """Finds out before training whether prompts and tokenizer fit together.
+        """Check before training that prompts and tokenizer fit together.
 
         Raises:
             UserError: chat messages without a chat template, a template that refuses the first
@@ -79,7 +67,7 @@ class Renderer:
     def prompt_ids(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt up to where the answer begins.
 
-        A string is tokenised as it stands. A last assistant turn is continued.
+        A string is tokenised unchanged. A last assistant turn is continued.
 
         Raises:
             UserError: the chat template refuses the conversation.
@@ -105,7 +93,7 @@ class Renderer:
         self._need_template()
         uses_tools = tools or any(m["role"] == "tool" or m.get("tool_calls") for m in messages)
         if uses_tools and not self._template_takes_tools:
-            messages, tools = _tools_as_text(messages, tools), ()
+            messages, tools = tools_as_text(messages, tools), ()
         prefill = messages[-1]["role"] == "assistant" and not whole
         return self._apply(
             messages,
@@ -121,12 +109,15 @@ class Renderer:
             raise UserError(
                 f"the tokenizer of {self.tokenizer.name_or_path or 'this model'} has no chat "
                 "template, and the prompts are chat messages: use an instruct model, or rename the "
-                "column to `prompt`, whose text is continued as it stands"
+                "column to `prompt`, whose text is continued unchanged"
             )
 
     def ids(self, text: str, *, begins: bool = False) -> list[int]:
-        """Token ids of a text in which special tokens stand as such; ``begins``: with the begin
-        token, once, where plain text has one."""
+        """Token ids of a text whose special tokens are kept as tokens.
+
+        Args:
+            begins: put the begin token first, once, if plain text has one.
+        """
         ids: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         start = self._bos if begins and ids[:1] != self._bos else []
         return [*start, *ids]
@@ -149,14 +140,7 @@ class Renderer:
         )
         return text
 
-    @staticmethod
-    def parse_tool_calls(text: str) -> list[ToolCall]:
-        """Calls in an answer: ``<tool_call>{"name": "f", "arguments": {}}</tool_call>`` (Hermes).
-
-        What stands before ``</think>`` is no call. A malformed call has an error.
-        """
-        answer = text.rpartition("</think>")[2]
-        return [_tool_call(m[1], closed=bool(m[2])) for m in _TOOL_CALL.finditer(answer)]
+    parse_tool_calls = staticmethod(parse_tool_calls)
 
     def tool_turn_ids(self, turn_ids: Sequence[int], results: Sequence[Message]) -> list[int]:
         """The tokens between an assistant turn with tool calls and the next one.
@@ -174,7 +158,7 @@ class Renderer:
         # Some templates want nine-character ids, and results to have that of a call before them.
         ids = [f"{i:09d}" for i in range(len(results))]
         called = [ToolCall(m["name"], {"value": _MARK}) for m in results]
-        calls = [_call(i, call) for i, call in zip(ids, called, strict=True)]
+        calls = [call_message(i, call) for i, call in zip(ids, called, strict=True)]
         answers = [{**m, "tool_call_id": i} for i, m in zip(ids, results, strict=True)]
         before: list[Message] = [
             {"role": "user", "content": "a"},
@@ -204,7 +188,7 @@ class Renderer:
         call = ToolCall("f", {"value": _MARK})
         messages: list[Message] = [
             {"role": "user", "content": "a"},
-            {"role": "assistant", "content": "", "tool_calls": [_call("0" * 9, call)]},
+            {"role": "assistant", "content": "", "tool_calls": [call_message("0" * 9, call)]},
             {"role": "tool", "name": "f", "content": "b", "tool_call_id": "0" * 9},
         ]
         try:
@@ -212,7 +196,7 @@ class Renderer:
         except UserError:
             return False
         shown = text.partition(json.dumps(call.arguments))[0]
-        return _MARK in shown and call in self.parse_tool_calls(text)
+        return _MARK in shown and call in parse_tool_calls(text)
 
     def _apply(
         self, messages: list[Message], tools: Sequence[Any], where: str, **kwargs: Any
@@ -235,51 +219,3 @@ def template_kwargs(value: Any, where: str) -> dict[str, Any]:
             f"{where}: chat_template_kwargs is a mapping without {', '.join(sorted(RESERVED))}"
         )
     return {key: item for key, item in value.items() if item is not None}  # Arrow fills with null
-
-
-def _tool_call(text: str, closed: bool) -> ToolCall:
-    try:
-        call = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        reason = "it has no </tool_call>" if not closed else f"it is not JSON ({error})"
-        return ToolCall("", {}, f"the tool call is malformed: {reason}")
-    name = call.get("name") if isinstance(call, dict) else None
-    if not isinstance(name, str) or not name:
-        return ToolCall("", {}, 'the tool call is malformed: it has no "name"')
-    arguments = call.get("arguments", {})
-    if not isinstance(arguments, dict):
-        return ToolCall(name, {}, "the tool call is malformed: arguments must be a JSON object")
-    return ToolCall(name, arguments)
-
-
-def _call(call_id: str, call: ToolCall) -> dict[str, Any]:
-    function = {"name": call.name, "arguments": call.arguments}
-    return {"id": call_id, "type": "function", "function": function}
-
-
-def _tools_as_text(messages: list[Message], tools: Sequence[Any]) -> list[Message]:
-    """The conversation for a template that knows nothing of tools, in Hermes' form."""
-    turns = [_turn_as_text(message) for message in messages]
-    if not tools:
-        return turns
-    schemas = "\n".join(json.dumps(tool) for tool in tools)
-    words = (
-        f"You can call these tools:\n<tools>\n{schemas}\n</tools>\n"
-        "To call one, write its name and arguments as JSON:\n"
-        '<tool_call>\n{"name": "...", "arguments": {...}}\n</tool_call>\n'
-        "The result comes back between <tool_response> and </tool_response>."
-    )
-    if turns and turns[0]["role"] == "system":
-        words = f"{turns[0]['content']}\n\n{words}"
-        turns = turns[1:]
-    return [{"role": "system", "content": words}, *turns]
-
-
-def _turn_as_text(message: Message) -> Message:
-    content = message["content"]
-    if message["role"] == "tool":
-        return {"role": "user", "content": f"<tool_response>\n{content}\n</tool_response>"}
-    for call in message.get("tool_calls") or ():
-        written = json.dumps({k: call["function"][k] for k in ("name", "arguments")})
-        content = f"{content}\n<tool_call>\n{written}\n</tool_call>".lstrip()
-    return {"role": message["role"], "content": content}

@@ -7,12 +7,12 @@ from typing import Any, Literal
 
 from rlsloth.config.data import SftDataConfig
 from rlsloth.data.example import Example, make_example
+from rlsloth.data.heldout import question_text
 from rlsloth.data.prompts import (
     PROMPT_COLUMNS,
     check_text,
     make_prompts,
     named_column,
-    question_text,
     read_message,
     row_tools,
 )

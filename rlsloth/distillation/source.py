@@ -10,7 +10,7 @@ from typing import Any
 
 from rlsloth.config import EnvConfig
 from rlsloth.config.distill import DistillConfig
-from rlsloth.data.prompts import question_text
+from rlsloth.data.heldout import question_text, questions_of
 from rlsloth.environments.protocol import PACKAGE, Environment, ToolEnvironment
 from rlsloth.errors import UserError
 from rlsloth.plugins import builtin_names
@@ -20,8 +20,8 @@ from rlsloth.records import Prompt
 def chosen_prompts(env: Environment, cfg: DistillConfig) -> tuple[list[Prompt], int]:
     """Training prompts to sample, and how many are left out since they ask what a held-out one
     asks. Raises UserError when none is left."""
-    asked = set(map(question_text, env.heldout))
-    prompts = [prompt for prompt in env.train if question_text(prompt) not in asked]
+    heldout = set(questions_of(env.heldout))
+    prompts = [prompt for prompt in env.train if question_text(prompt) not in heldout]
     shared = len(env.train) - len(prompts)
     if not prompts:
         raise UserError(

@@ -11,7 +11,8 @@ from typing import Any, Protocol
 
 from rlsloth import plugins
 from rlsloth.config import EnvConfig
-from rlsloth.data.prompts import load_prompts, make_prompts, question_text, split_heldout
+from rlsloth.data.heldout import split_heldout
+from rlsloth.data.prompts import load_prompts, make_prompts
 from rlsloth.data.rows import Row
 from rlsloth.errors import UserError, describe_exception
 from rlsloth.records import Message, Prompt
@@ -134,18 +135,6 @@ def load_environment(cfg: EnvConfig, seed: int) -> Environment:
             f"environment {cfg.name}: a class of tools has a method reset (see envs/README.md)"
         )
     return tool_environment(cfg.name, found, cfg, seed)
-
-
-def overlap_warning(env: Environment) -> str | None:
-    """Says how many training prompts ask what a held-out one asks; None when none does."""
-    asked = set(map(question_text, env.heldout))
-    shared = sum(question_text(prompt) in asked for prompt in env.train)
-    if not shared:
-        return None
-    return (
-        f"{shared} of {len(env.train)} training prompts ask a held-out question: "
-        "held-out accuracy rewards memory, too"
-    )
 
 
 def _own_environment(name: str, make: Any, cfg: EnvConfig, seed: int) -> Environment:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
-from rlsloth.data.renderer import Renderer, ToolCall
+from rlsloth.data.renderer import Renderer
+from rlsloth.data.tool_calls import ToolCall
 from rlsloth.environments.protocol import Environment, Session
 from rlsloth.records import (
     Completion,

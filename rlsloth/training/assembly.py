@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from functools import partial
 
 from rlsloth.config import GrpoConfig
-from rlsloth.data.prompts import EpochSampler, SamplerState
+from rlsloth.data.heldout import overlap_warning, questions_of
 from rlsloth.data.renderer import Renderer
-from rlsloth.environments.protocol import SingleTurn, overlap_warning
+from rlsloth.data.sampler import EpochSampler, SamplerState
+from rlsloth.environments.protocol import SingleTurn
 from rlsloth.errors import UserError
 from rlsloth.evaluation.evaluator import Examiner, longest_prompt, open_problems
 from rlsloth.memory.decide import DEFAULT_PROMPT, decide
@@ -41,7 +42,7 @@ class Assembly(Examiner):
             env, scorer = open_problems(cfg, stack)
         run = stack.enter_context(Run.start(cfg))
         refuse_changes(run, "env.")
-        if text := overlap_warning(env):
+        if text := overlap_warning(questions_of(env.train), questions_of(env.heldout)):
             run.warn(text)
         asked = cfg.tokens_per_microbatch
         if trains:

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 
 from rlsloth.config import LoraConfig, OptimConfig
-from rlsloth.data.prompts import EpochSampler, SamplerState
+from rlsloth.data.sampler import EpochSampler, SamplerState
 from rlsloth.errors import UserError
 from rlsloth.evaluation.intervals import Estimate
 from rlsloth.evaluation.result import EvalResult

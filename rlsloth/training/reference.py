@@ -13,7 +13,7 @@ from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
 from rlsloth.data.example import Example, fingerprint
-from rlsloth.data.prompts import EpochSampler
+from rlsloth.data.sampler import EpochSampler
 from rlsloth.errors import UserError
 from rlsloth.memory.out_of_memory import advise
 from rlsloth.policy.policy import Policy

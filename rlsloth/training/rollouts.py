@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from rlsloth.data.prompts import SamplerState
+from rlsloth.data.sampler import SamplerState
 from rlsloth.memory.out_of_memory import advise
 from rlsloth.records import Group
 from rlsloth.training.assembly import Assembly

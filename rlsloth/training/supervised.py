@@ -17,8 +17,9 @@ import torch
 from rlsloth.config.sft import SupervisedConfig
 from rlsloth.data.example import Example, fingerprint, hash_question
 from rlsloth.data.examples import Examples, Reader, load_examples
-from rlsloth.data.prompts import EpochSampler, question_text
+from rlsloth.data.heldout import overlap_warning, question_text
 from rlsloth.data.renderer import Renderer
+from rlsloth.data.sampler import EpochSampler
 from rlsloth.environments.protocol import Environment, SingleTurn
 from rlsloth.errors import UserError
 from rlsloth.evaluation.evaluator import (
@@ -33,6 +34,7 @@ from rlsloth.memory.decide import decide
 from rlsloth.memory.out_of_memory import advise
 from rlsloth.policy.lora import save_adapter
 from rlsloth.policy.policy import Policy
+from rlsloth.policy.tokenizer import load_tokenizer, read_context
 from rlsloth.records import PackedBatch, StepStats
 from rlsloth.rollout.opening import open_engine
 from rlsloth.rollout.trial import probe_packing, trial_backward
@@ -78,7 +80,7 @@ class Supervised(Generic[Config]):
         if cfg.eval.generate:
             problems = open_problems(cfg.as_grpo(), stack)
             heldout_problems(problems[0], cfg.eval)
-        data = load_examples(cfg, read)
+        data = load_examples(cfg, read, load_tokenizer(cfg.model), read_context(cfg.model))
         _check_budget(cfg, data)
         if not cfg.steps:
             steps = math.ceil((cfg.epochs or 1) * len(data.train) / cfg.samples_per_step)
@@ -196,12 +198,10 @@ def _tell(run: Run, data: Examples) -> None:
             f"{data.left_out} examples of more than {data.limit} tokens are left out "
             "(--data.max-tokens, --model.max-context)"
         )
-    asked = {example.question for example in data.heldout}
-    if shared := sum(example.question in asked for example in data.train):
-        run.warn(
-            f"{shared} of {len(data.train)} examples ask a held-out question: the held-out loss "
-            "rewards memory, too"
-        )
+    questions = [example.question for example in data.train]
+    heldout = [example.question for example in data.heldout]
+    if text := overlap_warning(questions, heldout, "examples", "loss"):
+        run.warn(text)
 
 
 def _show(run: Run, policy: Policy, example: Example) -> None:
@@ -254,9 +254,7 @@ def _examiner(
 
 
 def _warn_of_overlap(env: Environment, data: Examples, run: Run) -> None:
-    asked = {hash_question(question_text(prompt)) for prompt in env.heldout}
-    if shared := sum(example.question in asked for example in data.train):
-        run.warn(
-            f"{shared} of {len(data.train)} examples answer a held-out problem: held-out accuracy "
-            "rewards memory, too"
-        )
+    questions = [example.question for example in data.train]
+    heldout = [hash_question(question_text(prompt)) for prompt in env.heldout]
+    if text := overlap_warning(questions, heldout, "examples"):
+        run.warn(text)

@@ -13,14 +13,10 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from rlsloth.config import EnvConfig
-from rlsloth.data.prompts import (
-    EpochSampler,
-    load_prompts,
-    make_prompts,
-    question_text,
-    split_heldout,
-)
+from rlsloth.data.heldout import question_text, split_heldout
+from rlsloth.data.prompts import load_prompts, make_prompts
 from rlsloth.data.rows import Row, load_rows
+from rlsloth.data.sampler import EpochSampler
 from rlsloth.errors import UserError
 from rlsloth.records import Prompt
 

@@ -14,7 +14,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from helpers.tiny import CHATML, tiny_tokenizer
 from helpers.tool_templates import HERMES, TOOL
 from rlsloth.config import EnvConfig
-from rlsloth.data.renderer import Renderer, ToolCall
+from rlsloth.data.renderer import Renderer
+from rlsloth.data.tool_calls import ToolCall, parse_tool_calls
 from rlsloth.errors import UserError
 from rlsloth.policy.gguf import restore_pretokenizer
 from rlsloth.records import Message, Prompt
@@ -148,12 +149,10 @@ def test_template_with_calls_in_another_form_gets_the_parsed_one() -> None:
 def test_parse_tool_calls() -> None:
     call = '<tool_call>\n{"name": "calculate", "arguments": {"expression": "1+1"}}\n</tool_call>'
     parsed = ToolCall("calculate", {"expression": "1+1"})
-    assert Renderer.parse_tool_calls("no call") == []
-    assert Renderer.parse_tool_calls(f"so {call} and {call}") == [parsed, parsed]
-    assert Renderer.parse_tool_calls(f"<think>{call}</think>{call}") == [parsed]
-    assert Renderer.parse_tool_calls('<tool_call>{"name": "now"}</tool_call>') == [
-        ToolCall("now", {})
-    ]
+    assert parse_tool_calls("no call") == []
+    assert parse_tool_calls(f"so {call} and {call}") == [parsed, parsed]
+    assert parse_tool_calls(f"<think>{call}</think>{call}") == [parsed]
+    assert parse_tool_calls('<tool_call>{"name": "now"}</tool_call>') == [ToolCall("now", {})]
 
 
 @pytest.mark.parametrize(
@@ -168,7 +167,7 @@ def test_parse_tool_calls() -> None:
     ],
 )
 def test_malformed_calls_carry_an_error(written: str, said: str) -> None:
-    (call,) = Renderer.parse_tool_calls(written)
+    (call,) = parse_tool_calls(written)
     assert call.error is not None
     assert said in call.error
 

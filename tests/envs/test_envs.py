@@ -13,12 +13,11 @@ from typing import Any
 import pytest
 
 from rlsloth.config import EnvConfig
-from rlsloth.data.prompts import question_text
+from rlsloth.data.heldout import overlap_warning, question_text, questions_of
 from rlsloth.environments.protocol import (
     Environment,
     ToolEnvironment,
     load_environment,
-    overlap_warning,
 )
 from rlsloth.envs.calculator import Calculator, evaluate, show
 from rlsloth.envs.reasoning_gym import generate
@@ -27,6 +26,10 @@ from rlsloth.errors import UserError
 pytestmark = pytest.mark.slow
 
 ONE_DIGIT: dict[str, Any] = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
+
+
+def overlap(env: Environment) -> str | None:
+    return overlap_warning(questions_of(env.train), questions_of(env.heldout))
 
 
 def load(name: str, seed: int = 0, **cfg: Any) -> Environment:
@@ -79,10 +82,10 @@ def test_unknown_environment() -> None:
 def test_overlap_of_validation_and_training_is_told(rows: str, tmp_path: Path) -> None:
     other = tmp_path / "other.jsonl"
     other.write_text('{"question": " q1"}\n{"question": "new"}\n')
-    said = overlap_warning(load("dataset", train=rows, validation=str(other)))
+    said = overlap(load("dataset", train=rows, validation=str(other)))
     assert said is not None
     assert said.startswith("1 of 5 training prompts ask a held-out question")
-    assert overlap_warning(load("dataset", train=rows, heldout=2)) is None
+    assert overlap(load("dataset", train=rows, heldout=2)) is None
 
 
 # reasoning_gym

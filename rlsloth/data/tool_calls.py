@@ -1,0 +1,81 @@
+"""Tool calls in the form of Hermes: parsed from answers, and shown to models without tools.
+
+``<tool_call>{"name": "f", "arguments": {}}</tool_call>``
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rlsloth.records import Message
+
+_TOOL_CALL = re.compile(r"<tool_call>(.*?)(</tool_call>|\Z)", re.DOTALL)
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A call the model wrote."""
+
+    name: str
+    arguments: dict[str, Any]
+    error: str | None = None
+    """Why the call cannot be made, in words for the model; None for a well-formed call."""
+
+
+def parse_tool_calls(text: str) -> list[ToolCall]:
+    """Calls in an answer, after its reasoning (``</think>``). A malformed call has an error."""
+    answer = text.rpartition("</think>")[2]
+    return [_parse(m[1], closed=bool(m[2])) for m in _TOOL_CALL.finditer(answer)]
+
+
+def _parse(text: str, closed: bool) -> ToolCall:
+    try:
+        call = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        reason = "it has no </tool_call>" if not closed else f"it is not JSON ({error})"
+        return ToolCall("", {}, f"the tool call is malformed: {reason}")
+    name = call.get("name") if isinstance(call, dict) else None
+    if not isinstance(name, str) or not name:
+        return ToolCall("", {}, 'the tool call is malformed: it has no "name"')
+    arguments = call.get("arguments", {})
+    if not isinstance(arguments, dict):
+        return ToolCall(name, {}, "the tool call is malformed: arguments must be a JSON object")
+    return ToolCall(name, arguments)
+
+
+def call_message(call_id: str, call: ToolCall) -> dict[str, Any]:
+    """A call as an entry of a message's ``tool_calls``."""
+    function = {"name": call.name, "arguments": call.arguments}
+    return {"id": call_id, "type": "function", "function": function}
+
+
+def tools_as_text(messages: list[Message], tools: Sequence[Any]) -> list[Message]:
+    """The conversation, with tools and calls as text, for a template that does not show tools."""
+    turns = [_turn_as_text(message) for message in messages]
+    if not tools:
+        return turns
+    schemas = "\n".join(json.dumps(tool) for tool in tools)
+    words = (
+        f"You can call these tools:\n<tools>\n{schemas}\n</tools>\n"
+        "To call one, write its name and arguments as JSON:\n"
+        '<tool_call>\n{"name": "...", "arguments": {...}}\n</tool_call>\n'
+        "The result comes back between <tool_response> and </tool_response>."
+    )
+    if turns and turns[0]["role"] == "system":
+        words = f"{turns[0]['content']}\n\n{words}"
+        turns = turns[1:]
+    return [{"role": "system", "content": words}, *turns]
+
+
+def _turn_as_text(message: Message) -> Message:
+    content = message["content"]
+    if message["role"] == "tool":
+        return {"role": "user", "content": f"<tool_response>\n{content}\n</tool_response>"}
+    for call in message.get("tool_calls") or ():
+        written = json.dumps({k: call["function"][k] for k in ("name", "arguments")})
+        content = f"{content}\n<tool_call>\n{written}\n</tool_call>".lstrip()
+    return {"role": message["role"], "content": content}
