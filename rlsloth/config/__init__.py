@@ -2,7 +2,7 @@
 
 from rlsloth.config.data import DatasetConfig, EnvConfig
 from rlsloth.config.evaluation import EvalConfig
-from rlsloth.config.grpo import GrpoConfig, PlanConfig
+from rlsloth.config.grpo import GrpoConfig
 from rlsloth.config.loss import AdvantageConfig, LossConfig
 from rlsloth.config.model import LoraConfig, ModelConfig
 from rlsloth.config.optim import OptimConfig
@@ -24,7 +24,6 @@ __all__ = [
     "ModelConfig",
     "OptimConfig",
     "Params",
-    "PlanConfig",
     "ProblemsConfig",
     "RewardConfig",
     "RolloutConfig",

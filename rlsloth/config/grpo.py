@@ -40,12 +40,3 @@ class GrpoConfig(TrainingConfig, ProblemsConfig):
                 f"{self.rollout.max_tokens}"
             )
         return self
-
-
-class PlanConfig(GrpoConfig):
-    """A training run's configuration, and what its memory plan is made for."""
-
-    memory_gb: float | None = Field(None, gt=0, le=65536)
-    """GPU memory in GiB; default: that of this machine's GPU."""
-    longest_prompt: int | None = Field(None, ge=1)
-    """Tokens of the longest prompt; default: from local or generated data, else 512."""

@@ -8,7 +8,6 @@ from rlsloth.config.data import ExamplesConfig, SftDataConfig
 from rlsloth.config.evaluation import EvalConfig, SupervisedEvalConfig
 from rlsloth.config.grpo import GrpoConfig
 from rlsloth.config.optim import SftOptimConfig
-from rlsloth.config.section import Section
 from rlsloth.config.training import ProblemsConfig, TrainingConfig
 
 
@@ -61,10 +60,3 @@ class SftConfig(SupervisedConfig):
 
     data: SftDataConfig = SftDataConfig()
     optim: SftOptimConfig = SftOptimConfig()
-
-
-class Planned(Section):
-    """What a memory plan is made for, beside a run's configuration."""
-
-    memory_gb: float | None = Field(None, gt=0, le=65536)
-    """GPU memory in GiB; default: that of this machine's GPU."""

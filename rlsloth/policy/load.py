@@ -87,14 +87,7 @@ def load_model(cfg: ModelConfig) -> LoadedModel:
             f"{cfg.path}: {type(model).__name__} does not use transformers' attention interface, "
             "which packed training needs; see README, Models"
         )
-    identity = identify(cfg, precision, model, tokenizer)
-    if identity is None:
-        print(
-            f"the weights of {cfg.path} are in no model.safetensors or index of that name: an "
-            "adapter will not record its base, and will not be refused on another one",
-            flush=True,
-        )
-    setattr(model, IDENTITY, identity)  # for save_adapter
+    setattr(model, IDENTITY, identify(cfg, precision, model, tokenizer))  # for save_adapter
     return LoadedModel(model, tokenizer, device, dtype)
 
 

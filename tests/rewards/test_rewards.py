@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from rlsloth.cli.commands.rewards import list_rewards, summarize_rewards, test_reward
+from rlsloth.cli.commands.rewards import list_rewards, summarize_rewards
+from rlsloth.cli.reward_trial import test_reward
 from rlsloth.config import RewardConfig
 from rlsloth.errors import UserError
 from rlsloth.plugins import builtin_names
@@ -252,7 +253,7 @@ def test_a_reward_that_times_out_is_given_up(
     def quick(**cfg: Any) -> RewardConfig:
         return RewardConfig(cpu_seconds=0.05, **cfg)
 
-    monkeypatch.setattr("rlsloth.cli.commands.rewards.RewardConfig", quick)
+    monkeypatch.setattr("rlsloth.cli.reward_trial.RewardConfig", quick)
     reward = tmp_path / "mine.py"
     reward.write_text(
         "def slow(completions):\n    while 'loop' in completions: pass\n    return [1]"

@@ -191,7 +191,8 @@ def test_its_configuration_is_none_of_reinforcement_learning(
     capsys.readouterr()
     assert cli.main([name, "run/config.yaml"]) == 2
     error = capsys.readouterr().err
-    assert "--model.adapter run/adapter" in error
+    plan = "rlsloth plan sft run/config.yaml"
+    assert (plan if name == "plan" else "--model.adapter run/adapter") in error
     assert error.count("\n") == 1
 
 

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
+from rlsloth.cli.flags import with_first_word
+from rlsloth.cli.read_config import read_config
 from rlsloth.config import EnvConfig
 from rlsloth.config.export import ChatConfig
-from rlsloth.data.renderer import Renderer
 from rlsloth.errors import UserError
-from rlsloth.policy.attention.interface import whole_attention
-from rlsloth.policy.load import load_model
-from rlsloth.policy.lora import load_adapter
 from rlsloth.records import Message, Prompt
-from rlsloth.training.source import Source, find_source, prompting
+
+if TYPE_CHECKING:
+    from rlsloth.training.source import Source
+
+
+def run(name: str, argv: list[str]) -> int:
+    """Talk. Returns the exit status."""
+    words = with_first_word(argv, "--source")
+    run_chat(read_config(ChatConfig, words, f"rlsloth {name} SOURCE"))
+    return 0
 
 
 class Talker:
@@ -24,6 +29,12 @@ class Talker:
 
     def __init__(self, source: Source, cfg: ChatConfig) -> None:
         """Load it. Raises UserError."""
+        from rlsloth.data.renderer import Renderer
+        from rlsloth.policy.attention.interface import whole_attention
+        from rlsloth.policy.load import load_model
+        from rlsloth.policy.lora import load_adapter
+        from rlsloth.training.source import prompting
+
         loaded = load_model(source.base)
         self._model = loaded.model
         if source.adapter is not None:
@@ -65,6 +76,8 @@ class Talker:
         Raises:
             UserError: it leaves no room in the model's context.
         """
+        import torch
+
         messages = said if isinstance(said, str) else tuple(said)
         prompt = self._renderer.prompt_ids(Prompt(0, messages, {}))
         room = self.context - len(prompt)
@@ -123,6 +136,10 @@ def run_chat(cfg: ChatConfig) -> None:
     Raises:
         UserError: nothing there to talk to, or a prompt that is too long.
     """
+    import torch
+
+    from rlsloth.training.source import find_source
+
     assert cfg.source is not None
     source = find_source(
         cfg.source,

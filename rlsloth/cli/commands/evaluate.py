@@ -7,17 +7,34 @@ from contextlib import ExitStack
 
 import yaml
 
+from rlsloth.cli.loops import refuse_other_loops
+from rlsloth.cli.read_config import read_config
 from rlsloth.config import GrpoConfig
 from rlsloth.errors import UserError
 from rlsloth.evaluation.intervals import difference_estimate
 from rlsloth.run.folder import CONFIG
 
+ABOUT = """Measure avg@k, pass@k and maj@k of a model, and of the adapter of a run, on held-out
+problems. Writes eval.json into a run folder of its own.
+
+The options are those of rlsloth grpo: pass the config.yaml of a run to evaluate what it trained."""
+
+
+def run(name: str, argv: list[str]) -> int:
+    """Evaluate. Returns the exit status."""
+    refuse_other_loops(argv, name, "grpo")
+    run_eval(read_config(GrpoConfig, argv, f"rlsloth {name}", ABOUT))
+    return 0
+
 
 def run_eval(cfg: GrpoConfig) -> None:
-    """``rlsloth eval``: the base model and, if one is named, the adapter, on the same problems.
+    """Evaluate the base model and, if there is one, the adapter, on the same problems.
 
-    Given the config.yaml of a training run, the adapter is the one it trained. Writes eval.json
+    Given the configuration of a training run, the adapter is the one it trained. Writes eval.json
     into a run folder of its own.
+
+    Raises:
+        UserError: bad input, a run without an adapter, or a folder that holds an evaluation.
     """
     from rlsloth.training.assembly import Assembly
 
@@ -27,7 +44,7 @@ def run_eval(cfg: GrpoConfig) -> None:
         base = parts.evaluate(0, name="base", base=True)
         figures: dict[str, object] = {"base": base.metrics()}
         if cfg.model.adapter is None:
-            parts.run.say("no --model.adapter: the base alone was evaluated")
+            parts.run.say("no --model.adapter: only the base model was evaluated")
         if cfg.model.adapter is not None:
             adapter = parts.evaluate(0, name="adapter")
             gain = difference_estimate(base.scores, adapter.scores)
@@ -44,15 +61,18 @@ def run_eval(cfg: GrpoConfig) -> None:
 
 
 def _with_trained_adapter(cfg: GrpoConfig) -> GrpoConfig:
-    """Of the configuration of a training run: evaluate its adapter, and leave its folder alone.
+    """The configuration of a training run, changed to evaluate its adapter in another folder.
 
-    An adapter other than the one the run started from was asked for, and stays.
+    An adapter other than the one from which the run started is the user's choice, and stays.
+
+    Raises:
+        UserError: the folder holds an evaluation, or the run has no adapter yet.
     """
     folder = cfg.run.dir
     if folder is None or not (folder / CONFIG).is_file():
         return cfg
     if (folder / "eval.json").exists():
-        raise UserError(f"{folder} holds an evaluation; give another folder with --run.dir")
+        raise UserError(f"{folder} holds an evaluation; pass another folder with --run.dir")
     run = cfg.run.model_copy(update={"dir": None, "resume": False})
     started_from = yaml.safe_load((folder / CONFIG).read_text())["model"]["adapter"]
     model = cfg.model

@@ -1,63 +1,107 @@
-"""``rlsloth plan``: whether a run fits a GPU's memory."""
+"""``rlsloth plan``: what a run needs of a GPU's memory, and whether it fits."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from rlsloth.config import GrpoConfig
+from pydantic import Field
+
+from rlsloth.cli.loops import LOOPS, refuse_other_loops
+from rlsloth.cli.read_config import read_config_and_own
+from rlsloth.config import GrpoConfig, Section
 from rlsloth.config.sft import SupervisedConfig
-from rlsloth.data.examples import Reader, load_examples
-from rlsloth.environments.protocol import load_environment
-from rlsloth.memory.decide import DEFAULT_PROMPT, plan_run, planned_bytes
-from rlsloth.memory.planned_model import longest_prompt as measure_prompts
-from rlsloth.memory.report import Source
-from rlsloth.policy.tokenizer import load_tokenizer, read_context
-from rlsloth.rollout.opening import plan_engine
-from rlsloth.training.memory import examples_request, grpo_request
+
+ABOUT = """Say what `rlsloth {loop}` needs of a GPU's memory, and whether it fits: from the model's
+configuration and the data, without a GPU and without weights. Exit status 1 when it does not fit.
+
+The options are the plan's own, then those of training. `rlsloth plan sft` and the like plan the
+other training commands."""
 
 
-def plan_grpo(
-    cfg: GrpoConfig, *, memory_gb: float | None, longest_prompt: int | None, as_json: bool
-) -> int:
+class PlanOptions(Section):
+    """Options of the plan itself."""
+
+    memory_gb: float | None = Field(None, gt=0, le=65536)
+    """GPU memory in GiB; default: that of this machine's GPU."""
+    as_json: bool = Field(False, alias="json")
+    """Print JSON instead of a table."""
+
+
+class GrpoPlanOptions(PlanOptions):
+    """Options of a plan with rollouts."""
+
+    longest_prompt: int | None = Field(None, ge=1)
+    """Tokens of the longest prompt; default: from local or generated data, else 512."""
+
+
+def run(name: str, argv: list[str]) -> int:
+    """Print the plan. Returns the exit status: 1 when the run does not fit."""
+    named = bool(argv) and argv[0] in LOOPS
+    loop, words = (argv[0], argv[1:]) if named else ("grpo", argv)
+    prog = f"rlsloth {name} {loop}" if named else f"rlsloth {name}"
+    refuse_other_loops(words, prog.removeprefix("rlsloth "), loop)
+    own_options = GrpoPlanOptions if loop == "grpo" else PlanOptions
+    config, own = read_config_and_own(
+        LOOPS[loop], own_options, words, prog, ABOUT.format(loop=loop)
+    )
+    if isinstance(config, GrpoConfig):
+        assert isinstance(own, GrpoPlanOptions)
+        return _plan_grpo(config, own)
+    assert isinstance(config, SupervisedConfig)
+    return _plan_supervised(config, own)
+
+
+def _plan_grpo(config: GrpoConfig, own: GrpoPlanOptions) -> int:
     """Print the plan of reinforcement learning. Returns the exit status.
 
-    Args:
-        memory_gb: the GPU's memory in GiB; default: that of this machine's GPU.
-        longest_prompt: tokens of the longest prompt; default: from local or generated data, else
-            DEFAULT_PROMPT.
-
     Raises:
-        UserError: a model, an adapter or data that cannot be read, or no GPU and no ``memory_gb``.
+        UserError: a model, an adapter or data that cannot be read, or no GPU and no --memory-gb.
     """
-    total = planned_bytes(cfg.model, memory_gb)
-    if longest_prompt is None:
-        longest, origin = _measure(cfg)
+    from rlsloth.memory.decide import plan_run, planned_bytes
+    from rlsloth.memory.report import Source
+    from rlsloth.rollout.opening import plan_engine
+    from rlsloth.training.memory import grpo_request
+
+    total = planned_bytes(config.model, own.memory_gb)
+    if own.longest_prompt is None:
+        longest, origin = _longest_prompt(config)
     else:
-        longest, origin = longest_prompt, "--longest-prompt"
-    source = Source(origin, plan_engine(cfg.rollout).text)
-    return plan_run(grpo_request(cfg, longest), total, source, as_json=as_json)
+        longest, origin = own.longest_prompt, "--longest-prompt"
+    source = Source(origin, plan_engine(config.rollout).text)
+    return plan_run(grpo_request(config, longest), total, source, as_json=own.as_json)
 
 
-def plan_examples(
-    cfg: SupervisedConfig, read: Reader, *, memory_gb: float | None, as_json: bool
-) -> int:
+def _longest_prompt(config: GrpoConfig) -> tuple[int, str]:
+    """Tokens of the longest prompt, and the number's origin: local or generated data, else a
+    default, since a plan downloads no data."""
+    from rlsloth.environments.protocol import load_environment
+    from rlsloth.memory.decide import DEFAULT_PROMPT
+    from rlsloth.memory.planned_model import longest_prompt
+
+    default = DEFAULT_PROMPT, "default; pass --longest-prompt"
+    generated = config.env.name.startswith("reasoning_gym:")
+    if not generated and not Path(config.env.train).expanduser().exists():
+        return default
+    prompts = load_environment(config.env, config.seed).train
+    found = longest_prompt(config.model, config.env, prompts)
+    return (found, "from the data") if found else default
+
+
+def _plan_supervised(config: SupervisedConfig, own: PlanOptions) -> int:
     """Print the plan of training on examples. Returns the exit status.
 
     Raises:
-        UserError: a model, an adapter or data that cannot be read, or no GPU and no ``memory_gb``.
+        UserError: a model, an adapter or data that cannot be read, or no GPU and no --memory-gb.
     """
-    total = planned_bytes(cfg.model, memory_gb)
-    tokenizer, context = load_tokenizer(cfg.model), read_context(cfg.model)
-    request = examples_request(cfg, load_examples(cfg, read, tokenizer, context).longest)
-    return plan_run(request, total, Source(), as_json=as_json)
+    from rlsloth.data.examples import load_examples
+    from rlsloth.data.preference import reader
+    from rlsloth.memory.decide import plan_run, planned_bytes
+    from rlsloth.memory.report import Source
+    from rlsloth.policy.tokenizer import load_tokenizer, read_context
+    from rlsloth.training.memory import examples_request
 
-
-def _measure(cfg: GrpoConfig) -> tuple[int, str]:
-    """Tokens of the longest prompt, and the number's origin."""
-    default = DEFAULT_PROMPT, "default; pass --longest-prompt"
-    generated = cfg.env.name.startswith("reasoning_gym:")
-    if not generated and not Path(cfg.env.train).expanduser().exists():
-        return default
-    prompts = load_environment(cfg.env, cfg.seed).train
-    found = measure_prompts(cfg.model, cfg.env, prompts)
-    return (found, "from the data") if found else default
+    total = planned_bytes(config.model, own.memory_gb)
+    tokenizer, context = load_tokenizer(config.model), read_context(config.model)
+    examples = load_examples(config, reader(config), tokenizer, context)
+    request = examples_request(config, examples.longest)
+    return plan_run(request, total, Source(), as_json=own.as_json)

@@ -1,42 +1,87 @@
-"""``rlsloth rewards list`` and ``rlsloth rewards test``."""
+"""``rlsloth rewards``: list the rewards that ship with rlsloth, or test one."""
 
 from __future__ import annotations
 
 import ast
 import importlib
-import json
-import math
-import sys
-from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from rich.console import Console
-from rich.table import Table
+from pydantic import Field
 
 from rlsloth import plugins
-from rlsloth.config import RewardConfig
-from rlsloth.errors import UserError
-from rlsloth.records import FinishReason, Group, Prompt, Rollout, Score
-from rlsloth.scoring.example import Example
-from rlsloth.scoring.report import ScoringReport
-from rlsloth.scoring.scorer import Scorer
+from rlsloth.cli.flags import with_first_word
+from rlsloth.cli.read_config import asks_for_help, read_config
+from rlsloth.config import Section
+from rlsloth.errors import UserError, nearest
 
 REWARDS = "rlsloth.rewards"
-SHOWN_CHARACTERS = 60
-MAX_TIMEOUTS = 3
-"""In a row; then the reward is not worth waiting for."""
+USAGE = """\
+usage: rlsloth rewards list
+       rlsloth rewards test SPEC [--data FILE] [--limit N]
+
+list prints the rewards that ship with rlsloth. test scores the examples of a reward, or the rows of
+a file; rlsloth rewards test --help lists its options.
+"""
+
+
+class RewardTestOptions(Section):
+    """Score the examples that a reward ships with, or the rows of a JSONL file: objects with a key
+    completion, optionally prompt, completion_ids and finish_reason, and columns for the reward.
+    Exit status 1 after a failure or an unexpected score."""
+
+    spec: str | None = None
+    """Name (math_verify), dotted path (pkg.module:function) or file (./mine.py:reward); the first
+    word needs no --spec."""
+    data: Path | None = None
+    """JSONL file with rows to score. Default: the reward's own EXAMPLES."""
+    limit: int = Field(100, ge=1)
+    """Largest number of rows read from the file."""
+
+
+class NoOptions(Section):
+    """List the rewards that ship with rlsloth, with the arguments and parameters of each."""
+
+
+def run(name: str, argv: list[str]) -> int:
+    """List or test rewards. Returns the exit status: 1 when a test fails."""
+    actions = {"list": _run_list, "test": _run_test}
+    action, rest = (argv[0], argv[1:]) if argv else ("", [])
+    if action not in actions and asks_for_help(argv):
+        print(USAGE, end="")
+        return 0
+    if action not in actions:
+        what = f"no action {action!r}" if action else "needs an action"
+        raise UserError(
+            f"rlsloth {name}: {what}{nearest(action, list(actions))} "
+            f"(rlsloth {name} list, or rlsloth {name} test SPEC)"
+        )
+    return actions[action](f"rlsloth {name} {action}", rest)
+
+
+def _run_list(prog: str, argv: list[str]) -> int:
+    read_config(NoOptions, argv, prog)
+    list_rewards()
+    return 0
+
+
+def _run_test(prog: str, argv: list[str]) -> int:
+    chosen = read_config(RewardTestOptions, with_first_word(argv, "--spec"), f"{prog} SPEC")
+    if chosen.spec is None:
+        raise UserError(f"name the reward to test: {prog} ./mine.py:reward")
+    from rlsloth.cli.reward_trial import test_reward
+
+    return test_reward(chosen.spec, chosen.data, chosen.limit)
 
 
 @dataclass(frozen=True, slots=True)
 class RewardSummary:
-    """What a built-in reward's source says of it."""
+    """A built-in reward, described from its source."""
 
     name: str
     summary: str
     columns: tuple[str, ...]
-    """Arguments, dataset columns among them."""
+    """Arguments, including dataset columns."""
     parameters: dict[str, str]
     """Settings under reward.params.<name>, with their defaults."""
 
@@ -61,193 +106,13 @@ def _summary(name: str, folder: Path) -> RewardSummary:
 
 
 def list_rewards() -> None:
-    """Print the built-in rewards with what they take."""
-    table = Table("reward", "what it gives", "takes")
+    """Print the built-in rewards with their arguments and parameters."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("reward", "gives", "takes")
     table.add_column("reward.params", overflow="fold")
     for reward in summarize_rewards():
         settings = "\n".join(f"{key}={value}" for key, value in reward.parameters.items())
         table.add_row(reward.name, reward.summary, "\n".join(reward.columns), settings)
     Console().print(table)
-
-
-def test_reward(spec: str, data: Path | None, limit: int) -> int:
-    """Score a reward's own EXAMPLES, or the rows of a JSONL file, and print the results.
-
-    A row is an object with ``completion``, and ``prompt``, ``completion_ids`` and ``finish_reason``
-    where they matter; all its other keys are columns.
-
-    Returns:
-        The exit code: 0 if all went as expected, 1 after a failure or an unexpected score.
-
-    Raises:
-        UserError: no such reward, no examples, or a file that cannot be read.
-    """
-    if data is None:
-        return _test_examples(spec)
-    return _test_rows(spec, data, limit)
-
-
-# pytest would collect it wherever it is imported.
-test_reward.__test__ = False  # type: ignore[attr-defined]
-
-
-def _test_examples(spec: str) -> int:
-    examples = load_examples(spec)
-    if not examples:
-        raise UserError(f"reward {spec!r} ships no EXAMPLES: pass --data FILE.jsonl")
-    table = Table("example", "completion", "expected", "got")
-    groups = [example_group(example, index) for index, example in enumerate(examples)]
-    console = Console()
-    as_expected = 0
-    for example, (_, score, _) in zip(examples, _scored(spec, groups, console), strict=False):
-        right = is_expected(example, score)
-        as_expected += right
-        words = _short(example.completion)
-        style = None if right else "bold red"
-        table.add_row(example.note, words, _value(example.expected), _said(score), style=style)
-    console.print(table)
-    console.print(f"{as_expected} of {len(examples)} examples as expected")
-    return int(as_expected < len(examples))
-
-
-def _test_rows(spec: str, data: Path, limit: int) -> int:
-    table = Table("row", "completion", "score", "ms")
-    values: list[float] = []
-    seconds: list[float] = []
-    failures = 0
-    console = Console()
-    for group, score, elapsed in _scored(spec, _read_rows(data, limit), console):
-        seconds.append(elapsed)
-        failures += score.failure is not None
-        if score.value is not None:
-            values.append(score.value)
-        style = "bold red" if score.failure else None
-        line = str(group.prompt.index + 1)
-        words = _short(group.rollouts[0].text)
-        table.add_row(line, words, _said(score), f"{elapsed * 1e3:.1f}", style=style)
-    if not seconds:
-        raise UserError(f"{data} has no rows")
-    console.print(table)
-    mean = f"{sum(values) / len(values):.3f}" if values else "-"
-    console.print(
-        f"{len(seconds)} rows: {len(values)} scored (mean {mean}), {failures} failed, "
-        f"{len(seconds) - len(values) - failures} not applicable; "
-        f"{sum(seconds) / len(seconds) * 1e3:.1f} ms a row, slowest {max(seconds) * 1e3:.1f} ms"
-    )
-    return int(failures > 0)
-
-
-def _scored(
-    spec: str, groups: Iterable[Group], console: Console
-) -> Iterator[tuple[Group, Score, float]]:
-    """Groups of one rollout with its score and seconds, failures printed, until MAX_TIMEOUTS."""
-    cfg = RewardConfig(workers=1)
-    timeouts = 0
-    with Scorer([spec], cfg) as scorer:
-        scorer.wait_ready()
-        for group in groups:
-            report = scorer.score([group])
-            score = group.rollouts[0].scores[0]
-            _print_failures(console, report)
-            yield group, score, report.rewards[0].wall_seconds
-            timeouts = timeouts + 1 if score.failure == "timeout" else 0
-            if timeouts == MAX_TIMEOUTS:
-                console.print(
-                    f"stopped after {timeouts} timeouts in a row: a completion may take "
-                    f"{cfg.cpu_seconds:g} s of CPU time and {cfg.wall_seconds:g} s in all",
-                    style="bold red",
-                )
-                return
-
-
-def load_examples(spec: str) -> Sequence[Example]:
-    """The EXAMPLES of the module that a reward stands in; empty if it has none."""
-    function = plugins.load(spec, REWARDS)
-    module = sys.modules.get(getattr(function, "__module__", ""))
-    examples: Sequence[Example] = getattr(module, "EXAMPLES", ())
-    return examples
-
-
-def example_group(example: Example, index: int) -> Group:
-    """An example as a group of one rollout."""
-    ids = list(example.completion_ids)
-    return _group(index, "", example.completion, example.columns, ids, example.finish)
-
-
-def is_expected(example: Example, score: Score) -> bool:
-    """Whether a score is the one that the example names."""
-    if score.failure is not None or score.value is None or example.expected is None:
-        return score.failure is None and score.value is example.expected
-    return math.isclose(score.value, example.expected, abs_tol=1e-9)
-
-
-def _read_rows(path: Path, limit: int) -> Iterator[Group]:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path}: {error}") from error
-    filled = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
-    for number, line in filled[:limit]:
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"{path}, line {number}: not JSON ({error})") from error
-        if not isinstance(row, dict) or "completion" not in row:
-            raise UserError(f"{path}, line {number}: not an object with a key 'completion'")
-        yield _row_group(number - 1, row)
-
-
-def _row_group(index: int, row: dict[str, Any]) -> Group:
-    completion = row.pop("completion")
-    prompt = row.pop("prompt", "")
-    ids = row.pop("completion_ids", [])
-    finish: FinishReason = row.pop("finish_reason", "stop")
-    return _group(index, prompt, completion, row, ids, finish)
-
-
-def _group(
-    index: int, prompt: Any, completion: Any, columns: Any, ids: list[int], finish: FinishReason
-) -> Group:
-    """Chat messages as prompt or completion make the row conversational."""
-    messages = (
-        completion
-        if isinstance(completion, list)
-        else [{"role": "assistant", "content": completion}]
-    )
-    conversational = isinstance(completion, list) or isinstance(prompt, list)
-    rollout = Rollout(
-        token_ids=ids,
-        loss_mask=[True] * len(ids),
-        logprobs=[0.0] * len(ids),
-        policy_version=[0] * len(ids),
-        finish=finish,
-        text=str(messages[-1].get("content", "")) if messages else "",
-        messages=messages,
-    )
-    if conversational and isinstance(prompt, str):
-        prompt = [{"role": "user", "content": prompt}]
-    asked = Prompt(index, tuple(prompt) if conversational else prompt, columns)
-    return Group(prompt=asked, prompt_ids=[], rollouts=[rollout])
-
-
-def _print_failures(console: Console, report: ScoringReport) -> None:
-    for failure in report.details:
-        console.print(
-            f"row {failure.prompt_index + 1}: {failure.kind}: {failure.detail}",
-            style="red",
-            markup=False,
-        )
-
-
-def _value(value: float | None) -> str:
-    return "not applicable" if value is None else f"{value:g}"
-
-
-def _said(score: Score) -> str:
-    return score.failure or _value(score.value)
-
-
-def _short(text: str) -> str:
-    line = " ".join(text.split())
-    shown = line if len(line) <= SHOWN_CHARACTERS else line[: SHOWN_CHARACTERS - 1] + "…"
-    return shown.replace("[", r"\[")  # rich's markup

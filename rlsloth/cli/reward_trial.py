@@ -1,0 +1,213 @@
+"""The test of a reward on its own examples or on the rows of a file: ``rlsloth rewards test``."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from rlsloth import plugins
+from rlsloth.config import RewardConfig
+from rlsloth.errors import UserError
+from rlsloth.records import FinishReason, Group, Prompt, Rollout, Score
+from rlsloth.scoring.example import Example
+from rlsloth.scoring.report import ScoringReport
+from rlsloth.scoring.scorer import Scorer
+
+REWARDS = "rlsloth.rewards"
+SHOWN_CHARACTERS = 60
+MAX_TIMEOUTS = 3
+"""Timeouts in a row after which the test stops."""
+
+
+def test_reward(spec: str, data: Path | None, limit: int) -> int:
+    """Score a reward's own EXAMPLES, or the rows of a JSONL file, and print the results.
+
+    A row is an object with ``completion`` and, where they matter, ``prompt``, ``completion_ids``
+    and ``finish_reason``; all its other keys are columns.
+
+    Returns:
+        The exit status: 0 if all went as expected, 1 after a failure or an unexpected score.
+
+    Raises:
+        UserError: no such reward, no examples, or a file that cannot be read.
+    """
+    if data is None:
+        return _test_examples(spec)
+    return _test_rows(spec, data, limit)
+
+
+# pytest would collect it wherever it is imported.
+test_reward.__test__ = False  # type: ignore[attr-defined]
+
+
+def _test_examples(spec: str) -> int:
+    examples = load_examples(spec)
+    if not examples:
+        raise UserError(f"reward {spec!r} ships no EXAMPLES: pass --data FILE.jsonl")
+    table = Table("example", "completion", "expected", "got")
+    groups = [example_group(example, index) for index, example in enumerate(examples)]
+    console = Console()
+    as_expected = 0
+    for example, (_, score, _) in zip(examples, _scored(spec, groups, console), strict=False):
+        right = is_expected(example, score)
+        as_expected += right
+        words = _short(example.completion)
+        style = None if right else "bold red"
+        table.add_row(example.note, words, _value(example.expected), _result(score), style=style)
+    console.print(table)
+    console.print(f"{as_expected} of {len(examples)} examples as expected")
+    return int(as_expected < len(examples))
+
+
+def _test_rows(spec: str, data: Path, limit: int) -> int:
+    table = Table("row", "completion", "score", "ms")
+    values: list[float] = []
+    seconds: list[float] = []
+    failures = 0
+    console = Console()
+    for group, score, elapsed in _scored(spec, _read_rows(data, limit), console):
+        seconds.append(elapsed)
+        failures += score.failure is not None
+        if score.value is not None:
+            values.append(score.value)
+        style = "bold red" if score.failure else None
+        line = str(group.prompt.index + 1)
+        words = _short(group.rollouts[0].text)
+        table.add_row(line, words, _result(score), f"{elapsed * 1e3:.1f}", style=style)
+    if not seconds:
+        raise UserError(f"--data {data}: the file has no rows")
+    console.print(table)
+    mean = f"{sum(values) / len(values):.3f}" if values else "-"
+    console.print(
+        f"{len(seconds)} rows: {len(values)} scored (mean {mean}), {failures} failed, "
+        f"{len(seconds) - len(values) - failures} not applicable; "
+        f"{sum(seconds) / len(seconds) * 1e3:.1f} ms a row, slowest {max(seconds) * 1e3:.1f} ms"
+    )
+    return int(failures > 0)
+
+
+def _scored(
+    spec: str, groups: Iterable[Group], console: Console
+) -> Iterator[tuple[Group, Score, float]]:
+    """Score groups of one rollout each, and print failures; stop after MAX_TIMEOUTS in a row.
+
+    Yields:
+        Group, score and seconds.
+    """
+    cfg = RewardConfig(workers=1)
+    timeouts = 0
+    with Scorer([spec], cfg) as scorer:
+        scorer.wait_ready()
+        for group in groups:
+            report = scorer.score([group])
+            score = group.rollouts[0].scores[0]
+            _print_failures(console, report)
+            yield group, score, report.rewards[0].wall_seconds
+            timeouts = timeouts + 1 if score.failure == "timeout" else 0
+            if timeouts == MAX_TIMEOUTS:
+                console.print(
+                    f"stopped after {timeouts} timeouts in a row: a completion may take "
+                    f"{cfg.cpu_seconds:g} s of CPU time and {cfg.wall_seconds:g} s in all",
+                    style="bold red",
+                )
+                return
+
+
+def load_examples(spec: str) -> Sequence[Example]:
+    """The EXAMPLES in a reward's module; empty if it has none."""
+    function = plugins.load(spec, REWARDS)
+    module = sys.modules.get(getattr(function, "__module__", ""))
+    examples: Sequence[Example] = getattr(module, "EXAMPLES", ())
+    return examples
+
+
+def example_group(example: Example, index: int) -> Group:
+    """A group of one rollout, made from an example."""
+    ids = list(example.completion_ids)
+    return _group(index, "", example.completion, example.columns, ids, example.finish)
+
+
+def is_expected(example: Example, score: Score) -> bool:
+    """Whether a score is the one that the example expects."""
+    if score.failure is not None or score.value is None or example.expected is None:
+        return score.failure is None and score.value is example.expected
+    return math.isclose(score.value, example.expected, abs_tol=1e-9)
+
+
+def _read_rows(path: Path, limit: int) -> Iterator[Group]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--data {path}: cannot be read: {error}") from error
+    filled = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    for number, line in filled[:limit]:
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise UserError(f"{path}, line {number}: not JSON ({error})") from error
+        if not isinstance(row, dict) or "completion" not in row:
+            raise UserError(f"{path}, line {number}: expected an object with a key 'completion'")
+        yield _row_group(number - 1, row)
+
+
+def _row_group(index: int, row: dict[str, Any]) -> Group:
+    completion = row.pop("completion")
+    prompt = row.pop("prompt", "")
+    ids = row.pop("completion_ids", [])
+    finish: FinishReason = row.pop("finish_reason", "stop")
+    return _group(index, prompt, completion, row, ids, finish)
+
+
+def _group(
+    index: int, prompt: Any, completion: Any, columns: Any, ids: list[int], finish: FinishReason
+) -> Group:
+    """A group of one rollout; chat messages as prompt or completion make it conversational."""
+    messages = (
+        completion
+        if isinstance(completion, list)
+        else [{"role": "assistant", "content": completion}]
+    )
+    conversational = isinstance(completion, list) or isinstance(prompt, list)
+    rollout = Rollout(
+        token_ids=ids,
+        loss_mask=[True] * len(ids),
+        logprobs=[0.0] * len(ids),
+        policy_version=[0] * len(ids),
+        finish=finish,
+        text=str(messages[-1].get("content", "")) if messages else "",
+        messages=messages,
+    )
+    if conversational and isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}]
+    row_prompt = Prompt(index, tuple(prompt) if conversational else prompt, columns)
+    return Group(prompt=row_prompt, prompt_ids=[], rollouts=[rollout])
+
+
+def _print_failures(console: Console, report: ScoringReport) -> None:
+    for failure in report.details:
+        console.print(
+            f"row {failure.prompt_index + 1}: {failure.kind}: {failure.detail}",
+            style="red",
+            markup=False,
+        )
+
+
+def _value(value: float | None) -> str:
+    return "not applicable" if value is None else f"{value:g}"
+
+
+def _result(score: Score) -> str:
+    return score.failure or _value(score.value)
+
+
+def _short(text: str) -> str:
+    line = " ".join(text.split())
+    shown = line if len(line) <= SHOWN_CHARACTERS else line[: SHOWN_CHARACTERS - 1] + "…"
+    return shown.replace("[", r"\[")  # rich's markup
