@@ -112,8 +112,9 @@ class Rollout:
     """One per configured reward, in the configured order. Filled by scoring."""
     reward: float | None = None
     """Weighted sum of the scores that apply; None when none applies or one failed."""
-    advantage: float = 0.0
-    """Filled by assign_advantages; 0 when reward is None."""
+    advantages: list[float] = field(default_factory=list)
+    """[len(token_ids)] credit of each token; 0.0 where loss_mask is False. Empty until
+    assign_advantages fills it; all zero when reward is None."""
 
     @property
     def length(self) -> int:
@@ -166,7 +167,7 @@ class MicroBatch:
     """[N] int64 in [0, R): the rollout a scored token belongs to; rollouts are contiguous and
     whole."""
     advantages: Tensor
-    """[N] float32: the rollout's advantage at each of its tokens."""
+    """[N] float32: the advantage of each scored token."""
     rollout_logprobs: Tensor
     """[N] float32: log-probs at sampling time."""
     policy_version: Tensor

@@ -36,8 +36,8 @@ def pack(
 
     A group's prompt stands once per micro-batch that holds some of its rollouts. Rollouts whose
     loss is zero by construction are counted but not packed: those masked out (``mask_truncated``)
-    and, unless ``keep_zero_advantage`` (a KL term has gradient at advantage 0 too), those with
-    advantage 0.
+    and, unless ``keep_zero_advantage`` (a KL term has gradient at advantage 0 too), those whose
+    advantages are all 0.
 
     A rollout that exceeds the budget even alone gets a micro-batch of its own; with
     ``whole_groups``, which preference pairs need, so does a group.
@@ -51,7 +51,7 @@ def pack(
             if mask_truncated and rollout.truncated:
                 continue
             scored += rollout.length
-            if rollout.length and (keep_zero_advantage or rollout.advantage != 0.0):
+            if rollout.length and (keep_zero_advantage or any(rollout.advantages)):
                 packed.append(r)
         budget = None if whole_groups else tokens_per_microbatch
         trees += _split(g, group, packed, budget)
@@ -100,7 +100,6 @@ def _first_fit(trees: list[_Tree], budget: int) -> list[list[_Tree]]:
 
 def _microbatch(groups: Sequence[Group], trees: list[_Tree]) -> MicroBatch:
     stream = _Stream()
-    advantages: list[float] = []
     counts: list[int] = []
     source: list[tuple[int, int]] = []
     for t, tree in enumerate(trees):
@@ -113,7 +112,6 @@ def _microbatch(groups: Sequence[Group], trees: list[_Tree]) -> MicroBatch:
         else:
             prompt = stream.prompt(ids, t)
             counts += [stream.rollout(rollout, prompt, t) for rollout in rollouts]
-        advantages += [rollout.advantage for rollout in rollouts]
         source += [(tree.group, r) for r in tree.rollouts]
     scored = torch.tensor(counts)
     return MicroBatch(
@@ -126,7 +124,7 @@ def _microbatch(groups: Sequence[Group], trees: list[_Tree]) -> MicroBatch:
         score_index=_joined(stream.score_index),
         target_ids=_joined(stream.targets),
         rollout_of=torch.arange(len(source)).repeat_interleave(scored),
-        advantages=torch.tensor(advantages, dtype=torch.float32).repeat_interleave(scored),
+        advantages=_joined(stream.advantages),
         rollout_logprobs=_joined(stream.logprobs),
         policy_version=_joined(stream.versions),
         rollout_count=len(source),
@@ -145,6 +143,7 @@ class _Stream:
         self.tree_of: list[int] = []
         self.score_index: list[Array] = []
         self.targets: list[Array] = []
+        self.advantages: list[Array] = []
         self.logprobs: list[Array] = []
         self.versions: list[Array] = []
 
@@ -177,6 +176,7 @@ class _Stream:
     def _score(self, rollout: Rollout, ids: Array, scored: Array, at: Array) -> None:
         self.score_index.append(at)
         self.targets.append(ids[scored])
+        self.advantages.append(_advantages(rollout)[scored])
         self.logprobs.append(np.array(rollout.logprobs, np.float32)[scored])
         self.versions.append(np.array(rollout.policy_version, np.int64)[scored])
 
@@ -190,6 +190,13 @@ class _Stream:
         self.cu_k.append(self.cu_k[-1] + len(prefix) + count)
         self.tree_of.append(tree)
         return own
+
+
+def _advantages(rollout: Rollout) -> Array:
+    """One a token; all zero where none are assigned, as for supervised examples."""
+    if not rollout.advantages:
+        return np.zeros(len(rollout.token_ids), np.float32)
+    return np.array(rollout.advantages, np.float32)
 
 
 def _joined(parts: list[Array]) -> Tensor:

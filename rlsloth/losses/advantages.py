@@ -1,4 +1,12 @@
-"""From rewards to advantages, and the soft punishment of overlong completions."""
+"""Advantages from rewards, and the soft punishment of overlong completions.
+
+``Rollout.advantages`` holds one number a token, and packing and the losses use each one, so credit
+may differ within a rollout. ``assign_advantages`` gives all sampled tokens of a rollout the same
+number, from its total reward. Per-turn credit needs another function in its place, nothing else:
+turn k of a rollout is the k-th run of True in ``loss_mask``, it earned ``turn_rewards[k]``, and its
+return is the sum of ``turn_rewards[k:]``; that return, minus its mean over the group's k-th turns,
+goes to each token of the run, and 0.0 to every token between runs.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +23,11 @@ STD_EPSILON = 1e-4
 
 
 def assign_advantages(groups: Sequence[Group], cfg: AdvantageConfig) -> None:
-    """Set every rollout's ``advantage`` from the rewards of its group.
+    """Fill every rollout's ``advantages`` evenly, from the rewards of its group.
 
     group: (r - mean) / (std + 1e-4) with the group's unbiased std (GRPO, arXiv:2402.03300, §4.1.2).
     batch: (r - group mean) / (std + 1e-4) with the unbiased std of all the step's rewards.
-    none: r - mean (Dr. GRPO, arXiv:2503.20783). leave_one_out: r - mean of the others (RLOO,
+    none: r - mean (Dr. GRPO, arXiv:2503.20783). leave_one_out: r - mean of the rest (RLOO,
     Ahmadian et al. 2024, arXiv:2402.14740).
 
     Rollouts without a reward get 0 and are left out of means and deviations. A group whose rewards
@@ -31,7 +39,7 @@ def assign_advantages(groups: Sequence[Group], cfg: AdvantageConfig) -> None:
         scored = _scored(group)
         rewards = [reward for _, reward in scored]
         for rollout in group.rollouts:
-            rollout.advantage = 0.0
+            _fill(rollout, 0.0)
         if _all_equal(rewards):
             continue
         mean = statistics.fmean(rewards)
@@ -46,7 +54,12 @@ def assign_advantages(groups: Sequence[Group], cfg: AdvantageConfig) -> None:
                 # r - (n mean - r) / (n - 1) = (r - mean) n / (n - 1)
                 scale = len(rewards) / (len(rewards) - 1)
         for rollout, reward in scored:
-            rollout.advantage = (reward - mean) * scale
+            _fill(rollout, (reward - mean) * scale)
+
+
+def _fill(rollout: Rollout, advantage: float) -> None:
+    """Give every sampled token the same advantage."""
+    rollout.advantages = [advantage if sampled else 0.0 for sampled in rollout.loss_mask]
 
 
 def overlong_penalty(length: int, max_tokens: int, buffer: int) -> float:

@@ -58,7 +58,8 @@ def _findings(
     teaching = [
         rollout
         for rollout in rollouts
-        if abs(rollout.advantage) > NO_ADVANTAGE and not (mask_truncated and rollout.truncated)
+        if any(abs(advantage) > NO_ADVANTAGE for advantage in rollout.advantages)
+        and not (mask_truncated and rollout.truncated)
     ]
     if not teaching:
         found |= _no_gradient(groups, rollouts, reward_names, mask_truncated)

@@ -8,6 +8,7 @@ Ours after them: ``weighted_reward``, ``finish``, ``tokens`` (sampled), ``prompt
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,7 @@ def write_samples(
     for index, column in enumerate(reward_columns):
         columns[column] = [rollout.scores[index].value for _, rollout in rows]
     columns |= {
-        "advantage": [rollout.advantage for _, rollout in rows],
+        "advantage": [mean_advantage(rollout) for _, rollout in rows],
         "weighted_reward": [rollout.reward for _, rollout in rows],
         "finish": [rollout.finish for _, rollout in rows],
         "tokens": [rollout.length for _, rollout in rows],
@@ -95,6 +96,15 @@ def _content(message: Message) -> str:
 def completion_text(rollout: Rollout) -> str:
     """What followed the prompt: the sampled text, or all turns where there were several."""
     return as_text(rollout.messages) if len(rollout.messages) > 1 else rollout.text
+
+
+def mean_advantage(rollout: Rollout) -> float:
+    """Mean advantage of the sampled tokens; 0 without any."""
+    pairs = zip(rollout.advantages, rollout.loss_mask, strict=False)
+    values = [advantage for advantage, sampled in pairs if sampled]
+    if not values or min(values) == max(values):
+        return values[0] if values else 0.0  # exactly: a mean of equal numbers may round
+    return statistics.fmean(values)
 
 
 def failure_text(rollout: Rollout) -> str:

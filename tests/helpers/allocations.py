@@ -54,7 +54,9 @@ def stream(trees: int, prompt: int, completion: int, group: int) -> MicroBatch:
             Prompt(index, "", {}),
             [5] * prompt,
             [
-                Rollout([7] * n, [True] * n, [-1.0] * n, [0] * n, "stop", "", [], advantage=1.0)
+                Rollout(
+                    [7] * n, [True] * n, [-1.0] * n, [0] * n, "stop", "", [], advantages=[1.0] * n
+                )
                 for _ in range(group)
             ],
         )

@@ -72,7 +72,7 @@ def make_groups(seed: int, groups: int = 3, group_size: int = 4) -> list[Group]:
                     text="",
                     messages=[],
                     reward=draw.random(),
-                    advantage=draw.uniform(-2, 2),
+                    advantages=[draw.uniform(-2, 2)] * len(ids),
                 )
             )
         made.append(Group(Prompt(g, "", {}), prompt, rollouts))

@@ -25,15 +25,15 @@ KINDS = ["group", "batch", "none", "leave_one_out"]
 def make_group(rewards: list[float | None]) -> Group:
     rollouts = [
         Rollout(
-            token_ids=[1],
-            loss_mask=[True],
-            logprobs=[-1.0],
-            policy_version=[0],
+            token_ids=[1, 2],
+            loss_mask=[True, False],
+            logprobs=[-1.0, 0.0],
+            policy_version=[0, -1],
             finish="stop",
             text="",
             messages=[],
             reward=reward,
-            advantage=9.0,
+            advantages=[9.0, 9.0],
         )
         for reward in rewards
     ]
@@ -43,7 +43,8 @@ def make_group(rewards: list[float | None]) -> Group:
 def advantages(rewards: list[list[float | None]], kind: Any) -> list[list[float]]:
     groups = [make_group(r) for r in rewards]
     assign_advantages(groups, AdvantageConfig(normalize=kind))
-    return [[r.advantage for r in g.rollouts] for g in groups]
+    assert all(r.advantages[1] == 0.0 for g in groups for r in g.rollouts)  # not sampled
+    return [[r.advantages[0] for r in g.rollouts] for g in groups]
 
 
 def test_by_hand() -> None:

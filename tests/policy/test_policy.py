@@ -85,7 +85,7 @@ def test_checkpointing_changes_nothing():
 def test_zero_advantage_rollouts_cost_nothing_and_change_nothing():
     groups = make_groups(4)
     for rollout in groups[0].rollouts:
-        rollout.advantage = 0.0
+        rollout.advantages = [0.0] * len(rollout.token_ids)
     kept = pack(groups, 1000, mask_truncated=False, keep_zero_advantage=True)
     dropped = pack(groups, 1000, mask_truncated=False, keep_zero_advantage=False)
     assert dropped.trained_tokens < kept.trained_tokens == kept.scored_tokens

@@ -70,7 +70,7 @@ def test_nf4_trains_and_keeps_its_base(groups):
     before = layer.weight.detach().clone()
     for group in groups:
         for i, rollout in enumerate(group.rollouts):
-            rollout.advantage = i - 1.0
+            rollout.advantages = [i - 1.0] * len(rollout.token_ids)
     (micro,) = pack(groups, 10_000, mask_truncated=False, keep_zero_advantage=False).microbatches
     reference = policy.reference_logprobs(micro)  # an evaluation must not touch the weights either
     out = policy.logprobs(micro)

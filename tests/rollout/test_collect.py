@@ -402,7 +402,7 @@ def test_logprobs_of_a_multi_turn_rollout_equal_one_by_one(temperature: float) -
     rollouts = [r for group in groups for r in group.rollouts]
     assert max(r.tool_calls for r in rollouts) == 3
     for rollout in rollouts:
-        rollout.advantage = 1.0
+        rollout.advantages = [1.0] * len(rollout.token_ids)
     batch = pack(groups, 2000, mask_truncated=False, keep_zero_advantage=False)
     assert len(batch.microbatches) > 1
     assert batch.trained_tokens == sum(r.length for r in rollouts)

@@ -69,7 +69,7 @@ def update(policy: Policy, prefixes: list[list[int]], sampled: list[list[Complet
         for c in completions:
             n = len(c.token_ids)
             rollout = Rollout(c.token_ids, [True] * n, c.logprobs, [0] * n, c.finish, "", [])
-            rollout.advantage = sum(1.0 - 2 * (t % 2) for t in c.token_ids) / n
+            rollout.advantages = [sum(1.0 - 2 * (t % 2) for t in c.token_ids) / n] * n
             groups[-1].rollouts.append(rollout)
     (micro,) = pack(groups, 10_000, mask_truncated=False, keep_zero_advantage=True).microbatches
     out = policy.logprobs(micro)

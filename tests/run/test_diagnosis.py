@@ -36,7 +36,7 @@ def make_group(scores, *, weights=(1.0, 1.0), truncated=(), failure=None):
     rewards = [rollout.reward for rollout in rollouts if rollout.reward is not None]
     for rollout in rollouts:
         if rollout.reward is not None:
-            rollout.advantage = rollout.reward - sum(rewards) / len(rewards)
+            rollout.advantages = [rollout.reward - sum(rewards) / len(rewards)] * 2
     return Group(Prompt(0, "q", {}), [1], rollouts)
 
 

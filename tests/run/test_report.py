@@ -37,7 +37,7 @@ def rollout(value, text="4", finish="stop"):
         [],
         scores=scores,
         reward=reward,
-        advantage=value or 0.0,
+        advantages=[value or 0.0],
     )
 
 

@@ -46,7 +46,7 @@ def make_rollout(correct, tags, *, length=3, finish="stop", failure=None, text="
         tool_failures=tools[1] if tools else 0,
         scores=scores,
         reward=reward,
-        advantage=0.5,
+        advantages=[0.5] * length + [0.0],
     )
 
 
