@@ -1,10 +1,10 @@
-"""Time every kernel beside its floor, and beside other projects' kernels where they are installed.
+"""Time every kernel against its floor, and against other projects' kernels if they are installed.
 
 python -m rlsloth.kernels.bench [op ...] [--peers] [--base REV] [--write]
 
-A case prints time, share of the floor, memory above inputs and error against float64. ``--base``
-times the kernels of another git revision too, in a process of its own. ``--write`` replaces the
-table in kernels/README.md.
+Each case prints its time, share of the floor, memory above the inputs and error against float64.
+``--base`` also times the kernels of another git revision, in a separate process. ``--write``
+replaces the table in kernels/README.md.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ START, END = "<!-- bench -->", "<!-- /bench -->"
 
 
 def main() -> None:
-    """Measure what was asked for and print one table."""
+    """Measure the chosen ops and print one table."""
     args = _arguments()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     base = _of_revision(args.base, args.ops) if args.base else []
@@ -49,20 +49,20 @@ def _arguments() -> argparse.Namespace:
         prog="python -m rlsloth.kernels.bench", description=(__doc__ or "").split("\n\n")[0]
     )
     known = sorted(path.parent.name for path in HERE.glob("*/bench.py"))
-    parser.add_argument("ops", nargs="*", metavar="op", help=f"of {', '.join(known)}; all if none")
-    parser.add_argument("--peers", action="store_true", help="time other projects' kernels too")
-    parser.add_argument("--base", metavar="REV", help="time another git revision's kernels too")
+    parser.add_argument("ops", nargs="*", metavar="op", help=f"{', '.join(known)} (default: all)")
+    parser.add_argument("--peers", action="store_true", help="also time other projects' kernels")
+    parser.add_argument("--base", metavar="REV", help="also time another git revision's kernels")
     parser.add_argument("--write", action="store_true", help="write the table to kernels/README.md")
     parser.add_argument("--json", action="store_true", help="print results as JSON, no table")
     args = parser.parse_args()
     if unknown := sorted(set(args.ops) - set(known)):
-        parser.error(f"no kernel {unknown[0]!r}; there are {', '.join(known)}")
+        parser.error(f"no kernel {unknown[0]!r}; choose from {', '.join(known)}")
     args.ops = args.ops or known
     return args
 
 
 def run(ops: list[str], device: torch.device, peers: bool) -> list[Result]:
-    """Measure every case of the ops, one after the other, freeing each before the next."""
+    """Measure every case of the ops in turn, freeing each before the next."""
     results = []
     for op in ops:
         cases: Cases = importlib.import_module(f"rlsloth.kernels.{op}.bench").cases
@@ -75,7 +75,7 @@ def run(ops: list[str], device: torch.device, peers: bool) -> list[Result]:
 
 
 def _of_revision(revision: str, ops: list[str]) -> list[Result]:
-    """The same cases run by the kernels of another revision, from a worktree."""
+    """Measure these cases with the kernels of another revision, in a git worktree."""
     root = HERE.resolve().parent
     with tempfile.TemporaryDirectory() as folder:
         tree = Path(folder) / "tree"
@@ -94,12 +94,12 @@ def _of_revision(revision: str, ops: list[str]) -> list[Result]:
             subprocess.run([*git, "remove", "--force", str(tree)], check=True)
     if ran.returncode:
         reason = (ran.stderr.strip() or "no output").splitlines()[-1]
-        sys.exit(f"--base {revision}: its bench fails: {reason}")
+        sys.exit(f"--base {revision}: the bench of that revision failed: {reason}")
     return [Result(**row) for row in json.loads(ran.stdout.splitlines()[-1])]
 
 
 def beside(results: list[Result], base: list[Result]) -> list[Result]:
-    """After each of our rows the base revision's, its share taken of its own floor."""
+    """Insert the base revision's row after each of ours; its share is of its own floor."""
     old = {(r.op, r.shape): r for r in base if r.name == "ours"}
     merged = []
     for result in results:
@@ -110,7 +110,7 @@ def beside(results: list[Result], base: list[Result]) -> list[Result]:
 
 
 def table(results: list[Result]) -> list[str]:
-    """Markdown, one block a case."""
+    """Format results as a Markdown table, one block per case."""
     device = (
         torch.cuda.get_device_name()
         if torch.cuda.is_available()
@@ -133,7 +133,7 @@ def table(results: list[Result]) -> list[str]:
 
 
 def write(lines: list[str]) -> None:
-    """Put the table between the marks of kernels/README.md."""
+    """Write the table between the marks in kernels/README.md."""
     text = README.read_text()
     before, _, rest = text.partition(START)
     _, _, after = rest.partition(END)

@@ -1,4 +1,4 @@
-"""Timing of kernels beside a floor and beside peers, in one process and interleaved."""
+"""Timing of kernels against a floor and against peers, in one process and interleaved."""
 
 from __future__ import annotations
 
@@ -21,38 +21,38 @@ class Case:
     """One row of the table: an operation at one shape."""
 
     op: str
-    """Folder under kernels/."""
+    """Name of the folder under kernels/."""
     shape: str
-    """As people say it: ``T 8192 H 4096 V 128256``."""
+    """The shape for display: ``T 8192 H 4096 V 128256``."""
     ours: Run
     floor: Run
-    """What no version can beat: the bare matrix products, or a copy of the bytes that must move."""
+    """The lower bound: the bare matrix products, or a copy of the bytes that must move."""
     floor_name: str
     peers: dict[str, Callable[[], Run]] = field(default_factory=dict)
-    """By name, what prepares a peer's run; an ImportError says that it is not installed."""
+    """Functions that prepare a peer's run, by name; ImportError means that it is not installed."""
     error: Callable[[], float] | None = None
-    """Largest error of ours against float64, absolute or relative as the op's bench says."""
+    """Our largest error against float64, absolute or relative (the op's bench defines which)."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """A measured case. Times in milliseconds, medians; memory in MiB above what the inputs hold."""
+    """A measured case: median time in milliseconds, memory in MiB above that of the inputs."""
 
     op: str
     shape: str
     name: str
-    """``ours``, ``floor`` (with what it is) or a peer's name."""
+    """``ours``, ``floor: <its name>`` or a peer's name."""
     time: float
     share: float
-    """The floor's time over this one."""
+    """The floor's time divided by this time."""
     memory: float
     error: float | None
 
 
 def measure(case: Case, device: torch.device, peers: bool, seconds: float = 1.0) -> list[Result]:
-    """Time floor, ours and the peers in turn, round after round, each after a call of itself.
+    """Time floor, ours and the peers in turn for several rounds, each right after a call of itself.
 
-    A peer that is not installed, or that fails at this shape, is named with its reason on stdout.
+    A peer that is not installed, or that fails at this shape, is printed with the reason.
     """
     runs: dict[str, Run] = {f"floor: {case.floor_name}": case.floor, "ours": case.ours}
     for name, prepare in case.peers.items() if peers else ():
@@ -87,11 +87,11 @@ def measure(case: Case, device: torch.device, peers: bool, seconds: float = 1.0)
 
 
 def seconds_of(run: Run, device: torch.device) -> float:
-    """Seconds of one call, by the device's own clock where it has one."""
+    """Time one call in seconds, by the device's own clock if it has one."""
     if device.type == "cuda":
-        # The host gets ahead, as it does in training: its own start is not the kernels' time. And
-        # the chip is as warm as this very run makes it: its clock falls under matrix products and
-        # rises while another's run waits for memory.
+        # The host runs ahead, as in training, so launch overhead is not counted as kernel time. The
+        # call before keeps the chip as warm as this run makes it: its clock falls under matrix
+        # products and rises during runs that wait for memory.
         torch.cuda._sleep(SLEEP_CYCLES)  # type: ignore[no-untyped-call]
         run()
         start = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
@@ -107,7 +107,7 @@ def seconds_of(run: Run, device: torch.device) -> float:
 
 
 def peak_bytes(run: Run, device: torch.device) -> int:
-    """Most bytes that a second call holds at once beyond what was allocated before it.
+    """Return the peak bytes of a second call, beyond what was allocated before it.
 
     The first call compiles and fills caches.
     """
@@ -123,7 +123,7 @@ def peak_bytes(run: Run, device: torch.device) -> int:
 
 
 def _peak_bytes_cpu(run: Run) -> int:
-    gc.collect()  # what is older than the run and freed in it would count as less than nothing
+    gc.collect()  # older garbage freed during the run would make the count negative
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         run()
     assert profiler.profiler is not None
@@ -137,16 +137,16 @@ def _peak_bytes_cpu(run: Run) -> int:
 
 
 def copy_of(count: int, device: torch.device) -> Run:
-    """A copy that reads and writes ``count`` bytes in all: the floor of what only moves memory."""
+    """Make a copy that reads and writes ``count`` bytes in total: the floor of memory-bound ops."""
     source = torch.empty(max(count // 2, 1), dtype=torch.uint8, device=device).random_()
     target = torch.empty_like(source)
     return lambda: target.copy_(source)
 
 
 def normal(*shape: int, device: torch.device, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
-    """Random numbers, never zeros: a chip multiplies zeros faster."""
+    """Return random numbers instead of zeros, which a chip multiplies faster."""
     return (torch.randn(*shape, device=device) * scale).to(dtype)
 
 
 Cases = Callable[[torch.device], Iterator[Case]]
-"""What each ``kernels/<op>/bench.py`` defines as ``cases``: the shapes of its table."""
+"""The function ``cases`` of each ``kernels/<op>/bench.py``, which yields the rows of its table."""

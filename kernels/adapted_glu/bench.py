@@ -1,6 +1,6 @@
-"""The gated unit with its adapters beside a copy of the bytes that the unit alone must move.
+"""Bench the gated unit with adapters against a copy of the bytes that the unit alone must move.
 
-Errors are the largest of h, over the largest, on the first tokens.
+The error is the largest one of h, relative to the largest h, on the first tokens.
 """
 
 from __future__ import annotations
@@ -23,7 +23,10 @@ CHECKED_TOKENS = 64
 
 
 def cases(device: torch.device) -> Iterator[Case]:
-    """As between the linears of an MLP: gate and what comes back from down lie in longer rows."""
+    """Yield forward and backward cases, strided as in an MLP.
+
+    Gate and the gradient that comes back from down lie in longer rows.
+    """
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     tokens, width, rank = SHAPES[device.type]
     gate_wide, back_wide = (
@@ -58,7 +61,7 @@ def cases(device: torch.device) -> Iterator[Case]:
         "copy of 3 gates",
         error=error,
     )
-    # It keeps overwriting its inputs, so the numbers drift; the bytes do not.
+    # This overwrites its inputs each time, so the values drift; the bytes moved do not.
     yield Case(
         "adapted_glu",
         f"backward, {shape}",

@@ -1,8 +1,8 @@
-"""The gated unit between LoRA linears, with what the adapters do to wide tensors.
+"""The gated unit of a LoRA MLP, fused with the adapters' work on its wide tensors.
 
-Around a product with a frozen weight LoRA is narrow: a few columns read from a tensor as wide as
-the model, or added to it. On its own each of these is a pass over memory. Here they ride on the
-passes of the gated unit, which has the tensors at hand:
+Next to a product with a frozen weight, LoRA is narrow: it reads a few columns from a tensor as wide
+as the model, or adds a few to it. Done separately, each of these is a pass over memory. Here they
+share the passes of the gated unit, which loads the same tensors anyway:
 
     h = act(gate + gate_low B_gate^T) * (up + up_low B_up^T)        low = h A_down^T
 
@@ -21,16 +21,18 @@ from torch.autograd.graph import increment_version
 
 from rlsloth.kernels.glu.op import glu_backward, glu_forward
 
-FUSED_RANK = 64  # more columns than this do not fit beside the tiles
-CHUNK_ROWS = 2048  # of what is not fused
+FUSED_RANK = 64  # more columns than this do not fit next to the tiles
+CHUNK_ROWS = 2048  # rows at a time on the path that is not fused
 
 
 @dataclass(frozen=True, slots=True)
 class GluAdapters:
-    """Factors in the dtype of the unit's tensors, contiguous; None where an adapter is off."""
+    """The adapters' factors, contiguous, in the dtype of the unit's tensors; None for an adapter
+    that is off.
+    """
 
     gate_b_FR: Tensor | None  # noqa: N815 -- fields carry shape suffixes too
-    """Times the adapter's scale, like ``up_b_FR``."""
+    """Multiplied by the adapter's scale, like ``up_b_FR``."""
     up_b_FR: Tensor | None  # noqa: N815
     down_a_RF: Tensor | None  # noqa: N815
 
@@ -42,7 +44,7 @@ class GluInputs:
     gate_TF: Tensor  # noqa: N815
     up_TF: Tensor  # noqa: N815
     gate_low_TR: Tensor  # noqa: N815
-    """No columns where the adapter is off, like ``up_low_TR``."""
+    """Has no columns if the adapter is off, like ``up_low_TR``."""
     up_low_TR: Tensor  # noqa: N815
 
 
@@ -58,7 +60,7 @@ def adapted_glu_forward(
         from rlsloth.kernels.adapted_glu import triton
 
         low_TR = triton.forward(_tensors(inputs, adapters), activation, out_TF)
-        increment_version(out_TF)  # autograd must notice, and sees no kernel
+        increment_version(out_TF)  # autograd must notice the write, and cannot see into a kernel
         return low_TR
     lows = []
     for rows in _chunks(inputs):
@@ -80,11 +82,11 @@ def adapted_glu_backward(
 
     Args:
         d_out_TF: the gradient of h through down's frozen weight alone. It may be overwritten.
-        d_low_TR: the gradient of ``h A^T``; no columns where down's adapter is off.
+        d_low_TR: the gradient of ``h A^T``; no columns if down's adapter is off.
 
     Returns:
-        (dB_gate [F, R], dB_up [F, R], dA_down [R, F]), where B is ``gate_b_FR``: for the adapter's
-        own B, times its scale.
+        (dB_gate [F, R], dB_up [F, R], dA_down [R, F]), where B is ``gate_b_FR``: multiply by the
+        adapter's scale for the gradient of its own B.
     """
     if fused(inputs, adapters):
         from rlsloth.kernels.adapted_glu import triton
@@ -116,7 +118,7 @@ def adapted_glu_backward(
 
 
 def fused(inputs: GluInputs, adapters: GluAdapters) -> bool:
-    """Whether one kernel does it all: 16 bits on a GPU, every adapter on, ranks to FUSED_RANK."""
+    """Whether one kernel does it all: 16 bits on a GPU, all adapters on, ranks up to FUSED_RANK."""
     gate_b, up_b, down_a = adapters.gate_b_FR, adapters.up_b_FR, adapters.down_a_RF
     if gate_b is None or up_b is None or down_a is None:
         return False
@@ -144,14 +146,14 @@ def _tensors(
 
 
 def _chunks(inputs: GluInputs) -> list[slice]:
-    """Rows at a time, so that what is made between the kernels stays small."""
+    """Cut the rows into chunks, so that temporaries between the kernels stay small."""
     tokens = inputs.gate_TF.shape[0]
     starts = range(0, max(tokens, 1), CHUNK_ROWS)
     return [slice(start, min(start + CHUNK_ROWS, tokens)) for start in starts]
 
 
 def _adapted(inputs: GluInputs, adapters: GluAdapters, rows: slice) -> tuple[Tensor, Tensor]:
-    """gate and up with their adapters: copies, or themselves where an adapter is off."""
+    """Add the adapters to gate and up: return copies, or the tensor itself without an adapter."""
     gate_b, up_b = adapters.gate_b_FR, adapters.up_b_FR
     return (
         _plus(
@@ -164,13 +166,13 @@ def _adapted(inputs: GluInputs, adapters: GluAdapters, rows: slice) -> tuple[Ten
 def _plus(base_TN: Tensor, low_TR: Tensor, factor_RN: Tensor | None) -> Tensor:
     if factor_RN is None:
         return base_TN
-    # Contiguous: on CPUs with AMX oneDNN also reads what lies beside bf16 rows of an odd length,
+    # Contiguous: on CPUs with AMX, oneDNN also reads past the end of bf16 rows of an odd length,
     # and a NaN there, times zero, is NaN.
     return torch.addmm(base_TN, low_TR.contiguous(), factor_RN)
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
-    """In float32."""
+    """Multiply two matrices, with a float32 result."""
     if left.dtype == torch.float32:
         return left @ right
     if left.is_cuda:

@@ -1,4 +1,4 @@
-"""What a gated unit between LoRA linears computes, in plain torch and any dtype."""
+"""The gated unit between LoRA linears in plain torch, in any dtype: the reference for tests."""
 
 from __future__ import annotations
 

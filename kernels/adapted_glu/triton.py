@@ -1,8 +1,8 @@
-"""The gated unit with its adapters in Triton: a tile in registers meets them on tensor cores.
+"""Triton kernels of the gated unit with adapters: tiles in registers, products on tensor cores.
 
 The forward walks along the columns of a tile of tokens, because ``h A^T`` is a sum over columns;
-the backward along the tokens of a tile of columns, because the adapters' gradients are sums over
-tokens. What is cut into splits is added up afterwards, in order: nothing is atomic.
+the backward walks along the tokens of a tile of columns, because the adapters' gradients are sums
+over tokens. Partial sums of splits are added up afterwards in a fixed order: nothing is atomic.
 """
 
 from __future__ import annotations
@@ -16,24 +16,24 @@ from torch import Tensor
 
 from rlsloth.kernels.glu.triton import _share_and_slope, interpreted
 
-LEAST_RANK = 16  # of a factor on tensor cores
+LEAST_RANK = 16  # the least rank of a factor that tensor cores take
 INTERPRETED_PROCESSORS = 2
 
 
 class Tile(NamedTuple):
-    """Tokens x columns that a program holds at a time, and what runs it."""
+    """The tile (tokens x columns) that a program holds at a time, and its launch settings."""
 
     tokens: int
     columns: int
     warps: int
     stages: int
     programs: int
-    """For each multiprocessor, at least, where the shape allows it."""
+    """The least number of programs for each multiprocessor, if the shape allows it."""
 
 
 FORWARD = Tile(64, 64, warps=4, stages=3, programs=4)
 BACKWARD = Tile(32, 64, warps=4, stages=3, programs=12)
-# Higher ranks take more shared memory in the forward, 128 KiB with three tiles on their way.
+# Higher ranks take more shared memory in the forward: 128 KiB with three tiles in flight.
 STAGED_RANK, STAGED_BYTES = 32, 128 << 10
 
 Tensors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -41,7 +41,7 @@ Tensors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def forward(tensors: Tensors, activation: str, out_TF: Tensor) -> Tensor:
-    """What ``op.adapted_glu_forward`` says."""
+    """Run the fused forward; see ``op.adapted_glu_forward``."""
     gate_TF, up_TF, gate_low_TR, up_low_TR, gate_b_FR, up_b_FR, down_a_RF = tensors
     (tokens, width), rank = gate_TF.shape, down_a_RF.shape[0]
     row_tiles, column_tiles = _tiles(FORWARD, tokens, width)
@@ -79,7 +79,7 @@ def forward(tensors: Tensors, activation: str, out_TF: Tensor) -> Tensor:
 def backward(
     d_out_TF: Tensor, d_low_TR: Tensor, tensors: Tensors, activation: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What ``op.adapted_glu_backward`` says."""
+    """Run the fused backward; see ``op.adapted_glu_backward``."""
     gate_TF, up_TF, gate_low_TR, up_low_TR, gate_b_FR, up_b_FR, down_a_RF = tensors
     (tokens, width), rank = gate_TF.shape, down_a_RF.shape[0]
     ranks = gate_b_FR.shape[1], up_b_FR.shape[1], rank
@@ -124,7 +124,7 @@ def _tiles(tile: Tile, tokens: int, width: int) -> tuple[int, int]:
 
 
 def _split(tile: Tile, across: int, along: int, device: torch.device) -> tuple[int, int]:
-    """Into how many programs a row of ``along`` tiles is cut, and the tiles of each."""
+    """Return the number of programs that share a row of ``along`` tiles, and the tiles of each."""
     processors = INTERPRETED_PROCESSORS
     if device.type == "cuda":
         processors = torch.cuda.get_device_properties(device).multi_processor_count
@@ -134,7 +134,7 @@ def _split(tile: Tile, across: int, along: int, device: torch.device) -> tuple[i
 
 
 def _stages(rank: int, device: torch.device) -> int:
-    """Of the forward: one less where the tiles would not fit (99 KiB on consumer cards)."""
+    """Return the forward's stages: one fewer if tiles would not fit (99 KiB on consumer cards)."""
     if rank <= STAGED_RANK or device.type != "cuda":
         return FORWARD.stages
     properties: Any = torch.cuda.get_device_properties(device)
@@ -166,8 +166,9 @@ def _load(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ) -> tl.tensor:
-    """A tile of a matrix; zeros past its end. Offsets within a tile are the same for every tile:
-    only its corner takes 64 bits.
+    """Load a tile of a matrix, with zeros past its end.
+
+    Offsets within a tile are the same for every tile: only its corner takes 64 bits.
     """
     row, column = tl.arange(0, ROWS)[:, None], tl.arange(0, COLUMNS)[None, :]
     inside = (row < rows - first) & (column < columns - first_column)
@@ -187,7 +188,7 @@ def _store(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ) -> None:
-    """A tile to where ``_load`` would find it."""
+    """Store a tile at the address that ``_load`` reads."""
     row, column = tl.arange(0, ROWS)[:, None], tl.arange(0, COLUMNS)[None, :]
     inside = (row < rows - first) & (column < columns - first_column)
     pointer += tl.cast(first, tl.int64) * stride + first_column
@@ -224,7 +225,7 @@ def _forward_kernel(
     ACTIVATION: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ) -> None:
-    """A tile of tokens, column tile after column tile; h A^T stays in registers meanwhile."""
+    """Process a tile of tokens, tile after tile of columns; h A^T stays in registers."""
     split = tl.program_id(1)
     token = tl.program_id(0) * TOKENS
     gate_low = _load(gate_low_ptr, gate_low_stride, token, tokens, 0, gate_rank, TOKENS, RANK)
@@ -282,7 +283,7 @@ def _backward_kernel(
     ACTIVATION: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ) -> None:
-    """A tile of columns, token tile after token tile; sums over tokens stay in registers."""
+    """Process a tile of columns, tile after tile of tokens; sums over tokens stay in registers."""
     split = tl.program_id(1)
     column = tl.program_id(0) * COLUMNS
     gate_b = _load(gate_b_ptr, gate_rank, column, width, 0, gate_rank, COLUMNS, RANK)
@@ -307,7 +308,7 @@ def _backward_kernel(
         h = (activated * wide_up).to(gate.dtype)
         d_gate = (d_h * wide_up * (share + wide_gate * slope)).to(gate.dtype)
         d_up = (d_h * activated).to(gate.dtype)
-        # In place, and safe: a tile is in shared memory as a whole by now, or is stored by the
+        # Writing in place is safe: the whole tile is in shared memory by now, or is stored by the
         # threads that loaded it (a tile has 8 elements or more for each). A barrier would keep the
         # compiler from loading tiles ahead.
         _store(gate_ptr, gate_stride, token, tokens, column, width, d_gate, TOKENS, COLUMNS)

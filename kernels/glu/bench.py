@@ -1,6 +1,6 @@
-"""Gated linear units beside a copy of the bytes they must move, beside Liger and beside torch.
+"""Bench gated linear units against a copy of the bytes they must move, against Liger and torch.
 
-Errors are the largest of an output, over the largest output, on the first rows.
+The error is the largest one of an output, relative to the largest output, on the first rows.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Glu = Callable[[Tensor, Tensor], Tensor]
 
 
 def cases(device: torch.device) -> Iterator[Case]:
-    """Forward, and forward with backward; of halves of one tensor; and the backward in place."""
+    """Yield forward, forward + backward (also on halves of one tensor), and backward in place."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     rows, width = SHAPES[device.type]
     gate = normal(rows, width, device=device, dtype=dtype)
@@ -34,7 +34,7 @@ def cases(device: torch.device) -> Iterator[Case]:
     for activation in ("silu", "gelu_tanh"):
         one, two = gate.clone().requires_grad_(), up.clone().requires_grad_()
         yield _case(f"{activation}, forward + backward, {shape}", one, two, activation, passes=8)
-    # It keeps overwriting its inputs, so the numbers drift; the bytes do not.
+    # This overwrites its inputs each time, so the values drift; the bytes moved do not.
     d_out = normal(rows, width, device=device, dtype=dtype)
     yield Case(
         "glu",
@@ -46,7 +46,7 @@ def cases(device: torch.device) -> Iterator[Case]:
 
 
 def _case(shape: str, gate: Tensor, up: Tensor, activation: str, passes: int) -> Case:
-    """``passes``: how many tensors like the gate must be read or written."""
+    """Make a case; ``passes`` is how many tensors like the gate must be read or written."""
     peers: dict[str, Callable[[], Glu]] = {
         "liger": lambda: _liger(activation),
         "eager": lambda: lambda gate, up: glu_reference(gate, up, activation),
@@ -71,7 +71,7 @@ def _case(shape: str, gate: Tensor, up: Tensor, activation: str, passes: int) ->
 def _run(function: Glu, gate: Tensor, up: Tensor) -> Run:
     if not gate.requires_grad:
         return lambda: function(gate, up)
-    # Its own: Liger's backward writes over what it saved.
+    # A tensor of its own: Liger's backward writes over what it saved.
     leaves = gate.detach().clone().requires_grad_(), up.detach().clone().requires_grad_()
     grad = torch.randn_like(gate)
     return lambda: torch.autograd.grad(function(*leaves), leaves, grad)

@@ -1,7 +1,7 @@
 """Gated linear units (Shazeer 2020, arXiv:2002.05202): ``act(gate) * up``, element by element.
 
-The backward makes the activation again from the gate. With s the logistic function, S the normal
-distribution's and c = sqrt(8 / pi):
+The backward recomputes the activation from the gate. With s the logistic function, S the normal
+distribution function and c = sqrt(8 / pi):
 
     silu(g) = g * s(g)      gelu(g) = g * S(g)      gelu_tanh(g) = g * s(c * (g + 0.044715 * g**3))
 """
@@ -26,8 +26,8 @@ def glu(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     """``act(gate) * up``, computed in float32 and rounded once; contiguous and differentiable.
 
     Args:
-        gate: [..., F], float32, bfloat16 or float16; any dimension may be 0. It and up may be the
-            two halves of one [..., 2F]; what does not lie in rows of one stride is copied.
+        gate: [..., F], float32, bfloat16 or float16; any dimension may be 0. Gate and up may be
+            the two halves of one [..., 2F]; a tensor whose rows have no common stride is copied.
         up: like gate.
         activation: "silu", "gelu_tanh" (Gemma's) or "gelu" (by the error function).
 
@@ -42,10 +42,10 @@ def glu(gate: Tensor, up: Tensor, activation: str) -> Tensor:
 
 
 def glu_forward(gate: Tensor, up: Tensor, activation: str, out: Tensor | None = None) -> Tensor:
-    """``glu`` without a graph, for a backward derived by hand; writes to ``out`` where given.
+    """Compute ``glu`` without autograd, for a hand-derived backward; write to ``out`` if given.
 
-    ``out`` is like gate, may be gate or up itself, and like them must lie in rows of one stride
-    with a dense last dimension (ValueError).
+    ``out`` is like gate and may be gate or up itself. All three need rows of one stride with a
+    dense last dimension (else ValueError).
     """
     h = torch.empty_like(gate, memory_format=torch.contiguous_format) if out is None else out
     _check({"gate": gate, "up": up, "out": h}, activation)
@@ -54,7 +54,7 @@ def glu_forward(gate: Tensor, up: Tensor, activation: str, out: Tensor | None = 
         from rlsloth.kernels.glu import triton
 
         triton.forward(gate_NF, up_NF, h_NF, activation)
-        increment_version(h)  # autograd must notice, and sees no kernel
+        increment_version(h)  # autograd must notice the write, and cannot see into a kernel
     else:
         h_NF.copy_(glu_reference(gate_NF.float(), up_NF.float(), activation))
     return h
@@ -63,12 +63,12 @@ def glu_forward(gate: Tensor, up: Tensor, activation: str, out: Tensor | None = 
 def glu_backward(
     d_out: Tensor, gate: Tensor, up: Tensor, activation: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``h = act(gate) * up`` and the gradients of gate and up, in place: takes no memory.
+    """Compute ``h = act(gate) * up`` and the gradients of gate and up in place, without memory.
 
-    ``h`` overwrites d_out, d_gate gate, d_up up: the same three tensors are returned in this
-    order. ``d_out`` is the gradient of h. Each tensor must lie in rows of one stride with a dense
-    last dimension, and no two may overlap; the halves of one [..., 2F] do not. Other errors are
-    those of ``glu``.
+    ``d_out`` is the gradient of h. ``h`` overwrites d_out, d_gate overwrites gate and d_up
+    overwrites up; these three tensors are returned in this order. Each tensor needs rows of one
+    stride with a dense last dimension, and no two may overlap (the halves of one [..., 2F] do
+    not). Raises the errors of ``glu``, too.
     """
     _check({"gate": gate, "up": up, "d_out": d_out}, activation)
     d_out_NF, gate_NF, up_NF = _rows(d_out=d_out, gate=gate, up=up)
@@ -132,20 +132,20 @@ def _by_triton(x: Tensor) -> bool:
 
 
 def _dense_rows(x: Tensor) -> Tensor:
-    """[N, F] with a dense last dimension: a view where there is one."""
+    """Reshape to [N, F] with a dense last dimension: a view if possible, else a copy."""
     rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
 def _rows(**named: Tensor) -> list[Tensor]:
-    """[N, F] views, detached: who writes to them writes to the tensors."""
+    """Return detached [N, F] views: writing to them writes to the tensors."""
     views = []
     for name, x in named.items():
         shape = x.shape[:-1].numel(), x.shape[-1]
         try:
             views.append(x.detach().view(shape))
         except RuntimeError:
-            message = f"{name} of strides {list(x.stride())} does not lie in rows of one stride"
+            message = f"{name} has strides {list(x.stride())}: its rows have no common stride"
             raise ValueError(message) from None
         if shape[1] > 1 and views[-1].stride(1) != 1:
             raise ValueError(f"{name} has stride {x.stride(-1)} in its last dimension, expected 1")

@@ -1,4 +1,4 @@
-"""Gated linear units in plain torch, in any dtype: the tests' yardstick."""
+"""Gated linear units in plain torch, in any dtype: the reference for tests."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch.nn import functional
 
 
 def glu_reference(gate: Tensor, up: Tensor, activation: str) -> Tensor:
-    """``act(gate) * up`` with act silu, gelu (exact) or gelu_tanh."""
+    """Compute ``act(gate) * up``, where act is silu, gelu (exact) or gelu_tanh."""
     if activation == "silu":
         return functional.silu(gate) * up
     return functional.gelu(gate, approximate="tanh" if activation == "gelu_tanh" else "none") * up

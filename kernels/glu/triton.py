@@ -1,4 +1,4 @@
-"""Gated linear units in Triton: a piece of a row a program, all its loads before its stores."""
+"""Gated linear units in Triton: one piece of a row per program, all its loads before its stores."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Elements a program. A power of two no smaller than its threads take at once, so that no two of
-# them hold the same element. Smaller in the backward, which keeps three inputs in registers.
+# Elements per program: a power of two, no smaller than its threads load at once, so that no two
+# threads hold the same element. Smaller in the backward, which keeps three inputs in registers.
 FORWARD_BLOCK, BACKWARD_BLOCK, WARPS = 2048, 1024, 4
 
 
 def interpreted() -> bool:
-    """Whether kernels run in Triton's interpreter, which knows no PTX."""
+    """Whether kernels run in Triton's interpreter, which cannot run PTX."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def forward(gate_NF: Tensor, up_NF: Tensor, h_NF: Tensor, activation: str) -> None:
-    """``h = act(gate) * up``; h may be gate or up."""
+    """Write ``act(gate) * up`` to h, which may be gate or up."""
     rows, width = gate_NF.shape
     if gate_NF.numel() == 0:
         return
@@ -52,7 +52,7 @@ def backward(
     d_up_NF: Tensor,
     activation: str,
 ) -> None:
-    """Gradients of gate and up, and h unless it is None; each result may lie over its input."""
+    """Write the gradients of gate and up, and h unless it is None; each may overwrite its input."""
     rows, width = gate_NF.shape
     if gate_NF.numel() == 0:
         return
@@ -132,7 +132,7 @@ def _backward_kernel(
     share, slope = _share_and_slope(gate, ACTIVATION, INTERPRETED)
     activated = gate * share
     if h_ptr is not None:
-        # In place: a thread writes what it read, and this makes it hold whatever the layouts are.
+        # In place a thread must write only what it read; this ensures it for any layout.
         tl.debug_barrier()
         tl.store(h_ptr + row * h_stride + column, activated * up, mask=inside)
     d_gate = d_out * up * (share + gate * slope)
@@ -140,9 +140,9 @@ def _backward_kernel(
     tl.store(d_up_ptr + row * d_up_stride + column, d_out * activated, mask=inside)
 
 
-# 1 / (1 + 2**(-x / ln 2)) with an error of a few 1e-7 (20 ulp where x is near -20): half of the
-# instructions, and of the registers, of what Triton makes of it, which guards against denormals
-# that cannot matter beside the 1.
+# 1 / (1 + 2**(-x / ln 2)) with an error of a few 1e-7 (20 ulp for x near -20). It takes half of the
+# instructions and registers of Triton's own code, which guards against denormals that cannot
+# matter when added to 1.
 SIGMOID = tl.constexpr("""{
 .reg .f32 a;
 mul.ftz.f32 a, $1, 0fBFB8AA3B;
@@ -163,7 +163,7 @@ def _sigmoid(x: tl.tensor, INTERPRETED: tl.constexpr) -> tl.tensor:
 def _share_and_slope(
     gate: tl.tensor, ACTIVATION: tl.constexpr, INTERPRETED: tl.constexpr
 ) -> tuple[tl.tensor, tl.tensor]:
-    """What part of the gate the activation lets through, and that part's derivative."""
+    """Return the share of the gate that the activation passes, and the derivative of that share."""
     if ACTIVATION == "silu":
         share = _sigmoid(gate, INTERPRETED)
         slope = share * (1.0 - share)
@@ -171,8 +171,8 @@ def _share_and_slope(
         share = 0.5 * (1.0 + tl.erf(gate * 0.7071067811865476))
         slope = 0.3989422804014327 * tl.exp(-0.5 * gate * gate)
     else:
-        # 0.5 * (1 + tanh(u)) = sigmoid(2 * u). Beyond 20 share is 0 or 1 in float32; a cube that
-        # overflows would make the slope 0 * inf.
+        # 0.5 * (1 + tanh(u)) = sigmoid(2 * u). Beyond 20 the share is 0 or 1 in float32; a cube
+        # that overflows would make the slope 0 * inf.
         near = tl.clamp(gate, -20.0, 20.0)
         share = _sigmoid(1.5957691216057308 * near * (1.0 + 0.044715 * near * near), INTERPRETED)
         slope = share * (1.0 - share) * 1.5957691216057308 * (1.0 + 0.134145 * near * near)

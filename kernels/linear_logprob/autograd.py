@@ -1,7 +1,7 @@
 """Gradients of linear_logprob: a row scale for a frozen head, two more products for a trained one.
 
 With p the softmax over the tokens other than the target, ``dlogp/dz = -(1 - exp(logp)) * (p -
-onehot(target))``. The bracket times the head is the *direction*; products see only its first term,
+onehot(target))``. The *direction* is ``p - onehot(target)`` times the head: p enters the products
 as odds, and the target's row of the head is subtracted in float32.
 """
 
@@ -25,7 +25,7 @@ from rlsloth.kernels.linear_logprob.products import add_transposed, multiply
 
 
 class FrozenHead(torch.autograd.Function):
-    """The direction [N, H] is made in the forward; the backward scales its rows."""
+    """Autograd for a frozen head: the backward scales rows of the forward's direction [N, H]."""
 
     @staticmethod
     def forward(
@@ -57,10 +57,10 @@ class FrozenHead(torch.autograd.Function):
 
 
 class TrainableHead(torch.autograd.Function):
-    """Statistics in the forward; the backward makes the odds anew: four products.
+    """Autograd for a trained head: the backward recomputes the odds, four products in total.
 
-    ``trained_VK`` is the head's last K columns, those that want a gradient: all of it, or a LoRA's
-    second factor beside the frozen rest.
+    ``trained_VK`` holds the head's last K columns, which need a gradient: all columns, or a LoRA's
+    second factor next to the frozen weight.
     """
 
     @staticmethod
@@ -76,7 +76,7 @@ class TrainableHead(torch.autograd.Function):
         for _ in chunks(head, hidden_NH, target_N, stats_4N):
             pass
         result = outputs(stats_4N)
-        # Saved though head holds them too: autograd then notices a weight changed in between.
+        # Saved although head holds them too, so that autograd notices a change in between.
         ctx.save_for_backward(hidden_NH, trained_VK, bias_V, target_N, coefficient(result[0], head))
         ctx.head = head
         ctx.mark_non_differentiable(*result[1:])
@@ -98,7 +98,7 @@ class TrainableHead(torch.autograd.Function):
 class WeightedSum(torch.autograd.Function):
     """``sum(weight_n * logp_n)`` and its gradients in one pass: three products for a trained head.
 
-    A frozen head takes one product for every row and a second for rows of nonzero weight.
+    A frozen head takes one product for every row and a second one for rows of nonzero weight.
     """
 
     @staticmethod
@@ -139,12 +139,12 @@ class WeightedSum(torch.autograd.Function):
         result: tuple[Tensor, ...] = outputs(stats_4N)
         if order_N is not None:
             result = tuple(torch.empty_like(x).index_copy_(0, order_N, x) for x in result)
-            if grad_hidden is not None:  # to where the sorted copy was
+            if grad_hidden is not None:  # overwrites the sorted copy
                 grad_hidden = sorted_NH.index_copy_(0, order_N, grad_hidden)
         ctx.head = head
         ctx.save_for_backward(grad_hidden, grad_trained, grad_bias)
         ctx.mark_non_differentiable(*result)
-        # What a weight of 0 leaves out may be NaN.
+        # Rows of weight 0 are left out: their values may be NaN.
         terms_N = torch.where(row_weight_N == 0, 0.0, result[0] * row_weight_N)
         return terms_N.sum(), *result
 
@@ -159,7 +159,7 @@ class WeightedSum(torch.autograd.Function):
 
 
 class _Gradients:
-    """Gradients of hidden states, of the head's last columns, those trained, and of the bias."""
+    """Gradients of the hidden states, of the head's trained last columns and of the bias."""
 
     def __init__(
         self,
@@ -171,7 +171,7 @@ class _Gradients:
         self.head, self.hidden_NH, self.columns = head, hidden_NH, columns
         self.hidden = _contiguous_like(hidden_NH) if needs[0] else None
         self.needs_trained, self.needs_bias = needs[1], needs[2]
-        # Over several chunks sums are kept in float32; one chunk's product is rounded once.
+        # Sums over several chunks are kept in float32; a single chunk's product is rounded once.
         self.whole = hidden_NH.shape[0] <= head.chunk_rows
         self.dtype = head.weight_VH.dtype
         self.trained: Tensor | None = None
@@ -192,7 +192,7 @@ class _Gradients:
             hidden_RH, out_RH = self.hidden_NH[rows], self.hidden[rows]
             _finish(self.head, sum_RH, target_R, stats_4R, hidden_RH, out_RH)
             _scale_rows(self.head, out_RH, scale_R)
-        # With its target in place a row of odds is the whole gradient, up to a row scale.
+        # With the target's entry filled in, a row of odds is the whole gradient up to a row scale.
         target_odds_R1 = -(stats_4R[1] * _cap_slope(self.head, stats_4R))[:, None]
         odds_RV.scatter_(1, target_R[:, None], target_odds_R1.to(odds_RV.dtype))
         scale_R = scale_R / stats_4R[1]
@@ -205,7 +205,7 @@ class _Gradients:
             self.bias = add_transposed(odds_RV, scale_R[:, None], self.bias, torch.float32)
 
     def results(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """In the order and the dtype of the inputs."""
+        """Return the gradients in the order and the dtypes of the inputs."""
         vocabulary = self.head.weight_VH.shape[0]
         trained, bias = self.trained, self.bias
         if self.needs_trained and trained is None:  # no row
@@ -227,7 +227,7 @@ def _finish(
     hidden_RH: Tensor,
     out_RH: Tensor,
 ) -> None:
-    """Write the direction, ``sum / total - cap_slope * weight[target]``, back through the norm.
+    """Write the direction ``sum / total - cap_slope * weight[target]``, back through the norm.
 
     ``out_RH`` may be ``hidden_RH``. The sum is overwritten.
     """
@@ -262,19 +262,19 @@ def _scaled_rows(head: Head, tensor_RK: Tensor, scale_R: Tensor) -> Tensor:
 
 
 def _scale(head: Head, tensor: Tensor, factor: Tensor) -> None:
-    """In place by a number, rounded once."""
+    """Multiply a tensor in place by a number, rounded once."""
     if head.fused:
         from rlsloth.kernels.linear_logprob import triton
 
         triton.scale(tensor, factor)
         increment_version(tensor)
     else:
-        # As a vector of one: a bare number would be rounded to the gradient's 16 bits first.
+        # A vector of one entry: a scalar would be rounded to the gradient's 16 bits first.
         tensor.mul_(factor.reshape(1))
 
 
 def _cap_slope(head: Head, stats_4R: Tensor) -> Tensor:
-    """The softcap's slope at the target's logit, [R]; ones without a softcap."""
+    """Return the softcap's slope at the target's logit, [R]; ones without a softcap."""
     if head.ceiling is None:
         return torch.ones_like(stats_4R[3])
     return 1 - (stats_4R[3] / head.ceiling).square()

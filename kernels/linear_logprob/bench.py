@@ -1,4 +1,4 @@
-"""Cases of linear_logprob: frozen head, trained head, and what the peers take for the same."""
+"""Bench cases of linear_logprob: frozen head, trained head, and peers on the same inputs."""
 
 from __future__ import annotations
 
@@ -21,16 +21,17 @@ SHAPES = {
     "cpu": ((300, 64, 5003),),
 }
 TRAINED = {"cuda": ((8192, 4096, 128256),), "cpu": ((300, 64, 5003),)}
-FLOOR_ROWS = (1024, 4096)  # the bare products run in chunks too, in the faster of these
+FLOOR_ROWS = (1024, 4096)  # the bare products run in chunks too, of the faster of these sizes
 TOPS = (0.01, 0.5, 0.99)
 LARGEST = 30.0
 CHECKED_ROWS = 192
 
 
 def cases(device: torch.device) -> Iterator[Case]:
-    """Forward and backward at the shapes of MEASURED peers; error is that of a log-prob, in nats,
-    over rows whose likeliest token has probability 0.01, 0.5 or 0.99 at a logit of 30, that token
-    and another being the target in turn.
+    """Yield forward + backward cases at the shapes at which peers were measured.
+
+    The error is that of a log-prob, in nats, over rows whose likeliest token has probability 0.01,
+    0.5 or 0.99 at a logit of 30; the target is that token and another one in turn.
     """
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     for shape in SHAPES[device.type]:
@@ -97,7 +98,7 @@ def _case(
 def _norm_case(
     device: torch.device, dtype: torch.dtype, tokens: int, width: int, vocabulary: int
 ) -> Case:
-    """From the residual stream, with the final norm inside; beside it the norm in front."""
+    """Make the case of the final norm inside the op, compared with the norm applied before it."""
     torch.manual_seed(0)
     hidden_NH, weight_VH, target_N = peaked(tokens, width, vocabulary, device, dtype)
     gradient_N = torch.randn(tokens, device=device)
@@ -126,13 +127,15 @@ def _norm_case(
 def peaked(
     tokens: int, width: int, vocabulary: int, device: torch.device, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Hidden states, head and targets: row n's top token has probability ``TOPS[n % 3]`` at a
-    logit of 30, and is the target of every other three rows.
+    """Make hidden states, head and targets with known top probabilities.
+
+    Row n's top token has probability ``TOPS[n % 3]`` at a logit of 30; it is the target in every
+    other group of three rows.
     """
     weight_VH = (torch.randn(vocabulary, width, device=device) / width**0.5).to(dtype)
     top_N = torch.randint(0, vocabulary, (tokens,), device=device)
     share_N = torch.tensor(TOPS, device=device)[torch.arange(tokens, device=device) % len(TOPS)]
-    # The others' logsumexp, ln V + s^2 / 2 for normal logits of deviation s, is what leaves p.
+    # p follows from the other tokens' logsumexp: ln V + s^2 / 2 for normal logits of deviation s.
     others_N = LARGEST - torch.logit(share_N)
     deviation_N = (2 * (others_N - torch.tensor(float(vocabulary)).log())).clamp_min(0.1).sqrt()
     hidden_NH = torch.randn(tokens, width, device=device) * deviation_N[:, None]
@@ -145,7 +148,7 @@ def peaked(
 
 
 def _products(hidden_NH: Tensor, weight_VH: Tensor, trained: bool, known: bool) -> Run:
-    """The bare products, in chunks of the size at which they were fastest in a few trials.
+    """Run the bare products, in chunks of the size that was fastest in a few trials.
 
     A trained head's gradient is one product over all rows, written once in float32.
     """
@@ -160,7 +163,7 @@ def _chunked(hidden_NH: Tensor, weight_VH: Tensor, size: int, trained: bool, kno
     chunks = torch.split(hidden_NH, size)
     count, vocabulary = hidden_NH.shape[0], weight_VH.shape[0]
     forwards = 2 if trained and not known else 1
-    # Weights known to be 0 spare half the rows a frozen head's second product.
+    # With a frozen head, rows of a known weight of 0 (half of them) skip the second product.
     backward_rows = count // 2 if known and not trained else count
 
     def run() -> None:

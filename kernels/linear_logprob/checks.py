@@ -1,4 +1,4 @@
-"""What linear_logprob refuses, before anything is launched."""
+"""Checks of linear_logprob's arguments, before anything is launched."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def check(
     logit_scale: float,
     chunk_rows: int | None,
 ) -> None:
-    """Raise TypeError or ValueError, in one line, for what linear_logprob cannot take."""
+    """Raise TypeError or ValueError, with a one-line text, for arguments that do not fit."""
     named = {"hidden_NH": hidden_NH, "weight_VH": weight_VH, "target_N": target_N}
     shapes = [2, 2, 1]
     if bias_V is not None:
@@ -61,7 +61,7 @@ def check(
 
 
 def check_lora(a_RH: Tensor, b_VR: Tensor, weight_VH: Tensor) -> None:
-    """The same for an adapter on the head."""
+    """Raise TypeError or ValueError for an adapter that does not fit the head."""
     expected = {"a_RH": (a_RH, [a_RH.shape[0], weight_VH.shape[1]])}
     expected["b_VR"] = (b_VR, [weight_VH.shape[0], a_RH.shape[0]])
     for name, (tensor, shape) in expected.items():
@@ -74,7 +74,7 @@ def check_lora(a_RH: Tensor, b_VR: Tensor, weight_VH: Tensor) -> None:
 
 
 def check_norm(norm: FinalNorm, hidden_NH: Tensor, with_lora: bool) -> None:
-    """The same for the norm before the head."""
+    """Raise TypeError or ValueError for a norm that does not fit the hidden states."""
     weight_H = norm.weight_H
     if with_lora:
         raise ValueError("norm and lora together are not supported: pass normed hidden states")
@@ -90,12 +90,12 @@ def check_norm(norm: FinalNorm, hidden_NH: Tensor, with_lora: bool) -> None:
         )
     if weight_H.requires_grad:
         raise ValueError(
-            "norm.weight_H requires grad: it gets none here; pass normed hidden states"
+            "norm.weight_H requires grad but would get none: pass normed hidden states instead"
         )
 
 
 def check_row_weight(row_weight_N: Tensor, hidden_NH: Tensor) -> None:
-    """The same for the weights of weighted_logprob_sum."""
+    """Raise TypeError or ValueError for row weights that do not fit the hidden states."""
     if row_weight_N.dtype != torch.float32 or row_weight_N.shape != hidden_NH.shape[:1]:
         raise ValueError(
             f"row_weight_N is {row_weight_N.dtype} {list(row_weight_N.shape)}, expected "
@@ -104,4 +104,4 @@ def check_row_weight(row_weight_N: Tensor, hidden_NH: Tensor) -> None:
     if row_weight_N.device != hidden_NH.device:
         raise ValueError(f"row_weight_N is on {row_weight_N.device}, not {hidden_NH.device}")
     if row_weight_N.requires_grad:
-        raise ValueError("row_weight_N requires grad: it gets none here; detach it")
+        raise ValueError("row_weight_N requires grad but would get none: detach it")

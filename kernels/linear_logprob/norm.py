@@ -1,9 +1,9 @@
 # ruff: noqa: N815 -- fields carry shape suffixes too
 """The model's final norm inside linear_logprob: neither the normed [N, H] nor its gradient exists.
 
-A chunk of the residual stream is normed before its product with the head, and its direction taken
-back through the norm at once. That is linear in the upstream gradient of a row, so a frozen head's
-backward is a row scale as before.
+Each chunk of the residual stream is normed before its product with the head, and its direction is
+taken back through the norm at once. This is linear in the upstream gradient of a row, so the
+backward of a frozen head is still a row scale.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ class FinalNorm:
     """A frozen RMSNorm, ``x * rsqrt(mean(x**2) + eps) * (offset + weight)``."""
 
     weight_H: Tensor
-    """float32 or in the dtype of the hidden states."""
+    """[H], float32 or in the dtype of the hidden states."""
     eps: float
     offset: float = 0.0
-    """1.0 is Gemma's form, whose weights are stored about zero."""
+    """1.0 for Gemma, whose weights are stored around zero."""
 
     def forward(self, x_RH: Tensor) -> Tensor:
-        """Normed rows, rounded once, bitwise those of ``rms_norm`` on any set of rows."""
+        """Norm rows, rounded once, bitwise like ``rms_norm`` on any set of rows."""
         return rms_norm(x_RH, self.weight_H, self.eps, self.offset)
 
     def backward(self, grad_RH: Tensor, x_RH: Tensor) -> Tensor:
-        """The gradient of x from that of the normed rows, which is float32."""
-        # As rms_norm chooses; TRITON_INTERPRET is Triton's own switch.
+        """Return the gradient of x from the float32 gradient of the normed rows."""
+        # The same choice as in rms_norm; TRITON_INTERPRET is Triton's own switch.
         if x_RH.is_cuda or os.environ.get("TRITON_INTERPRET") == "1":
             from rlsloth.kernels.rms_norm import triton
 

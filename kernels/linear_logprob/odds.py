@@ -1,5 +1,5 @@
 # ruff: noqa: N815 -- fields carry shape suffixes too
-"""One chunk of rows after the other: the odds of every token, and a row's four statistics."""
+"""The chunk loop of linear_logprob: each token's odds, and four statistics of each row."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from torch import Tensor
 from rlsloth.kernels.linear_logprob.norm import FinalNorm
 from rlsloth.kernels.linear_logprob.products import project
 
-FLOOR = -3.0e38  # finite: exp gives 0, and 0 * FLOOR is 0 where 0 * -inf is NaN
+FLOOR = -3.0e38  # finite: exp gives 0, and 0 * FLOOR is 0, while 0 * -inf is NaN
 
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """A linear head and how its products become logits."""
+    """A linear head, and how its products become logits."""
 
     weight_VH: Tensor
     bias_V: Tensor | None
@@ -27,13 +27,14 @@ class Head:
     ceiling: float | None
     """softcap / temperature."""
     norm: FinalNorm | None
-    """What hidden states still have to go through."""
+    """The final norm that the hidden states still need; None if they are normed."""
     chunk_rows: int
 
     @property
     def fused(self) -> bool:
-        """Whether chunks go through the fused Triton product: bfloat16 on a GPU, in rows that its
-        copy engine takes (a multiple of 16 bytes). The rest goes through torch.
+        """Whether chunks use the fused Triton product; the others use torch.
+
+        It takes bfloat16 on a GPU, in rows of a multiple of 16 bytes (for the copy engine).
         """
         # TRITON_INTERPRET is Triton's own switch: kernels then run on CPU tensors.
         runs = self.weight_VH.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
@@ -42,18 +43,20 @@ class Head:
 
 
 def aligned(matrix: Tensor) -> bool:
-    """Whether the copy engine takes it: dense rows that begin at multiples of 16 bytes."""
+    """Whether the copy engine takes a matrix: dense rows that begin at multiples of 16 bytes."""
     strides_fit = matrix.stride(1) == 1 and matrix.stride(0) * matrix.element_size() % 16 == 0
     return strides_fit and matrix.data_ptr() % 16 == 0
 
 
 def empty_stats(hidden_NH: Tensor) -> Tensor:
-    """[4, N] float32. Over the tokens other than the target, with z the scaled and capped logits
+    """Allocate the statistics, [4, N] float32.
+
+    The first three are over the tokens other than the target, with z the scaled and capped logits
     and p their softmax: a reference exponent, ``total = sum(exp(z - reference))`` and ``mean =
-    sum(p * (z - reference))``; then the target's own z.
+    sum(p * (z - reference))``. The fourth is the target's own z.
     """
     count = hidden_NH.shape[0]
-    # Rows of whole 64 bytes: Triton compiles a kernel anew for pointers that are aligned otherwise.
+    # Rows of whole 64 bytes: Triton compiles a kernel again for pointers of another alignment.
     rows = torch.empty(4, -(-count // 16) * 16, dtype=torch.float32, device=hidden_NH.device)
     return rows[:, :count]
 
@@ -61,11 +64,10 @@ def empty_stats(hidden_NH: Tensor) -> Tensor:
 def chunks(
     head: Head, hidden_NH: Tensor, target_N: Tensor, stats_4N: Tensor
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Fill ``stats_4N`` chunk by chunk; yield each chunk's rows, the head's input [R, H] and odds
-    [R, V].
+    """Fill ``stats_4N`` chunk by chunk; yield each chunk's rows, head input [R, H] and odds [R, V].
 
-    Odds are ``exp(z - reference)``, 0 at the target, times the softcap's slope at z. They lie in
-    the scratch and are gone once the next chunk is asked for.
+    Odds are ``exp(z - reference)``, 0 at the target, times the softcap's slope at z. The next chunk
+    overwrites them.
     """
     count, vocabulary = target_N.shape[0], head.weight_VH.shape[0]
     size = min(head.chunk_rows, count)
@@ -103,10 +105,11 @@ def odds_torch(
     slope: float,
     ceiling: float | None,
 ) -> None:
-    """Odds and statistics of raw float32 logits, which are overwritten. The reference is their top.
+    """Turn raw float32 logits into odds in place, and write their statistics.
 
-    Few, large, in-place passes: each is a barrier between threads, and memory taken anew is slower
-    than the arithmetic. Not torch.softmax: on a CPU its running sum is off by 1e-5 at V = 150,000.
+    The reference is the largest logit. The code makes few, large, in-place passes: each is a
+    barrier between threads, and new memory costs more time than the arithmetic. Not torch.softmax:
+    on a CPU its running sum is off by 1e-5 at V = 150,000.
     """
     z, target_R1 = logits_RV, target_R[:, None]
     if slope != 1.0:
@@ -131,11 +134,11 @@ def odds_torch(
 
 
 def outputs(stats_4N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probability of the target, entropy and logsumexp, each [N]."""
+    """Return the target's log-probability, the entropy and the logsumexp, each [N]."""
     reference_N, total_N, mean_N, target_N = stats_4N
     log_total_N = total_N.log()
     logprob_N = -torch.nn.functional.softplus((reference_N - target_N) + log_total_N)
-    # Entropy of "target or not", plus that among the others: no term is negative, nothing cancels.
+    # Entropy of "target or not" plus that of the other tokens: no term is negative, none cancel.
     others_N = -torch.expm1(logprob_N)
     entropy_N = (
         -logprob_N.exp() * logprob_N
@@ -146,5 +149,5 @@ def outputs(stats_4N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def coefficient(logprob_N: Tensor, head: Head) -> Tensor:
-    """What turns ``odds / total - onehot(target)`` into dlogp/dlogits."""
+    """Return the factor that turns ``odds / total - onehot(target)`` into dlogp/dlogits."""
     return torch.expm1(logprob_N) * head.slope

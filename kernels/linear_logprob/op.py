@@ -1,10 +1,10 @@
 # ruff: noqa: N815 -- fields carry shape suffixes too
 """Log-probabilities of selected tokens from hidden states, without a tensor of full logits.
 
-With a frozen head the gradient is ``g_n * dlogp_n/dh_n`` for any upstream ``g``. Its direction is
-made in the forward, while a chunk's odds are at hand, and the backward is a row scale: two matrix
-products in all. The target stands outside the normaliser: with ``p`` the softmax over the *other*
-tokens and ``gap = logsumexp(others) - z_target``,
+With a frozen head the gradient is ``g_n * dlogp_n/dh_n`` for any upstream ``g``. The forward makes
+its direction while it has a chunk's odds, and the backward is a row scale: two matrix products in
+total. The target is left out of the normaliser: with ``p`` the softmax over the *other* tokens and
+``gap = logsumexp(others) - z_target``,
 
     logp = -softplus(gap)        dlogp/dz = (1 - exp(logp)) * (onehot(target) - p)
 
@@ -29,7 +29,7 @@ from rlsloth.kernels.linear_logprob.checks import (
 from rlsloth.kernels.linear_logprob.norm import FinalNorm
 from rlsloth.kernels.linear_logprob.odds import Head, aligned, chunks, empty_stats, outputs
 
-CPU_ROWS = 256  # from here on the products run at the speed of whole ones
+CPU_ROWS = 256  # from this size on, the products are as fast as unchunked ones
 CPU_SCRATCH_BYTES = 256 << 20
 GPU_ROWS = 4096
 GPU_SCRATCH_BYTES = 320 << 20  # 1024 rows at V 128256 and 151936: 97 % of one wave at H 4096 (H100)
@@ -37,14 +37,14 @@ ROW_TILE = 128
 
 
 class LinearLogprob(NamedTuple):
-    """What the head says of N tokens, each [N] float32, in nats."""
+    """Statistics of N tokens under the head, each [N] float32, in nats."""
 
     logprob_N: Tensor
     """Log-probability of the target, differentiable."""
     entropy_N: Tensor
     """Entropy of the distribution, detached."""
     logsumexp_N: Tensor
-    """The normaliser's logarithm, detached."""
+    """Logarithm of the normaliser, detached."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +56,7 @@ class HeadLora:
     scale: float
 
     def narrow(self, hidden_NH: Tensor) -> Tensor:
-        """``scale * hidden @ a.T`` [N, R] in the dtype of hidden_NH, what b is multiplied by."""
+        """Return ``scale * hidden @ a.T`` [N, R], b's left factor, in the dtype of hidden_NH."""
         return self.scale * (hidden_NH @ self.a_RH.to(hidden_NH.dtype).t())
 
 
@@ -74,34 +74,34 @@ def linear_logprob(
     chunk_rows: int | None = None,
     overwrite_hidden: bool = False,
 ) -> LinearLogprob:
-    """Log-probability of ``target_N`` under a linear head, its entropy and logsumexp.
+    """Return the log-probability of ``target_N`` under a linear head, entropy and logsumexp.
 
     ``logits = softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap) / temperature``,
-    the tanh only where a softcap is given. Logits and statistics are float32 whatever the inputs
-    are, autocast or not. One chunk of rows of them is held at a time. The same inputs give bitwise
+    with the tanh only if a softcap is given. Logits and statistics are float32 for any input dtype,
+    also under autocast. Logits exist for one chunk of rows at a time. The same inputs give bitwise
     the same log-probs with and without gradient.
 
-    With a frozen head the backward scales the saved direction in place: a graph can be
-    differentiated once.
+    With a frozen head the backward scales the saved direction in place, so a graph can be
+    differentiated only once.
 
     Args:
         hidden_NH: float32, bfloat16 or float16; N may be 0.
-        weight_VH: like hidden_NH. Where it, the bias or the adapter requires grad, the backward
-            recomputes the logits and sums their gradients in float32.
+        weight_VH: like hidden_NH. If it, the bias or the adapter requires grad, the backward
+            recomputes the logits and sums the gradients in float32.
         target_N: int64 in [0, V).
         bias_V: like hidden_NH.
-        lora: an adapter on the head, in any floating dtype; the weight is then frozen, and copied
-            beside the adapter at each call.
-        norm: hidden_NH is the residual stream before the model's final norm, which is then done
-            chunk by chunk, bitwise as ``rms_norm`` does; not together with lora.
-        chunk_rows: rows held at a time, instead of a choice by the device's memory.
-        overwrite_hidden: keep the gradient's direction where hidden_NH was, if the head is frozen:
-            nobody may read hidden_NH afterwards, its own producer's backward included.
+        lora: an adapter on the head, in any floating dtype; the weight is then frozen, and each
+            call copies it into one matrix with the adapter.
+        norm: the model's final norm, if hidden_NH is the residual stream before it. It is applied
+            chunk by chunk, bitwise like ``rms_norm``; not together with lora.
+        chunk_rows: rows held at a time; chosen by the device's memory if None.
+        overwrite_hidden: store the gradient's direction in hidden_NH, if the head is frozen.
+            Nothing may read hidden_NH afterwards, including the backward of the op that made it.
 
     Raises:
         TypeError: a wrong or mismatched dtype.
         ValueError: a wrong shape, device or setting, or a target outside the vocabulary. On a GPU
-            such a target fails as a device-side assertion instead: no call waits for the device.
+            such a target fails a device-side assertion instead, since no call waits for the device.
     """
     check(hidden_NH, weight_VH, target_N, bias_V, temperature, softcap, logit_scale, chunk_rows)
     transform = _Transform(temperature, softcap, logit_scale)
@@ -139,16 +139,16 @@ def weighted_logprob_sum(
     logit_scale: float = 1.0,
     chunk_rows: int | None = None,
 ) -> tuple[Tensor, LinearLogprob]:
-    """``sum(row_weight * logprob)``, a scalar, and the detached outputs of ``linear_logprob``.
+    """Return the scalar ``sum(row_weight * logprob)`` and the detached ``linear_logprob`` outputs.
 
     For losses whose weights are known beforehand (cross-entropy; a policy gradient on-policy): the
-    forward makes all gradients, the backward multiplies them by a number. A trained head then costs
-    three products instead of four, and rows of weight 0 cost one instead of two. Waits for the
-    device once, to count the weights; where some are 0, takes a copy of hidden_NH beside the
-    gradient.
+    forward makes all gradients, and the backward multiplies them by a number. A trained head then
+    costs three products instead of four, and rows of weight 0 cost one instead of two. The call
+    waits for the device once, to count the nonzero weights; if some are 0, it holds a copy of
+    hidden_NH in addition to the gradient.
 
-    ``row_weight_N`` is float32 [N] without a gradient; the rest is as in ``linear_logprob``. A
-    graph can be differentiated once.
+    ``row_weight_N`` is float32 [N] without a gradient; the other arguments are those of
+    ``linear_logprob``. A graph can be differentiated only once.
     """
     check(hidden_NH, weight_VH, target_N, bias_V, temperature, softcap, logit_scale, chunk_rows)
     check_row_weight(row_weight_N, hidden_NH)
@@ -178,18 +178,18 @@ def _prepare(
     transform: _Transform,
     chunk_rows: int | None,
 ) -> tuple[Tensor, Tensor, Tensor, Head]:
-    """Hidden states, columns that may be trained and targets as the kernels take them; the head."""
+    """Return hidden states, trainable columns and targets as the kernels take them; the head."""
     if norm is not None:
         check_norm(norm, hidden_NH, lora is not None)
     trained_VK = weight_VH
     if lora is not None:
         check_lora(lora.a_RH, lora.b_VR, weight_VH)
-        # (h | s h A^T) @ (W | B)^T: the adapter is a few more columns of the same product.
+        # (h | s h A^T) @ (W | B)^T: the adapter adds a few columns to the same product.
         hidden_NH = torch.cat([hidden_NH, lora.narrow(hidden_NH)], dim=1)
         trained_VK = lora.b_VR.to(hidden_NH.dtype)
         weight_VH = torch.cat([weight_VH.detach(), trained_VK.detach()], dim=1)
     if bias_V is not None:
-        # Finite where a vocabulary is masked by -inf: 0 * -inf would be NaN in the entropy.
+        # Made finite if tokens are masked by -inf: 0 * -inf would be NaN in the entropy.
         bias_V = bias_V.detach().clamp_min(max(-1.0e30, torch.finfo(bias_V.dtype).min)).contiguous()
     head = Head(
         weight_VH.detach(),
@@ -208,10 +208,11 @@ def _prepare(
 
 
 def _chunk_rows(count: int, head: Head, trained: int) -> int:
-    """Rows per chunk: whole tiles, in chunks of about one size that the scratch holds.
+    """Return the rows per chunk: whole tiles, in chunks of about equal size that fit the scratch.
 
-    The gradient of trained columns is added up chunk by chunk: fused chunks may be as large as that
-    sum, where half of the free memory holds them. A fused row's log-prob is the same in any chunk.
+    The gradient of trained columns is summed chunk by chunk, so fused chunks may be as large as
+    that sum if they fit in half of the free memory. A fused row's log-prob is the same in any
+    chunk.
     """
     vocabulary, device = head.weight_VH.shape[0], head.weight_VH.device
     rows = most_rows(vocabulary, device, head.fused)
@@ -224,10 +225,10 @@ def _chunk_rows(count: int, head: Head, trained: int) -> int:
 
 
 def most_rows(vocabulary: int, device: torch.device, fused: bool) -> int:
-    """Most rows in a chunk of a frozen head."""
+    """Return the most rows in a chunk of a frozen head."""
     if device.type == "cpu":
         return max(1, min(CPU_ROWS, CPU_SCRATCH_BYTES // (8 * vocabulary)))
-    # Without the fused kernel: float32 logits and odds, and the odds in 16 bits.
+    # Without the fused kernel a chunk holds float32 logits and odds, and the odds in 16 bits.
     rows = GPU_SCRATCH_BYTES // ((2 if fused else 10) * vocabulary)
-    # A power of two: whole waves of the product with the head, where there are several chunks.
+    # A power of two gives whole waves of the product with the head if there are several chunks.
     return min(GPU_ROWS, max(ROW_TILE, 1 << max(rows, 1).bit_length() - 1))

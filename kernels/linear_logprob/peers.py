@@ -1,6 +1,6 @@
-"""How other projects are called for a selected log-prob with a frozen head, forward and backward.
+"""Other projects' selected log-probs with a frozen head, forward and backward, for the bench.
 
-Only their public entry points; nothing here is used outside the bench.
+Only their public entry points are called.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from rlsloth.kernels.measure import Run
 def peers(
     hidden_NH: Tensor, weight_VH: Tensor, target_N: Tensor, gradient_N: Tensor
 ) -> dict[str, Callable[[], Run]]:
-    """By name, what prepares a run."""
+    """Return functions that prepare a peer's run, by name."""
     makers: dict[str, Callable[..., Callable[[Tensor], Tensor]]] = {
         "Unsloth": _unsloth,
         "TRL chunked": _trl,
@@ -41,7 +41,7 @@ def peers(
 
 
 def _unsloth(weight_VH: Tensor, target_N: Tensor) -> Callable[[Tensor], Tensor]:
-    os.environ.setdefault("UNSLOTH_IS_PRESENT", "1")  # its parts refuse to be imported alone
+    os.environ.setdefault("UNSLOTH_IS_PRESENT", "1")  # else its parts refuse to be imported
     fused_linear_logprobs = import_module(
         "unsloth_zoo.fused_losses.fused_linear"
     ).fused_linear_logprobs

@@ -1,15 +1,15 @@
-"""Matrix products of linear_logprob: inputs of 16 or 32 bits, every sum in float32."""
+"""Matrix products of linear_logprob: 16- or 32-bit inputs, every sum in float32."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-BLOCK_ROWS = 8192  # rows of the weight that a CPU multiplies, and upcasts, at a time
+BLOCK_ROWS = 8192  # rows of the weight that a CPU upcasts and multiplies at a time
 
 
 def project(hidden_RH: Tensor, weight_VH: Tensor, out_RV: Tensor) -> None:
-    """``hidden @ weight.T`` in float32: 16-bit logits move a policy ratio by several per cent."""
+    """Write ``hidden @ weight.T`` in float32: 16-bit logits move a policy ratio by several %."""
     if hidden_RH.dtype == torch.float32:
         torch.mm(hidden_RH, weight_VH.t(), out=out_RV)
     elif hidden_RH.is_cuda:
@@ -21,10 +21,10 @@ def project(hidden_RH: Tensor, weight_VH: Tensor, out_RV: Tensor) -> None:
 
 
 def multiply(odds_RV: Tensor, weight_VH: Tensor) -> Tensor:
-    """``odds @ weight``, [R, H] float32."""
+    """Return ``odds @ weight``, [R, H] float32."""
     if not weight_VH.is_cuda:
-        # Block by block also in float32: CPU libraries sum a product of few rows one term after the
-        # other, which at V = 150,000 is off by 1e-4.
+        # Block by block also in float32: for few rows, CPU libraries add one term after another,
+        # which is off by 1e-4 at V = 150,000.
         sum_RH = odds_RV.new_zeros(odds_RV.shape[0], weight_VH.shape[1], dtype=torch.float32)
         for block in _blocks(weight_VH):
             sum_RH += odds_RV[:, block].float() @ weight_VH[block].float()
@@ -39,7 +39,7 @@ def multiply(odds_RV: Tensor, weight_VH: Tensor) -> Tensor:
 def add_transposed(
     odds_RV: Tensor, factor_RK: Tensor, sum_VK: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """``sum + odds.T @ factor`` in ``dtype``, in place where there is a sum."""
+    """Return ``sum + odds.T @ factor`` in ``dtype``, added in place if there is a sum."""
     if not odds_RV.is_cuda or odds_RV.dtype == torch.float32:
         odds_RV, factor_RK = odds_RV.float(), factor_RK.float()
         if sum_VK is None:

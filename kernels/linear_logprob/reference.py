@@ -1,4 +1,4 @@
-"""What linear_logprob computes, on full logits, in any dtype: the tests' yardstick."""
+"""linear_logprob on full logits in plain torch, in any dtype: the reference for tests."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def linear_logprob_reference(
     softcap: float | None = None,
     logit_scale: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probability of each target, entropy and logsumexp, all [N] in the dtype of the inputs.
+    """Return each target's log-probability, entropy and logsumexp, all [N] in the inputs' dtype.
 
     ``logits = softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap) / temperature``;
     without a softcap, ``logit_scale * (hidden @ weight.T + bias) / temperature``.

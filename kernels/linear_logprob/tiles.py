@@ -1,4 +1,4 @@
-"""How the fused product is cut, by device."""
+"""Tile sizes of the fused product, by device."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """How the product is cut: rows x columns x depth, and what runs it."""
+    """A tile of the product (rows x columns x depth) and its launch settings."""
 
     rows: int
     columns: int
@@ -18,18 +18,18 @@ class Tile:
     warps: int
     stages: int
     row_group: int = 8
-    """Most row tiles that meet all columns before the next ones begin. Their hidden states stay in
-    L2: 8 MiB at 1024 rows of 4096, where those of a trained head's 8192 rows exceed it."""
+    """Most row tiles that visit all columns before the next group begins. Their hidden states stay
+    in L2: 8 MiB for 1024 rows of 4096, while a trained head's 8192 rows would exceed it."""
 
 
 PLAIN_TILE = Tile(128, 128, 64, warps=8, stages=2)
 TILES = {9: Tile(128, 256, 64, warps=8, stages=3)}
-"""By major compute capability; the fastest of those tried on such a card (docs/LOG.md)."""
+"""Tiles by major compute capability: the fastest of those tried on such a card (docs/LOG.md)."""
 
 
 @cache
 def tile_of(device: torch.device) -> Tile:
-    """The tile for a device."""
+    """Return the tile for a device."""
     if device.type == "cpu":  # interpreted
         return PLAIN_TILE
     return TILES.get(torch.cuda.get_device_capability(device)[0], PLAIN_TILE)
@@ -37,7 +37,7 @@ def tile_of(device: torch.device) -> Tile:
 
 @cache
 def processors(device: torch.device) -> int:
-    """Streaming multiprocessors of a device."""
+    """Return the number of streaming multiprocessors of a device."""
     if device.type == "cpu":  # interpreted
         return 2
     return torch.cuda.get_device_properties(device).multi_processor_count

@@ -1,11 +1,11 @@
-"""The fused forward of linear_logprob: logits that never leave the registers of their tile.
+"""The fused forward of linear_logprob: logits never leave the registers of their tile.
 
-A persistent matrix product ``hidden @ weight.T`` whose epilogue turns float32 logits into odds
-against the target, ``exp(z_v - z_target)``, stores them as bfloat16 for the gradient's product, and
-leaves per row and tile three float32 partial sums. No logit is ever rounded to 16 bits, none is
-written, and a row needs no second pass: odds take no maximum. Where a tile holds odds above
-``2**LIMIT`` (a target of log-probability -60 or less) it divides them by its own largest and notes
-the exponent; ``_rows_kernel`` brings such rows to one scale.
+The kernel is a persistent matrix product ``hidden @ weight.T``. Its epilogue turns float32 logits
+into odds against the target, ``exp(z_v - z_target)``, stores them as bfloat16 for the gradient's
+product, and writes three float32 partial sums per row and tile. No logit is ever rounded to 16 bits
+or written, and a row needs no second pass, since odds need no maximum. A tile with odds above
+``2**LIMIT`` (a target of log-probability -60 or less) divides them by its own largest and stores
+the exponent; ``_rows_kernel`` then brings such rows to one scale.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from rlsloth.kernels.linear_logprob.tiles import Tile, processors, tile_of
 
 LOG2E = tl.constexpr(1.4426950408889634)
-LIMIT = tl.constexpr(86.0)  # odds up to 2**86 are summed as they are: V * 2**86 is far from 2**127
+LIMIT = tl.constexpr(86.0)  # odds up to 2**86 are summed unscaled: V * 2**86 is far below 2**127
 HIDDEN_BLOCK = 1024
-SCALE_BLOCK = 4096  # 16 elements a thread: two loads of 16 bytes in flight
-SCALE_PROGRAMS = 8  # a multiprocessor, of 8 warps: all it holds
+SCALE_BLOCK = 4096  # 16 elements per thread: two loads of 16 bytes in flight
+SCALE_PROGRAMS = 8  # per multiprocessor, of 8 warps each: the most it holds
 
 
 def odds(
@@ -36,9 +36,9 @@ def odds(
     ceiling: float | None,
     tile: Tile | None = None,
 ) -> None:
-    """What ``odds.odds_torch`` does, for bfloat16 inputs whose rows are multiples of 16 bytes.
+    """Compute ``odds.odds_torch`` for bfloat16 inputs whose rows are multiples of 16 bytes.
 
-    ``odds_RV`` [R, V] bfloat16 (its rows 16-byte aligned) and ``stats_4R`` are written.
+    Writes ``odds_RV`` [R, V] bfloat16 (its rows 16-byte aligned) and ``stats_4R``.
     """
     rows, width = hidden_RH.shape
     vocabulary = weight_VH.shape[0]
@@ -63,7 +63,8 @@ def odds(
             num_warps=4,
         )
         row_tiles = triton.cdiv(rows, tile.rows)
-        # Of about one size: a last group of one tile would read all of the weight for few rows.
+        # Groups of about equal size: a last group of one tile would read the whole weight for few
+        # rows.
         row_group = triton.cdiv(row_tiles, triton.cdiv(row_tiles, tile.row_group))
         programs = min(processors(hidden_RH.device), row_tiles * tiles)
         _odds_kernel[(programs,)](
@@ -113,7 +114,7 @@ def finish(
     ceiling: float | None,
     out_RH: Tensor,
 ) -> None:
-    """``out = sum / total - weight[target] * cap_slope``, rounded once."""
+    """Write ``sum / total - weight[target] * cap_slope`` to out, rounded once."""
     rows, width = sum_RH.shape
     with torch.cuda.device_of(sum_RH):  # type: ignore[no-untyped-call]
         _finish_kernel[(rows, triton.cdiv(width, HIDDEN_BLOCK))](
@@ -135,7 +136,7 @@ def finish(
 
 
 def scale_rows(tensor_RH: Tensor, scale_R: Tensor) -> None:
-    """Multiply rows in place by float32 factors; torch's own takes four times as long for bf16."""
+    """Multiply rows in place by float32 factors; torch takes four times as long for bf16."""
     rows, width = tensor_RH.shape
     if rows == 0:
         return
@@ -148,7 +149,8 @@ def scale_rows(tensor_RH: Tensor, scale_R: Tensor) -> None:
 def scale(tensor: Tensor, factor: Tensor) -> None:
     """Multiply a contiguous tensor in place by a float32 number on its device.
 
-    At once where that is 1, as it nearly always is; torch's own takes four times as long for bf16.
+    The kernel stops at once if the number is 1, as it nearly always is; torch takes four times as
+    long for bf16.
     """
     count = tensor.numel()
     if count == 0:
@@ -228,8 +230,8 @@ def _odds_kernel(
     row_tiles = tl.cdiv(rows, ROWS)
     plane = rows.to(tl.int64) * column_tiles
     for index in range(tl.program_id(0), row_tiles * column_tiles, programs):
-        # In a group of row tiles rows run fastest: they meet the same columns of the weight in L2,
-        # and stay there themselves. Only the last group may be smaller.
+        # Within a group of row tiles, rows run fastest: they share columns of the weight in L2 and
+        # stay there themselves. Only the last group may be smaller.
         first = index // (row_group * column_tiles) * row_group
         size = tl.minimum(row_tiles - first, row_group)
         within = index - first * column_tiles
@@ -262,8 +264,8 @@ def _odds_kernel(
             if slope < 0.0:  # so that the largest value has the largest power
                 value = -logits
                 factor = -factor
-        # Few tiles hold a target or the vocabulary's end: the others are spared the comparisons, a
-        # third of the instructions after a tile's product.
+        # Few tiles hold a target or the vocabulary's end: all others skip the comparisons, a third
+        # of the instructions after a tile's product.
         start = column_tile * COLUMNS
         holds_target = (target >= start) & (target < start + COLUMNS)
         if (tl.max(holds_target.to(tl.int32), axis=0) == 1) | (start + COLUMNS > vocabulary):
@@ -296,7 +298,7 @@ def _rows_kernel(
     TILES: tl.constexpr,
     COLUMNS: tl.constexpr,
 ) -> None:
-    TINY: tl.constexpr = 1.0e-38  # where all odds underflow: log-prob -1e-38, gradient 0
+    TINY: tl.constexpr = 1.0e-38  # if all odds underflow: log-prob -1e-38, gradient 0
     row = tl.program_id(0)
     partial_ptr += row.to(tl.int64) * tiles
     tile = tl.arange(0, TILES)

@@ -1,4 +1,4 @@
-"""The hand-derived backward of LoRA linears that share an input: no gradient of a frozen weight."""
+"""The hand-derived backward of LoRA linears that share an input, without gradients of weights."""
 
 from __future__ import annotations
 
@@ -20,29 +20,29 @@ Layers = tuple[LoraLinear, ...]
 
 @dataclass(frozen=True, slots=True)
 class Adapters:
-    """Of siblings, as their products take them."""
+    """The adapters of siblings (linears that share an input) in the form that the products take."""
 
     stacked: Stack | None
     b_OR: list[Tensor | None]  # noqa: N815 -- fields carry shape suffixes too
 
     @classmethod
     def of(cls, layers: Layers) -> Adapters:
-        """Made from the parameters."""
+        """Build the adapters from the layers' parameters."""
         return cls(stack(layers), [scaled_b(layer) for layer in layers])
 
     def tensors(self) -> list[Tensor | None]:
-        """What the backward finds again of the forward, through ``again``."""
+        """Return the tensors to save in the forward, from which ``again`` rebuilds the adapters."""
         return [None if self.stacked is None else self.stacked.a_RI, *self.b_OR]
 
     @classmethod
     def again(cls, layers: Layers, tensors: Sequence[Tensor | None]) -> Adapters:
-        """The inverse of ``tensors``."""
+        """Rebuild the adapters from the saved ``tensors``."""
         a_RI, *b_OR = tensors
         return cls(None if a_RI is None else Stack(a_RI, spans_of(layers)), b_OR)
 
 
 def linears(x_TI: Tensor, layers: Layers, adapters: Adapters) -> tuple[list[Tensor], Tensor | None]:
-    """Each layer's output, and ``x A^T`` of the stack, which comes out of the first product."""
+    """Return each layer's output, and ``x A^T`` of the stack, which the first product makes."""
     stacked = adapters.stacked
     first, *others = layers
     below_RI = None if stacked is None else stacked.a_RI
@@ -53,7 +53,7 @@ def linears(x_TI: Tensor, layers: Layers, adapters: Adapters) -> tuple[list[Tens
     if stacked is None:
         return [wide_TO, *outputs], None
     out = first.weight.shape[0]
-    low_TR = wide_TO[:, out:].clone()  # a view would keep all of it
+    low_TR = wide_TO[:, out:].clone()  # a view would keep the wide tensor alive
     outputs.insert(0, x_TI.new_empty(x_TI.shape[0], out))
     bases = [wide_TO[:, :out], *outputs[1:]]
     _add_adapters(bases, low_TR, stacked, adapters.b_OR, outputs)
@@ -61,7 +61,7 @@ def linears(x_TI: Tensor, layers: Layers, adapters: Adapters) -> tuple[list[Tens
 
 
 def linears_decoded(x_TI: Tensor, layers: Layers) -> list[Tensor]:
-    """The outputs for a few rows, without a gradient: NF4 weights stay as they lie."""
+    """Return the outputs for a few rows, without a gradient: NF4 weights are not dequantised."""
     adapters = Adapters.of(layers)
     outputs = [products.decoded(x_TI, layer) for layer in layers]
     if (stacked := adapters.stacked) is not None:
@@ -76,7 +76,7 @@ def _add_adapters(
     factors: list[Tensor | None],
     outputs: list[Tensor],
 ) -> None:
-    """``out = base + low B^T`` of each layer; an output may be its base."""
+    """Write ``base + low B^T`` to each layer's output, which may be its base."""
     for base_TO, span, b_OR, out_TO in zip(bases, stacked.spans, factors, outputs, strict=True):
         if b_OR is not None:
             products.add_product(base_TO, low_TR[:, span], b_OR.t(), out_TO)
@@ -85,7 +85,7 @@ def _add_adapters(
 
 
 class LinearsFunction(torch.autograd.Function):
-    """Siblings: ``dx = sum(dy W) + low A`` and ``dA = low^T x`` with ``low = scale dy B``."""
+    """Siblings: ``dx = sum(dy W) + low A`` and ``dA = low^T x``, with ``low = scale dy B``."""
 
     @staticmethod
     def forward(
@@ -93,8 +93,8 @@ class LinearsFunction(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         adapters = Adapters.of(layers)
         outputs, low_TR = linears(x_TI, layers, adapters)
-        # The parameters are the layers' own. Saved all the same: autograd then notices a change.
-        # Their copies are, so that activation checkpointing lets go of them.
+        # The layers hold the parameters; saving them too lets autograd notice a change. Their
+        # copies are saved so that activation checkpointing can free them.
         ctx.save_for_backward(x_TI, low_TR, *adapters.tensors(), *parameters)
         ctx.layers = layers
         ctx.set_materialize_grads(False)
@@ -103,7 +103,7 @@ class LinearsFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        # A gradient is None where an output was not used.
+        # A gradient is None if its output was not used.
         x_TI, low_TR, *copies = ctx.saved_tensors
         adapters = Adapters.again(ctx.layers, copies[: 1 + len(ctx.layers)])
         live = [index for index, grad in enumerate(grads) if grad is not None]
@@ -125,7 +125,7 @@ def _gradients(
     grads: tuple[Any, ...],
     with_input: bool,
 ) -> list[Tensor | None]:
-    """What ``LinearsFunction.backward`` returns."""
+    """Compute the gradients that ``LinearsFunction.backward`` returns."""
     stacked = adapters.stacked
     backward = _input_gradient if with_input else _low_gradient
     grad_x_TI, grad_low_TR = backward(layers, adapters, live, grads)
@@ -146,7 +146,7 @@ def _gradients(
 def _input_gradient(
     layers: Layers, adapters: Adapters, live: list[int], grads: tuple[Any, ...]
 ) -> tuple[Tensor, Tensor | None]:
-    """dx and low; each sibling's columns of low come out behind its ``dy W``."""
+    """Return dx and low; the product of each sibling makes its columns of low next to ``dy W``."""
     blocks = [_block(layers[index], adapters, index) for index in live]
     matrices = dequantize_ahead(
         [Job(layers[i].weight, behind_OR=b) for i, b in zip(live, blocks, strict=True)]
@@ -167,7 +167,7 @@ def _input_gradient(
 def _low_gradient(
     layers: Layers, adapters: Adapters, live: list[int], grads: tuple[Any, ...]
 ) -> tuple[None, Tensor | None]:
-    """low alone."""
+    """Return low without dx, for an x that needs no gradient."""
     low_TR = None
     for index in live:
         block_OR = _block(layers[index], adapters, index)
@@ -178,7 +178,7 @@ def _low_gradient(
 
 
 def _block(layer: LoraLinear, adapters: Adapters, index: int) -> Tensor | None:
-    """scale * B in the columns of the stack that are the layer's; zeros in its siblings'."""
+    """Return scale * B in the layer's columns of the stack, with zeros in its siblings' columns."""
     stacked, b_OR = adapters.stacked, adapters.b_OR[index]
     if stacked is None:
         return None

@@ -1,7 +1,7 @@
-"""NF4 + LoRA, forward and backward, beside the bare products with the frozen weights.
+"""Bench NF4 + LoRA, forward and backward, against the bare products with the frozen weights.
 
-Errors are the largest in the root mean square, relative, of an output or a gradient, over the first
-tokens and against float64 with the exact NF4 weights.
+The error is the largest relative error (in the root mean square) of an output or a gradient, over
+the first tokens and against float64 with the exact NF4 weights.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ CHECKED_TOKENS = 64
 
 
 def cases(device: torch.device) -> Iterator[Case]:
-    """The whole layer, then the two parts of it that make its time."""
+    """Yield the whole layer, then the two parts of it that take most of its time."""
     cuda = device.type == "cuda"
     dtype = torch.bfloat16 if cuda else torch.float32
     layer = make_layer(LLAMA_8B if cuda else TINY, device, dtype)

@@ -1,4 +1,4 @@
-"""A decoder layer without attention, for the bench: q goes where attention's output would."""
+"""A decoder layer without attention, for the bench: q takes the place of attention's output."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ NAMES = ("q", "k", "v", "o", "gate", "up", "down")
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """Of a layer, and of what runs through it."""
+    """The sizes of a layer and of its input."""
 
     tokens: int
     hidden: int
@@ -36,7 +36,7 @@ class Sizes:
     rank: int
 
     def shapes(self) -> dict[str, tuple[int, int]]:
-        """(out, in) of each linear."""
+        """Return (out, in) of each linear, by name."""
         query, key = self.heads * self.dim, self.key_heads * self.dim
         sizes = (query, key, key, self.hidden, self.width, self.width, self.hidden)
         into = (self.hidden,) * 3 + (query,) + (self.hidden,) * 2 + (self.width,)
@@ -60,11 +60,11 @@ class Layer:
     grads: tuple[Tensor, Tensor, Tensor]
 
     def leaves(self) -> list[Tensor]:
-        """What is differentiated."""
+        """Return the leaves to differentiate: the input and the adapters."""
         return [self.x, *adapters(self.linears)]
 
     def first(self, tokens: int) -> Layer:
-        """With its first tokens only."""
+        """Return the layer with the first tokens of its input only."""
         y_grad, k_grad, v_grad = self.grads
         return replace(
             self,
@@ -76,7 +76,7 @@ class Layer:
 
 
 def make_layer(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Layer:
-    """NF4 weights; an adapter adds about a tenth to an output."""
+    """Make a layer of NF4 weights whose adapters add about a tenth to each output."""
     linears = {}
     for name, (out, into) in sizes.shapes().items():
         weight = replace(random_weight(out, into, device), dtype=dtype)
@@ -108,13 +108,13 @@ Forward = Callable[[Layer], Outputs]
 
 
 def heads(layer: Layer, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-    """[1, T, heads, dim]."""
+    """Return q and k as [1, T, heads, dim]."""
     dim = layer.sizes.dim
     return q.view(*q.shape[:2], -1, dim), k.view(*k.shape[:2], -1, dim)
 
 
 def forward(layer: Layer) -> Outputs:
-    """(y, k, v) by our kernels."""
+    """Return (y, k, v), computed by our kernels."""
     names = layer.linears
     normed, x = fork_rms_norm(layer.x, layer.norms[0], EPS)
     q, k, v = lora_linears(normed, (names["q"], names["k"], names["v"]))
@@ -126,7 +126,7 @@ def forward(layer: Layer) -> Outputs:
 
 
 def forward_reference(layer: Layer) -> tuple[Outputs, list[Tensor]]:
-    """(y, k, v) in float64, and the leaves: the input, then each A and B."""
+    """Return (y, k, v) in float64, and the leaves: the input, then each A and B."""
     x = layer.x.detach().double().requires_grad_()
     linears = {name: _wide(linear) for name, linear in layer.linears.items()}
     norms = [norm.double() for norm in layer.norms]
@@ -141,7 +141,7 @@ def forward_reference(layer: Layer) -> tuple[Outputs, list[Tensor]]:
 
 
 def error(layer: Layer) -> float:
-    """Largest relative error (in the root mean square) of an output or a gradient."""
+    """Return the largest relative error (in the root mean square) of an output or a gradient."""
     outputs = forward(layer)
     wanted, wanted_leaves = forward_reference(layer)
     grads = torch.autograd.grad(outputs, layer.leaves(), layer.grads)
@@ -155,12 +155,12 @@ def error(layer: Layer) -> float:
 
 
 def both_ways(forward: Forward, layer: Layer, leaves: list[Tensor]) -> Run:
-    """Forward and backward to the leaves."""
+    """Make a run of forward and backward, down to the leaves."""
     return lambda: torch.autograd.grad(forward(layer), leaves, layer.grads)
 
 
 def bare_products(layer: Layer, names: tuple[str, ...]) -> Run:
-    """The products with the frozen weights alone, forward and to the input, in 16 bits."""
+    """Make a run of only the products with the frozen weights, forward and backward, in 16 bits."""
     tokens = layer.x.shape[1]
     sets = []
     for name in names:
@@ -183,7 +183,7 @@ def bare_products(layer: Layer, names: tuple[str, ...]) -> Run:
 
 
 def adapters(linears: dict[str, LoraLinear]) -> list[Tensor]:
-    """Each A and B, in the order of the linears."""
+    """Return each A and B, in the order of the linears."""
     parts = [x for linear in linears.values() for x in (linear.lora_a, linear.lora_b)]
     return [x for x in parts if x is not None]
 

@@ -1,4 +1,4 @@
-"""A frozen linear with its adapter, and the adapters of siblings as one."""
+"""A frozen linear with its adapter, and the stacked adapters of linears that share an input."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from torch.nn.functional import pad
 
 from rlsloth.kernels.nf4.op import DTYPES, Nf4Weight
 
-# Of ranks: rows of a matrix with more columns are then whole 32 bytes apart. cuBLAS has slow
-# kernels for less than 16, and Triton moves whole vectors only where a stride is a multiple of 16.
+# Ranks are padded to multiples of this, which puts rows of a matrix whole 32 bytes apart. cuBLAS
+# has slow kernels below 16 bytes, and Triton moves whole vectors only for strides of multiples of
+# 16.
 ALIGNMENT = 16
 
 
@@ -25,7 +26,7 @@ class LoraLinear:
     bias: Tensor | None = None
     """[O], in the weight's dtype."""
     lora_a: Tensor | None = None
-    """[r, I], float32 or in the weight's dtype; None, like lora_b, where the adapter is off."""
+    """[r, I], float32 or in the weight's dtype; None, like lora_b, if the adapter is off."""
     lora_b: Tensor | None = None
     """[O, r], float32 or in the weight's dtype."""
     scale: float = 1.0
@@ -36,18 +37,17 @@ class LoraLinear:
 
 @dataclass(frozen=True, slots=True)
 class Stack:
-    """The A of layers that share an input, one below the other: the input is read once."""
+    """The A matrices of layers that share an input, stacked so that the input is read once."""
 
     a_RI: Tensor  # noqa: N815 -- fields carry shape suffixes too
-    """In the weights' dtype."""
+    """[R, I], in the weights' dtype."""
     spans: tuple[slice, ...]
-    """The rows of each layer, a multiple of ALIGNMENT: zeros past its rank. None where its adapter
-    is off.
-    """
+    """The rows of each layer, a multiple of ALIGNMENT with zeros past its rank; None if its adapter
+    is off."""
 
 
 def stack(layers: Sequence[LoraLinear]) -> Stack | None:
-    """None where every adapter is off."""
+    """Stack the layers' A matrices; return None if every adapter is off."""
     given = [None if layer.lora_a is None else layer.lora_a.detach() for layer in layers]
     live = [a for a in given if a is not None]
     if not live:
@@ -59,12 +59,12 @@ def stack(layers: Sequence[LoraLinear]) -> Stack | None:
     rows = [
         a_RI[span.start :][: len(a)] for a, span in zip(given, spans, strict=True) if a is not None
     ]
-    torch._foreach_copy_(rows, live)  # one kernel: there are many of these, and each is short
+    torch._foreach_copy_(rows, live)  # one kernel for many short copies
     return Stack(a_RI, spans)
 
 
 def spans_of(layers: Sequence[LoraLinear]) -> tuple[slice, ...]:
-    """Of their stack."""
+    """Return each layer's rows in the stack."""
     spans, end = [], 0
     for layer in layers:
         start, rank = end, 0 if layer.lora_a is None else len(layer.lora_a)
@@ -74,7 +74,7 @@ def spans_of(layers: Sequence[LoraLinear]) -> tuple[slice, ...]:
 
 
 def scaled_b(layer: LoraLinear) -> Tensor | None:
-    """``scale * B`` [O, R] in the weight's dtype, with as many columns as A has rows in a stack."""
+    """Return ``scale * B`` [O, R] in the weight's dtype, R being the rows of A in a stack."""
     if layer.lora_b is None:
         return None
     b_OR = _scaled(layer.lora_b.detach(), layer.scale, layer.weight.dtype)
@@ -85,7 +85,7 @@ def scaled_b(layer: LoraLinear) -> Tensor | None:
 def gradients(
     layer: LoraLinear, grad_a_RI: Tensor | None, grad_b_OR: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Of A and B in their dtypes, from float32 sums; ``grad_b`` is that of ``scaled_b``."""
+    """Return the gradients of A and B in their dtypes, from the sums for A and ``scaled_b``."""
     if layer.lora_a is None or layer.lora_b is None:
         return None, None
     assert grad_a_RI is not None
@@ -98,7 +98,7 @@ def gradients(
 
 
 def _scaled(x: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    """``scale * x``, rounded once, by one kernel: there are many of these, and each is short."""
+    """Return ``scale * x``, rounded once, by one kernel: there are many of these, all short."""
     return torch.mul(x, scale, out=torch.empty(x.shape, dtype=dtype, device=x.device))
 
 
@@ -110,7 +110,7 @@ def _check(layer: LoraLinear) -> None:
         raise TypeError(f"weight is {weight.dtype}, expected float32, bfloat16 or float16")
     out, into = weight.shape
     if (layer.lora_a is None) != (layer.lora_b is None):
-        raise ValueError("lora_a and lora_b go together: give both or none")
+        raise ValueError("only one of lora_a and lora_b is None: pass both or neither")
     rank = 0 if layer.lora_a is None else layer.lora_a.shape[0]
     shapes = {"bias": (out,), "lora_a": (rank, into), "lora_b": (out, rank)}
     for name, shape in shapes.items():
@@ -125,4 +125,4 @@ def _check(layer: LoraLinear) -> None:
             raise TypeError(f"{name} is {tensor.dtype}, weight {weight.dtype}")
     frozen = [weight] if isinstance(weight, Tensor) else []
     if any(x.requires_grad for x in [*frozen, layer.bias] if x is not None):
-        raise ValueError("weight and bias are frozen here, but require grad")
+        raise ValueError("weight or bias requires grad: they are frozen here, so detach them")

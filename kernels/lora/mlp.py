@@ -1,7 +1,7 @@
-"""A gated MLP of LoRA linears, forward and backward, around the adapted gated unit.
+"""A gated MLP of LoRA linears, forward and backward, built around the adapted gated unit.
 
-The adapters of gate and up are not added to those outputs: the unit does it in passing, from ``x
-A^T``, which comes out of gate's product. What it makes of down's, ``h A^T``, goes in with down's.
+The gated unit adds the adapters of gate and up in its own pass, from ``x A^T``, which gate's
+product makes. The unit also makes ``h A^T`` of down's adapter, which enters down's product.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from rlsloth.kernels.lora.layer import LoraLinear, Stack, gradients, scaled_b, s
 from rlsloth.kernels.nf4.ahead import Job, dequantize_ahead
 
 Mlp = tuple[LoraLinear, LoraLinear, LoraLinear]
-"""gate, up, down."""
+"""The layers gate, up and down."""
 
 
 class Parts:
-    """The adapters of an MLP as its products take them."""
+    """The adapters of an MLP, in the form that its products take."""
 
     def __init__(
         self, layers: Mlp, activation: str, made: Sequence[Tensor | None] | None = None
     ) -> None:
-        """``made``: the ``tensors`` of the forward, which the backward finds again."""
+        """Build the parts; in the backward, from ``made``, the ``tensors`` saved by the forward."""
         self.layers, self.activation = layers, activation
         self.tensors = list(made) if made is not None else _adapters(layers)
         siblings_a, last_a, gate_b, up_b, self.down_b_OR = self.tensors
@@ -42,7 +42,7 @@ class Parts:
         self.adapters = GluAdapters(gate_b, up_b, last_a)
 
     def jobs(self) -> tuple[Job, Job, Job]:
-        """gate with A below it, up, and down with B behind it: the same forward and backward."""
+        """Return the matrices to make in either direction: [gate; A], up and [down | B]."""
         gate, up, down = self.layers
         below_RI = None if self.siblings is None else self.siblings.a_RI
         return (
@@ -52,7 +52,7 @@ class Parts:
         )
 
     def inputs(self, gate_wide: Tensor, up_TF: Tensor) -> GluInputs:
-        """The unit's, from gate's output with ``x A^T`` behind it."""
+        """Make the unit's inputs from gate's output, which has ``x A^T`` in its last columns."""
         width = up_TF.shape[1]
         low_TR = gate_wide[:, width:]
         gate, up = (slice(0, 0),) * 2 if self.siblings is None else self.siblings.spans
@@ -69,10 +69,10 @@ def _stacked(a_RI: Tensor | None, layers: Sequence[LoraLinear]) -> Stack | None:
 
 
 def inner(x_TH: Tensor, parts: Parts, matrices: Iterator[Tensor]) -> tuple[Tensor, ...]:
-    """``h`` with ``h A^T`` behind it; gate's output with ``x A^T``; up's; and ``h A^T``.
+    """Return ``[h | h A^T]``, gate's output ``[gate | x A^T]``, up's output, and ``h A^T``.
 
-    This and ``outer`` are the same with and without gradient, bitwise: a policy ratio may be
-    taken between the two, for more tokens than ``op.DECODED_ROWS``.
+    This and ``outer`` give bitwise equal results with and without gradient, for more tokens than
+    ``op.DECODED_ROWS``: a policy ratio may compare the two.
     """
     gate, up, _ = parts.layers
     gate_wide = products.with_low(x_TH, next(matrices), gate, parts.siblings)
@@ -82,7 +82,7 @@ def inner(x_TH: Tensor, parts: Parts, matrices: Iterator[Tensor]) -> tuple[Tenso
     inputs = parts.inputs(gate_wide, up_TF)
     low_TR = adapted_glu_forward(inputs, parts.adapters, parts.activation, h_wide[:, :width])
     if low_TR is None:
-        return h_wide, gate_wide, up_TF, x_TH.new_empty(tokens, 0)  # no view: it would keep h
+        return h_wide, gate_wide, up_TF, x_TH.new_empty(tokens, 0)  # a view would keep h
     low_TR = low_TR.to(x_TH.dtype)
     h_wide[:, width:].copy_(low_TR)
     return h_wide, gate_wide, up_TF, low_TR
@@ -94,10 +94,10 @@ def outer(h_wide: Tensor, parts: Parts, matrices: Iterator[Tensor]) -> Tensor:
 
 
 class OuterFunction(torch.autograd.Function):
-    """down, whose backward the inner function does: the token carries y's gradient there.
+    """Autograd of down: the token carries y's gradient to the inner function's backward.
 
-    Nothing is saved here. Activation checkpointing ends its second forward with the last saved
-    tensor, which the inner function holds: down, whose output nobody needs, is not run again.
+    Nothing is saved here. Activation checkpointing ends its second forward at the last saved
+    tensor, which belongs to the inner function, so down is not run again.
     """
 
     @staticmethod
@@ -112,9 +112,10 @@ class OuterFunction(torch.autograd.Function):
 
 
 class InnerFunction(torch.autograd.Function):
-    """Keeps x, gate's and up's output; the backward overwrites the last two: it runs once.
+    """Autograd of the MLP up to h; it keeps x and the outputs of gate and up.
 
-    Returns h, which is not differentiable, and a token of y's shape without content, which is.
+    The backward overwrites these two outputs, so it runs only once. The forward returns h, which is
+    not differentiable, and a differentiable token of y's shape without content.
     """
 
     @staticmethod
@@ -126,19 +127,19 @@ class InnerFunction(torch.autograd.Function):
         *adapters: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         h_wide, *kept = inner(x_TH, parts, matrices)
-        # The adapters are the layers' own. Saved all the same: autograd then notices a change.
-        # Their copies are, so that activation checkpointing lets go of them.
+        # The layers hold the adapters; saving them too lets autograd notice a change.
+        # Their copies are saved so that activation checkpointing can free them.
         ctx.save_for_backward(x_TH, *kept, *parts.tensors, *adapters)
         ctx.layers, ctx.activation = parts.layers, parts.activation
         ctx.mark_non_differentiable(h_wide)
-        ctx.set_materialize_grads(False)  # or h would be given zeros as wide as itself
+        ctx.set_materialize_grads(False)  # else autograd would make zeros as wide as h
         shape = x_TH.shape[0], parts.layers[2].weight.shape[0]
         return x_TH.new_empty(()).expand(shape), h_wide
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_TH: Tensor, _: None) -> tuple[Tensor | None, ...]:
-        # First of all: under activation checkpointing this runs the forward, which takes the
+        # This comes first: under activation checkpointing it runs the forward, which uses the
         # shared buffers.
         x_TH, gate_wide, up_TF, low_TR, *copies = ctx.saved_tensors
         with torch.autocast(x_TH.device.type, enabled=False):
@@ -158,7 +159,7 @@ def _gradients(
     grad_TH: Tensor,
     with_input: bool,
 ) -> tuple[Tensor | None, list[Tensor | None]]:
-    """Of x, and of each A and B. ``gate_wide`` and ``up_TF`` are overwritten."""
+    """Return the gradients of x and of each A and B; overwrite ``gate_wide`` and ``up_TF``."""
     gate, up, down = parts.layers
     gate_job, up_job, down_job = parts.jobs()
     matrices = dequantize_ahead([down_job, gate_job, up_job])
@@ -167,7 +168,7 @@ def _gradients(
     gate_b, up_b, down_a = adapted_glu_backward(
         grad_wide[:, :width], grad_wide[:, width:], inputs, parts.adapters, parts.activation
     )
-    # gate_wide and up now hold gradients, and x A^T is not needed any more.
+    # gate_wide and up now hold gradients, and x A^T is no longer needed.
     gate_a = up_a = None
     if (siblings := parts.siblings) is not None:
         _lower(inputs, parts)
@@ -183,7 +184,7 @@ def _gradients(
 
 
 def _lower(inputs: GluInputs, parts: Parts) -> None:
-    """``low = dy B`` over ``x A^T``, from the gradients that stand where gate and up were."""
+    """Write ``low = dy B`` over ``x A^T``, from the gradients that replaced gate and up."""
     pairs = (
         (inputs.gate_TF, parts.adapters.gate_b_FR, inputs.gate_low_TR),
         (inputs.up_TF, parts.adapters.up_b_FR, inputs.up_low_TR),

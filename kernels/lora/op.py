@@ -1,9 +1,9 @@
-"""LoRA on frozen linears: siblings that share an input together, a whole MLP as one.
+"""LoRA on frozen linears: linears that share an input are computed together, an MLP as a whole.
 
 With ``low = scale dY B`` the gradients are ``dX = dY W + low A``, ``dA = low^T X`` and
 ``dB = scale dY^T (X A^T)``: two products with the frozen weight, forward and backward together,
-where autograd through a trainable weight takes three. Products of the parameters run in x's dtype,
-their gradients are summed in float32 and returned in the parameters' own. Autocast changes nothing.
+while autograd through a trainable weight takes three. Products of the parameters run in x's dtype;
+their gradients are summed in float32 and returned in the parameters' dtype. Autocast has no effect.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ from rlsloth.kernels.nf4.ahead import dequantize_ahead
 
 __all__ = ["LoraLinear", "lora_linear", "lora_linears", "lora_mlp"]
 
-# Without gradient, up to so many tokens NF4 is multiplied where it lies: a dequantised weight
-# would be written and read again, 4.5 bytes a weight in all where packed it is read at 0.5. On an
-# H100 (14336 x 4096) that takes 0.048 ms at 128 rows and 0.094 at 256, dequantising first 0.107.
+# Without gradient, up to this many tokens are multiplied by packed NF4: a dequantised weight would
+# be written and read again, 4.5 bytes per weight in total instead of 0.5. On an H100 (14336 x 4096)
+# this takes 0.048 ms at 128 rows and 0.094 at 256; dequantising first takes 0.107.
 DECODED_ROWS = 256
 
 
 def lora_linear(x: Tensor, layer: LoraLinear) -> Tensor:
-    """``x W^T + bias + scale (x A^T) B^T``: ``lora_linears`` with one layer."""
+    """Return ``x W^T + bias + scale (x A^T) B^T``: ``lora_linears`` with one layer."""
     return lora_linears(x, (layer,))[0]
 
 
 def lora_linears(x: Tensor, layers: tuple[LoraLinear, ...]) -> tuple[Tensor, ...]:
-    """The outputs of layers that share an input (q, k, v), each [..., O], in x's dtype.
+    """Return the outputs of layers that share an input (q, k, v), each [..., O], in x's dtype.
 
     Differentiable in x and in every lora_a and lora_b. x is read once for all A, and its gradient
-    summed in one buffer. Adapters with dropout do not share an input: this op has none.
+    is summed in one buffer. There is no dropout: adapters with dropout do not share an input.
 
     Args:
         x: [..., I], in the weights' dtype; any dimension before the last may be 0.
@@ -60,10 +60,10 @@ def lora_linears(x: Tensor, layers: tuple[LoraLinear, ...]) -> tuple[Tensor, ...
 def lora_mlp(
     x: Tensor, gate: LoraLinear, up: LoraLinear, down: LoraLinear, activation: str
 ) -> Tensor:
-    """``down(act(gate(x)) * up(x))`` [..., H], differentiable like ``lora_linears``.
+    """Return ``down(act(gate(x)) * up(x))`` [..., H], differentiable like ``lora_linears``.
 
-    Keeps x and the outputs of gate and up, which the backward overwrites: a graph is
-    differentiated once. Beyond them the backward holds one tensor of that width. Under
+    Keeps x and the outputs of gate and up, which the backward overwrites: a graph can be
+    differentiated only once. The backward also holds one more tensor of that width. Under
     non-reentrant activation checkpointing the second forward stops before down.
 
     Args:
@@ -80,7 +80,7 @@ def lora_mlp(
         raise ValueError(f"activation is {activation!r}, expected one of {', '.join(ACTIVATIONS)}")
     if up.weight.shape != gate.weight.shape or down.weight.shape[1] != gate.weight.shape[0]:
         shapes = [tuple(layer.weight.shape) for layer in (gate, up, down)]
-        raise ValueError(f"gate, up and down are {shapes}: they do not fit together")
+        raise ValueError(f"gate, up and down have shapes {shapes}, which do not fit together")
     if down.weight.dtype != x.dtype or down.weight.device != x.device:
         raise TypeError(f"down is {down.weight.dtype} on {down.weight.device}, x is {x.dtype}")
     layers = (gate, up, down)

@@ -1,4 +1,4 @@
-"""The bench's layer as PEFT with bitsandbytes and as Unsloth run it: their public entry points."""
+"""The bench's layer run by PEFT with bitsandbytes and by Unsloth, by their public entry points."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from rlsloth.kernels.rope.reference import rope_reference
 
 
 def peers(layer: Layer) -> dict[str, Callable[[], Run]]:
-    """By name, what prepares a run."""
+    """Return functions that prepare a peer's run, by name."""
     return {"PEFT + bitsandbytes": lambda: peft_run(layer), "Unsloth": lambda: _unsloth_run(layer)}
 
 
 def peft_block(layer: Layer) -> Any:
-    """q_proj ... down_proj: Linear4bit of the layer's weights with PEFT's adapters."""
+    """Make q_proj ... down_proj: Linear4bit of the layer's weights with PEFT's adapters."""
     peft = import_module("peft")
     block = nn.Module()
     for name, linear in layer.linears.items():
@@ -44,7 +44,7 @@ def peft_block(layer: Layer) -> Any:
 
 
 def peft_run(layer: Layer) -> Run:
-    """Everything else as transformers has it, in plain torch."""
+    """Make PEFT's run; everything but the linears is plain torch, as in transformers."""
     block = peft_block(layer)
 
     def forward(layer: Layer) -> Outputs:

@@ -1,9 +1,9 @@
 """The matrix products of the LoRA ops.
 
-A product with a dequantised weight takes the adapter's along, as a few more columns or rows of the
-matrix (``nf4.ahead.Job``): ``x A^T`` comes out behind y, and ``low B^T`` goes in behind x, where
-products of their own would read or write a wide tensor once more. A plain weight has no room: there
-they are products of their own.
+A product with a dequantised weight includes the adapter, as a few more rows or columns of the
+matrix (``nf4.ahead.Job``): it returns ``x A^T`` in the columns after y, or takes ``low`` in the
+columns after x. Separate products would read or write a wide tensor once more. A plain weight's
+matrix has no room for the adapter, so there they are separate.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from torch import Tensor
 from rlsloth.kernels.lora.layer import LoraLinear, Stack
 from rlsloth.kernels.nf4.op import Nf4Weight, nf4_matmul
 
-MOST_RANK = 256  # of a sum in one step; beyond it the product is a proper one
+MOST_RANK = 256  # highest rank that the fused addition takes; above it, use a plain product
 
 
 def frozen(x_TI: Tensor, matrix_OI: Tensor, layer: LoraLinear) -> Tensor:
-    """``x W^T + bias``."""
+    """Return ``x W^T + bias``."""
     return torch.nn.functional.linear(x_TI, matrix_OI, layer.bias)
 
 
 def decoded(x_TI: Tensor, layer: LoraLinear) -> Tensor:
-    """The same for a few rows: an NF4 weight is multiplied where it lies."""
+    """Return ``x W^T + bias`` for a few rows, without dequantising an NF4 weight first."""
     if not isinstance(layer.weight, Nf4Weight):
         return frozen(x_TI, layer.weight, layer)
     y_TO = nf4_matmul(x_TI, layer.weight)
@@ -33,9 +33,9 @@ def decoded(x_TI: Tensor, layer: LoraLinear) -> Tensor:
 
 
 def with_low(x_TI: Tensor, matrix: Tensor, layer: LoraLinear, stacked: Stack | None) -> Tensor:
-    """``x W^T + bias`` with ``x A^T`` of the stack behind it: [T, O + R].
+    """Return ``[x W^T + bias | x A^T]`` [T, O + R], with A of the stack.
 
-    The matrix of an NF4 weight has A below it.
+    The matrix of an NF4 weight has A in the rows below W.
     """
     a_RI = None if stacked is None else stacked.a_RI
     wide_TO, out = _room(x_TI, layer.weight.shape[0], a_RI), layer.weight.shape[0]
@@ -53,9 +53,9 @@ def with_low(x_TI: Tensor, matrix: Tensor, layer: LoraLinear, stacked: Stack | N
 
 
 def from_wide(wide_TI: Tensor, matrix: Tensor, layer: LoraLinear, b_OR: Tensor | None) -> Tensor:
-    """``x W^T + bias + low B^T`` from an input that carries ``low`` behind x.
+    """Return ``x W^T + bias + low B^T`` from the input ``[x | low]``.
 
-    The matrix of an NF4 weight has B (times the scale, as here) behind it.
+    The matrix of an NF4 weight has B (times the scale, as here) in the columns after W.
     """
     out, into = layer.weight.shape
     y_TO = wide_TI.new_empty(wide_TI.shape[0], out)
@@ -74,9 +74,9 @@ def back_with_low(
     b_OR: Tensor | None,
     total_TI: Tensor | None = None,
 ) -> Tensor:
-    """``dy W`` with ``low = dy B`` behind it: [T, I + R]. The matrix as in ``from_wide``.
+    """Return ``[dy W | dy B]`` [T, I + R], with the matrix of ``from_wide``.
 
-    Added to ``total_TI`` in place where there is one.
+    Added to ``total_TI`` in place if it is given.
     """
     into = layer.weight.shape[1]
     beta = 0.0 if total_TI is None else 1.0
@@ -93,7 +93,7 @@ def back_with_low(
 def back_from_wide(
     wide_TO: Tensor, matrix: Tensor, layer: LoraLinear, stacked: Stack | None
 ) -> Tensor:
-    """``dy W + low A`` from a dy that carries ``low`` behind it. The matrix as in ``with_low``."""
+    """Return ``dy W + low A`` from ``[dy | low]``, with the matrix of ``with_low``."""
     out = layer.weight.shape[0]
     if stacked is None or isinstance(layer.weight, Nf4Weight):
         return wide_TO @ matrix
@@ -103,7 +103,7 @@ def back_from_wide(
 
 
 def add_product(base_TN: Tensor, low_TR: Tensor, factor_RN: Tensor, out_TN: Tensor) -> None:
-    """``out = base + low @ factor``, rounded once; out may be base."""
+    """Write ``base + low @ factor`` to out, rounded once; out may be base."""
     # TRITON_INTERPRET is Triton's own switch: kernels then run on CPU tensors.
     runs = base_TN.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
     if runs and base_TN.dtype != torch.float32 and low_TR.shape[1] <= MOST_RANK:
@@ -115,7 +115,7 @@ def add_product(base_TN: Tensor, low_TR: Tensor, factor_RN: Tensor, out_TN: Tens
 
 
 def gram(left_TM: Tensor, right_TN: Tensor) -> Tensor:
-    """``left^T right`` in float32: a sum over all tokens."""
+    """Return ``left^T right`` in float32: a sum over all tokens."""
     if left_TM.dtype == torch.float32:
         return left_TM.t() @ right_TN
     if left_TM.is_cuda:

@@ -1,4 +1,4 @@
-"""What the LoRA ops compute (Hu et al. 2021, arXiv:2106.09685), in plain torch and any dtype."""
+"""LoRA (Hu et al. 2021, arXiv:2106.09685) in plain torch, in any dtype: the reference for tests."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 from rlsloth.kernels.glu.reference import glu_reference
 
 Linear = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, float]
-"""weight [O, I], bias [O], A [r, I], B [O, r], scale."""
+"""A linear as (weight [O, I], bias [O], A [r, I], B [O, r], scale)."""
 
 
 def lora_linear_reference(x: Tensor, linear: Linear) -> Tensor:

@@ -1,4 +1,4 @@
-"""``out = base + low @ factor``: a low-rank product added in one pass over a wide tensor."""
+"""Triton kernel of ``out = base + low @ factor``, in one pass over a wide tensor."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ import triton.language as tl
 from torch import Tensor
 
 TOKENS, COLUMNS, WARPS = 64, 128, 4
-LEAST_RANK = 16  # that tensor cores take
+LEAST_RANK = 16  # the least rank that tensor cores take
 
 
 def add_product(base_TN: Tensor, low_TR: Tensor, factor_RN: Tensor, out_TN: Tensor) -> None:
-    """In 16 bits, summed in float32 and rounded once; ``out`` may be ``base``.
+    """Write ``base + low @ factor`` to out in 16 bits, summed in float32 and rounded once.
 
-    cuBLAS takes half as long again: its product of so few terms waits for each tile of ``base``.
+    ``out`` may be ``base``. cuBLAS takes 1.5 times as long: its product of so few terms waits for
+    each tile of ``base``.
     """
     (tokens, width), rank = base_TN.shape, low_TR.shape[1]
     if base_TN.numel() == 0:

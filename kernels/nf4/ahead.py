@@ -1,10 +1,10 @@
-"""Dequantising the next weight while the current one is multiplied, and not twice in a row.
+"""Dequantise the next weight while the current one is multiplied, and reuse matrices still held.
 
-All weights share three buffers a stream, as large as the largest weight asked for so far. The next
-weight is dequantised on a side stream, queued behind the current product: its programs take the
-multiprocessors that the product's last wave, or a small product after it, leaves idle. A weight
-whose matrix, of the same shape, a buffer still holds is not made again: an MLP's backward finds
-those of its forward, or of the forward that activation checkpointing has just repeated.
+All weights share three buffers per stream, as large as the largest weight requested so far. The
+next weight is dequantised on a side stream, queued behind the current product: its programs take
+the multiprocessors that the product's last wave, or a small product after it, leaves idle. If a
+buffer still holds a weight's matrix in the same shape, it is reused: an MLP's backward reuses those
+of its forward, or of the forward that activation checkpointing has just repeated.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from torch import Tensor
 
 from rlsloth.kernels.nf4.op import Nf4Weight, dequantize
 
-BUFFERS = 3  # what an MLP has
+BUFFERS = 3  # an MLP has three weights
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A weight to make a matrix of, and what stands below or behind it there."""
+    """A weight to dequantise, and factors to put below it or behind it in the same matrix."""
 
     weight: Tensor | Nf4Weight
     below_RI: Tensor | None = None  # noqa: N815 -- fields carry shape suffixes too
@@ -31,21 +31,21 @@ class Job:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Of the matrix with both; the corner between them is undefined."""
+        """The shape of the matrix with both factors; the corner between them is undefined."""
         rows = 0 if self.below_RI is None else self.below_RI.shape[0]
         columns = 0 if self.behind_OR is None else self.behind_OR.shape[1]
         return self.weight.shape[0] + rows, self.weight.shape[1] + columns
 
 
 def dequantize_ahead(jobs: Sequence[Job]) -> Iterator[Tensor]:
-    """Each job's matrix ([W | behind] over below) in turn. A plain tensor comes alone, as it is.
+    """Yield each job's matrix ([W | behind] over below); a plain tensor is yielded unchanged.
 
-    A matrix may be overwritten once the next one is asked for: use it on the current stream before
-    that, and do not change streams in between. On a stream one sequence of jobs is under way at a
-    time. A weight is known by the object: one with new codes is a new ``Nf4Weight``.
+    A matrix may be overwritten once the next one is requested: use it on the current stream before
+    that, and do not change streams in between. Each stream runs one sequence of jobs at a time.
+    Weights are identified by object: a weight with new codes must be a new ``Nf4Weight``.
 
     Without a GPU, and while a CUDA graph is captured (which must not depend on shared buffers that
-    may grow later), each matrix is a tensor of its own.
+    may grow later), each matrix is a new tensor.
     """
     nf4 = [job for job in jobs if isinstance(job.weight, Nf4Weight)]
     if not nf4 or nf4[0].weight.device.type != "cuda" or _capturing():
@@ -58,10 +58,10 @@ def dequantize_ahead(jobs: Sequence[Job]) -> Iterator[Tensor]:
     if key not in _POOL:
         _POOL[key] = _Pool(device)
     pool = _POOL[key]
-    # An op that was left early may still be dequantising.
+    # An op that was interrupted may still be dequantising.
     main.wait_stream(pool.side)
     pool.reserve(nf4)
-    # What may still read a buffer was queued before this, or is noted as its last use below.
+    # Every reader of a buffer was queued before this, or is recorded as its last use below.
     free, first = main.record_event(), True
     last_use: dict[int, torch.cuda.Event] = {}
     for job in jobs:
@@ -74,7 +74,7 @@ def dequantize_ahead(jobs: Sequence[Job]) -> Iterator[Tensor]:
         if held or first:
             matrix = _matrix(job, buffer.bytes, held)
         else:
-            # The product just queued reads another buffer, and must not be waited for.
+            # The product just queued reads another buffer: do not wait for it.
             pool.side.wait_event(last_use.get(id(buffer), free))
             with torch.cuda.stream(pool.side):
                 matrix = _matrix(job, buffer.bytes, held)
@@ -89,7 +89,7 @@ class _Buffer:
     bytes: Tensor
     """uint8."""
     weight: weakref.ref[Nf4Weight] | None = None
-    """Whose matrix it holds, of this shape."""
+    """The weight whose matrix, of this shape, the buffer holds."""
     shape: tuple[int, int] = (0, 0)
 
     def holds(self, job: Job) -> bool:
@@ -101,7 +101,7 @@ class _Pool:
     device: torch.device
     side: torch.cuda.Stream = field(init=False)
     buffers: list[_Buffer] = field(init=False)
-    """The one used last at the end."""
+    """The buffers, the most recently used one last."""
 
     def __post_init__(self) -> None:
         self.side = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
@@ -109,28 +109,28 @@ class _Pool:
         self.buffers = [_Buffer(tensor) for tensor in empty]
 
     def reserve(self, jobs: Sequence[Job]) -> None:
-        """Room for the largest of the jobs that are not held, in as many buffers as they need.
+        """Allocate buffers for the jobs that are not held, each as large as the largest of them.
 
-        Allocated before the event after which the side stream may write: memory new to this
-        stream may still be read by what was queued earlier. Held matrices become the last used, so
-        that the others do not take their buffers.
+        This must come before the event after which the side stream may write: work queued earlier
+        may still read memory that is new to this stream. Held matrices become the most recently
+        used, so that the other jobs do not take their buffers.
         """
         held = [buffer for buffer in self.buffers if any(buffer.holds(job) for job in jobs)]
         others = [buffer for buffer in self.buffers if buffer not in held]
         self.buffers = others + held
         missing = [job for job in jobs if not any(buffer.holds(job) for buffer in held)]
-        if len(jobs) > BUFFERS:  # what is held may be overwritten, and made again
+        if len(jobs) > BUFFERS:  # held matrices may be overwritten, and made again
             missing = list(jobs)
         size = max((_bytes(job) for job in missing), default=0)
         for buffer in self.buffers[: len(missing)]:
             if buffer.bytes.numel() < size:
                 buffer.weight = None
-                buffer.bytes = buffer.bytes[:0].clone()  # lets go of the old one first
-                with torch.inference_mode(False):  # what is made inside stays there
+                buffer.bytes = buffer.bytes[:0].clone()  # frees the old one first
+                with torch.inference_mode(False):  # usable outside it, too
                     buffer.bytes = torch.empty(size, dtype=torch.uint8, device=self.device)
 
     def take(self, job: Job) -> _Buffer:
-        """The buffer that holds a job's matrix, else the one that was not used for longest."""
+        """Return the buffer that holds a job's matrix, else the least recently used one."""
         held = [buffer for buffer in self.buffers if buffer.holds(job)]
         buffer = held[0] if held else self.buffers[0]
         self.buffers.remove(buffer)
@@ -138,12 +138,12 @@ class _Pool:
         return buffer
 
 
-# By device and stream: what one stream multiplies, another must not overwrite.
+# By device and stream: one stream must not overwrite a matrix that another is multiplying.
 _POOL: dict[tuple[torch.device, int], _Pool] = {}
 
 
 def release_buffers() -> None:
-    """Give the memory of all buffers back; the next call takes it anew."""
+    """Free the memory of all buffers; the next call allocates it again."""
     for pool in _POOL.values():
         pool.side.synchronize()
     _POOL.clear()

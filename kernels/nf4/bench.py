@@ -1,6 +1,6 @@
-"""NF4 beside the bytes it must move, beside the bfloat16 product, and beside bitsandbytes.
+"""Bench NF4 against a copy of the bytes it must move, the bfloat16 product, and bitsandbytes.
 
-Errors are relative to the largest exact value: of a dequantised weight, or of a product.
+Errors are relative to the largest exact value of a dequantised weight or of a product.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from rlsloth.kernels.measure import Case, Run, copy_of, normal
 from rlsloth.kernels.nf4.op import NESTED_BLOCK, Nf4Weight, dequantize, nf4_matmul
 from rlsloth.kernels.nf4.reference import absmax_reference, dequantize_reference
 
-# Out, in: Llama-3.1-8B's o, gate and up, and down.
+# (out, in) of Llama-3.1-8B's o, gate and up, and down.
 SHAPES = {"cuda": [(4096, 4096), (14336, 4096), (4096, 14336)], "cpu": [(96, 128)]}
 DEQUANTIZED = {"cuda": (4096, 14336), "cpu": (96, 128)}
 ROWS = {"cuda": (1, 16, 64, 128, 256), "cpu": (1, 16)}
@@ -25,7 +25,7 @@ CHECKED_ROWS = 256
 
 
 def cases(device: torch.device) -> Iterator[Case]:
-    """Dequantisation, then products of a batch of rows."""
+    """Yield dequantisation, then products with batches of rows."""
     out, into = DEQUANTIZED[device.type]
     weight = random_weight(out, into, device)
     packed = weight.packed_B.nbytes + weight.absmax.nbytes
@@ -46,14 +46,14 @@ def cases(device: torch.device) -> Iterator[Case]:
 
 @dataclass(frozen=True, slots=True)
 class Parameter:
-    """As much of bitsandbytes' Params4bit as ``Nf4Weight.of`` reads."""
+    """The part of bitsandbytes' Params4bit that ``Nf4Weight.of`` reads."""
 
     data: Tensor
     quant_state: Any
 
 
 def random_weight(out: int, into: int, device: torch.device) -> Nf4Weight:
-    """Every code as often, absmax of a matrix of standard deviation 1 / sqrt(into)."""
+    """Make a weight of uniform codes, with the absmax of standard deviation 1 / sqrt(into)."""
     blocks = out * into // 64
     bytes_ = torch.randint(0, 256, (out * into // 2 + blocks,), device=device).to(torch.uint8)
     scale = into**-0.5
@@ -69,7 +69,7 @@ def random_weight(out: int, into: int, device: torch.device) -> Nf4Weight:
 
 
 def bitsandbytes_state(weight: Nf4Weight) -> Any:
-    """The weight's QuantState."""
+    """Make the weight's bitsandbytes QuantState."""
     functional = import_module("bitsandbytes.functional")
     nested = functional.QuantState(
         absmax=weight.absmax2, code=weight.code_256, blocksize=NESTED_BLOCK, dtype=torch.float32
@@ -108,14 +108,14 @@ def _bitsandbytes_dequantize(weight: Nf4Weight) -> Run:
 
 
 def _bitsandbytes_product(x_MI: Tensor, weight: Nf4Weight) -> Run:
-    # What Linear4bit calls: it chooses between its fused kernel and dequantisation by the shape.
+    # Linear4bit calls this; by the shape it chooses its fused kernel or dequantisation.
     function: Callable[..., Tensor] = import_module("bitsandbytes").matmul_4bit
     packed, state = weight.packed_B.view(-1, 1), bitsandbytes_state(weight)
     return lambda: function(x_MI, packed, quant_state=state)
 
 
 def _exact(weight: Nf4Weight, rows: int) -> Tensor:
-    """The first rows in float64."""
+    """Return the first rows of the exact weight in float64."""
     rows = min(rows, weight.shape[0])
     count, blocks = rows * weight.shape[1], rows * weight.shape[1] // weight.blocksize
     assert weight.code_256 is not None

@@ -1,6 +1,6 @@
-"""NF4 weights as bitsandbytes stores them: dequantised exactly, or multiplied where they lie.
+"""NF4 weights in bitsandbytes' storage: exact dequantisation, and products with packed weights.
 
-A weight is read at 4.5 bits instead of 16. For up to 256 rows ``nf4_matmul`` decodes it inside the
+A weight is read at 4.5 bits instead of 16. For up to 256 rows, ``nf4_matmul`` decodes it inside the
 product; for more, dequantising once and multiplying with cuBLAS is faster (see also
 ``ahead.dequantize_ahead``).
 """
@@ -19,14 +19,14 @@ from rlsloth.kernels.nf4.ptx import SCALE
 from rlsloth.kernels.nf4.reference import CODES
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-NESTED_BLOCK = 256  # absmax codes to one absmax2
+NESTED_BLOCK = 256  # absmax codes per absmax2
 MAX_ROWS = 256
-BLOCK = 64  # columns that a step of the product decodes: one block of scales
+BLOCK = 64  # columns decoded in one step of the product: one block of scales
 
 
 @dataclass(frozen=True, slots=True, weakref_slot=True)
 class Nf4Weight:
-    """A frozen [O, I] matrix in NF4. The tensors are the quantiser's own: nothing is copied.
+    """A frozen [O, I] matrix in NF4, which refers to the quantiser's tensors without a copy.
 
     The flattened matrix is cut into blocks; ``w = code * absmax[block]``. With double quantisation
     ``absmax[block] = code_256[absmax_code] * absmax2[block // 256] + offset``. Weights that were
@@ -34,19 +34,19 @@ class Nf4Weight:
     """
 
     packed_B: Tensor  # noqa: N815 -- fields carry shape suffixes too
-    """uint8 [ceil(O * I / 2)]: two codes a byte, the first in the high nibble."""
+    """uint8 [ceil(O * I / 2)]: two codes per byte, the first in the high nibble."""
     absmax: Tensor
-    """[blocks]: float32, or uint8 codes where nested."""
+    """[blocks]: float32, or uint8 codes if nested."""
     code_256: Tensor | None
-    """float32 [256]: what the absmax codes mean; None where not nested."""
+    """float32 [256]: the values of the absmax codes; None if not nested."""
     absmax2: Tensor | None
-    """float32 [ceil(blocks / 256)]; None where not nested."""
+    """float32 [ceil(blocks / 256)]; None if not nested."""
     offset: Tensor | None
-    """float32 [], or [O] where rows are whole blocks; None where not nested."""
+    """float32 [], or [O] if rows are whole blocks; None if not nested."""
     shape: tuple[int, int]
-    """(O, I): out, in."""
+    """(O, I): output and input size."""
     dtype: torch.dtype
-    """What the weight is dequantised to: float32, bfloat16 or float16."""
+    """The dtype of the dequantised weight: float32, bfloat16 or float16."""
     blocksize: int = 64
 
     def __post_init__(self) -> None:
@@ -54,10 +54,10 @@ class Nf4Weight:
 
     @classmethod
     def of(cls, parameter: Any) -> Nf4Weight:
-        """The weight in a bitsandbytes ``Params4bit``, which keeps owning it.
+        """Return a view of the weight in a bitsandbytes ``Params4bit``, which still owns it.
 
         Raises:
-            ValueError: not quantised yet, not NF4, repacked, or in nested blocks of another size.
+            ValueError: not quantised yet, not NF4, repacked, or with another nested block size.
         """
         state = parameter.quant_state
         if state is None:
@@ -82,7 +82,7 @@ class Nf4Weight:
 
     @property
     def device(self) -> torch.device:
-        """Where it lies."""
+        """The device that holds the weight."""
         return self.packed_B.device
 
     @property
@@ -92,12 +92,12 @@ class Nf4Weight:
 
 
 def dequantize(weight: Nf4Weight, out_OI: Tensor | None = None) -> Tensor:
-    """The weight as a matrix [O, I] in its dtype: bitwise what bitsandbytes makes of it.
+    """Return the weight as a matrix [O, I] in its dtype, bitwise equal to bitsandbytes' result.
 
     Both levels of absmax are undone in one kernel; ``code * absmax`` is rounded once.
 
     Args:
-        out_OI: written to instead of a new tensor; like the result, rows dense but at any stride.
+        out_OI: the tensor to write to instead of a new one; rows dense but at any stride.
 
     Raises:
         TypeError, ValueError: ``out_OI`` does not fit the weight.
@@ -110,7 +110,7 @@ def dequantize(weight: Nf4Weight, out_OI: Tensor | None = None) -> Tensor:
     if not _by_triton(out_OI):
         return out_OI.copy_(_dequantize_torch(weight))
     if weight.shape[1] % 8 and not out_OI.is_contiguous():
-        return out_OI.copy_(dequantize(weight))  # a thread's 8 values are written to one row
+        return out_OI.copy_(dequantize(weight))  # a thread writes its 8 values to one row
     from rlsloth.kernels.nf4 import triton
 
     triton.dequantize(weight, _table(weight.device), out_OI)
@@ -118,13 +118,12 @@ def dequantize(weight: Nf4Weight, out_OI: Tensor | None = None) -> Tensor:
 
 
 def nf4_matmul(x_MI: Tensor, weight: Nf4Weight) -> Tensor:
-    """``x @ W.T`` [M, O] for decoding, without a gradient; sums in float32, rounded once.
+    """Return ``x @ W.T`` [M, O] for decoding, without a gradient; summed in float32, rounded once.
 
-    In bfloat16 on a GPU the weight is decoded inside the product: each 16-bit code value stands
-    for its exact one within 1.93e-3, closer than a dequantised bfloat16 weight does (ptx.py). In
-    other dtypes, where a row is not whole blocks of 64, and where storage is not aligned to 16
-    bytes, the weight is dequantised first. Deterministic; a row's result may depend on M in its
-    last bit.
+    In bfloat16 on a GPU the weight is decoded inside the product: each 16-bit code value is within
+    1.93e-3 of the exact one, closer than a dequantised bfloat16 weight (ptx.py). In other dtypes,
+    if a row is not whole blocks of 64, or if storage is not aligned to 16 bytes, the weight is
+    dequantised first. Deterministic; a row's result may depend on M in its last bit.
 
     Args:
         x_MI: in the weight's dtype, 1 <= M <= 256.
@@ -150,16 +149,17 @@ def _table(device: torch.device) -> Tensor:
 
 @cache
 def _pairs(device: torch.device) -> Tensor:
-    """[256, 2]: both values of each byte."""
+    """Return [256, 2]: both values of each byte."""
     table = _table(device)
     return torch.stack((table.repeat_interleave(16), table.repeat(16)), dim=1)
 
 
 @cache
 def _words(device: torch.device) -> Tensor:
-    """int32 [256]: both values of each byte times SCALE, in bfloat16, the first in the low half."""
+    """Return int32 [256]: a byte's values times SCALE, in bfloat16, the first in the low half."""
     pairs = (_pairs(torch.device("cpu")) * SCALE).bfloat16().view(torch.int32).view(-1)
-    return pairs.to(device)  # an error, not a tensor of the graph's, while one is captured
+    # While a graph is captured this fails, so the cache never holds a tensor of the graph's memory.
+    return pairs.to(device)
 
 
 def _decodable(weight: Nf4Weight) -> bool:
@@ -175,7 +175,7 @@ def _decodable(weight: Nf4Weight) -> bool:
 
 
 def _aligned(x: Tensor) -> bool:
-    # The pipelines of the product fetch 16 bytes at once.
+    # The product's pipelines fetch 16 bytes at once.
     return x.data_ptr() % 16 == 0
 
 
@@ -206,7 +206,7 @@ def _check_weight(weight: Nf4Weight) -> None:
     blocks = -(-count // weight.blocksize)
     nested = (weight.code_256, weight.absmax2, weight.offset)
     if any(x is None for x in nested) and any(x is not None for x in nested):
-        raise ValueError("code_256, absmax2 and offset go together: give all or none")
+        raise ValueError("only some of code_256, absmax2 and offset are None: pass all or none")
     if weight.dtype not in DTYPES:
         raise TypeError(f"dtype is {weight.dtype}, expected float32, bfloat16 or float16")
     if weight.blocksize < 8 or weight.blocksize & (weight.blocksize - 1):

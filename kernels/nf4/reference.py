@@ -1,12 +1,12 @@
-"""What NF4 means (Dettmers et al. 2023, arXiv:2305.14314), in plain torch and any dtype."""
+"""NF4 (Dettmers et al. 2023, arXiv:2305.14314) in plain torch: the reference for tests."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-# The 16 values of the format, float32, as bitsandbytes defines them: quantiles of a normal
-# distribution, scaled to [-1, 1], one of them 0.
+# The format's 16 float32 values, as defined by bitsandbytes: quantiles of a normal distribution,
+# scaled to [-1, 1], one of them 0.
 CODES = (
     -1.0,
     -0.6961928009986877,
@@ -30,8 +30,10 @@ CODES = (
 def dequantize_reference(
     packed: Tensor, absmax: Tensor, shape: tuple[int, int], blocksize: int, dtype: torch.dtype
 ) -> Tensor:
-    """``code * absmax`` [O, I]: two codes a byte, the first in the high nibble; blocks run on over
-    the flattened matrix."""
+    """Return ``code * absmax`` [O, I]: two codes per byte, the first in the high nibble.
+
+    Blocks are cut from the flattened matrix.
+    """
     packed = packed.reshape(-1).long()
     codes = torch.stack((packed >> 4, packed & 15), dim=1).flatten()[: shape[0] * shape[1]]
     values = torch.tensor(CODES, dtype=absmax.dtype, device=packed.device)[codes]
@@ -40,6 +42,6 @@ def dequantize_reference(
 
 
 def absmax_reference(codes: Tensor, table: Tensor, absmax2: Tensor, offset: Tensor) -> Tensor:
-    """A nested absmax: ``table[code] * absmax2 + offset``, 256 to a block."""
+    """Return a nested absmax: ``table[code] * absmax2 + offset``, 256 codes per absmax2."""
     scales = absmax2.repeat_interleave(256)[: codes.numel()]
     return table[codes.long()] * scales + offset

@@ -1,4 +1,4 @@
-"""Several NF4 weights as one: quantised one by one, multiplied by one kernel."""
+"""Stack NF4 weights that were quantised one by one, so that one kernel multiplies them all."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ from rlsloth.kernels.nf4.op import NESTED_BLOCK, Nf4Weight
 
 
 def can_stack(weights: Sequence[Nf4Weight]) -> bool:
-    """Whether one kernel can read them as one weight: rows of whole blocks, and each but the last
-    with whole nested blocks."""
+    """Whether one kernel can read the weights as one.
+
+    Their rows must be whole blocks, and all but the last must have whole nested blocks.
+    """
     first = weights[0]
     same = all(
         w.shape[1] == first.shape[1]
@@ -35,10 +37,10 @@ def can_stack(weights: Sequence[Nf4Weight]) -> bool:
 
 @torch.no_grad()
 def stack(parameters: Sequence[Any]) -> Nf4Weight:
-    """Move bitsandbytes ``Params4bit`` [O_i, I] into one storage: the weight [sum O_i, I] of all.
+    """Move bitsandbytes ``Params4bit`` [O_i, I] into one storage; return it as [sum O_i, I].
 
-    The parameters stay what they were, bit for bit, as views of that storage. They must satisfy
-    ``can_stack``.
+    The parameters become views of that storage and keep their values, bit for bit. They must
+    satisfy ``can_stack``.
     """
     weights = [Nf4Weight.of(parameter) for parameter in parameters]
     states = [parameter.quant_state for parameter in parameters]
@@ -67,6 +69,6 @@ def stack(parameters: Sequence[Any]) -> Nf4Weight:
 
 
 def _joined(parts: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor]]:
-    """Vectors as one, and each as a view of it."""
+    """Concatenate vectors; return the result, and each vector as a view of it."""
     joined = torch.cat(list(parts))
     return joined, torch.split(joined, [len(part) for part in parts])

@@ -1,4 +1,4 @@
-"""NF4 in Triton: exact dequantisation, and the product that decodes inside."""
+"""NF4 in Triton: exact dequantisation, and a product that decodes the weight inside."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from rlsloth.kernels.nf4.plan import BLOCK_O, gpu_of, plan
 if TYPE_CHECKING:
     from rlsloth.kernels.nf4.op import Nf4Weight
 
-# Triton's interpreter runs no PTX: there the same values come from memory, in float32. Triton
-# itself decides at import whether it compiles.
+# Triton's interpreter cannot run PTX: there the same values come from memory, in float32. Triton
+# decides at import whether it compiles or interprets.
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 EXACT, FILL = tl.constexpr(ptx.EXACT), tl.constexpr(ptx.FILL)
 LOOK_UP, MEANING = tl.constexpr(ptx.LOOK_UP), tl.constexpr(ptx.MEANING)
 UNSCALE = tl.constexpr(1.0 / ptx.SCALE)
 
-DEQUANTIZED_GROUPS = 1024  # a program's, of 8 values each
-REDUCED = 1024  # sums that a program adds up
-WARPS = 8  # FILL counts on 256 threads
-REGISTERS = 248  # a thread's: a program has the multiprocessor to itself
+DEQUANTIZED_GROUPS = 1024  # per program, of 8 values each
+REDUCED = 1024  # sums that each program adds up
+WARPS = 8  # FILL needs 256 threads
+REGISTERS = 248  # per thread: each program has a whole multiprocessor
 
 
 def dequantize(weight: Nf4Weight, table: Tensor, out_OI: Tensor) -> None:
-    """What ``op.dequantize`` says, for a matrix that is not empty."""
+    """Compute ``op.dequantize`` for a matrix that is not empty."""
     rows, columns = weight.shape
     with torch.cuda.device_of(out_OI):  # type: ignore[no-untyped-call]
         _dequantize_kernel[(triton.cdiv(rows * columns, 8 * DEQUANTIZED_GROUPS),)](
@@ -46,13 +46,13 @@ def dequantize(weight: Nf4Weight, table: Tensor, out_OI: Tensor) -> None:
             NESTED=weight.code_256 is not None,
             ROW_BLOCKS=columns // weight.blocksize if weight.stacked else 0,
             num_warps=8,
-            # A fused multiply-add would round once where bitsandbytes rounds twice.
+            # A fused multiply-add would round once, while bitsandbytes rounds twice.
             enable_fp_fusion=False,
         )
 
 
 def matmul(x_MI: Tensor, weight: Nf4Weight, pairs: Tensor) -> Tensor:
-    """What ``op.nf4_matmul`` says, for bfloat16 and a weight that ``op`` finds to fit."""
+    """Compute ``op.nf4_matmul`` for bfloat16 and a weight that ``op`` has checked."""
     (rows, columns), out = x_MI.shape, weight.shape[0]
     cut = plan(rows, out, columns // 64, gpu_of(x_MI.device))
     y_MO = x_MI.new_empty(rows, out)
@@ -117,7 +117,7 @@ def _absmax(
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _exact(packed: tl.tensor, table_ptr: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
-    """The high and the low nibbles' values in float32."""
+    """Return the values of the high and of the low nibbles in float32."""
     if INTERPRETED:
         return tl.load(table_ptr + (packed >> 4)), tl.load(table_ptr + (packed & 15))
     high, low = tl.inline_asm_elementwise(
@@ -148,10 +148,10 @@ def _dequantize_kernel(
     NESTED: tl.constexpr,
     ROW_BLOCKS: tl.constexpr,
 ) -> None:
-    """Groups of 8 values, one a thread: 4 bytes in, 16 bytes out, and no data changes threads."""
+    """Dequantise groups of 8 values, one per thread: 4 bytes in, 16 out, none cross threads."""
     group = tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)
     first = group[:, None].to(tl.int64) * 8
-    # A mask by element would split a thread's one load into four.
+    # A mask per element would split a thread's single load into four.
     last = first if ROW_GROUPS else first + 2 * tl.arange(0, 4)[None, :]
     packed_ptrs = packed_ptr + first // 2 + tl.arange(0, 4)[None, :]
     packed = tl.load(packed_ptrs, mask=last < count, other=0)
@@ -171,7 +171,7 @@ def _dequantize_kernel(
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _filled(pairs_ptr: tl.tensor, code_ptr: tl.tensor) -> tl.tensor:
-    """Fills the table in shared memory: where this lane's copy begins."""
+    """Fill the table in shared memory; return the start of this lane's copy."""
     if INTERPRETED:
         return 0
     return tl.inline_asm_elementwise(
@@ -186,14 +186,14 @@ def _filled(pairs_ptr: tl.tensor, code_ptr: tl.tensor) -> tl.tensor:
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _decoded(words: tl.tensor, pairs_ptr: tl.tensor, table: tl.tensor) -> tl.tensor:
-    """The 64 values times SCALE, in bfloat16, of the 8 words in each row."""
+    """Decode the 8 words in each row to 64 values times SCALE, in bfloat16."""
     place = tl.arange(0, 4)[None, None, :]
     if INTERPRETED:
         pair = tl.load(pairs_ptr + ((words[:, :, None] >> (8 * place)) & 255))
         high = (pair << 16).to(tl.float32, bitcast=True)
         low = (pair & -65536).to(tl.float32, bitcast=True)
     else:
-        # Of four lanes each reads the whole words and takes its own byte, as mma wants it.
+        # Each of four lanes reads the whole words and takes its own byte, the layout of mma.
         words, place = tl.broadcast(words[:, :, None], 0x4440 + place)
         pair = tl.inline_asm_elementwise(
             LOOK_UP, "=r,r,r,r", [words, place, table], dtype=tl.uint32, is_pure=True, pack=1
@@ -212,8 +212,8 @@ def _meaning(
     table: tl.tensor,
     BLOCKS: tl.constexpr,
 ) -> tl.tensor:
-    """Of an absmax code in each row of the weight, whose first block is ``row``."""
-    # Four codes a load: cp.async, which reaches turns ahead, takes no less.
+    """Return an absmax code's value for each row of the weight, whose first block is ``row``."""
+    # Four codes per load: the least that cp.async, which loads turns ahead, can take.
     if BLOCKS % 4 == 0:  # the same place in the word for all rows
         codes = tl.load(words_ptr + row // 4 + column // 4) >> (column % 4 * 8) & 255
     else:
@@ -247,7 +247,7 @@ def _matmul_kernel(
     NESTED: tl.constexpr,
     STACKED: tl.constexpr,
 ) -> None:
-    """One split of ``W @ x.T`` for a tile of O and M."""
+    """Compute one split of ``W @ x.T`` for a tile of O and M."""
     BLOCKS: tl.constexpr = I // 64
     table = _filled(pairs_ptr, code_ptr)
     o = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
@@ -258,7 +258,7 @@ def _matmul_kernel(
     word_ptrs = words_ptr + o_read[:, None].to(tl.int64) * (I // 8) + tl.arange(0, 8)[None, :]
     row = o_read * BLOCKS
     if NESTED:
-        # As many as MAX_STEPS blocks of a row meet two absmax2 at most.
+        # Up to MAX_STEPS blocks of a row need at most two absmax2.
         first = (row + begin) // 256
         last = (row + tl.minimum(begin + STEPS, BLOCKS) - 1) // 256
         change = first * 256 + 256 - row
@@ -279,9 +279,9 @@ def _matmul_kernel(
             if BLOCKS % STEPS != 0:
                 scale = tl.where(index < BLOCKS, scale, 0.0)
             weight = _decoded(tl.load(word_ptrs + column * 8), pairs_ptr, table)
-            # Tensor cores take the left factor from registers, where it is decoded in their layout.
-            # Scaling waits for the dot. One that added to ``sums`` itself would run on while the
-            # next block is decoded into its registers (triton issue 9433).
+            # Tensor cores take the left factor from registers, decoded in their layout. Scaling
+            # waits for the dot: one that added to ``sums`` itself would still run while the next
+            # block is decoded into its registers (triton issue 9433).
             sums += tl.dot(weight, x.to(weight.dtype)) * scale[:, None]
     place = (tl.program_id(2) * rows + m)[None, :].to(tl.int64) * out + o[:, None]
     inside = (m[None, :] < rows) & (o[:, None] < out)

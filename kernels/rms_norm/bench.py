@@ -1,6 +1,6 @@
-"""RMSNorm beside a copy of the bytes it must move, beside Liger and beside torch.
+"""Bench RMSNorm against a copy of the bytes it must move, against Liger and torch.
 
-Errors are the largest of an output, over the largest output, on the first rows.
+The error is the largest one of an output, relative to the largest output, on the first rows.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ AddNorm = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def cases(device: torch.device) -> Iterator[Case]:
-    """Forward, and forward with backward, the weight frozen or trained; then with the addition."""
+    """Yield forward, forward + backward (weight frozen or trained), then both with the addition."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     for rows, width in SHAPES[device.type]:
         x = normal(rows, width, device=device, dtype=dtype)
@@ -44,7 +44,7 @@ def cases(device: torch.device) -> Iterator[Case]:
 
 
 def _case(shape: str, x: Tensor, weight_H: Tensor, passes: int) -> Case:
-    """``passes``: how many tensors like x must be read or written."""
+    """Make a case; ``passes`` is how many tensors like x must be read or written."""
     peers: dict[str, Callable[[], Norm]] = {"liger": _liger, "torch": _torch, "eager": _eager}
 
     def error() -> float:
@@ -83,7 +83,7 @@ def _run(norm: Norm, x: Tensor, weight_H: Tensor) -> Run:
     leaves = [leaf for leaf in (x, weight_H) if leaf.requires_grad]
     if not leaves:
         return lambda: norm(x, weight_H)
-    grad = torch.randn_like(x)  # its own: Liger's backward writes over it
+    grad = torch.randn_like(x)  # a tensor of its own: Liger's backward writes over it
     return lambda: torch.autograd.grad(norm(x, weight_H), leaves, grad)
 
 

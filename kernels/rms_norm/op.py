@@ -1,7 +1,7 @@
-"""RMSNorm (Zhang and Sennrich 2019, arXiv:1910.07467), alone and with the residual's addition.
+"""RMSNorm (Zhang and Sennrich 2019, arXiv:1910.07467), alone and fused with a residual addition.
 
-The backward keeps x and the weight only. It reads whole rows of x anyway, so their scale is made
-again rather than stored; with ``r = rsqrt(mean(x**2) + eps)`` and ``m = dy * (offset + weight)``,
+The backward keeps only x and the weight. It reads whole rows of x anyway, so it recomputes their
+scale; with ``r = rsqrt(mean(x**2) + eps)`` and ``m = dy * (offset + weight)``,
 
     dx = r * (m - x * r**2 * mean(m * x))        dweight = sum over rows of dy * x * r
 """
@@ -22,18 +22,18 @@ MAX_WIDTH = 32768  # a row is held in registers
 
 
 def rms_norm(x: Tensor, weight_H: Tensor, eps: float, offset: float = 0.0) -> Tensor:
-    """``x * rsqrt(mean(x**2) + eps) * (offset + weight)`` over the last dimension.
+    """Compute ``x * rsqrt(mean(x**2) + eps) * (offset + weight)`` over the last dimension.
 
-    Computed in float32 and rounded once, to x's dtype. The result is contiguous. Differentiable in
-    x and in the weight, whose gradient is summed in float32 in an order that depends on the shape
-    and the device only.
+    Computed in float32 and rounded once, to x's dtype. The result is contiguous and differentiable
+    in x and in the weight, whose gradient is summed in float32 in an order that depends only on
+    the shape and the device.
 
     Args:
         x: [..., H], float32, bfloat16 or float16; any dimension before the last may be 0. H may be
-            a head's size. Rows that do not lie at one stride are copied.
+            a head's size. Rows without a common stride are copied.
         weight_H: float32 or like x.
         eps: added to the mean square.
-        offset: 1.0 is Gemma's form, whose weights are stored about zero.
+        offset: 1.0 for Gemma, whose weights are stored around zero.
 
     Raises:
         TypeError: a wrong or mismatched dtype.
@@ -48,10 +48,10 @@ def rms_norm(x: Tensor, weight_H: Tensor, eps: float, offset: float = 0.0) -> Te
 def add_rms_norm(
     x: Tensor, residual: Tensor, weight_H: Tensor, eps: float, offset: float = 0.0
 ) -> tuple[Tensor, Tensor]:
-    """``total = x + residual``, rounded to x's dtype, and ``rms_norm(total)``: (normed, total).
+    """Return (``rms_norm(total)``, total) for ``total = x + residual``, rounded to x's dtype.
 
     Arguments and errors are those of ``rms_norm``; the residual is like x. The gradients of x and
-    residual are one tensor: what receives them must not write into them.
+    residual are one tensor: code that receives them must not write to them.
     """
     _check(x, weight_H)
     if residual.shape != x.shape:
@@ -71,10 +71,10 @@ def add_rms_norm(
 def fork_rms_norm(
     x: Tensor, weight_H: Tensor, eps: float, offset: float = 0.0
 ) -> tuple[Tensor, Tensor]:
-    """``rms_norm(x)`` and x itself, for a residual around what follows: (normed, x).
+    """Return (``rms_norm(x)``, x), for a residual connection around the block that follows.
 
-    The two gradients of x are added inside the norm's backward, not in a pass of their own. The x
-    that is returned must not be written to. Arguments and errors are those of ``rms_norm``.
+    The two gradients of x are added inside the norm's backward, not in a separate pass. The
+    returned x must not be written to. Arguments and errors are those of ``rms_norm``.
     """
     _check(x, weight_H)
     if _by_triton(x):
@@ -115,7 +115,7 @@ class _RMSNorm(torch.autograd.Function):
 
 
 class _AddRMSNorm(torch.autograd.Function):
-    """Without a residual the sum is x: the gradients of norm and sum are added all the same."""
+    """Autograd of both fused forms; without a residual, total is x and its gradients are added."""
 
     @staticmethod
     def forward(
@@ -127,7 +127,7 @@ class _AddRMSNorm(torch.autograd.Function):
         ctx.forked = residual is None
         ctx.save_for_backward(total, weight_H)
         ctx.eps, ctx.offset = eps, offset
-        ctx.set_materialize_grads(False)  # the last norm's total goes nowhere
+        ctx.set_materialize_grads(False)  # the last norm's total is not used
         return normed, total
 
     @staticmethod

@@ -1,8 +1,8 @@
-"""RMSNorm in Triton: a tile of whole rows a program, read once and written once.
+"""RMSNorm in Triton: one tile of whole rows per program, read once and written once.
 
-A frozen weight's backward has a program a tile too. Where the weight's gradient is asked for, a few
-programs an SM walk over the tiles instead, each summing its own part in registers; a second pass
-adds the parts. Nothing is atomic.
+The backward of a frozen weight also runs one program per tile. If the weight needs a gradient, a
+few programs per SM walk over the tiles instead, each summing its own part in registers; a second
+pass adds the parts. Nothing is atomic.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-TILE = 4096  # elements a program at least: several rows where they are short
+TILE = 4096  # least number of elements per program: several rows if they are short
 ELEMENTS_PER_THREAD = 16  # two 16-byte loads of 16-bit numbers
-PROGRAMS_PER_SM = 2  # of the weight's gradient; each costs a row of float32 written and read
-PREFETCH_BYTES = 64 << 10  # of shared memory, a program, for its rows to come
+PROGRAMS_PER_SM = 2  # for the weight's gradient; each writes a row of float32, which is read again
+PREFETCH_BYTES = 64 << 10  # shared memory per program for the rows that it loads ahead
 INTERPRETED_SMS = 2
 
 
 def forward(
     x: Tensor, residual: Tensor | None, weight_H: Tensor, eps: float, offset: float
 ) -> tuple[Tensor, Tensor]:
-    """The normalised rows of total, and total: ``x + residual``, or x without a residual."""
+    """Return the normalised rows of total, and total: ``x + residual``, or x without a residual."""
     normed = torch.empty_like(x, memory_format=torch.contiguous_format)
     total = x if residual is None else torch.empty_like(normed)
     if x.numel() == 0:
@@ -57,7 +57,7 @@ def backward(
     offset: float,
     with_weight: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Gradients of x (grad_total added) and, if asked for, of the weight."""
+    """Return the gradient of x, including grad_total, and of the weight if it needs one."""
     grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
     if x.numel() == 0:
         return grad_x, torch.zeros_like(weight_H) if with_weight else None
@@ -170,7 +170,7 @@ def _backward_kernel(
             weight, grad_x_ptr, rows, eps, H, ROWS, BLOCK,
         )  # fmt: skip
     else:
-        # Kept as a tile: rows are added up once, at the end.
+        # Kept as a tile: its rows are added up once, at the end.
         part = tl.zeros((ROWS, BLOCK), tl.float32)
         tiles = tl.cdiv(rows, ROWS)
         for tile in tl.range(program, tiles, tl.num_programs(0), num_stages=STAGES):
@@ -199,7 +199,7 @@ def _backward_tile(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> tl.tensor:
-    """Store the tile's gradient of x; return its part of the weight's, not yet added up."""
+    """Store the tile's gradient of x; return its part of the weight's gradient, not yet summed."""
     first = tile * ROWS
     row = tl.arange(0, ROWS)[:, None]
     column = tl.arange(0, BLOCK)[None, :]
@@ -208,7 +208,7 @@ def _backward_tile(
     grad_ptr += first * grad_stride
     grad = tl.load(grad_ptr + row * grad_stride + column, mask=inside, other=0.0).to(tl.float32)
     grad_total = 0.0
-    if grad_total_ptr is not None:  # asked for before the sums below wait for all warps
+    if grad_total_ptr is not None:  # loaded before the sums below wait for all warps
         grad_total_ptr += first * grad_total_stride
         grad_total = tl.load(
             grad_total_ptr + row * grad_total_stride + column, mask=inside, other=0.0
@@ -224,5 +224,5 @@ def _backward_tile(
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _load_weight(pointer: tl.tensor, inside: tl.tensor) -> tl.tensor:
-    # Every program reads the weight, and x only once: it is the weight that caches should keep.
+    # Every program reads the weight, but x is read only once: caches should keep the weight.
     return tl.load(pointer, mask=inside, other=0.0, eviction_policy="evict_last").to(tl.float32)

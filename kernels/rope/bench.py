@@ -1,6 +1,6 @@
-"""Rotary embedding beside a copy of the bytes it must move, beside Liger and beside torch.
+"""Bench rotary embedding against a copy of the bytes it must move, against Liger and torch.
 
-Errors are the largest of a rotated query, over the largest query, on the first tokens.
+The error is the largest one of a rotated query, relative to the largest query, on the first tokens.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Rope = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def cases(device: torch.device) -> Iterator[Case]:
-    """Forward, forward in place, and forward with backward."""
+    """Yield forward, forward in place, and forward with backward."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     for tokens, heads, key_heads, dim in SHAPES[device.type]:
         q = normal(1, tokens, heads, dim, device=device, dtype=dtype)
@@ -43,7 +43,7 @@ def cases(device: torch.device) -> Iterator[Case]:
 def tables(
     tokens: int, rotary: int, device: torch.device, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """cos and sin [1, tokens, rotary] of base 10000, both halves equal."""
+    """Return cos and sin [1, tokens, rotary] for base 10000, both halves equal."""
     frequencies = 10000.0 ** -(torch.arange(0, rotary, 2, device=device) / rotary)
     angles = torch.outer(torch.arange(tokens, device=device).float(), frequencies)
     angles = torch.cat((angles, angles), -1)[None]
@@ -87,7 +87,7 @@ def _run(function: Rope, inputs: Inputs) -> Run:
 
 
 def _liger_run(inputs: Inputs) -> Run:
-    """Liger takes [B, heads, S, D] and writes over what lies as [B, S, heads, D]."""
+    """Run Liger, which takes [B, heads, S, D] views of [B, S, heads, D] and overwrites them."""
     function = import_module("liger_kernel.ops.rope").LigerRopeFunction
     q, k = (x.detach().clone().transpose(1, 2).requires_grad_(x.requires_grad) for x in inputs[:2])
     if not q.requires_grad:

@@ -1,11 +1,11 @@
 """Rotary position embedding (Su et al. 2021, arXiv:2104.09864) of queries and keys at once.
 
-In the half-rotation convention of transformers dimension i turns with dimension i + R/2:
+In the half-rotation convention of transformers, dimensions i and i + R/2 are rotated together:
 
     y[i] = x[i] * cos[i] - x[i + R/2] * sin[i]
     y[i + R/2] = x[i + R/2] * cos[i] + x[i] * sin[i]
 
-The backward is the same turn by the opposite angle, so it keeps cos and sin only.
+The backward is the rotation by the opposite angle, so it keeps only cos and sin.
 """
 
 from __future__ import annotations
@@ -24,21 +24,22 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def rope(
     q_BSHD: Tensor, k_BSKD: Tensor, cos_BSR: Tensor, sin_BSR: Tensor, inplace: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Rotate queries and keys; computed in float32 and rounded once. No gradient to cos and sin.
+    """Rotate queries and keys, computed in float32 and rounded once; cos and sin get no gradient.
 
     Args:
         q_BSHD: [B, S, heads, D], float32, bfloat16 or float16; any strides but a dense last
             dimension. B or S may be 0.
         k_BSKD: [B, S, key heads, D], like q.
-        cos_BSR: [1 or B, S, R], R even and at most D, in any of the dtypes; dimensions from R on
-            pass through. Both halves are taken to be equal: only the first is read. An attention
-            scaling belongs in cos and sin.
+        cos_BSR: [1 or B, S, R], R even and at most D, in any of these dtypes; dimensions from R on
+            are not rotated. Both halves must be equal: only the first is read. If attention is
+            scaled, cos and sin must include the scaling.
         sin_BSR: like cos.
-        inplace: write over the storage of q and k and return tensors that lie there, with the
+        inplace: write over the storage of q and k and return tensors in that storage, with the
             strides of q and k; otherwise the results are new and contiguous. q and k must not be
-            read afterwards, nor a tensor they are views of. They may be views of one fused
-            projection: gradients go to it through the views as ever. An operation that saved the
-            old values for its backward fails there with autograd's error about modified tensors.
+            read afterwards, nor a tensor that they are views of. They may be views of one fused
+            projection: it gets its gradients through the views as usual. An operation that saved
+            the old values for its backward fails there with autograd's error about modified
+            tensors.
 
     Raises:
         TypeError: a wrong or mismatched dtype.
@@ -62,11 +63,11 @@ class _Rope(torch.autograd.Function):
         ctx.save_for_backward(cos_BSR, sin_BSR)
         if not inplace:
             return _rotate(q_BSHD, k_BSKD, cos_BSR, sin_BSR, backward=False)
-        # Not ctx.mark_dirty, which takes one view at most: to autograd these are new tensors, and
-        # that they lie where q and k lay matters only to who reads q and k again.
+        # Not ctx.mark_dirty, which takes one view at most: to autograd these are new tensors. That
+        # they share storage with q and k matters only to code that reads q and k again.
         outputs = q_BSHD.detach(), k_BSKD.detach()
         _rotate(q_BSHD, k_BSKD, cos_BSR, sin_BSR, backward=False, into=outputs)
-        increment_version(outputs)  # shared with q and k: autograd must notice, and sees no kernel
+        increment_version(outputs)  # autograd must notice the kernel's write to q and k
         return outputs
 
     @staticmethod
@@ -87,7 +88,7 @@ def _rotate(
     backward: bool,
     into: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Rotated q and k: new, or ``into`` where given, which lies where q and k do."""
+    """Return rotated q and k: new tensors, or ``into`` if given, which shares their storage."""
     outputs = into or (
         torch.empty_like(q_BSHD, memory_format=torch.contiguous_format),
         torch.empty_like(k_BSKD, memory_format=torch.contiguous_format),
@@ -145,6 +146,6 @@ def _check(q_BSHD: Tensor, k_BSKD: Tensor, cos_BSR: Tensor, sin_BSR: Tensor) -> 
 def _check_writable(name: str, x: Tensor) -> None:
     owner = x if x._base is None else x._base
     if torch.is_grad_enabled() and owner.is_leaf and owner.requires_grad:
-        raise ValueError(f"{name} is a leaf that requires grad, or a view of one: not in place")
+        raise ValueError(f"{name} is a leaf that requires grad or a view of it: pass inplace=False")
     if any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape, strict=True)):
-        raise ValueError(f"{name} is expanded, its elements share memory: not in place")
+        raise ValueError(f"{name} is expanded, its elements share memory: pass inplace=False")

@@ -1,4 +1,4 @@
-"""Rotary position embedding in plain torch, in any dtype: the tests' yardstick."""
+"""Rotary position embedding in plain torch, in any dtype: the reference for tests."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 def rope_reference(
     q_BSHD: Tensor, k_BSKD: Tensor, cos_BSR: Tensor, sin_BSR: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """``x * cos + rotate_half(x) * sin`` on the first R of D dimensions, as transformers has it."""
+    """``x * cos + rotate_half(x) * sin`` on the first R of D dimensions, as in transformers."""
     cos_BS1R, sin_BS1R = cos_BSR.unsqueeze(2), sin_BSR.unsqueeze(2)
 
     def rotate(x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Rotary position embedding in Triton: one program a token turns all its query and key heads."""
+"""Rotary position embedding in Triton: one program per token rotates all its heads."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-ELEMENTS_PER_WARP = 1024  # of the queries: two 16-byte loads a thread and half
+ELEMENTS_PER_WARP = 1024  # of the queries: two 16-byte loads per thread and half
 
 
 def rotate(
@@ -18,7 +18,7 @@ def rotate(
     backward: bool,
     inplace: bool,
 ) -> None:
-    """Turn q and k, the inputs, into the outputs: contiguous ones, or in place the inputs."""
+    """Rotate the inputs q and k into the outputs: contiguous tensors, or the inputs themselves."""
     q_BSHD, k_BSKD = inputs
     batch, length, q_heads, dim = q_BSHD.shape
     rotary = cos_BSR.shape[2]
@@ -106,7 +106,7 @@ def _rope_kernel(
     if INPLACE:
         q_out_ptr = q_ptr
         k_out_ptr = k_ptr
-        # Threads left over by a small tile repeat others' loads: all must have read before a store.
+        # Spare threads of a small tile repeat loads of other threads: all must read before a store.
         tl.debug_barrier()
     else:
         q_out_ptr += token * (Q_HEADS * DIM)

@@ -19,7 +19,7 @@ from rlsloth.kernels.lora.products import add_product
 pytestmark = pytest.mark.slow
 
 ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
-# Tokens, width, ranks of gate, up and down.
+# Tokens, width, and the ranks of gate, up and down.
 SIZES = [
     (1, 8, (16, 16, 16)),
     (70, 100, (16, 32, 48)),
@@ -34,7 +34,7 @@ def normal(*shape, seed, dtype=torch.float32, scale=1.0):
 
 
 def inside(tensor, before=8, behind=16):
-    """The same values within rows that are longer, beside NaN."""
+    """Copy the values into longer rows, with NaN on both sides."""
     rows, columns = tensor.shape
     wide = torch.full((rows, before + columns + behind), float("nan"), dtype=tensor.dtype)
     wide[:, before : before + columns] = tensor
@@ -42,7 +42,7 @@ def inside(tensor, before=8, behind=16):
 
 
 def make(tokens, width, ranks, dtype=torch.float32):
-    """(inputs, adapters, d_out, d_low); a rank of 0 is an adapter that is off."""
+    """Make (inputs, adapters, d_out, d_low); a rank of 0 is an adapter that is off."""
     gate_rank, up_rank, down_rank = ranks
     low = [normal(tokens, r, seed=i, dtype=dtype) for i, r in enumerate(ranks)]
     inputs = GluInputs(
@@ -62,7 +62,7 @@ def make(tokens, width, ranks, dtype=torch.float32):
 
 
 def wanted_of(inputs, adapters, d_out, d_low, activation):
-    """h, low, then the gradients of gate, up and the three factors, in float64."""
+    """Return h, low, then the gradients of gate, up and the three factors, in float64."""
     tensors = [inputs.gate_TF, inputs.up_TF, inputs.gate_low_TR, inputs.up_low_TR]
     width = inputs.up_TF.shape[1]
     factors = [
@@ -155,7 +155,7 @@ def test_bench_cases_run():
 
 
 def check_triton_in_interpreter():
-    """Every path of the kernels, on memory that holds NaN before it is written."""
+    """Run every path of the kernels, on memory that holds NaN before it is written."""
     allocate = torch.Tensor.new_empty
     torch.Tensor.new_empty = lambda *a, **k: allocate(*a, **k).fill_(float("nan"))
     inputs, adapters, *_ = make(*SIZES[0], torch.bfloat16)
@@ -175,13 +175,14 @@ def test_triton_kernels_in_their_interpreter():
     check_interpreted(__file__)
 
 
-# Shared memory of a block, in KiB: what Triton may ask for.
+# Shared memory that Triton may use per block, in KiB.
 SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 120: 99}
 
 
 def gpu_code(kernel, constants, warps, capability):
-    """Machine code, without a GPU: the interpreter takes more than the compiler. Arguments are
-    multiples of 16, as they mostly are: only then are tiles loaded ahead.
+    """Compile to machine code without a GPU: the interpreter accepts more than the compiler.
+
+    Arguments are multiples of 16, as they mostly are: only then are tiles loaded ahead.
     """
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile

@@ -1,4 +1,4 @@
-"""The bench of the kernels: what it measures, prints, writes and refuses."""
+"""The kernel bench: its measurements, table, file and refused arguments."""
 
 import subprocess
 import sys

@@ -58,7 +58,7 @@ def close(actual, wanted, dtype):
 @pytest.mark.parametrize(("rows", "width", "dtype"), NORMS)
 def test_rms_norm_equals_float64(rows, width, dtype):
     x, residual, grad, grad_total = randn(rows, width, dtype=dtype, count=4)
-    weight = 0.3 * randn(width)  # float32 beside bfloat16 too
+    weight = 0.3 * randn(width)  # float32, also with bfloat16 inputs
     doubles = wide(x, weight)
     wanted = rms_norm_reference(*doubles, EPS, 1.0)
     wanted_grads = torch.autograd.grad(wanted, doubles, grad.double())
@@ -116,7 +116,7 @@ def test_rope_equals_float64(shape):
     wanted = rope_reference(*doubles, cos.double(), sin.double())
     wanted_grads = torch.autograd.grad(wanted, doubles, (grad_q.double(), grad_k.double()))
     for inplace in (False, True):
-        # In place on parts of one projection, and with the gradient laid out as attention's.
+        # In place on parts of one projection, with a gradient in attention's layout.
         fused = torch.cat((q, k), 2).requires_grad_()
         parts = (fused * 1).split((heads, key_heads), 2)
         outputs = rope(*parts, cos, sin, inplace=inplace)
@@ -161,7 +161,7 @@ def test_extreme_gates():
 
 
 def test_more_than_two_to_the_31_elements():
-    """The last rows of 4 GiB and more are those of the same rows alone."""
+    """The last rows of tensors of 4 GiB and more equal those of the same rows alone."""
     rows = 2**31 // 4096 + 5
     x = torch.empty(rows, 4096, device="cuda", dtype=BF16).normal_()
     weight = torch.ones(4096, device="cuda", dtype=BF16)

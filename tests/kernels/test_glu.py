@@ -15,7 +15,7 @@ SHAPES = [(1,), (1, 1), (7, 97), (2, 3, 1024), (3, 1025), (2, 5000)]
 
 
 def make(*shape, dtype=torch.float32):
-    """gate, up and the gradient of the result."""
+    """Make gate, up and the gradient of the result."""
     generator = torch.Generator().manual_seed(0)
     return [(2 * torch.randn(*shape, generator=generator)).to(dtype) for _ in range(3)]
 
@@ -27,14 +27,14 @@ def close(actual, wanted, dtype):
 
 
 def expected(gate, up, d_out, activation):
-    """float64 result, then the gradients of gate and up."""
+    """Return the float64 result, then the gradients of gate and up."""
     wide = [x.detach().double().requires_grad_() for x in (gate, up)]
     h = glu_reference(*wide, activation)
     return h.detach(), *torch.autograd.grad(h, wide, d_out.double())
 
 
 def check(gate, up, d_out, activation):
-    """One call and its gradients against float64."""
+    """Check one call and its gradients against float64."""
     wanted = expected(gate, up, d_out, activation)
     leaves = [x.detach().requires_grad_() for x in (gate, up)]
     h = glu(*leaves, activation)
@@ -45,7 +45,7 @@ def check(gate, up, d_out, activation):
 
 
 def check_raw(gate, up, d_out, activation):
-    """The functions without a graph, which write in place, against float64."""
+    """Check the in-place functions without autograd against float64."""
     wanted = expected(gate, up, d_out, activation)
     close(glu_forward(gate, up, activation), wanted[0], gate.dtype)
     out = torch.full_like(gate, float("nan"))
@@ -85,7 +85,7 @@ def check_extreme_values(largest=1e4):
     for activation in ACTIVATIONS:
         for up in (0.0, 1.0, -1e4, 1e-30):
             inputs = gates[None], torch.full((1, len(gates)), up), torch.ones(1, len(gates))
-            wide = [x.double().clamp(-1e4, 1e4) for x in inputs]  # an honest cube, in float64
+            wide = [x.double().clamp(-1e4, 1e4) for x in inputs]  # cubes that do not overflow
             scale = gates.double() / wide[0]
             wanted = expected(*wide, activation)
             leaves = [x.clone().requires_grad_() for x in inputs[:2]]
@@ -93,7 +93,7 @@ def check_extreme_values(largest=1e4):
             actual = h, *torch.autograd.grad(h, leaves, inputs[2])
             for one, other, grows in zip(actual, wanted, (True, False, True), strict=True):
                 other = torch.where(scale > 1, other * scale, other) if grows else other
-                # Far left what is left of the gate is the rounding of 1 - erf, times up.
+                # Far to the left only the rounding of 1 - erf, times up, remains of the gate.
                 absolute = 1e-6 * max(1.0, abs(up))
                 torch.testing.assert_close(one.double(), other, rtol=1e-5, atol=absolute)
 
@@ -103,7 +103,7 @@ def test_extreme_values():
 
 
 def check_strided():
-    """Halves of one projection, whose rows are twice as long, in place too."""
+    """Check halves of one projection, whose rows are twice as long, also in place."""
     for activation in ACTIVATIONS:
         gate, up, d_out = make(4, 3, 96)
         fused = torch.cat((gate, up), -1)
@@ -133,7 +133,7 @@ def test_out_over_an_input():
 
 
 def check_lost_values_are_noticed():
-    """The backward in place takes what another graph has saved."""
+    """Overwriting tensors that another graph has saved raises autograd's error."""
     gate, up, d_out = make(3, 8)
     h = gate.requires_grad_() * up
     glu_backward(d_out, gate.detach().clone(), up, "silu")
@@ -224,7 +224,7 @@ def test_bench_cases_run():
 
 
 def check_triton_in_interpreter():
-    """The whole op through the Triton kernels, on memory that holds NaN before it is written."""
+    """Run the whole op with the Triton kernels, on memory that holds NaN before it is written."""
     allocate_like = torch.empty_like
     torch.empty_like = lambda *a, **k: allocate_like(*a, **k).fill_(float("nan"))
     for activation in ACTIVATIONS:
@@ -250,7 +250,7 @@ def test_triton_kernels_in_their_interpreter():
 @pytest.mark.parametrize("element", ["*fp32", "*bf16", "*fp16"])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_triton_kernels_compile_for_a_gpu(element, activation, tmp_path, monkeypatch):
-    """To machine code for sm_90, without a GPU: the interpreter takes more than the compiler."""
+    """Compile for sm_90 without a GPU: the interpreter accepts more than the compiler."""
     pytest.importorskip("triton")
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile

@@ -56,7 +56,7 @@ def test_settings_and_trainable_head(settings, with_bias, trainable):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_sixteen_bit_inputs_keep_float32_logprobs(dtype):
-    # More rows than the weight is upcast in at a time, so that the product is summed over blocks.
+    # More rows of weight than are upcast at a time, so that the product is summed over blocks.
     hidden, weight, target, gradient = make(19, 32, 9001, dtype)
     outputs, grads = expected(hidden, weight, target, gradient)
     hidden.requires_grad_()
@@ -75,14 +75,14 @@ def test_sixteen_bit_inputs_keep_float32_logprobs(dtype):
 
 
 def identity_head(logits):
-    """Logits that the product reproduces exactly."""
+    """Return a head that reproduces the logits exactly."""
     return logits.clone().requires_grad_(), torch.eye(logits.shape[1])
 
 
 def test_extreme_logits_and_ties():
     logits = torch.zeros(6, 300)
-    logits[0, 7] = 1e4  # the target has it all
-    logits[1, 8] = 1e4  # another token has it all
+    logits[0, 7] = 1e4  # the target has all probability
+    logits[1, 8] = 1e4  # another token has all probability
     logits[2] = -1e4
     logits[3] = 1e4  # all equal, at both ends
     logits[4, ::2] = -1e4
@@ -179,7 +179,7 @@ def test_no_uninitialised_memory_is_read(monkeypatch, settings):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_peak_memory_does_not_grow_with_rows(dtype):
-    """The allocator's own peak: inputs, gradient and outputs aside, it is one chunk and change."""
+    """The allocator's peak is about one chunk, besides inputs, gradient and outputs."""
     vocabulary, width, rows = 20011, 32, 16
 
     def overhead(n):
@@ -194,7 +194,7 @@ def test_peak_memory_does_not_grow_with_rows(dtype):
         return peak_bytes(run, hidden.device) - hidden.nbytes
 
     small, large = overhead(4 * rows), overhead(32 * rows)
-    # What does grow: [N] vectors, a few hundred bytes a row. A row of logits is 80,000.
+    # Only [N] vectors grow: a few hundred bytes per row. A row of logits takes 80,000.
     assert large - small < 28 * rows * 256
     # The chunk's logits and exponentials, and the upcast block of a 16-bit weight.
     upcast = 0 if dtype == torch.float32 else 4 * width * vocabulary

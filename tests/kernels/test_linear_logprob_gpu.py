@@ -18,7 +18,7 @@ CAPPED = {"temperature": 0.7, "softcap": 20.0, "logit_scale": 1.3}
 
 
 def make(n, h, v, dtype, seed=0):
-    """Inputs whose logits reach about +-30."""
+    """Make inputs whose logits reach about +-30."""
     generator = torch.Generator("cuda").manual_seed(seed)
     hidden = torch.randn(n, h, device="cuda", generator=generator)
     weight = torch.randn(v, h, device="cuda", generator=generator) * (6.0 / h**0.5)
@@ -49,7 +49,7 @@ def test_equals_float64(vocabulary, dtype, settings):
         for actual, wanted in zip(
             torch.autograd.grad(result.logprob_N, leaves, gradient), grads, strict=False
         ):
-            # A sum's rounding scales with its largest terms, not with what is left of it.
+            # A sum's rounding error scales with its largest terms, not with the sum.
             error = (actual.double() - wanted).abs().max() / wanted.abs().max()
             assert error.item() < rounding
             # Not in float16, where a certain row's gradient is below the smallest normal number.
@@ -60,7 +60,7 @@ def test_equals_float64(vocabulary, dtype, settings):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gradients_are_deterministic(dtype):
-    """Many rows, many times, bitwise the same."""
+    """Repeated runs over many rows are bitwise equal."""
     hidden, weight, target, gradient = make(1024, 128, 151936, dtype)
     grads = []
     for _ in range(5):
@@ -110,7 +110,7 @@ def test_target_is_checked_without_waiting_for_the_device():
 
 @pytest.mark.parametrize(("width", "vocabulary"), [(4096, 128256), (2048, 151936), (576, 49152)])
 def test_peaked_rows_to_a_thousandth(width, vocabulary):
-    """Top probabilities of 0.01, 0.5 and 0.99 at a logit of 30, the top token the target or not."""
+    """Top probabilities are 0.01, 0.5 and 0.99 at a logit of 30, on the target or another token."""
     torch.manual_seed(0)
     hidden, weight, target = peaked(
         CHECKED_ROWS, width, vocabulary, torch.device("cuda"), torch.bfloat16
@@ -118,7 +118,7 @@ def test_peaked_rows_to_a_thousandth(width, vocabulary):
     wide = hidden.double().requires_grad_()
     wanted = linear_logprob_reference(wide, weight.double(), target)[0]
     (wanted_grad,) = torch.autograd.grad(wanted.sum(), wide)
-    # As the policy does; the clone is what may be overwritten.
+    # This is how the policy calls it; the clone may be overwritten.
     work = hidden.clone().requires_grad_()
     result = linear_logprob(work, weight, target, overwrite_hidden=True)
     assert (result.logprob_N - wanted).abs().max() < 2e-4
@@ -128,7 +128,7 @@ def test_peaked_rows_to_a_thousandth(width, vocabulary):
 
 
 def test_overflowing_rows_in_many_tiles():
-    """Targets at log-probabilities far below -60: tiles keep exponents of their own."""
+    """Targets at log-probabilities far below -60 need a separate exponent in each tile."""
     hidden, weight, target, gradient = make(300, 256, 50257, torch.bfloat16)
     target[:] = (hidden @ weight.t()).argmin(1)
     settings = {"temperature": 0.2}

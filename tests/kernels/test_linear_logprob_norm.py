@@ -1,4 +1,4 @@
-"""linear_logprob with the model's final norm inside its chunks, against the norm in front of it."""
+"""linear_logprob with the final norm inside its chunks, compared with the norm applied before."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ def make_norm(width, offset=0.0, dtype=torch.float32):
 
 
 def expected(hidden, weight, target, gradient, norm, **settings):
-    """float64 outputs, then the gradients of the un-normed hidden states and of the weight."""
+    """Return float64 outputs, then gradients of the un-normed hidden states and of the weight."""
     leaves = [x.detach().double().requires_grad_() for x in (hidden, weight)]
     normed = rms_norm_reference(leaves[0], norm.weight_H.double(), norm.eps, norm.offset)
     outputs = linear_logprob_reference(normed, leaves[1], target, **settings)

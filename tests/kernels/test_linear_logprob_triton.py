@@ -15,7 +15,7 @@ pytestmark = pytest.mark.slow
 
 
 def check_triton_in_interpreter():
-    """The whole op through the Triton kernels. Vocabularies: below, at and above one tile."""
+    """Run the whole op with the Triton kernels, for vocabularies below, at and above one tile."""
     for vocabulary in (1, 2, 127, 128, 300, 1025):
         for settings in ({}, CAPPED):
             for with_bias in (False, True):
@@ -36,7 +36,7 @@ def check_triton_in_interpreter():
 
 
 def check_fused_layouts():
-    """What torch takes: strided targets and bias, rows that are not aligned, one row, none."""
+    """Check layouts that torch accepts: strided targets and bias, unaligned rows, one row, none."""
     hidden, weight, target, gradient = make(7, 24, 300, torch.bfloat16)
     bias = torch.randn(300).bfloat16()
     wanted = linear_logprob(hidden, weight, target, bias_V=bias)
@@ -116,7 +116,7 @@ def check_fused_norm():
 
 
 def check_row_groups():
-    """However row tiles are grouped, a row is the same; also where the last group is smaller."""
+    """A row's result does not depend on the grouping of row tiles; the last may be smaller."""
     from rlsloth.kernels.linear_logprob import triton
 
     hidden, weight, target, _ = make(43, 24, 100, torch.bfloat16)  # 3 row tiles
@@ -134,7 +134,7 @@ def check_row_groups():
 
 
 def check_scale():
-    """By 1, by another number, and by NaN; more than all programs hold at once."""
+    """Scale by 1, by another number and by NaN; more elements than all programs hold at once."""
     from rlsloth.kernels.linear_logprob import triton
 
     for dtype in (torch.bfloat16, torch.float32):
@@ -143,7 +143,7 @@ def check_scale():
                 x = torch.randn(count).to(dtype)
                 wanted = (x.float() * factor).to(dtype)
                 triton.scale(x, torch.tensor(factor))
-                # Triton's interpreter cuts to 16 bits instead of rounding.
+                # Triton's interpreter truncates to 16 bits instead of rounding.
                 ulp = 0.0 if factor == 1.0 else torch.finfo(dtype).eps
                 torch.testing.assert_close(x, wanted, rtol=ulp, atol=0, equal_nan=True)
 
@@ -170,10 +170,10 @@ def check_fused(hidden, weight, target, gradient, bias, settings):
 
 
 def check_fused_extremes():
-    """Odds beyond any float's range: rows whose tiles need different exponents, and underflow."""
+    """Check odds beyond float's range: rows whose tiles need different exponents, and underflow."""
     logits = torch.zeros(6, 304)
-    logits[0, 7] = 1e4  # the target has it all
-    logits[1, 8] = 1e4  # another token of the target's tile has it all
+    logits[0, 7] = 1e4  # the target has all probability
+    logits[1, 8] = 1e4  # another token of the target's tile has all probability
     logits[2, 300] = 1e4  # a token of another tile
     logits[3, 8], logits[3, 300] = 96.0, 100.0  # both tiles are scaled, differently
     logits[4, ::2], logits[4, 1::2] = -1e4, 1e4
@@ -196,7 +196,7 @@ def test_triton_kernels_in_their_interpreter():
 
 @pytest.mark.parametrize("capability", [80, 86, 90])
 def test_triton_kernels_compile_for_a_gpu(capability, tmp_path, monkeypatch):
-    """To machine code, without a GPU: the interpreter takes more than the compiler."""
+    """Compile to machine code without a GPU: the interpreter accepts more than the compiler."""
     pytest.importorskip("triton")
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile

@@ -38,7 +38,7 @@ def mlp_of(layer):
 @pytest.mark.parametrize("adapter", [None, torch.float32])
 @pytest.mark.parametrize("sizes", [SMALL, ODD, replace(SMALL, rank=1), replace(LARGE, tokens=512)])
 def test_layer_equals_float64(sizes, adapter):
-    # The largest of 18 tensors' rms errors, behind up to five roundings to bfloat16.
+    # The largest of 18 tensors' rms errors, after up to five roundings to bfloat16.
     assert error(make(sizes, adapter=adapter)) < 2e-2
 
 
@@ -62,7 +62,7 @@ def test_the_side_stream_is_free_of_races():
     run = both_ways(forward, layer, layer.leaves())
     first = run()
     for _ in range(5):
-        # Twice without waiting for the device: the second reuses the buffers of the first.
+        # Two calls without waiting for the device: the second reuses the buffers of the first.
         run()
         assert all(torch.equal(*pair) for pair in zip(first, run(), strict=True))
 
@@ -145,7 +145,7 @@ def test_nothing_waits_for_the_device():
 
 
 def test_memory_of_an_mlp():
-    """Above inputs and adapters: x with its room, gate, up and one more, then dy and dx."""
+    """The peak above inputs and adapters is x with its room, gate, up, one more, then dy and dx."""
     layer = make(LARGE)
     run, x = mlp_of(layer), layer.x
     leaves = [x, *(p for name in ("gate", "up", "down") for p in _adapter(layer, name))]

@@ -32,7 +32,7 @@ BIASED_NF4, OFF, OFF_NF4 = Kind(nf4=True, bias=True), Kind(rank=0), Kind(rank=0,
 
 
 def make(out, into, kind=PLAIN, dtype=torch.float32, seed=0):
-    """A layer whose output has about the input's size, its adapter a third of it."""
+    """Make a layer whose output is about as large as its input, a third of it from the adapter."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape, scale=1.0):
@@ -58,7 +58,7 @@ def parameters(layers):
 
 
 def wide(layer):
-    """float64: the reference's layer, with leaves of its own."""
+    """Return the reference's layer in float64, with new leaves."""
     weight = dequantize(layer.weight) if isinstance(layer.weight, Nf4Weight) else layer.weight
     a, b = (
         None if x is None else x.detach().double().requires_grad_()
@@ -79,7 +79,7 @@ def input_like(*shape, dtype=torch.float32):
 
 
 def check(run, reference, layers, x, dtype=torch.float32):
-    """Outputs and all gradients; then the outputs without gradient."""
+    """Check outputs and all gradients, then the outputs without gradient."""
     linears = [wide(layer) for layer in layers]
     wide_x = x.detach().double().requires_grad_()
     wanted = reference(wide_x, linears)
@@ -249,7 +249,7 @@ def test_an_unused_sibling():
 
 @pytest.mark.parametrize("run", [siblings, mlp()])
 def test_only_the_adapters_are_differentiated(run):
-    """As in the first layer, whose input is an embedding's output."""
+    """The input needs no gradient in the first layer, where it is an embedding's output."""
     layers = make_mlp((NF4, NF4, NF4))[: 2 if run is siblings else 3]
     x = input_like(10, 64)
     with_x = x.clone().requires_grad_()
@@ -279,7 +279,7 @@ def test_an_mlp_is_differentiated_once():
     torch.autograd.grad(y.sum(), x, retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         torch.autograd.grad(y.sum(), x)
-    (y,) = lora_linears(x, (layers[0],))  # keeps what it saved
+    (y,) = lora_linears(x, (layers[0],))  # holds its saved tensors
     first = torch.autograd.grad(y.sum(), x, retain_graph=True)[0]
     assert torch.equal(first, torch.autograd.grad(y.sum(), x)[0])
 
@@ -319,12 +319,12 @@ def test_under_activation_checkpointing(reentrant):
     y = checkpoint(run, x, use_reentrant=reentrant)
     y.square().sum().backward()
     for leaf, grad in zip([x, *parameters(layers)], wanted, strict=True):
-        close(leaf.grad, grad.double())  # shared adapters: their two parts may change places
+        close(leaf.grad, grad.double())  # shared adapters: the order of two parts is free
 
 
 def test_with_and_without_gradient_bitwise_the_same():
     layers = make_mlp((NF4, NF4, NF4))
-    x = input_like(300, 64)  # more than are decoded row by row
+    x = input_like(300, 64)  # more rows than are decoded without dequantising
     with torch.no_grad():
         old = [lora_mlp(x, *layers, "silu"), *lora_linears(x, tuple(layers[:2]))]
     new = [lora_mlp(x, *layers, "silu"), *lora_linears(x, tuple(layers[:2]))]
@@ -359,7 +359,7 @@ def test_no_uninitialised_memory_is_read(monkeypatch):
         ({"weight": torch.zeros(6, 4, requires_grad=True)}, ValueError, "frozen"),
         ({"bias": torch.zeros(6, requires_grad=True)}, ValueError, "frozen"),
         ({"bias": torch.zeros(5)}, ValueError, r"bias is \[5\], expected \[6\]"),
-        ({"lora_b": None}, ValueError, "go together"),
+        ({"lora_b": None}, ValueError, "pass both or neither"),
         ({"lora_a": torch.zeros(2, 5)}, ValueError, r"lora_a is \[2, 5\], expected \[2, 4\]"),
         ({"lora_b": torch.zeros(6, 3)}, ValueError, r"lora_b is \[6, 3\], expected \[6, 2\]"),
         ({"lora_b": torch.zeros(6, 2).half()}, TypeError, "lora_b is torch.float16"),
@@ -410,14 +410,14 @@ def test_bench_cases_run():
 
 
 def check_triton_in_interpreter():
-    """The MLP with the NF4 and gated-linear kernels; in 16 bits the adapters' own, too."""
+    """Run the MLP with the NF4 and gated-linear kernels, in 16 bits also with the adapters' own."""
     for tokens in (3, 260):
         check(mlp(), mlp_reference(), make_mlp((NF4, BIASED_NF4, NF4)), input_like(tokens, 64))
     half = torch.bfloat16
     for rank, nf4 in ((5, True), (16, False), (16, True), (80, True)):
         kind = Kind(rank=rank, nf4=nf4, bias=True)
         layers, x = make_mlp((kind, kind, kind), dtype=half), input_like(70, 64, dtype=half)
-        # As it lies in memory must not matter.
+        # The memory layout must not matter.
         layers[2] = replace(layers[2], lora_a=layers[2].lora_a.detach().t().contiguous().t())
         layers[2].lora_a.requires_grad_()
         check(mlp(), mlp_reference(), layers, x, half)
@@ -446,7 +446,7 @@ def test_checkpointing_lets_go_of_adapter_copies(monkeypatch):
 
     x = torch.randn(300, 64, requires_grad=True)
     plain = block(x)
-    assert [copy() is not None for copy in made] == [True] * 3  # the backward finds them
+    assert [copy() is not None for copy in made] == [True] * 3  # they are kept for the backward
     made.clear()
     kept = checkpoint(block, x, use_reentrant=False)
     assert [copy() for copy in made] == [None] * 3

@@ -21,7 +21,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def make(out, into, dtype=torch.float32, nested=True, seed=0, blocksize=64):
-    """A weight of any codes and scales, absmax around 0.5 to 4.6."""
+    """Make a weight of random codes and scales, with absmax of about 0.5 to 4.6."""
     generator = torch.Generator().manual_seed(seed)
     count = out * into
     blocks = -(-count // blocksize)
@@ -37,7 +37,7 @@ def make(out, into, dtype=torch.float32, nested=True, seed=0, blocksize=64):
 
 
 def exact(weight, dtype):
-    """The matrix computed in ``dtype``."""
+    """Return the matrix computed in ``dtype``."""
     absmax = weight.absmax.to(dtype)
     if weight.code_256 is not None:
         parts = (x.to(dtype) for x in (weight.code_256, weight.absmax2, weight.offset))
@@ -154,7 +154,7 @@ def test_a_buffer_serves_a_weight_until_another_takes_it(monkeypatch):
     pool = ahead._Pool(torch.device("cpu"))
 
     def held(*weights, **room):
-        """Which of the jobs find their matrix."""
+        """Return, for each job, whether a buffer holds its matrix."""
         jobs = [Job(weight, **room) for weight in weights]
         pool.reserve(jobs)
         found = []
@@ -169,11 +169,11 @@ def test_a_buffer_serves_a_weight_until_another_takes_it(monkeypatch):
     large = make(64, 64)
     assert held(a, b, c) == [False] * 3
     assert held(c, a, b) == [True] * 3
-    assert held(a, behind_OR=torch.zeros(4, 2)) == [False]  # another shape: c makes room
+    assert held(a, behind_OR=torch.zeros(4, 2)) == [False]  # another shape: it takes c's buffer
     assert held(d, a, b) == [False, True, True]
-    assert held(make(4, 64, seed=3)) == [False]  # equal to d, but another
+    assert held(make(4, 64, seed=3)) == [False]  # equal to d, but another object
     assert held(large) == [False]
-    assert held(a, b, c, large) == [False] * 4  # more than there are buffers, which had to grow
+    assert held(a, b, c, large) == [False] * 4  # more jobs than buffers, which had to grow
     assert held(large) == [True]
 
 
@@ -188,7 +188,7 @@ def replace(**change):
         ({"packed_B": torch.zeros(127, dtype=torch.uint8)}, ValueError, "packed_B is .127., exp"),
         ({"absmax": torch.zeros(4)}, TypeError, "absmax is torch.float32, expected torch.uint8"),
         ({"absmax": torch.zeros(3, dtype=torch.uint8)}, ValueError, "absmax is .3., expected 4"),
-        ({"offset": None}, ValueError, "go together"),
+        ({"offset": None}, ValueError, "pass all or none"),
         ({"code_256": torch.zeros(16)}, ValueError, "code_256 is .16., expected 256"),
         ({"absmax2": torch.zeros(1, device="meta")}, ValueError, "absmax2 is on meta"),
         ({"dtype": torch.float64}, TypeError, "dtype is torch.float64"),
@@ -248,7 +248,7 @@ OPERATIONS = {
 
 
 def run_ptx(code, registers, memory):
-    """One thread's run: registers by name, memory by address, a word an address."""
+    """Run one thread: registers by name, memory by address, one word per address."""
 
     def value(text):
         return registers[text] if text in registers else int(text, 0) & 0xFFFFFFFF
@@ -277,7 +277,7 @@ PAIRS_AT, MEANINGS_AT, TABLE_AT = 1 << 32, 1 << 33, 5 * 1024
 
 
 def filled_table():
-    """A program's shared memory after FILL, and what each of its threads got."""
+    """Return a program's shared memory after FILL, and each thread's result."""
     words = op._words(torch.device("cpu")).tolist()
     memory = {PAIRS_AT + 4 * i: word & 0xFFFFFFFF for i, word in enumerate(words)}
     memory |= {MEANINGS_AT + 4 * i: 7 * i + 3 for i in range(256)}
@@ -294,7 +294,7 @@ def test_ptx_decodes_every_byte_in_every_lane_without_bank_conflicts():
     bits = [x & 0xFFFF for x in values.tolist()]
     memory, starts = filled_table()
     assert sorted(memory) == list(range(TABLE_AT, TABLE_AT + ptx.TABLE_BYTES, 4))
-    assert starts == [TABLE_AT + 4 * (thread % 32) for thread in range(256)]  # banks of their own
+    assert starts == [TABLE_AT + 4 * (thread % 32) for thread in range(256)]  # separate banks
     for lane in range(32):
         for byte in range(256):
             for place in range(4):
@@ -315,7 +315,7 @@ def test_the_scale_is_the_one_that_rounds_the_codes_best():
     def rms(x):
         return x.square().mean(-1).sqrt()
 
-    # ptx.py and op.py give these figures.
+    # These figures are quoted in ptx.py and op.py.
     assert rms(error(ptx.SCALE)) < 6.3e-4 * rms(codes)
     assert (error(ptx.SCALE) / codes).nan_to_num().abs().max() < 1.93e-3
     others = torch.linspace(1, 2, 10_001, dtype=torch.float64)[:, None]
@@ -354,12 +354,12 @@ def test_plans_of_an_h100_are_those_measured():
 
 
 def shifted(tensor, by):
-    """A copy that lies ``by`` elements behind an aligned address."""
+    """Return a copy that begins ``by`` elements after an aligned address."""
     room = tensor.new_empty(tensor.numel() + by)
     return room[by:].copy_(tensor.flatten()).view(tensor.shape)
 
 
-TRUNCATED = 1e-2  # the interpreter makes 16 bits by cutting off, which costs 2**-7
+TRUNCATED = 1e-2  # the interpreter truncates to 16 bits, an error of 2**-7
 
 
 def check_triton_in_interpreter():
@@ -371,7 +371,7 @@ def check_triton_in_interpreter():
 
 
 def check_dequantisation():
-    """Bitwise in float32, odd sizes."""
+    """Check that dequantisation is bitwise exact in float32, at odd sizes."""
     for nested in (True, False):
         for shape in ((5, 128), (130, 192), (3, 70), (5, 7), (20, 448)):
             weight = make(*shape, nested=nested)
@@ -386,8 +386,10 @@ def check_dequantisation():
 
 
 def check_product():
-    """Splits, splits that end past the last block, rows of blocks that are not words of four codes,
-    rows that meet two absmax2."""
+    """Check the product with splits, and splits that end past the last block.
+
+    Also with rows whose blocks are not whole words of four codes, and rows that need two absmax2.
+    """
     from rlsloth.kernels.nf4 import triton
 
     def check(shape, rows, nested, gpu):
@@ -472,7 +474,7 @@ def test_dequantisation_compiles_for_a_gpu(columns, nested, tmp_path, monkeypatc
     constants |= {"NESTED": nested, "ROW_BLOCKS": 0}
     built = compiled(triton._dequantize_kernel, types, constants, 8)
     assert built.asm["cubin"]
-    # No value changes threads: nothing goes through shared memory.
+    # No value moves between threads: nothing goes through shared memory.
     assert built.metadata.shared == 0
 
 
@@ -495,7 +497,7 @@ def compiled_product(capability, rows, out, blocks, nested):
     )
 
 
-# The pipelines depend on the rows only, by the power of two; what is stored also on the splits.
+# The pipelines depend only on the rows (by power of two); the stores also depend on the splits.
 CUTS = [(rows, 4096, 64, True) for rows in (16, 32, 64, 128, 256)]
 
 
@@ -505,19 +507,19 @@ def test_product_compiles_for_a_gpu(capability, rows, out, blocks, nested, tmp_p
     pytest.importorskip("triton")
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     built = compiled_product(capability, rows, out, blocks, nested)
-    # The limit of shared memory is raised, and to enough. The table is there once.
+    # The shared memory limit is raised far enough. The table exists once.
     assert built.metadata.shared > UNRAISED
     assert built.metadata.shared + ptx.TABLE_BYTES <= GPUS[capability].shared
     assert built.asm["ptx"].count(f"nf4_table[{ptx.TABLE_BYTES}]") == 1
-    # The weight goes from its decoding registers to the tensor cores; only the sums change layout,
-    # once, before they are stored.
+    # The weight goes straight from its decoding registers to the tensor cores; only the sums change
+    # layout, once, before they are stored.
     assert built.asm["ttgir"].count("ttg.convert_layout") == 1
     assert ("warp_group_dot" in built.asm["ttgir"]) == (capability == 90)
 
 
 @pytest.mark.parametrize("blocks", [1, 3, 14])
 def test_product_of_short_rows_keeps_its_pipeline(blocks, tmp_path, monkeypatch):
-    """Else it would stay below UNRAISED, and not be launched."""
+    """With a shorter pipeline it would stay below UNRAISED and not be launched."""
     pytest.importorskip("triton")
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     for capability in (86, 90):

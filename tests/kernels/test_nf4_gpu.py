@@ -10,7 +10,7 @@ from rlsloth.kernels.nf4.op import Nf4Weight, dequantize, nf4_matmul
 from rlsloth.kernels.nf4.reference import absmax_reference, dequantize_reference
 
 SHAPES = [(4096, 4096), (14336, 4096), (4096, 14336), (1024, 4096), (130, 192), (7, 64)]
-# SmolLM2's rows are 9 blocks, Qwen2.5-0.5B's 14: not whole words of four absmax codes.
+# Rows of 9 blocks (SmolLM2) and 14 (Qwen2.5-0.5B) are not whole words of four absmax codes.
 ODD = [(576, 576), (192, 576), (4864, 896), (132, 64), (64, 64 * 700)]
 
 
@@ -86,13 +86,13 @@ def test_product_equals_float64(shape, rows, nested):
     if wanted.numel() < 1000:  # too few for a mean
         assert (error.abs().max() / wanted.abs().max()).item() < 1e-2
     else:
-        # The output's own rounding (1.6e-3) and the code values' (6.3e-4).
+        # The rounding of the output (1.6e-3) and of the code values (6.3e-4).
         assert (error.square().mean() / wanted.square().mean()).sqrt().item() < 3e-3
     assert torch.equal(y, nf4_matmul(x, weight))
 
 
 def shifted(tensor, by):
-    """A copy that lies ``by`` elements behind an aligned address."""
+    """Return a copy that begins ``by`` elements after an aligned address."""
     room = tensor.new_empty(tensor.numel() + by)
     return room[by:].copy_(tensor.flatten()).view(tensor.shape)
 
@@ -122,7 +122,7 @@ def test_product_without_bfloat16():
 
 
 def test_ahead_is_free_of_races():
-    """Long products of weights of several sizes, many times: each equals the one by itself."""
+    """Many long products of weights of several sizes each equal the product computed alone."""
     weights = [make(*shape, seed=i) for i, shape in enumerate(SHAPES[:4] * 2)]
     wanted = [dequantize(weight) for weight in weights]
     x = {into: torch.randn(4096, into, device="cuda").bfloat16() for into in (4096, 14336)}
@@ -131,11 +131,11 @@ def test_ahead_is_free_of_races():
         matrices = dequantize_ahead([Job(weight) for weight in weights])
         for matrix, product in zip(matrices, products, strict=True):
             assert torch.equal(x[matrix.shape[1]] @ matrix.t(), product)
-        # Without waiting for the device in between.
+        # The host does not wait for the device in between.
         matrices = dequantize_ahead([Job(weight) for weight in weights])
         results = [x[matrix.shape[1]] @ matrix.t() for matrix in matrices]
         assert all(torch.equal(*pair) for pair in zip(results, products, strict=True))
-        # Left early: the next use must wait for what is still being written.
+        # Interrupted: the next use must wait for the writes still in flight.
         left = dequantize_ahead([Job(weight) for weight in weights])
         next(left)
         next(left)

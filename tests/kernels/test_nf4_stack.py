@@ -1,4 +1,4 @@
-"""Several NF4 weights in one storage: the same parameters, and the same products by one kernel."""
+"""kernels/nf4/stack: parameters keep their values, and one kernel gives the same products."""
 
 from __future__ import annotations
 

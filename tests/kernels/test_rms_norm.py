@@ -15,7 +15,7 @@ ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 
 def make(*shape, dtype=torch.float32, weight_dtype=None, offset=0.0, seed=0):
-    """x, residual, weight, then gradients of the normed and of the total."""
+    """Make x, residual, weight, then the gradients of normed and total."""
     generator = torch.Generator().manual_seed(seed)
     x, residual, grad, grad_total = (
         torch.randn(*shape, generator=generator).to(dtype) for _ in range(4)
@@ -25,7 +25,7 @@ def make(*shape, dtype=torch.float32, weight_dtype=None, offset=0.0, seed=0):
 
 
 def close(actual, wanted, dtype=torch.float32):
-    """To rounding, of a sum's largest terms too."""
+    """Compare up to rounding, including that of a sum's largest terms."""
     tolerance = ROUNDING[dtype]
     scale = max(1.0, wanted.abs().max().item()) if wanted.numel() else 1.0
     torch.testing.assert_close(
@@ -34,7 +34,7 @@ def close(actual, wanted, dtype=torch.float32):
 
 
 def check_norm(x, weight, grad, offset=0.0, trained=True):
-    """Outputs and gradients of one call against float64."""
+    """Check the outputs and gradients of one call against float64."""
     dtype = x.dtype
     wide = [t.detach().double().requires_grad_() for t in (x, weight)]
     wanted = rms_norm_reference(*wide, EPS, offset)
@@ -55,19 +55,19 @@ def check_norm(x, weight, grad, offset=0.0, trained=True):
 
 
 def check_add(x, residual, weight, grad, grad_total, offset=0.0, use=(True, True), trained=True):
-    """add_rms_norm against float64, with gradients into either output or both."""
+    """Check add_rms_norm against float64, with gradients for either output or both."""
     dtype = x.dtype
     leaves = [x.detach().requires_grad_(), residual.detach().requires_grad_()]
     weight = weight.detach().requires_grad_(trained)
     outputs = add_rms_norm(*leaves, weight, EPS, offset)
     close(outputs[1], x.double() + residual.double(), dtype)
-    # In 16 bits too, what is normalised is the rounded sum.
+    # In 16 bits, too, the norm is that of the rounded sum.
     wide = [t.detach().double().requires_grad_() for t in (outputs[1], weight)]
     wanted = rms_norm_reference(*wide, EPS, offset), wide[0]
     close(outputs[0], wanted[0], dtype)
 
     def gradients(values, inputs):
-        """Of the outputs in use; the gradient of one that is not stays undefined."""
+        """Return gradients of the outputs in use; that of an unused output stays undefined."""
         values = [v for v, used in zip(values, use, strict=True) if used]
         into = [g for g, used in zip((grad, grad_total), use, strict=True) if used]
         into = [g.to(v.dtype) for g, v in zip(into, values, strict=True)]
@@ -79,7 +79,7 @@ def check_add(x, residual, weight, grad, grad_total, offset=0.0, use=(True, True
     assert torch.equal(grads[0], grads[1])
     if trained:
         close(grads[2], wanted_grads[1], dtype)
-    # Without a residual: x is the sum, and comes back as it is.
+    # Without a residual, x is the sum and is returned unchanged.
     leaf = outputs[1].detach().requires_grad_()
     forked = fork_rms_norm(leaf, weight, EPS, offset)
     assert torch.equal(forked[1], leaf)
@@ -202,11 +202,11 @@ def test_bench_cases_run():
 
 
 def check_triton_in_interpreter():
-    """The whole op through the Triton kernels, on memory that holds NaN before it is written."""
+    """Run the whole op with the Triton kernels, on memory that holds NaN before it is written."""
     allocate, allocate_like = torch.empty, torch.empty_like
     torch.empty = lambda *a, **k: allocate(*a, **k).fill_(float("nan"))
     torch.empty_like = lambda *a, **k: allocate_like(*a, **k).fill_(float("nan"))
-    # A short row, several of them a program, the last one not full; one and several programs.
+    # Short rows (several per program, the last one not full); one program, and several.
     for shape in ((1, 1), (3, 97), (45, 3, 128), (2, 4096), (9, 1500), (1, 8192), (70, 576)):
         for dtype in ROUNDING:
             x, residual, weight, grad, grad_total = make(*shape, dtype=dtype, offset=1.0)
@@ -244,7 +244,7 @@ def test_triton_kernels_in_their_interpreter():
 @pytest.mark.parametrize("add", [False, True])
 @pytest.mark.parametrize(("element", "width"), [("*bf16", 4096), ("*fp32", 5120), ("*fp16", 128)])
 def test_triton_kernels_compile_for_a_gpu(element, width, add, tmp_path, monkeypatch):
-    """To machine code for sm_90, without a GPU: the interpreter takes more than the compiler."""
+    """Compile for sm_90 without a GPU: the interpreter accepts more than the compiler."""
     pytest.importorskip("triton")
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile

@@ -24,7 +24,7 @@ SHAPES = [
 
 
 def make(batch, tokens, heads, key_heads, dim, rotary, dtype=torch.float32, batched=False):
-    """q, k, their gradients, cos and sin; with ``batched`` every sequence has its own angles."""
+    """Make q, k, their gradients, cos and sin; if ``batched``, each sequence has its own angles."""
     generator = torch.Generator().manual_seed(0)
     q, grad_q = torch.randn(2, batch, tokens, heads, dim, generator=generator).to(dtype)
     k, grad_k = torch.randn(2, batch, tokens, key_heads, dim, generator=generator).to(dtype)
@@ -42,12 +42,12 @@ def close(actual, wanted, dtype):
 
 
 def check(q, k, grad_q, grad_k, cos, sin, inplace=False):
-    """Outputs and gradients of one call against float64; q and k may be any views of leaves."""
+    """Check one call's outputs and gradients against float64; q and k may be views of leaves."""
     wide = [x.detach().double().requires_grad_() for x in (q, k)]
     wanted = rope_reference(*wide, cos.double(), sin.double())
     wanted_grads = torch.autograd.grad(wanted, wide, (grad_q.double(), grad_k.double()))
     leaves = [x.detach().requires_grad_() for x in (q, k)]
-    # In place needs tensors that an operation made, of the same strides.
+    # The in-place form needs results of an operation, with the same strides.
     inputs = [leaf * 1 for leaf in leaves] if inplace else leaves
     outputs = rope(*inputs, cos, sin, inplace=inplace)
     for actual, expected, made in zip(outputs, wanted, inputs, strict=True):
@@ -81,7 +81,7 @@ def test_extreme_values():
 
 
 def check_strided():
-    """Heads before tokens, as a transposed projection lies; parts of one projection; expansion."""
+    """Check a transposed projection (heads before tokens), parts of one projection, expansion."""
     q, k, grad_q, grad_k, cos, sin = make(2, 5, 4, 2, 16, 16)
 
     def transposed(x):
@@ -100,7 +100,7 @@ def test_strided_inputs():
 
 
 def check_fused_projection():
-    """In place on two views of one tensor; the third view and the gradient of all are right."""
+    """Rotate two views of one tensor in place: the third view and all gradients are right."""
     shape = (2, 5, 4, 2, 16, 8)
     q, k, grad_q, grad_k, cos, sin = make(*shape)
     value = k + 1
@@ -120,7 +120,7 @@ def check_fused_projection():
     )
     for actual, expected in zip(outputs, wanted, strict=True):
         close(actual, expected, torch.float32)
-    # Of cubes, so that the rotated values are saved by what comes after and read in the backward.
+    # Cubes save the rotated values for their backward, which reads them.
     weights = grad_q, grad_k, grad_k
     loss = sum((x**3 * w).sum() for x, w in zip(outputs, weights, strict=True))
     wanted_loss = sum((x**3 * w.double()).sum() for x, w in zip(wanted, weights, strict=True))
@@ -134,7 +134,7 @@ def test_in_place_on_views_of_one_projection():
 
 
 def check_lost_values_are_noticed():
-    """exp keeps its output for its backward, and that output was overwritten."""
+    """Overwriting the output of exp, which its backward needs, raises autograd's error."""
     q, k, _, _, cos, sin = make(*SHAPES[1])
     made = q.requires_grad_().exp()
     output, _ = rope(made, k, cos, sin, inplace=True)
@@ -220,7 +220,7 @@ LEAF = torch.zeros(1, 3, 4, 8, requires_grad=True)
         ({"cos_BSR": torch.zeros(1, 3, 8).double()}, TypeError, "cos_BSR is torch.float64"),
         ({"sin_BSR": torch.zeros(1, 3, 4)}, ValueError, r"sin_BSR is \[1, 3, 4\]"),
         ({"q_BSHD": LEAF, "inplace": True}, ValueError, "q_BSHD is a leaf that requires grad"),
-        ({"q_BSHD": LEAF[..., :8], "inplace": True}, ValueError, "or a view of one"),
+        ({"q_BSHD": LEAF[..., :8], "inplace": True}, ValueError, "or a view of it"),
         (
             {"k_BSKD": torch.zeros(1, 3, 1, 8).expand(1, 3, 2, 8), "inplace": True},
             ValueError,
@@ -250,7 +250,7 @@ def test_bench_cases_run():
 
 
 def check_triton_in_interpreter():
-    """The whole op through the Triton kernel, on memory that holds NaN before it is written."""
+    """Run the whole op with the Triton kernel, on memory that holds NaN before it is written."""
     allocate_like = torch.empty_like
     torch.empty_like = lambda *a, **k: allocate_like(*a, **k).fill_(float("nan"))
     for inplace in (False, True):
@@ -274,7 +274,7 @@ def test_triton_kernel_in_its_interpreter():
 @pytest.mark.parametrize("element", ["*fp32", "*bf16", "*fp16"])
 @pytest.mark.parametrize(("inplace", "rotary"), [(False, 128), (False, 96), (True, 96)])
 def test_triton_kernel_compiles_for_a_gpu(element, inplace, rotary, tmp_path, monkeypatch):
-    """To machine code for sm_90, without a GPU: the interpreter takes more than the compiler."""
+    """Compile for sm_90 without a GPU: the interpreter accepts more than the compiler."""
     pytest.importorskip("triton")
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
