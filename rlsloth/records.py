@@ -255,9 +255,13 @@ class LogitTransform:
 
 
 @dataclass(frozen=True, slots=True)
-class Adapter:
-    """LoRA weights under a version, as handed to a rollout engine."""
+class Weights:
+    """Trained weights under a version, as handed to a rollout engine."""
 
     version: int
+    """Optimizer updates that made them."""
+    kind: Literal["adapter", "all"]
+    """adapter: the LoRA alone, under PEFT's names. all: every parameter of the model, under the
+    names it has without an adapter."""
     tensors: Mapping[str, Tensor] = field(repr=False)
-    """PEFT names to the live parameters: a reference, not a copy."""
+    """Names to the live parameters: references, not copies."""

@@ -187,7 +187,7 @@ def run_rlsloth(args: argparse.Namespace) -> None:
     torch.cuda.empty_cache()
     kv = kv_bytes(args) / 2**30
     say(start_s=started, weights_gib=weights, kv_gib=kv, over_gib=used_gib() - weights - kv)
-    hand_over = [seconds(lambda: engine.load(policy.adapter())) for _ in range(6)]
+    hand_over = [seconds(lambda: engine.set_weights(policy.weights())) for _ in range(6)]
     say(hand_over_ms=[1e3 * s for s in hand_over])
     sampling = SamplingParams(max_tokens=args.new, temperature=1.0, seed=1)
     for count in args.sequences:

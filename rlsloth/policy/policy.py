@@ -27,7 +27,7 @@ from rlsloth.policy.optimizer import (
     resume_schedule,
 )
 from rlsloth.policy.wrap.wrap import unwrapped, wrap
-from rlsloth.records import Adapter, LogitTransform, MicroBatch, StepStats, TokenLogprobs
+from rlsloth.records import LogitTransform, MicroBatch, StepStats, TokenLogprobs, Weights
 
 
 class Policy:
@@ -212,16 +212,16 @@ class Policy:
         """Of the next update."""
         return float(self.scheduler.get_last_lr()[0])
 
-    def adapter(self) -> Adapter:
-        """The live LoRA weights under the current version."""
+    def weights(self) -> Weights:
+        """The live trained weights under the current version."""
         named = self.model.named_parameters()
-        return Adapter(self.version, {n: p for n, p in named if p.requires_grad})
+        return Weights(self.version, "adapter", {n: p for n, p in named if p.requires_grad})
 
     def state(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
         """Everything a checkpoint needs, as named tensors by file (live, to be written now) and
         JSON."""
         tensors, scalars = flatten_state(self.optimizer)
-        weights = {n: p.detach() for n, p in self.adapter().tensors.items()}
+        weights = {n: p.detach() for n, p in self.weights().tensors.items()}
         json = {
             "version": self.version,
             "optimizer": scalars,
@@ -231,7 +231,7 @@ class Policy:
 
     def restore(self, tensors: Mapping[str, Mapping[str, Tensor]], json: Mapping[str, Any]) -> None:
         """Undo ``state`` on a policy made from the same configuration."""
-        live = self.adapter().tensors
+        live = self.weights().tensors
         with torch.no_grad():
             for name, value in tensors["adapter"].items():
                 live[name].copy_(value)

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from typing import Protocol
 
 from rlsloth.errors import UserError
-from rlsloth.records import Adapter, Completion, SamplingParams
+from rlsloth.records import Completion, SamplingParams, Weights
 
 BASE_VERSION = -1
 """Version of tokens that no adapter had a part in; no update takes them for the policy's own."""
@@ -45,8 +45,12 @@ class Engine(Protocol):
         """
         ...
 
-    def load(self, adapter: Adapter) -> None:
-        """Sample from these weights from now on, and stamp tokens with their version."""
+    def set_weights(self, weights: Weights) -> None:
+        """Sample from these weights from now on, and stamp tokens with their version.
+
+        Raises:
+            UserError: the engine cannot take weights of this kind, or has no place for one.
+        """
         ...
 
     def release(self) -> None:

@@ -133,7 +133,7 @@ def _open_vllm(
     )
     try:
         with advise("rollout", policy.model):
-            engine.load(policy.adapter())
+            engine.set_weights(policy.weights())
             probe(policy, engine, kv_cache=rollout.kv_cache)
     except BaseException:
         engine.close()

@@ -105,7 +105,7 @@ class Assembly(Examiner):
     def resume(self) -> Progress:
         """Where to start: at the newest sound checkpoint if this run resumes, else at step 1."""
         progress = resume(self.run, self.cfg, self.policy, self.prompts)
-        self.engine.load(self.policy.adapter())
+        self.engine.set_weights(self.policy.weights())
         return progress
 
 

@@ -69,7 +69,7 @@ def train(cfg: GrpoConfig) -> Path:
             with run.timed("update"):
                 with rollouts.beside_update(step), advise("update", policy.model):
                     updates = update(policy, batch, guard.cfg)
-                parts.engine.load(policy.adapter())
+                parts.engine.set_weights(policy.weights())
             at.num_tokens += count_tokens(groups)
             at.next_step = step + 1
             metrics = {

@@ -176,7 +176,7 @@ class Supervised(Generic[Config]):
         self.run.say(f"evaluation after step {step}: {shown} ({len(self.data.heldout)} examples)")
         if self.examiner is None:
             return metrics["loss"], None
-        self.examiner.engine.load(self.policy.adapter())
+        self.examiner.engine.set_weights(self.policy.weights())
         result = self.examiner.evaluate(step)
         self.examiner.engine.release()
         return metrics["loss"], result

@@ -19,5 +19,5 @@ def logprobs_and_gradient(policy: Policy) -> tuple[torch.Tensor, torch.Tensor]:
         out = policy.logprobs(micro).logprobs
         (out * micro.advantages).sum().backward()
         outs.append(out.detach())
-    grads = [p.grad.flatten().float() for p in policy.adapter().tensors.values()]
+    grads = [p.grad.flatten().float() for p in policy.weights().tensors.values()]
     return torch.cat(outs), torch.cat(grads)

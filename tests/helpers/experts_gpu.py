@@ -36,6 +36,6 @@ def policy_of(folder: Path, family: str, targets: list[str], **changes: int) -> 
     )  # fmt: skip
     torch.manual_seed(1)
     with torch.no_grad():
-        for name, p in policy.adapter().tensors.items():
+        for name, p in policy.weights().tensors.items():
             p.normal_(0, 0.02 if "lora_B" in name else 0.1)
     return policy

@@ -46,7 +46,7 @@ def make_policy(
     if adapter is not None:
         return policy
     with torch.no_grad():  # PEFT starts B at zero, which would hide A's gradient
-        for name, p in policy.adapter().tensors.items():
+        for name, p in policy.weights().tensors.items():
             if "lora_B" in name:
                 p.normal_(0, 0.05)
     return policy

@@ -29,7 +29,7 @@ def load(precision: str = "fp32") -> Policy:
         total_updates=1,
     )
     with torch.no_grad():
-        for name, p in policy.adapter().tensors.items():
+        for name, p in policy.weights().tensors.items():
             if "lora_B" in name:
                 p.normal_(0, 0.01)
     return policy

@@ -51,7 +51,7 @@ def make_run(
     torch.manual_seed(0)
     policy = Policy.load(cfg.model, cfg.lora, cfg.optim, temperature=1.0, total_updates=1)
     with torch.no_grad():
-        for name, p in policy.adapter().tensors.items():
+        for name, p in policy.weights().tensors.items():
             if not zero and ("lora_B" in name or "lora_embedding_B" in name):
                 p.normal_(0, size)
     save_adapter(policy.model, run / "adapter")

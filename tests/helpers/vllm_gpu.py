@@ -10,7 +10,7 @@ import torch
 from helpers.tiny import tiny_llama, tiny_tokenizer
 from rlsloth.config import LoraConfig, ModelConfig, OptimConfig
 from rlsloth.policy.policy import Policy
-from rlsloth.records import Adapter, Completion
+from rlsloth.records import Completion, Weights
 
 
 @pytest.fixture(scope="module", params=["bf16", "nf4"])
@@ -28,13 +28,13 @@ def policy(request, tmp_path_factory) -> Policy:
     )
 
 
-def changed(policy: Policy, version: int) -> Adapter:
+def changed(policy: Policy, version: int) -> Weights:
     """The policy's adapter, now another one."""
     with torch.no_grad():
-        for name, p in policy.adapter().tensors.items():
+        for name, p in policy.weights().tensors.items():
             if "lora_B" in name:
                 p.normal_(0, 0.05 * version)
-    return Adapter(version, policy.adapter().tensors)
+    return Weights(version, "adapter", policy.weights().tensors)
 
 
 def used() -> int:

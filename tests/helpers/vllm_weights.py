@@ -39,7 +39,7 @@ def make(tmp_path: Path) -> Any:
             total_updates=10,
         )
         with torch.no_grad():
-            for name, p in policy.adapter().tensors.items():
+            for name, p in policy.weights().tensors.items():
                 if "lora_B" in name or "embedding_A" in name:
                     p.normal_(0, 0.05)
         return policy

@@ -83,7 +83,7 @@ def make_policy() -> Policy:
     )
     torch.manual_seed(1)
     with torch.no_grad():  # PEFT starts B at zero: no reward, and no gradient of A
-        for name, p in policy.adapter().tensors.items():
+        for name, p in policy.weights().tensors.items():
             if "lora_B" in name:
                 p.normal_(0, 0.05)
     return policy
@@ -121,7 +121,7 @@ def make_trainer(
         processing_class=tiny_tokenizer(),
         peft_config=lora,
     )
-    ours = policy.adapter().tensors
+    ours = policy.weights().tensors
     trained = {n: p for n, p in made.model.named_parameters() if p.requires_grad}
     assert trained.keys() == ours.keys()
     with torch.no_grad():
@@ -207,7 +207,7 @@ def check(
     got = metrics(stats)
     value, gradients, figures = wanted
     assert got["loss"] == pytest.approx(value, rel=TOLERANCE)
-    for name, p in policy.adapter().tensors.items():
+    for name, p in policy.weights().tensors.items():
         assert p.grad is not None
         scale = gradients[name].abs().max()
         assert scale > 0

@@ -103,7 +103,7 @@ def test_a_loaded_model_has_the_shape_that_was_planned(llama_folder, precision):
 @pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
 def test_adapter_and_optimizer(name, family):
     policy = make_policy(family, name=name)
-    trained = list(policy.adapter().tensors.values())
+    trained = list(policy.weights().tensors.values())
     shape = read_shape(policy.model)
     assert 4 * sum(shape.trained) == sum(p.nbytes for p in trained)
     for p in trained:

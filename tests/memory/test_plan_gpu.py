@@ -135,7 +135,7 @@ def test_phases_with_vllm(wide_folder, precision, monkeypatch):
             request, policy, renderer, run, stack, context=PROMPT + NEW, temperatures=[1.0]
         )
         for seed in range(2):  # the second finds gradients and states
-            engine.load(policy.adapter())
+            engine.set_weights(policy.weights())
             engine.generate(prompts, 8, SamplingParams(NEW, seed=seed))
             measured["rollout"] = used() - before
             engine.release()

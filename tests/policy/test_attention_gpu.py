@@ -42,7 +42,7 @@ def gpu_policy(backend: str, dtype: torch.dtype) -> Policy:
     )
     generator = torch.Generator("cuda").manual_seed(1)
     with torch.no_grad():
-        for name, p in policy.adapter().tensors.items():
+        for name, p in policy.weights().tensors.items():
             shape_noise = torch.randn(p.shape, generator=generator, device="cuda")
             p.copy_(shape_noise * (0.02 if "lora_B" in name else 0.1))
     return policy

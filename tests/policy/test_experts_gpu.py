@@ -19,7 +19,7 @@ def test_training_is_that_of_the_loop(family, targets, tmp_path):
     base = policy.model.get_base_model()
     assert base.config._experts_implementation == "grouped_mm"
     got, grad = logprobs_and_gradient(policy)
-    for p in policy.adapter().tensors.values():
+    for p in policy.weights().tensors.values():
         p.grad = None
     base.set_experts_implementation("eager")
     want, want_grad = logprobs_and_gradient(policy)

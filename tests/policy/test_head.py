@@ -39,7 +39,7 @@ def gradients(policy: Policy, logprobs: Tensor) -> dict[str, Tensor]:
     """Of a sum of them that tells them apart."""
     policy.optimizer.zero_grad()
     (logprobs * torch.linspace(-1, 2, len(logprobs))).sum().backward()
-    return {n: p.grad.clone() for n, p in policy.adapter().tensors.items() if p.grad is not None}
+    return {n: p.grad.clone() for n, p in policy.weights().tensors.items() if p.grad is not None}
 
 
 # --- the final norm ------------------------------------------------------------------------------
@@ -125,7 +125,7 @@ def test_an_adapted_head_trains_as_transformers_full_logits_do(tied, temperature
         wanted = wanted.masked_scatter(micro.rollout_of == r, one)
     assert (got - wanted).abs().max() <= 1e-5
     stock = gradients(policy, wanted)
-    assert grads.keys() == stock.keys() == policy.adapter().tensors.keys()
+    assert grads.keys() == stock.keys() == policy.weights().tensors.keys()
     for name, g in stock.items():
         assert (grads[name] - g).abs().max() <= 1e-4 * g.abs().max(), name
     assert torch.equal(policy.eval_logprobs(micro), got)
@@ -172,7 +172,7 @@ def test_a_saved_adapter_of_the_head_is_loaded_twice(tmp_path: Path):
     want = first.eval_logprobs(micro)
     assert torch.equal(again.eval_logprobs(micro), want)
     with torch.no_grad():
-        for name, p in again.adapter().tensors.items():
+        for name, p in again.weights().tensors.items():
             if "lm_head.lora_B" in name:
                 p.zero_()
     assert (again.eval_logprobs(micro) - want).abs().max() > 1e-2
@@ -180,9 +180,9 @@ def test_a_saved_adapter_of_the_head_is_loaded_twice(tmp_path: Path):
 
 
 def test_all_linear_leaves_the_head_out_unless_it_is_named():
-    body = set(make_policy().adapter().tensors)
+    body = set(make_policy().weights().tensors)
     assert not any("lm_head" in name for name in body)
-    both = set(make_policy(targets=["all-linear", "lm_head"]).adapter().tensors)
+    both = set(make_policy(targets=["all-linear", "lm_head"]).weights().tensors)
     assert both > body
     assert len(both - body) == 2
     assert all("lm_head.lora_" in name for name in both - body)

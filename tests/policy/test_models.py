@@ -30,7 +30,7 @@ def test_packed_equals_one_by_one(family):
             want = one_by_one(policy, groups[g], groups[g].rollouts[i], 1.0)
             assert (out[micro.rollout_of == r] - want).abs().max() <= 1e-5
         out.sum().backward()
-    grads = [p.grad for n, p in policy.adapter().tensors.items() if "lora_B" in n]
+    grads = [p.grad for n, p in policy.weights().tensors.items() if "lora_B" in n]
     assert all(g is not None and g.isfinite().all() for g in grads)
 
 
@@ -68,12 +68,12 @@ def test_long_sequences_are_exact_too(family, monkeypatch):
     (micro,) = batch.microbatches
     out = policy.logprobs(micro).logprobs
     out.sum().backward()
-    blocked = {n: p.grad.clone() for n, p in policy.adapter().tensors.items()}
+    blocked = {n: p.grad.clone() for n, p in policy.weights().tensors.items()}
     for r, (g, i) in enumerate(micro.source):
         want = one_by_one(policy, groups[g], groups[g].rollouts[i], 1.0)
         assert (out[micro.rollout_of == r] - want).abs().max() <= 1e-5
     monkeypatch.undo()
     policy.optimizer.zero_grad()
     policy.logprobs(micro).logprobs.sum().backward()
-    for n, p in policy.adapter().tensors.items():
+    for n, p in policy.weights().tensors.items():
         torch.testing.assert_close(blocked[n], p.grad, rtol=1e-4, atol=1e-5)

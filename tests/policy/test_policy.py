@@ -52,7 +52,7 @@ def gradient(
             out.logprobs, micro, cfg, old_logprobs_N=old, reference_logprobs_N=reference
         )
         (loss.total / norm).backward()
-    grads = {n: p.grad.clone() for n, p in policy.adapter().tensors.items()}
+    grads = {n: p.grad.clone() for n, p in policy.weights().tensors.items()}
     policy.optimizer.zero_grad()
     return grads
 
@@ -95,13 +95,13 @@ def test_zero_advantage_rollouts_cost_nothing_and_change_nothing():
 
 def test_non_finite_gradient_updates_nothing():
     policy = make_policy()
-    before = {n: p.detach().clone() for n, p in policy.adapter().tensors.items()}
-    for p in policy.adapter().tensors.values():
+    before = {n: p.detach().clone() for n, p in policy.weights().tensors.items()}
+    for p in policy.weights().tensors.values():
         p.grad = torch.full_like(p, float("nan"))
     stats = policy.step()
     assert stats.skipped
     assert policy.version == 0
-    for n, p in policy.adapter().tensors.items():
+    for n, p in policy.weights().tensors.items():
         assert torch.equal(p, before[n])
         assert p.grad is None
 
@@ -114,7 +114,7 @@ def test_state_round_trip_continues_bit_exactly(optimizer, tmp_path):
 
     def update(policy: Policy) -> None:
         for n, g in gradient(policy, groups, 100, LossConfig()).items():
-            policy.adapter().tensors[n].grad = g
+            policy.weights().tensors[n].grad = g
         policy.step()
 
     update(one)
@@ -124,8 +124,8 @@ def test_state_round_trip_continues_bit_exactly(optimizer, tmp_path):
     update(one)
     update(two)
     assert one.version == two.version == 2
-    for n, p in one.adapter().tensors.items():
-        assert torch.equal(p, two.adapter().tensors[n]), n
+    for n, p in one.weights().tensors.items():
+        assert torch.equal(p, two.weights().tensors[n]), n
 
 
 def test_reference_is_the_policy_before_training():
@@ -146,7 +146,7 @@ def test_the_schedule_counts_planned_updates():
         if idle:
             rates.append(policy.idle().learning_rate)
         else:
-            for p in policy.adapter().tensors.values():
+            for p in policy.weights().tensors.values():
                 p.grad = torch.ones_like(p)
             rates.append(policy.step().learning_rate)
     assert policy.version == 1

@@ -105,8 +105,8 @@ def test_packed_training_is_the_same(family):
     assert (got - want).abs().max() <= 1e-5
     got.sum().backward()
     want.sum().backward()
-    grads = {n: p.grad for n, p in fused.adapter().tensors.items()}
-    for n, p in stock.adapter().tensors.items():
+    grads = {n: p.grad for n, p in fused.weights().tensors.items()}
+    for n, p in stock.weights().tensors.items():
         assert (grads[n] - p.grad).abs().max() <= 1e-4 * p.grad.abs().max(), n
 
 

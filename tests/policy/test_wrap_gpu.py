@@ -35,7 +35,7 @@ def policy_of(folder: str, precision: str, checkpointing: bool = False) -> Polic
     )  # fmt: skip
     torch.manual_seed(1)
     with torch.no_grad():
-        for name, p in policy.adapter().tensors.items():
+        for name, p in policy.weights().tensors.items():
             p.normal_(0, 0.02 if "lora_B" in name else 0.1)
     return policy
 
@@ -46,7 +46,7 @@ def test_training_is_that_of_transformers(folder, precision, checkpointing):
     policy = policy_of(folder, precision, checkpointing)
     assert {"lora_mlp", "lora_qkv", "rope", "add_rms_norm"} <= set(policy.wrapped.kernels)
     got, grad = logprobs_and_gradient(policy)
-    for p in policy.adapter().tensors.values():
+    for p in policy.weights().tensors.values():
         p.grad = None
     with unwrapped(policy.model):
         want, want_grad = logprobs_and_gradient(policy)

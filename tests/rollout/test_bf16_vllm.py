@@ -31,7 +31,7 @@ def sampled(policy) -> MicroBatch:
     prefixes = [chat(policy, problem) for problem in PROBLEMS]
     engine = make(policy)
     try:
-        engine.load(policy.adapter())
+        engine.set_weights(policy.weights())
         completions = engine.generate(prefixes, 3, SamplingParams(max_tokens=100, seed=1))
     finally:
         engine.close()

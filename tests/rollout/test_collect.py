@@ -374,7 +374,7 @@ def make_policy(temperature: float) -> Policy:
         total_updates=1,
     )
     with torch.no_grad():  # PEFT starts B at zero: engine and trainer must both see the adapter
-        for name, p in policy.adapter().tensors.items():
+        for name, p in policy.weights().tensors.items():
             if "lora_B" in name:
                 p.normal_(0, 0.05)
     return policy
@@ -393,7 +393,7 @@ def test_logprobs_of_a_multi_turn_rollout_equal_one_by_one(temperature: float) -
         max_sequences=5,
         device=policy.device,
     )
-    engine.load(policy.adapter())
+    engine.set_weights(policy.weights())
     renderer = AlwaysCalling(policy.tokenizer, cfg)
     sampling = SamplingParams(max_tokens=30, temperature=temperature, seed=4)
     groups = collect(

@@ -18,7 +18,7 @@ from helpers.smollm2 import load
 from helpers.vllm_engines import CONTEXT, EOS, LONG, QUESTIONS, chat, gap, logprobs, make, tokens
 from rlsloth.errors import UserError
 from rlsloth.policy.policy import Policy
-from rlsloth.records import Adapter, Completion, SamplingParams
+from rlsloth.records import Completion, SamplingParams, Weights
 from rlsloth.rollout.embedded.engine import TransformersEngine
 from rlsloth.rollout.engine import BASE_VERSION
 from rlsloth.rollout.vllm import start as vllm_start
@@ -50,7 +50,7 @@ def engine(policy) -> Iterator[VllmEngine]:
     assert torch.equal(torch.get_rng_state(), state)
     with pytest.raises(RuntimeError, match="no adapter is loaded"):
         engine.generate([[5]], 1, SamplingParams(1))
-    engine.load(policy.adapter())
+    engine.set_weights(policy.weights())
     yield engine
     engine.close()
 
@@ -245,14 +245,14 @@ def test_cutting_cuts_no_more_than_the_tail(engine, policy, prefixes):
 # Adapters
 
 
-def variant(policy: Policy, version: int, seed: int) -> Adapter:
+def variant(policy: Policy, version: int, seed: int) -> Weights:
     """Writes other weights into the live adapter."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for name, p in policy.adapter().tensors.items():
+        for name, p in policy.weights().tensors.items():
             if "lora_B" in name:
                 p.copy_(torch.randn(p.shape, generator=generator) * 0.03)
-    return replace(policy.adapter(), version=version)
+    return replace(policy.weights(), version=version)
 
 
 def test_adapters_never_see_the_keys_and_values_of_another(engine, policy):
@@ -264,7 +264,7 @@ def test_adapters_never_see_the_keys_and_values_of_another(engine, policy):
     for version, seed in ((11, 1), (12, 2), (13, 1)):
         adapter = variant(policy, version, seed)
         before = {n: p.detach().clone() for n, p in adapter.tensors.items()}
-        engine.load(adapter)
+        engine.set_weights(adapter)
         for _ in range(2):  # the second time from the cache
             (got,) = engine.generate([prefix], 2, sampling)
             assert gap(policy, [prefix], [got]).max() <= 1e-3
@@ -286,20 +286,20 @@ def test_adapters_never_see_the_keys_and_values_of_another(engine, policy):
 
 def test_a_live_adapter_samples_only_once_it_is_loaded(engine, policy, prefixes):
     sampling = SamplingParams(max_tokens=8, temperature=0.0)
-    engine.load(variant(policy, 20, 3))
+    engine.set_weights(variant(policy, 20, 3))
     before = engine.generate(prefixes, 1, sampling)
     live = variant(policy, 21, 4)
     assert logprobs(engine.generate(prefixes, 1, sampling)) == pytest.approx(
         logprobs(before), abs=1e-5
     )
-    engine.load(live)
+    engine.set_weights(live)
     after = engine.generate(prefixes, 1, sampling)
     assert logprobs(after) != pytest.approx(logprobs(before), abs=1e-2)
     assert {c.policy_version for group in after for c in group} == {21}
 
 
 def test_the_adapter_is_back_after_an_error_inside_base_model(engine, policy, prefixes):
-    engine.load(variant(policy, 30, 5))
+    engine.set_weights(variant(policy, 30, 5))
     with pytest.raises(KeyError), engine.base_model():
         raise KeyError
     got = engine.generate(prefixes[:1], 1, SamplingParams(max_tokens=8, temperature=0.0))
@@ -311,17 +311,17 @@ def test_the_adapter_is_back_after_an_error_inside_base_model(engine, policy, pr
     ("change", "said"), [("lost", r"has no .*q_proj\.lora_A"), ("extra", r"no place for .*nowhere")]
 )
 def test_lost_or_extra_tensors_are_refused(engine, policy, prefixes, change, said):
-    tensors = dict(policy.adapter().tensors)
+    tensors = dict(policy.weights().tensors)
     name = next(n for n in tensors if "q_proj.lora_A" in n)
     if change == "extra":
         tensors[name.replace("q_proj", "nowhere")] = tensors[name]
     else:
         del tensors[name]
     with pytest.raises(UserError, match=said):
-        engine.load(Adapter(3, tensors))
+        engine.set_weights(Weights(3, "adapter", tensors))
     with pytest.raises(RuntimeError, match="no adapter is loaded"):
         engine.generate(prefixes[:1], 1, SamplingParams(2))
-    engine.load(policy.adapter())
+    engine.set_weights(policy.weights())
 
 
 # Refused before it starts
@@ -359,8 +359,8 @@ def test_a_temperature_that_vllm_would_change_is_refused(engine, prefixes):
 
 
 def test_damaged_weights_are_named(engine, policy, prefixes):
-    nan = {n: torch.full_like(p, math.nan) for n, p in policy.adapter().tensors.items()}
-    engine.load(Adapter(9, nan))
+    nan = {n: torch.full_like(p, math.nan) for n, p in policy.weights().tensors.items()}
+    engine.set_weights(Weights(9, "adapter", nan))
     with pytest.raises(UserError, match=r"not finite.*version 9"):
         engine.generate(prefixes[:1], 1, SamplingParams(2))
 

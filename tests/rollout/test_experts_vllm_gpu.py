@@ -28,7 +28,7 @@ def test_samples_what_the_trainer_computes(family, shape, tmp_path):
     engine = make(policy, kv_bytes=CACHE)
     try:
         for version in (1, 2):
-            engine.load(changed(policy, version))
+            engine.set_weights(changed(policy, version))
             groups = engine.generate(PREFIXES, 8, SAMPLING)
             apart = gap(policy, PREFIXES, groups).mean()
             print(f"{family}, version {version}: {apart:.2g}")

@@ -40,7 +40,7 @@ def policy_of(monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setitem(FAMILIES, family, VARIANTS[family])
         policy = family_policy(family)
         with torch.no_grad():
-            for name, p in policy.adapter().tensors.items():
+            for name, p in policy.weights().tensors.items():
                 if "lora_B" in name:
                     p.normal_(0, 0.1)
         return policy
@@ -67,7 +67,7 @@ def test_samples_what_the_trainer_computes(family, policy_of):
     policy = policy_of(family)
     engine = start(policy)
     try:
-        engine.load(policy.adapter())
+        engine.set_weights(policy.weights())
         sampling = SamplingParams(20, seed=1)
         adapted = gap(policy, PREFIXES, engine.generate(PREFIXES, 2, sampling)).mean()
         with engine.base_model():

@@ -15,7 +15,7 @@ import torch
 from helpers.tiny import tiny_llama, tiny_tokenizer
 from rlsloth.errors import UserError
 from rlsloth.policy.attention import interface as attention
-from rlsloth.records import Adapter, Completion, SamplingParams
+from rlsloth.records import Completion, SamplingParams, Weights
 from rlsloth.rollout.embedded import engine as transformers_engine
 from rlsloth.rollout.embedded.engine import TransformersEngine
 from rlsloth.rollout.embedded.sampling import draw
@@ -157,7 +157,7 @@ def test_completions_carry_the_adapters_version(make_engine):
     engine = make_engine()
     sampling = SamplingParams(max_tokens=2)
     assert engine.generate(PROMPTS[:1], 1, sampling)[0][0].policy_version == engine.version == 0
-    engine.load(Adapter(7, {}))
+    engine.set_weights(Weights(7, "adapter", {}))
     assert engine.generate(PROMPTS[:1], 1, sampling)[0][0].policy_version == engine.version == 7
 
 

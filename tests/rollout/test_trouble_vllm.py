@@ -28,7 +28,7 @@ def test_a_failure_is_one_line_also_inside_base_model(make, monkeypatch, base): 
 
     policy = make()
     with start(policy) as engine:
-        engine.load(policy.adapter())
+        engine.set_weights(policy.weights())
         engine.generate(PREFIXES, 1, SAMPLING)
         monkeypatch.setattr(LLMEngine, "step", broken)
 
@@ -43,7 +43,7 @@ def test_a_failure_is_one_line_also_inside_base_model(make, monkeypatch, base): 
 def test_another_thread_interrupts_it(make):  # noqa: F811
     policy = make()
     with start(policy) as engine, ThreadPoolExecutor(1) as pool:
-        engine.load(policy.adapter())
+        engine.set_weights(policy.weights())
         job = pool.submit(engine.generate, PREFIXES, 4, SamplingParams(140, seed=1))
         engine.interrupt()
         assert "interrupted" in str(job.exception(timeout=60))
@@ -52,7 +52,7 @@ def test_another_thread_interrupts_it(make):  # noqa: F811
 def test_nothing_is_left_after_close(make):  # noqa: F811
     policy = make()
     with start(policy) as engine:
-        engine.load(policy.adapter())
+        engine.set_weights(policy.weights())
         engine.generate(PREFIXES, 1, SAMPLING)
         left = [weakref.ref(vllm_model(engine)), *map(weakref.ref, engine._slots)]
         assert len(left) > 4
@@ -73,7 +73,7 @@ def test_base_model_before_any_adapter_changes_nothing(make):  # noqa: F811
 def test_an_adapter_on_a_tied_head(make):  # noqa: F811
     policy = make(tied=True, targets=["lm_head", "q_proj"])
     with start(policy) as engine:
-        engine.load(policy.adapter())
+        engine.set_weights(policy.weights())
         (group,) = engine.generate(PREFIXES[:1], 1, SAMPLING)
     own = policy.plain_logprobs(PREFIXES[0], group[0].token_ids)
     assert (torch.tensor(group[0].logprobs) - own).abs().max() < 1e-4

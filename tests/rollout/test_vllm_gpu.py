@@ -38,7 +38,7 @@ def start(policy: Policy, kv_cache: str = "auto") -> VllmEngine:
 @pytest.fixture(scope="module")
 def engine(policy) -> Iterator[VllmEngine]:
     engine = start(policy)
-    engine.load(policy.adapter())
+    engine.set_weights(policy.weights())
     yield engine
     engine.close()
 
@@ -56,7 +56,7 @@ def test_close_frees_everything(policy, asleep, capfd):
     torch.cuda.empty_cache()
     before = used()
     engine = start(policy, "fp8")
-    engine.load(changed(policy, 1))
+    engine.set_weights(changed(policy, 1))
     found = float(gap(policy, PREFIXES, engine.generate(PREFIXES, 2, SAMPLING)).mean())
     print(f"FP8 cache: mean |difference| {found:.4f}")
     assert found < 0.5  # eight bits tell on random weights
@@ -71,7 +71,7 @@ def test_close_frees_everything(policy, asleep, capfd):
 def test_graphs_see_each_adapter_and_the_base_stays(policy, engine, n):
     before = {k: v.clone() for k, v in policy.model.state_dict().items() if ".lora_" not in k}
     for version in (1, 2, 3):
-        engine.load(changed(policy, version))
+        engine.set_weights(changed(policy, version))
         groups = engine.generate(PREFIXES, n, SAMPLING)
         found = float(gap(policy, PREFIXES, groups).mean())
         print(f"version {version}, {3 * n} completions: mean |difference| {found:.4f}")
@@ -84,7 +84,7 @@ def test_graphs_see_each_adapter_and_the_base_stays(policy, engine, n):
 
 
 def test_only_the_cache_gives_way(policy, engine):
-    engine.load(changed(policy, 1))
+    engine.set_weights(changed(policy, 1))
     wanted = engine.generate(PREFIXES, 2, SAMPLING)
     torch.cuda.empty_cache()
     awake = used()
@@ -97,7 +97,7 @@ def test_only_the_cache_gives_way(policy, engine):
 
 def test_beside_other_work_on_a_stream_of_its_own(policy, engine):
     """As rollout.overlap samples."""
-    engine.load(changed(policy, 2))
+    engine.set_weights(changed(policy, 2))
     wanted = generate_again(engine, 8)
     busy = torch.randn(4096, 4096, device="cuda", dtype=torch.bfloat16)
 
@@ -120,7 +120,7 @@ def test_beside_other_work_on_a_stream_of_its_own(policy, engine):
 
 def test_what_is_cut_leaves_nothing_behind(policy, engine):
     """With the next step under way when the others are cut, as vLLM schedules on a GPU."""
-    engine.load(changed(policy, 1))
+    engine.set_weights(changed(policy, 1))
     wanted = generate_again(engine, 20)
     limits = [2, 24, 24]
     (short, *others) = engine.generate(PREFIXES, 20, replace(SAMPLING, cut_tail=0.3), limits)

@@ -85,7 +85,7 @@ def test_the_base_is_the_same_after_three_updates_and_each_is_sampled_from(make,
         assert same(base_of(policy), before)
         seen = []
         for version in range(4):
-            engine.load(policy.adapter())
+            engine.set_weights(policy.weights())
             sampled = engine.generate(PREFIXES, 4, SAMPLING)
             assert {c.policy_version for c in sampled[0]} == {version}
             off = gap(policy, PREFIXES, sampled)
@@ -124,7 +124,7 @@ def test_vllm_multiplies_with_the_trainers_storage(make, tied):
         with torch.no_grad():  # and so it follows whatever the trainer's would become
             ours.model.layers[0].mlp.up_proj.base_layer.weight.mul_(2)
             ours.model.layers[0].self_attn.k_proj.base_layer.weight.mul_(2)
-        engine.load(policy.adapter())
+        engine.set_weights(policy.weights())
         assert gap(policy, PREFIXES, engine.generate(PREFIXES, 2, SAMPLING)).mean() <= 2e-5
 
 
@@ -157,7 +157,7 @@ def test_nf4_is_shared_where_it_lies(make, hidden):
 def test_any_rank_on_any_linears(make, lora, precision):
     policy = make(precision, **lora)
     with start(policy) as engine:
-        engine.load(policy.adapter())
+        engine.set_weights(policy.weights())
         sampled = engine.generate(PREFIXES, 4, SAMPLING)
         assert gap(policy, PREFIXES, sampled).mean() <= 2e-5
         with engine.base_model():
@@ -169,12 +169,12 @@ def test_a_cache_for_a_few_is_shared_in_turn(make):
     """Completions that are preempted begin anew, and are the same."""
     policy = make()
     with start(policy) as engine:
-        engine.load(policy.adapter())
+        engine.set_weights(policy.weights())
         sampling = replace(SAMPLING, max_tokens=100)
         want = engine.generate(PREFIXES, 8, sampling)
     one = 2 * 2 * 2 * 32 * 4 * (256 + 32)
     with start(policy, kv_bytes=2 * one) as engine:
-        engine.load(policy.adapter())
+        engine.set_weights(policy.weights())
         for cut_tail in (1.0, 0.999):
             got = engine.generate(PREFIXES, 8, replace(sampling, cut_tail=cut_tail))
             assert tokens(got) == tokens(want)
@@ -190,7 +190,7 @@ def test_an_adapter_on_the_embedding_is_refused(make):
         start(policy) as engine,
         pytest.raises(UserError, match=r"no place for .*embed_tokens\.lora_embedding_A"),
     ):
-        engine.load(policy.adapter())
+        engine.set_weights(policy.weights())
 
 
 def test_an_adapter_that_vllm_passes_over_is_refused(make, monkeypatch):
@@ -204,7 +204,7 @@ def test_an_adapter_that_vllm_passes_over_is_refused(make, monkeypatch):
     policy = make()
     monkeypatch.setattr(LlamaMLP, "forward", forward)
     with start(policy) as engine:
-        engine.load(policy.adapter())
+        engine.set_weights(policy.weights())
         with pytest.raises(UserError, match=r"no adapter on .*layers\.0\.mlp\.\w+_proj \(2 layers"):
             engine.generate(PREFIXES, 1, SAMPLING)
 
@@ -243,7 +243,7 @@ def test_stop_strings_without_a_tokenizer_are_refused(make):
         device=policy.device, kv_cache="auto", kv_bytes=64 * 2**20,
     )  # fmt: skip
     try:
-        engine.load(policy.adapter())
+        engine.set_weights(policy.weights())
         assert engine.generate([[5]], 1, SamplingParams(4))[0][0].token_ids
         with pytest.raises(RuntimeError, match="no stop strings without a tokenizer"):
             engine.generate([[5]], 1, SamplingParams(4, stop=("a",)))

@@ -114,7 +114,7 @@ def test_gradient_does_not_depend_on_packing(kind: str) -> None:
             torch.autograd.backward(output.total)
             total += output.stats.loss
         losses.append(total)
-        grads.append({n: p.grad for n, p in policy.adapter().tensors.items()})
+        grads.append({n: p.grad for n, p in policy.weights().tensors.items()})
     assert losses[1:] == pytest.approx([losses[0]] * 2, rel=1e-5)
     for name, grad in grads[0].items():
         assert grad is not None

@@ -100,7 +100,7 @@ def test_gradient_does_not_depend_on_packing(budget: int) -> None:
         policy = policy_of()
         step, kept = policy.step, {}
         policy.step = lambda p=policy, s=step, k=kept: (  # type: ignore[method-assign,misc]
-            k.update({n: v.grad.clone() for n, v in p.adapter().tensors.items()}),
+            k.update({n: v.grad.clone() for n, v in p.weights().tensors.items()}),
             s(),
         )[1]
         batch = sft.pack_examples(examples, tokens)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rlsloth.errors import UserError
-from rlsloth.records import Adapter, Completion, FinishReason, LogitTransform, SamplingParams
+from rlsloth.records import Completion, FinishReason, LogitTransform, SamplingParams, Weights
 from rlsloth.rollout.embedded.decode import Decoder
 from rlsloth.rollout.embedded.sampling import draw
 from rlsloth.rollout.embedded.slot_cache import SlotCache
@@ -45,6 +45,28 @@ class _Sequence:
         return Completion(self.token_ids, self.logprobs, self.finish, version)
 
 
+@torch.no_grad()
+def copy_weights(model: Any, tensors: Mapping[str, Tensor]) -> None:
+    """Copy all parameters of one model into another, where they are not the same memory.
+
+    Raises:
+        UserError: the parameters differ in name or shape; ``model`` is then unchanged.
+    """
+    own = dict(model.named_parameters())
+    if odd := sorted(own.keys() ^ tensors.keys()):
+        place = "the model that samples" if odd[0] in own else "the trained weights"
+        raise UserError(f"only {place} has a parameter {odd[0]} ({len(odd)} parameters differ)")
+    for name, tensor in tensors.items():
+        if own[name].shape != tensor.shape:
+            raise UserError(
+                f"parameter {name} has shape {list(tensor.shape)} in the trained weights and "
+                f"{list(own[name].shape)} in the model that samples"
+            )
+    for name, tensor in tensors.items():
+        if own[name].data_ptr() != tensor.data_ptr():
+            own[name].copy_(tensor)
+
+
 class TransformersEngine:
     """Continuous batching on a transformers model: no second copy of weights, nothing handed over.
 
@@ -74,9 +96,12 @@ class TransformersEngine:
         self._device = device
         self.version = 0
 
-    def load(self, adapter: Adapter) -> None:
-        """Nothing moves: the adapter is live in the shared model. Only the version is noted."""
-        self.version = adapter.version
+    def set_weights(self, weights: Weights) -> None:
+        """See Engine.set_weights. The trained weights of a shared model are live in it already, and
+        only the version is noted; all weights of another model are copied into this one."""
+        if weights.kind == "all":
+            copy_weights(self._model, weights.tensors)
+        self.version = weights.version
 
     def release(self) -> None:
         """Nothing: on a GPU the cache is part of the CUDA graphs, which are not made anew."""

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from rlsloth.errors import UserError
-from rlsloth.records import Adapter, Completion, SamplingParams
+from rlsloth.records import Completion, SamplingParams, Weights
 from rlsloth.rollout.engine import BASE_VERSION, most_tokens
 from rlsloth.rollout.vllm.adapter import clear, fill
 from rlsloth.rollout.vllm.start import first_line, free_memory, start_vllm, stop_vllm
@@ -52,7 +52,7 @@ class VllmEngine:
         kv_bytes: int,
         kv_stays: bool = False,
     ) -> None:
-        """Start vLLM on ``model``'s base weights. Nothing samples before ``load``.
+        """Start vLLM on ``model``'s base weights. Nothing samples before ``set_weights``.
 
         Args:
             model: a transformers causal LM wrapped by PEFT; its base is not quantised or in NF4.
@@ -69,8 +69,8 @@ class VllmEngine:
         self._finds_strings = tokenizer is not None
         self._stop_ids = sorted(stop_ids)
         self._context = context
-        self._adapter: Adapter | None = None
-        """The one that samples."""
+        self._adapter: Weights | None = None
+        """The adapter that samples."""
         self._sleeps = device.type == "cuda" and not kv_stays
         self._asleep = False
         self._interrupted = threading.Event()
@@ -87,17 +87,22 @@ class VllmEngine:
             kv_bytes=kv_bytes,
         )
 
-    def load(self, adapter: Adapter) -> None:
-        """Copy the adapter into vLLM's layers; what prefixes were computed with another is dropped.
+    def set_weights(self, weights: Weights) -> None:
+        """Copy the adapter into vLLM's layers, and drop prefixes computed with another.
 
         Raises:
-            UserError: vLLM has no place for some tensor.
+            UserError: full weights, or vLLM has no place for some tensor.
         """
+        if weights.kind == "all":
+            raise UserError(
+                "--rollout.engine vllm takes adapters, not full weights: pass --rollout.engine "
+                "transformers"
+            )
         self._adapter = None
-        fill(self._slots, adapter.tensors)
+        fill(self._slots, weights.tensors)
         self._forget()
-        self._adapter = adapter
-        self.version = adapter.version
+        self._adapter = weights
+        self.version = weights.version
 
     def _forget(self) -> None:
         if not self._asleep and not self._live().reset_prefix_cache():
@@ -115,7 +120,7 @@ class VllmEngine:
         finally:
             self.version = version
             if adapter is not None and not self._broken:
-                self.load(adapter)
+                self.set_weights(adapter)
 
     def generate(
         self,
