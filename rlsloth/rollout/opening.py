@@ -117,6 +117,8 @@ def _open_vllm(
 ) -> VllmEngine:
     check_installed()
     rollout = sampling.rollout
+    if not rollout.cuda_graphs:
+        run.say("--rollout.cuda-graphs false has no effect with --rollout.engine vllm")
     context = max(context, PROMPT_TOKENS + SAMPLED_TOKENS)
     cache = size_cache(request, sampling, policy, context)
     engine = VllmEngine(

@@ -158,7 +158,10 @@ class _Shared(ABC):
         for part in parts:
             owner = trainer.owners.get(part.data_ptr())
             if owner is None or owner.shape != part.shape:
-                raise ValueError(f"a weight {list(part.shape)} is only a part of the trainer's")
+                raise ValueError(
+                    f"vLLM splits a weight of the model (into {list(part.shape)}), which cannot be "
+                    "shared with training: pass --rollout.engine transformers"
+                )
         adapted = [trainer.adapted.get(part.data_ptr()) for part in parts]
         if type(layer) is VocabParallelEmbedding:  # an adapter here is that of a head tied to it
             adapted = [None]
