@@ -25,12 +25,12 @@ class Example:
     index: int
     """Row in the data."""
     question: str
-    """Hash of what is asked: examples with the same one are held out together."""
+    """Hash of the question: examples with the same one are held out together."""
     prompt_ids: Ids
     answers: tuple[tuple[Ids, Mask], ...]
     """Token ids and what of them is learnt."""
     label: bool = True
-    """Of a single answer: whether it is a good one."""
+    """Whether a single answer is a good one."""
     reference: tuple[float, ...] | None = None
     """Summed log-probs of the answers under the starting policy, where they are computed ahead."""
 
@@ -46,11 +46,11 @@ class Example:
 
     @property
     def tokens(self) -> int:
-        """Of a prompt for each of its answers, and of these: what TRL counts in num_tokens."""
+        """Tokens of the answers, each with its prompt, as TRL counts them in num_tokens."""
         return sum(len(self.prompt_ids) + len(ids) for ids, _ in self.answers)
 
     def group(self) -> Group:
-        """As packing takes it: answers are rollouts."""
+        """The example in the form that is packed: answers are rollouts."""
         rollouts = [_rollout(ids.tolist(), mask.tolist()) for ids, mask in self.answers]
         return Group(Prompt(self.index, "", {}), self.prompt_ids.tolist(), rollouts)
 
@@ -58,14 +58,14 @@ class Example:
 def make_example(
     index: int, question: str, answers: Sequence[Answer], *, label: bool = True
 ) -> Example:
-    """Of one answer, or two to the same prompt."""
+    """An example of one answer, or of two to the same prompt."""
     arrays = [(np.array(a.token_ids, np.int32), np.array(a.loss_mask, np.bool_)) for a in answers]
     prompt_ids = np.array(answers[0].prompt_ids, np.int32)
     return Example(index, hash_question(question), prompt_ids, tuple(arrays), label)
 
 
 def hash_question(text: str) -> str:
-    """Of what is asked (data.question_text): white space does not count."""
+    """Hash of a question (heldout.question_text): white space does not count."""
     return hashlib.sha256(" ".join(text.split()).encode()).hexdigest()
 
 

@@ -66,9 +66,9 @@ def _read_file(path: Path) -> Iterator[Row]:
     if path.suffix not in FILES:
         raise UserError(f"{path}: expected a file that ends in {', '.join(FILES)}")
     if not path.is_file():
-        beside = [p.name for p in path.parent.glob("*") if p.suffix in FILES]
+        siblings = [p.name for p in path.parent.glob("*") if p.suffix in FILES]
         raise UserError(
-            f"no data file {path}{nearest(path.name, beside)} (looked from {Path.cwd()})"
+            f"no data file {path}{nearest(path.name, siblings)} (looked from {Path.cwd()})"
         )
     if path.suffix == ".parquet":
         return _read_parquet(path)
@@ -127,7 +127,7 @@ def _read_hub(source: str, split: str) -> Iterator[Row]:
 
     name, _, config = source.partition(":")
     try:
-        # Without a network load_dataset retries for half a minute; one request tells at once.
+        # Without a network load_dataset retries for half a minute; one request shows it at once.
         if not _cached(name, Path(datasets.config.HF_DATASETS_CACHE)):
             huggingface_hub.HfApi().dataset_info(name, timeout=10)
         data = datasets.load_dataset(name, config or None, split=split)

@@ -30,7 +30,7 @@ def sft_examples(
 ) -> list[Example]:
     """At least one example a row, in the rows' order.
 
-    A prompt column with a completion beside it counts first, then ``messages``, then ``text``.
+    A prompt column with a completion column counts first, then ``messages``, then ``text``.
     A completion is a string or messages; a string continues a string prompt of TRL's standard
     format, and is the assistant's turn after any other prompt. Of ``messages`` the assistant's
     turns are learnt. ``text`` is learnt whole, an end token after it.
@@ -60,12 +60,12 @@ def sft_examples(
 
 
 def _kind(columns: list[str], cfg: SftDataConfig) -> Literal["completion", "messages", "text"]:
-    """What the rows are learnt by."""
+    """The format of the rows."""
     if cfg.prompt_column == "messages":
         return "messages"
-    asked = any(column in columns for column in PROMPT_COLUMNS if column != "messages")
-    answered = any(column in columns for column in COMPLETION_COLUMNS)
-    if cfg.prompt_column or cfg.completion_column or (asked and answered):
+    has_prompt = any(column in columns for column in PROMPT_COLUMNS if column != "messages")
+    has_answer = any(column in columns for column in COMPLETION_COLUMNS)
+    if cfg.prompt_column or cfg.completion_column or (has_prompt and has_answer):
         return "completion"
     if "messages" in columns:
         return "messages"
@@ -145,8 +145,8 @@ def _conversation(
     tools = row_tools(row.get("tools"), where)
     own = template_kwargs(row.get("chat_template_kwargs"), where)
     answers = spoken(renderer, messages, 0, where, tools, own)
-    asked = next(i for i, m in enumerate(messages) if m["role"] == "assistant")
-    question = question_text(Prompt(index, tuple(messages[:asked]), {}))
+    first = next(i for i, m in enumerate(messages) if m["role"] == "assistant")
+    question = question_text(Prompt(index, tuple(messages[:first]), {}))
     return [make_example(index, question, [_loss_on(a, cfg)]) for a in answers]
 
 

@@ -1,4 +1,4 @@
-"""Conversations to token ids, with a mask of what the assistant says.
+"""Conversations as token ids, with a mask of the assistant's words.
 
 No generation markers ({% generation %}) are needed in the template: each assistant turn is what the
 template writes after the prompt that it would be sampled from. So the tokens that are learnt are
@@ -22,7 +22,7 @@ _OPEN, _CLOSED = "<think>", "</think>"
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What follows a prompt."""
+    """Tokens that follow a prompt, and the mask of those to learn."""
 
     prompt_ids: list[int]
     token_ids: list[int]
@@ -35,7 +35,7 @@ class _Turn:
     """An assistant turn as the template writes it after what was before."""
 
     before: str
-    said: str
+    words: str
     """Up to and with the token that ends the turn; without one where ``ended`` is False."""
     ended: bool
 
@@ -64,7 +64,7 @@ def spoken(
         raise UserError(f"{where}: begins with the assistant's turn, which answers nothing")
     turns = [_turn(renderer, messages[: i + 1], tools, where, kwargs) for i in at]
     joined = all(
-        turn.ended and later.before.startswith(turn.before + turn.said)
+        turn.ended and later.before.startswith(turn.before + turn.words)
         for turn, later in pairwise(turns)
     )
     return [_answer(renderer, part) for part in ([turns] if joined else [[t] for t in turns])]
@@ -78,11 +78,11 @@ def _answer(renderer: Renderer, turns: Sequence[_Turn]) -> Answer:
     for turn in turns:
         between = renderer.next_ids(shown, ids, turn.before[len(shown) :])
         ids += between
-        said = renderer.next_ids(turn.before, ids, turn.said)
-        said += [] if turn.ended else [end_id(renderer)]
-        ids += said
-        loss_mask += [False] * len(between) + [True] * len(said)
-        shown = turn.before + turn.said
+        words = renderer.next_ids(turn.before, ids, turn.words)
+        words += [] if turn.ended else [end_id(renderer)]
+        ids += words
+        loss_mask += [False] * len(between) + [True] * len(words)
+        shown = turn.before + turn.words
     return Answer(prompt_ids, ids[len(prompt_ids) :], loss_mask)
 
 
@@ -112,7 +112,7 @@ def _turn(
 
 
 def _end(written: str, renderer: Renderer) -> int:
-    """Where the turn's end token ends, -1 without one. The last: an answer may speak of them."""
+    """The end of the turn's last end token, -1 without one. An answer may mention end tokens."""
     ids = renderer.stop_ids if renderer.turn_end is None else (renderer.turn_end,)
     tokens = [str(token) for token in renderer.tokenizer.convert_ids_to_tokens(ids)]
     ends = [at + len(token) for token in tokens if (at := written.rfind(token)) >= 0]
@@ -129,21 +129,21 @@ def _shows(written: str, message: Message) -> bool:
 
 
 def _as_sampled(before: str, message: Message, renderer: Renderer, where: str) -> _Turn:
-    """The turn's own text right after the prompt for it, as a model would say it. Reasoning that
+    """The turn's own text right after the prompt for it, as a model would write it. Reasoning that
     the prompt opens is closed at once where the turn has none (as Qwen3 does), since the model must
     not learn to leave it open."""
     if message.get("tool_calls"):
         raise UserError(f"{where}: the chat template does not show the assistant's tool calls")
-    said = message["content"]
-    if message.get("reasoning_content") and _CLOSED not in said:
-        said = f"{_OPEN}\n{message['reasoning_content']}\n{_CLOSED}\n\n{said}"
+    words = message["content"]
+    if message.get("reasoning_content") and _CLOSED not in words:
+        words = f"{_OPEN}\n{message['reasoning_content']}\n{_CLOSED}\n\n{words}"
     # Where the prompt already opens the reasoning (R1), the answer goes on within it.
     if before.rstrip().endswith(_OPEN):
-        if said.startswith(_OPEN):
-            said = said.removeprefix(_OPEN).removeprefix(before.rpartition(_OPEN)[2])
-        elif _CLOSED not in said:
-            said = f"\n{_CLOSED}\n\n{said}"
+        if words.startswith(_OPEN):
+            words = words.removeprefix(_OPEN).removeprefix(before.rpartition(_OPEN)[2])
+        elif _CLOSED not in words:
+            words = f"\n{_CLOSED}\n\n{words}"
     end = renderer.turn_end
     if end is None:
-        return _Turn(before, said, ended=False)
-    return _Turn(before, said + str(renderer.tokenizer.convert_ids_to_tokens(end)), ended=True)
+        return _Turn(before, words, ended=False)
+    return _Turn(before, words + str(renderer.tokenizer.convert_ids_to_tokens(end)), ended=True)

@@ -41,11 +41,11 @@ _NO_SETTINGS = {"steps", "seconds", "device", "problems", "samples"}
 
 @dataclass(frozen=True, slots=True)
 class Card:
-    """What an export says of itself."""
+    """The text of an export's model card."""
 
     title: str
     about: str
-    """What the folder holds and what was checked: sentences."""
+    """Sentences on the folder's contents and the checks made."""
     library: str
     """The hub's ``library_name``: peft, transformers or gguf."""
     usage: str

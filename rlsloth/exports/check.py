@@ -36,7 +36,7 @@ _HALVES = (torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True, slots=True)
 class Reopened:
-    """What reading a merged folder back has shown."""
+    """Findings from reading a merged folder back."""
 
     tensors: int
     tokens: int

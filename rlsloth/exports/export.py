@@ -116,7 +116,7 @@ def write_merged(cfg: ExportConfig, source: Source, folder: Path) -> str:
 
 
 def _hint(gap: float, dtype: str) -> str:
-    """What to do where 16 bits cost more than they mostly do."""
+    """Advice where rounding to 16 bits costs more than usual."""
     if gap <= USUAL:
         return ""
     more = "; --dtype f16 keeps three more bits of each weight" if dtype == "bf16" else ""

@@ -42,7 +42,7 @@ class Merged:
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """Where a tensor of the merged model comes from."""
+    """The origin of a tensor of the merged model."""
 
     name: str
     value: Tensor

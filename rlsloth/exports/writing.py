@@ -45,7 +45,7 @@ def _is_export(folder: Path) -> bool:
 
 @contextmanager
 def whole_folder(out: Path) -> Iterator[Path]:
-    """A folder beside ``out`` to write into. It takes the place of ``out`` at the end, and is
+    """A folder next to ``out`` to write into. It takes the place of ``out`` at the end, and is
     removed after a failure.
 
     Raises:

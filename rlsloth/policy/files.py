@@ -55,7 +55,7 @@ class ModelFiles:
 
 
 def locate(cfg: ModelConfig) -> ModelFiles:
-    """Where transformers finds the model of a configuration."""
+    """The files of a configuration's model."""
     if (file := gguf_file(cfg.path)) is not None:
         return ModelFiles(str(file.parent), {"gguf_file": file.name}, file)
     options = {"revision": cfg.revision, "trust_remote_code": cfg.trust_remote_code}

@@ -1,4 +1,4 @@
-"""What an adapter was trained on, as ``rlsloth.json`` beside PEFT's files.
+"""The base model that an adapter was trained on, as ``rlsloth.json`` next to PEFT's files.
 
 An adapter means nothing on another base, and PEFT looks at shapes only: a fine-tune of the same
 architecture takes it silently.
@@ -43,7 +43,7 @@ class Identity:
     path: str
     """Hub id, folder or GGUF file, as configured."""
     revision: str | None
-    """The hub's commit, or what was asked for."""
+    """The hub's commit, or the revision in the configuration."""
     weights: str
     """``hash_weights`` of the files. In NF4, too: the packed codes play no part."""
     precision: str
@@ -100,7 +100,7 @@ def hash_weights(path: str, revision: str | None = None) -> str | None:
 
 
 def _weight_files(path: str, revision: str | None) -> list[Path]:
-    """As transformers looks for them: one file, else the parts that an index names."""
+    """The safetensors files that transformers would read: one, else the parts in an index."""
     single = _find(path, "model.safetensors", revision)
     if single is not None:
         return [single]
@@ -128,7 +128,7 @@ def _find(path: str, name: str, revision: str | None) -> Path | None:
 def _tensors(file: Path) -> dict[str, bytes]:
     """Shape and sample of each tensor."""
     found = {}
-    # Unbuffered reads: a mapped file, or a buffer, would read far more than what is asked for.
+    # Unbuffered reads: a mapped file, or a buffer, would read far more than is needed.
     with open(file, "rb", buffering=0) as opened:
         (size,) = struct.unpack("<Q", opened.read(8))
         if size > file.stat().st_size:
@@ -195,7 +195,7 @@ def _hash_json(value: Any) -> str:
 
 
 def write_identity(identity: Identity | None, folder: Path, **more: Any) -> None:
-    """Write rlsloth.json into a folder; ``more`` is kept beside the identity."""
+    """Write rlsloth.json into a folder: the identity, and ``more`` as further keys."""
     base = {} if identity is None else {"base": asdict(identity)}
     (folder / FILE).write_text(json.dumps(base | more, indent=2) + "\n", encoding="utf-8")
 
@@ -220,6 +220,6 @@ def refuse_other_base(recorded: Identity, weights: str | None, adapter: Path, pa
     """Raises UserError unless ``path``, whose weights have this hash, is the recorded base."""
     if weights != recorded.weights:
         raise UserError(
-            f"adapter {adapter} was trained on {recorded.path}, and the weights of {path} are "
-            "others: pass the base that it was trained on"
+            f"adapter {adapter} was trained on {recorded.path}, whose weights differ from "
+            f"those of {path}: pass the base that it was trained on"
         )

@@ -81,7 +81,7 @@ def _linears(model: Any, path: str) -> list[str]:
     Experts are stacked parameters: PEFT's own "all-linear" also adapts those of a Qwen3-MoE, by a
     copy of all their weights at every forward, and its router. Most routers are modules of their
     own kind; where one is a linear (Jamba, Llama 4, Qwen2-MoE's gate of its shared expert) it is
-    known by standing beside the experts, alone or as the only linear of a module.
+    known by its place next to the experts, alone or as the only linear of a module.
     """
     from transformers.pytorch_utils import Conv1D
 

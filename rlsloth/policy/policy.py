@@ -209,7 +209,7 @@ class Policy:
 
     @property
     def learning_rate(self) -> float:
-        """Of the next update."""
+        """The learning rate of the next update."""
         return float(self.scheduler.get_last_lr()[0])
 
     def weights(self) -> Weights:

@@ -172,8 +172,8 @@ def test_an_adapter_of_another_base_is_refused_in_a_line(
     with pytest.raises(UserError) as caught:
         policy_on(moved, adapter=adapter)
     assert str(caught.value) == (
-        f"adapter {adapter} was trained on {base}, and the weights of {moved} are others: pass "
-        "the base that it was trained on"
+        f"adapter {adapter} was trained on {base}, whose weights differ from those of {moved}: "
+        "pass the base that it was trained on"
     )
 
 

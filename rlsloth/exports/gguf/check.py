@@ -45,7 +45,7 @@ _CHAT = [
 
 @dataclass(frozen=True, slots=True)
 class Checked:
-    """What a check found in order."""
+    """Figures of a check that passed."""
 
     tensors: int
     keys: int
@@ -55,7 +55,7 @@ class Checked:
     nll: float = 0.0
     """Mean negative log-likelihood a token under the transformers model, in nats."""
     nll_gguf: float = 0.0
-    """The same under llama.cpp."""
+    """Mean negative log-likelihood under llama.cpp."""
 
 
 def check_gguf(folder: Path, path: Path) -> Checked:
@@ -93,7 +93,8 @@ def check_gguf(folder: Path, path: Path) -> Checked:
 
 
 def _check_keys(path: Path, fields: dict[str, Any], folder: Path, config: Any) -> int:
-    """Whatever a writer would say of the folder stands in the file; the number of such keys."""
+    """Check that every key that a writer would derive from the folder is in the file; returns
+    their number."""
     import numpy as np
     from gguf import GGUFValueType, GGUFWriter
 

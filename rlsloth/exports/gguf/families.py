@@ -18,7 +18,7 @@ from rlsloth.errors import UserError
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """What llama.cpp expects of a family."""
+    """llama.cpp's expectations of a family."""
 
     arch: str
     """The architecture's name in llama.cpp."""

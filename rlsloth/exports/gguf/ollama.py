@@ -45,7 +45,7 @@ class Pieces:
     """Before a system message, in place of ``start``, and between it and the user's; None where
     the template takes none."""
     system_last: bool = False
-    """The system's message stands before the last user's, not the first (Mistral Nemo)."""
+    """The system's message comes before the last user's, not the first (Mistral Nemo)."""
 
 
 def modelfile(folder: Path, gguf: str, template_kwargs: Mapping[str, Any] | None = None) -> str:
@@ -102,7 +102,7 @@ def find_pieces(folder: Path, tokenizer: Any, template_kwargs: dict[str, Any]) -
 
 
 def _candidates(render: Callable[[Chat], str]) -> list[Pieces]:
-    """What the template's pieces may be.
+    """Candidates for the template's pieces.
 
     Raises:
         ValueError: a message is left out or rendered twice.
@@ -134,7 +134,7 @@ def _conversation(code: str) -> Chat:
 
 
 def assemble(pieces: Pieces, chat: Chat) -> str:
-    """What ``go_template`` renders."""
+    """The text that ``go_template`` renders."""
     system = chat[0]["content"] if chat[0]["role"] == "system" else ""
     turns = chat[1:] if system else chat
     joined = ""
@@ -154,7 +154,7 @@ def assemble(pieces: Pieces, chat: Chat) -> str:
 
 def go_template(pieces: Pieces) -> str:
     """The pieces in Go's template language, over Ollama's .System (every system message, joined)
-    and .Messages, of which the system's is the first. Fixed text stands in quotes: its line ends
+    and .Messages, of which the system's is the first. Fixed text is in quotes: its line ends
     count, and trim marks spare them. An answer that has been begun is gone on with."""
     opening, joined = _quoted(pieces.start), ""
     if pieces.system:

@@ -42,7 +42,7 @@ class Entry:
 
 
 class Weights:
-    """The safetensors files of a folder: shapes at once, values when asked for.
+    """The safetensors files of a folder: shapes at once, values on demand.
 
     Raises:
         UserError: no weights, or files that cannot be read.

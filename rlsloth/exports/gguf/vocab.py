@@ -21,7 +21,7 @@ ENDS = {
 
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
-    """What GGUF's ``tokenizer.`` keys say."""
+    """The values of GGUF's ``tokenizer.`` keys."""
 
     model: str
     """gpt2: byte-level BPE with merges. llama: sentencepiece's BPE, merging by score."""
@@ -32,7 +32,7 @@ class Vocabulary:
     types: list[int]
     """gguf.TokenType."""
     scores: list[float] | None
-    """Of sentencepiece: the higher, the earlier merged."""
+    """Sentencepiece's scores: the higher, the earlier merged."""
     merges: list[str] | None
     special: dict[str, int]
     """bos, eos, … : their ids."""

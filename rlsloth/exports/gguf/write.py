@@ -61,7 +61,7 @@ def write_gguf(folder: Path, out: Path, kind: Kind) -> None:
 
 @contextmanager
 def whole_file(out: Path) -> Iterator[Path]:
-    """A path beside ``out`` to write to, renamed to ``out`` at the end, removed after a failure.
+    """A path next to ``out`` to write to, renamed to ``out`` at the end, removed after a failure.
 
     Raises:
         UserError: the file system refuses.

@@ -1,6 +1,6 @@
 """The classes of transformers that are known, each by its full name, and what sets them apart.
 
-A class is wrapped only if it stands here and looks as described (``mismatch``): its children, the
+A class is wrapped only if it is listed and looks as described (``mismatch``): its children, the
 attributes it is read by, and the arguments of its forward. Everything else is left alone.
 """
 
@@ -146,7 +146,7 @@ ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
 
 
 def spec_of(module: nn.Module) -> Spec | None:
-    """What is known of a module's very class; a subclass is another class."""
+    """The description of a module's very class, None if unknown; a subclass is another class."""
     cls = type(module)
     return KNOWN.get(f"{cls.__module__}.{cls.__qualname__}")
 

@@ -36,10 +36,10 @@ class Forward(ABC):
 
     @abstractmethod
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """What the module computes, by our kernels."""
+        """The module's output, computed by our kernels."""
 
     def original(self, *args: Any) -> Any:
-        """What transformers computes."""
+        """The module's output, computed by transformers."""
         return type(self._module).forward(self._module, *args)
 
 

@@ -1,4 +1,4 @@
-"""Linears, PEFT-wrapped or not, as the LoRA kernels want them: read anew at each call.
+"""Linears, PEFT-wrapped or not, in the form of the LoRA kernels: read again at each call.
 
 Adapters are switched, disabled and replaced while a model lives: whatever PEFT may change is looked
 at each time.

@@ -1,4 +1,4 @@
-"""What was wrapped, what was not, and why, in plain words."""
+"""A report of the modules that were wrapped, of those that were not, and why."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ class Left:
 
 @dataclass(frozen=True, slots=True)
 class WrapReport:
-    """What ``wrap`` did to a model."""
+    """The result of ``wrap`` on a model."""
 
     layers: int
     """Decoder layers of the model."""
     wrapped_layers: int
-    """Those in which something is wrapped."""
+    """Decoder layers in which something is wrapped."""
     kernels: dict[str, int]
     """Kernel -> modules that run on it."""
     left: tuple[Left, ...]
 
     def line(self) -> str:
-        """For the log of a run."""
+        """The report in one line, for a run's log."""
         reasons: dict[str, list[str]] = {}
         for one in self.left:
             reasons.setdefault(one.reason, []).append(f"{one.count} {one.name}")
