@@ -1,4 +1,4 @@
-"""A model's last steps, final norm and output head, as linear_logprob takes them."""
+"""A model's final norm and output head, in the form that linear_logprob takes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from rlsloth.policy.wrap.linears import Linears, has_hooks
 
 
 class HeadAdapter:
-    """The LoRA on the output head, read anew at each use: adapters are switched and disabled."""
+    """The LoRA on the output head, read again at each use: adapters are switched and disabled."""
 
     def __init__(self, base: Any, dtype: torch.dtype) -> None:
         """``base``: the causal LM under PEFT's model.
@@ -41,24 +41,39 @@ class HeadAdapter:
             self.read()
 
     def read(self) -> HeadLora | None:
-        """The adapter that is on now, None where there is none. Raises UserError."""
+        """The adapter that is active now, None where there is none. Raises UserError."""
         if self._linears is None:
             return None
-        if self._head.merged:
-            # The weights of a tied embedding have moved with the head's: no longer this model.
-            raise UserError(
-                "the adapter on the output head is merged into its weights; call unmerge_adapter() "
-                "before scoring or sampling"
-            )
+        lora = read_head_lora(self._head)
         found = self._linears.read(self._dtype)
         if found is None:
             raise _refusal(self._linears.left(self._dtype)[0])
         (linear,) = found
         if not isinstance(linear.weight, Tensor):
             raise _refusal("a quantised head")
-        if linear.lora_a is None or linear.lora_b is None:
-            return None
-        return HeadLora(linear.lora_a, linear.lora_b, linear.scale)
+        return lora
+
+
+def read_head_lora(head: Any) -> HeadLora | None:
+    """The LoRA that is active on an output head, None where it is switched off.
+
+    Args:
+        head: PEFT's layer around the head.
+
+    Raises:
+        UserError: it is merged into the head's weights, and so into those of a tied embedding.
+    """
+    if head.merged:
+        raise UserError(
+            "the adapter on the output head is merged into its weights; call unmerge_adapter() "
+            "before scoring or sampling"
+        )
+    if head.disable_adapters:
+        return None
+    active = next((name for name in head.active_adapters if name in head.lora_A), None)
+    if active is None:
+        return None
+    return HeadLora(head.lora_A[active].weight, head.lora_B[active].weight, head.scaling[active])
 
 
 def _refusal(reason: str) -> UserError:
@@ -70,10 +85,10 @@ def _refusal(reason: str) -> UserError:
 
 @contextmanager
 def before_final_norm(decoder: Any) -> Iterator[FinalNorm | None]:
-    """For a while the decoder returns the residual stream before its final norm, which is yielded.
+    """Make the decoder return the residual stream before its final norm, which is yielded.
 
-    None, and the decoder as it is, where the norm is not one of ours, or is trained, or a hook
-    would see the difference.
+    Yields None, and leaves the decoder unchanged, if the norm does not run on our kernels, is
+    trained, or has a hook that would see the difference.
     """
     norm = _final_norm(decoder)
     if norm is None:
@@ -87,7 +102,7 @@ def _final_norm(decoder: Any) -> FinalNorm | None:
     module = getattr(decoder, "norm", None)
     if module is None or not isinstance(vars(module).get("forward"), NormForward):
         return None
-    # Beside a decoder of its own file a known norm is its last step; elsewhere it may be any.
+    # In a decoder of the same file a known norm is the last step; elsewhere it may be any step.
     known = type(module).__module__ == type(decoder).__module__
     if not known or module.weight.requires_grad or any(map(has_hooks, (module, decoder))):
         return None

