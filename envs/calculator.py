@@ -18,7 +18,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from rlsloth.config import EnvConfig
-from rlsloth.environments.protocol import ToolEnvironment, tool_environment
+from rlsloth.environments.tools import ToolEnvironment, tool_environment
 from rlsloth.errors import UserError, nearest
 
 MAX_CHARACTERS = 200

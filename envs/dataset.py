@@ -18,4 +18,4 @@ def dataset(cfg: EnvConfig, seed: int) -> SingleTurn:
     def make(rows: list[Row], source: str) -> list[Prompt]:
         return make_prompts(rows, cfg, source)
 
-    return SingleTurn(cfg.name, *load_prompts(cfg, seed, make))
+    return SingleTurn(cfg.name, *load_prompts(cfg, seed, make), source=cfg.train)

@@ -108,6 +108,8 @@ class Rollout:
     """All turns after the prompt: one assistant message, or assistant and tool messages in turn."""
     tool_calls: int = 0
     tool_failures: int = 0
+    turn_rewards: list[float] = field(default_factory=list)
+    """Rewards the environment gave, one an assistant turn; empty where it gives none."""
     scores: tuple[Score, ...] = ()
     """One per configured reward, in the configured order. Filled by scoring."""
     reward: float | None = None
@@ -120,6 +122,11 @@ class Rollout:
     def length(self) -> int:
         """Number of sampled tokens."""
         return sum(self.loss_mask)
+
+    @property
+    def environment_reward(self) -> float | None:
+        """Sum of the environment's rewards; None where it gives none."""
+        return sum(self.turn_rewards) if self.turn_rewards else None
 
     @property
     def truncated(self) -> bool:

@@ -18,7 +18,7 @@ def run(cfg: Any, race: Any, mark: Mark) -> None:
     from trl import GRPOTrainer
 
     from rlsloth.data.renderer import Renderer
-    from rlsloth.environments.protocol import load_environment
+    from rlsloth.environments.loading import load_environment
 
     env = load_environment(cfg.env, cfg.seed)
     tokenizer = AutoTokenizer.from_pretrained(cfg.model.path)

@@ -142,35 +142,37 @@ class Renderer:
 
     parse_tool_calls = staticmethod(parse_tool_calls)
 
-    def tool_turn_ids(self, turn_ids: Sequence[int], results: Sequence[Message]) -> list[int]:
-        """The tokens between an assistant turn with tool calls and the next one.
+    def reply_ids(self, turn_ids: Sequence[int], messages: Sequence[Message]) -> list[int]:
+        """The tokens between an assistant turn and the next one.
 
         The end of the assistant's turn (without the end token if ``turn_ids`` has sampled it), the
-        tool messages, and the header of the next assistant turn, as the template writes them.
+        messages, and the header of the next assistant turn, as the template writes them.
 
         Args:
             turn_ids: the sampled tokens of the assistant turn.
-            results: messages ``{"role": "tool", "name": ..., "content": ...}``, one a call.
+            messages: of role ``user``, or of role ``tool`` with a ``name``, one a call.
 
         Raises:
-            UserError: the template refuses tool messages, or marks no end of a turn.
+            UserError: the template refuses the messages, or marks no end of a turn.
         """
+        tools = [m for m in messages if m["role"] == "tool"]
         # Some templates want nine-character ids, and results to have that of a call before them.
-        ids = [f"{i:09d}" for i in range(len(results))]
-        called = [ToolCall(m["name"], {"value": _MARK}) for m in results]
-        calls = [call_message(i, call) for i, call in zip(ids, called, strict=True)]
-        answers = [{**m, "tool_call_id": i} for i, m in zip(ids, results, strict=True)]
-        before: list[Message] = [
-            {"role": "user", "content": "a"},
-            {"role": "assistant", "content": "", "tool_calls": calls},
+        ids = iter(f"{i:09d}" for i in range(len(tools)))
+        calls = [
+            call_message(f"{i:09d}", ToolCall(m["name"], {"value": _MARK}))
+            for i, m in enumerate(tools)
         ]
-        text = self.render([*before, *answers], (), "a tool's answer")
-        *_, after_calls = text.split(_MARK, maxsplit=len(results))
-        ends = [after_calls.find(self.tokenizer.convert_ids_to_tokens(i)) for i in self.stop_ids]
+        answers = [{**m, "tool_call_id": next(ids)} if m["role"] == "tool" else m for m in messages]
+        turn: Message = {"role": "assistant", "content": "" if calls else _MARK}
+        before = [{"role": "user", "content": "a"}, turn | ({"tool_calls": calls} if calls else {})]
+        text = self.render([*before, *answers], (), "the environment's messages")
+        marks = max(len(calls), 1)
+        *_, after_turn = text.split(_MARK, maxsplit=marks)
+        ends = [after_turn.find(self.tokenizer.convert_ids_to_tokens(i)) for i in self.stop_ids]
         at = min((end for end in ends if end >= 0), default=-1)
-        if at < 0 or text.count(_MARK) < len(results):
-            raise UserError("the chat template does not show where a turn with tool calls ends")
-        glue = self.ids(after_calls[at:])
+        if at < 0 or text.count(_MARK) < marks:
+            raise UserError("the chat template does not show where an assistant turn ends")
+        glue = self.ids(after_turn[at:])
         return glue[1:] if turn_ids and turn_ids[-1] in self.stop_ids else glue
 
     def _turn_end(self) -> int | None:

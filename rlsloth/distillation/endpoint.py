@@ -188,7 +188,7 @@ def _as_text(text: str) -> str:
 def _refuse_others(env: Environment) -> None:
     """Raises UserError for prompts that a chat API does not answer in one turn."""
     prompts = env.train
-    if any(prompt.tools for prompt in prompts) or env.start(prompts[0]) is not None:
+    if any(prompt.tools for prompt in prompts) or not env.single_turn:
         raise UserError(
             f"environment {env.name} has tools, which only a local teacher can use: leave out "
             "--endpoint.url, or take an environment of single turns"

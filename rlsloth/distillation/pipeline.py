@@ -22,7 +22,8 @@ from rlsloth.distillation.folder import STUDENT, TEACHER, open_out, teacher_resu
 from rlsloth.distillation.raw import Answered, RawFile, make_problem
 from rlsloth.distillation.selection import Selection
 from rlsloth.distillation.source import chosen_prompts, describe_source
-from rlsloth.environments.protocol import Environment, load_environment
+from rlsloth.environments.loading import load_environment
+from rlsloth.environments.protocol import Environment
 from rlsloth.errors import UserError
 from rlsloth.records import Prompt
 from rlsloth.run.folder import CONFIG, METRICS, SUMMARY

@@ -11,9 +11,8 @@ from typing import Any
 from rlsloth.config import EnvConfig
 from rlsloth.config.distill import DistillConfig
 from rlsloth.data.heldout import question_text, questions_of
-from rlsloth.environments.protocol import PACKAGE, Environment, ToolEnvironment
+from rlsloth.environments.protocol import GENERATED, Environment
 from rlsloth.errors import UserError
-from rlsloth.plugins import builtin_names
 from rlsloth.records import Prompt
 
 
@@ -35,9 +34,8 @@ def describe_source(env: Environment, cfg: EnvConfig, rewards: Sequence[str]) ->
     SHA-256, else a folder or hub id with the split), and the SHA-256 of rewards that are files."""
     places = {spec: Path(spec.partition(":")[0]).expanduser() for spec in rewards}
     files = {spec: sha256(file) for spec, file in places.items() if file.is_file()}
-    built_in = cfg.name.partition(":")[0] in builtin_names(PACKAGE)
-    reads = cfg.name == "dataset" or (isinstance(env, ToolEnvironment) and not built_in)
-    file = Path(cfg.train).expanduser()
+    reads = env.source != GENERATED
+    file = Path(env.source).expanduser()
     is_file = reads and file.is_file()
     return {
         "environment": cfg.name,
@@ -46,7 +44,7 @@ def describe_source(env: Environment, cfg: EnvConfig, rewards: Sequence[str]) ->
             json.dumps(cfg.chat_template_kwargs) if cfg.chat_template_kwargs else None
         ),
         "reward_files": json.dumps(files) if files else None,
-        "dataset": cfg.train if reads else None,
+        "dataset": env.source if reads else None,
         "split": cfg.train_split if reads and not is_file else None,
         "dataset_sha256": sha256(file) if is_file else None,
     }

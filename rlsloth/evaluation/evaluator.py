@@ -9,7 +9,8 @@ from typing import Any
 
 from rlsloth.config import EvalConfig, GrpoConfig
 from rlsloth.data.renderer import Renderer
-from rlsloth.environments.protocol import Environment, load_environment
+from rlsloth.environments.loading import load_environment
+from rlsloth.environments.protocol import Environment
 from rlsloth.errors import UserError
 from rlsloth.evaluation.result import EvalResult, assess, describe, reward_index
 from rlsloth.memory.out_of_memory import advise

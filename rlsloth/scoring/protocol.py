@@ -54,6 +54,7 @@ class Call(TypedDict):
     completions: list[Any]
     completion_ids: list[list[int]]
     finish_reasons: list[str]
+    environment_reward: list[float | None]
     columns: dict[str, Any]
     """The row's columns, once: the worker repeats them for each completion."""
 

@@ -14,6 +14,7 @@ RESERVED = (
     "completions",
     "completion_ids",
     "finish_reasons",
+    "environment_reward",
     "trainer_state",
     "log_extra",
     "log_metric",
@@ -69,6 +70,7 @@ def group_call(group: Group, reward: int, name: str, info: RewardInfo, step: int
         completions=[r.text if isinstance(messages, str) else r.messages for r in group.rollouts],
         completion_ids=[r.token_ids if wants_ids else [] for r in group.rollouts],
         finish_reasons=[r.finish for r in group.rollouts],
+        environment_reward=[r.environment_reward for r in group.rollouts],
         columns=columns,
     )
 

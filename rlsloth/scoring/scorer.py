@@ -131,6 +131,7 @@ class Scorer:
         part["completions"] = call["completions"][start:stop]
         part["completion_ids"] = call["completion_ids"][start:stop]
         part["finish_reasons"] = call["finish_reasons"][start:stop]
+        part["environment_reward"] = call["environment_reward"][start:stop]
         # A group's common call may take as long as two completions: one that hangs then costs
         # little, and a reward too slow for that is called one completion at a time, each with a
         # full budget.

@@ -11,7 +11,6 @@ from rlsloth.config import GrpoConfig
 from rlsloth.data.heldout import overlap_warning, questions_of
 from rlsloth.data.renderer import Renderer
 from rlsloth.data.sampler import EpochSampler, SamplerState
-from rlsloth.environments.protocol import SingleTurn
 from rlsloth.errors import UserError
 from rlsloth.evaluation.evaluator import Examiner, longest_prompt, open_problems
 from rlsloth.memory.decide import DEFAULT_PROMPT, decide
@@ -65,7 +64,7 @@ class Assembly(Examiner):
             one = min(longest + cfg.rollout.max_tokens, policy.context)
             cfg = cfg.model_copy(update={"tokens_per_microbatch": max(cfg.microbatch, one)})
         context = policy.context
-        if isinstance(env, SingleTurn):
+        if env.single_turn:
             tokens = max(cfg.rollout.max_tokens, cfg.eval.max_tokens or 0)
             context = min(context, max(longest, heldout) + tokens)
         engine = open_engine(

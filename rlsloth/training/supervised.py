@@ -20,7 +20,7 @@ from rlsloth.data.examples import Examples, Reader, load_examples
 from rlsloth.data.heldout import overlap_warning, question_text
 from rlsloth.data.renderer import Renderer
 from rlsloth.data.sampler import EpochSampler
-from rlsloth.environments.protocol import Environment, SingleTurn
+from rlsloth.environments.protocol import Environment
 from rlsloth.errors import UserError
 from rlsloth.evaluation.evaluator import (
     Examiner,
@@ -239,7 +239,7 @@ def _examiner(
     tokens = cfg.eval.max_tokens or cfg.rollout.max_tokens
     context = policy.context
     longest = longest_prompt(renderer, prompts, context)
-    if isinstance(env, SingleTurn):
+    if env.single_turn:
         context = min(context, longest + tokens)
     engine = open_engine(
         evaluation_request(cfg, longest),

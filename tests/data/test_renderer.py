@@ -180,24 +180,24 @@ def test_tool_turn_continues_as_the_template_would(template: str, results: list[
     turn: Message = {"role": "assistant", "content": words}
     start = chat.prompt_ids(prompt())
     sampled = chat.tokenizer(words + "<|im_end|>")["input_ids"]
-    ids = start + sampled + chat.tool_turn_ids(sampled, results)
+    ids = start + sampled + chat.reply_ids(sampled, results)
     assert ids == chat.prompt_ids(prompt(USER, turn, *results))
     # A turn that a stop string ended lacks its end token, which then belongs to what follows.
     cut = sampled[:-1]
-    assert start + cut + chat.tool_turn_ids(cut, results) == ids
+    assert start + cut + chat.reply_ids(cut, results) == ids
 
 
 def test_tool_turn_of_another_turn_end() -> None:
     chat = renderer(llama_tokenizer())
-    assert text(chat, chat.tool_turn_ids([99], [result("2")])) == (
+    assert text(chat, chat.reply_ids([99], [result("2")])) == (
         "<|eot|><|head|>user\n<tool_response>\n2\n</tool_response><|eot|><|head|>assistant\n"
     )
 
 
 def test_tool_turn_needs_an_end_of_turn() -> None:
     endless = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
-    with pytest.raises(UserError, match="does not show where a turn with tool calls ends"):
-        renderer(tiny_tokenizer(endless)).tool_turn_ids([99], [result("2")])
+    with pytest.raises(UserError, match="does not show where an assistant turn ends"):
+        renderer(tiny_tokenizer(endless)).reply_ids([99], [result("2")])
 
 
 # The real tokenizer of the demo
@@ -227,4 +227,4 @@ def test_smollm2(smollm2: PreTrainedTokenizerBase) -> None:
     call: Message = {"role": "assistant", "content": '<tool_call>{"name": "f"}</tool_call>'}
     sampled = smollm2(call["content"] + "<|im_end|>")["input_ids"]
     longer = chat.prompt_ids(prompt(USER, call, result("12.5")))
-    assert start + sampled + chat.tool_turn_ids(sampled, [result("12.5")]) == longer
+    assert start + sampled + chat.reply_ids(sampled, [result("12.5")]) == longer

@@ -14,10 +14,9 @@ import pytest
 
 from rlsloth.config import EnvConfig
 from rlsloth.data.heldout import overlap_warning, question_text, questions_of
+from rlsloth.environments.loading import load_environment
 from rlsloth.environments.protocol import (
     Environment,
-    ToolEnvironment,
-    load_environment,
 )
 from rlsloth.envs.calculator import Calculator, evaluate, show
 from rlsloth.envs.reasoning_gym import generate
@@ -55,7 +54,7 @@ def plugin(tmp_path: Path) -> Callable[[str], str]:
 
 def test_importing_loads_nothing_heavy() -> None:
     code = (
-        "import sys, rlsloth.environments.protocol, rlsloth.data.prompts;"
+        "import sys, rlsloth.environments.loading, rlsloth.data.prompts;"
         "import rlsloth.envs.reasoning_gym;"
         "heavy = {'torch', 'transformers', 'datasets', 'reasoning_gym', 'pyarrow'};"
         "print(sorted(heavy & set(sys.modules)))"
@@ -67,7 +66,7 @@ def test_importing_loads_nothing_heavy() -> None:
 def test_dataset(rows: str) -> None:
     env = load("dataset", train=rows, heldout=2)
     assert (len(env.train), len(env.heldout), env.default_rewards) == (3, 2, ())
-    assert env.start(env.train[0]) is None
+    assert (env.single_turn, env.source) == (True, rows)
     with pytest.raises(UserError, match=r"takes no --env.params, got size"):
         load("dataset", train=rows, params={"size": 3})
 
@@ -208,8 +207,7 @@ def test_calculator_environment() -> None:
         expression = prompt.columns["question"].removeprefix("Calculate ").removesuffix(".")
         assert prompt.columns["answer"] == show(evaluate(expression)) == str(eval(expression))
         assert [t["function"]["name"] for t in prompt.tools] == ["calculate"]
-    session = env.start(env.train[0])
-    assert session is not None
+    session = env.start(env.train[0]).tools
     assert session.call("calculate", {"expression": "6 * 7"}) == "42"
     with pytest.raises(ValueError, match="no tool 'reset'; there is: calculate"):
         session.call("reset", {})
@@ -234,7 +232,7 @@ def test_calculator_parameters(params: dict[str, Any], said: str) -> None:
 
 def test_calculator_beside_a_dataset(rows: str) -> None:
     env = load("rlsloth.envs.calculator:Calculator", train=rows, heldout=1)
-    assert isinstance(env, ToolEnvironment)
+    assert not env.single_turn
     assert (len(env.train), env.default_rewards) == (4, ())
     assert env.train[0].columns["k"] in range(5)
     assert env.train[0].tools[0]["function"]["parameters"]["required"] == ["expression"]
@@ -268,12 +266,10 @@ def test_own_class_in_trls_convention(rows: str, plugin: Callable[[str], str]) -
         k = prompt.columns["k"]
         assert prompt.messages == ({"role": "user", "content": f"q{k} Shelf {k}."},)
         assert [t["function"]["name"] for t in prompt.tools] == ["price"]
-    one, other = env.start(env.train[0]), env.start(env.train[1])
-    assert one is not None
-    assert other is not None
-    answer = json.loads(one.call("price", {"item": "tea"}))
+    one, other = (env.start(env.train[i]).tools for i in range(2))
+    answer = one.call("price", {"item": "tea"})
     assert answer == {"item": "tea", "price": env.train[0].columns["k"], "currency": "USD"}
-    assert json.loads(other.call("price", {"item": "tea"}))["price"] == env.train[1].columns["k"]
+    assert other.call("price", {"item": "tea"})["price"] == env.train[1].columns["k"]
 
 
 SINGLE = """
@@ -287,9 +283,8 @@ def Mine(cfg, seed):
     ("body", "said"),
     [
         (SHOP.replace("item: What to look up.", ""), "no schema for tool price"),
-        (SHOP.replace("def price", "async def price"), "tool price is async"),
         (SHOP.replace("def price", "def _price"), "no public method besides reset"),
-        (SHOP.replace("_private", "get_reward"), "get_reward is not called here"),
+        (SHOP.replace("def _private", "async def get_reward"), "get_reward is async"),
         (SHOP.replace("self.k = k", "1 / 0"), "reset on row 1 raised ZeroDivisionError"),
         (SHOP.replace("self.currency =", "1 / 0 #"), r"class raised ZeroDivisionError.*mine\.py:4"),
         (SHOP.replace("def reset", "def rest"), "a class of tools has a method reset"),

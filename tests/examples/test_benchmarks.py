@@ -105,7 +105,7 @@ def test_trl_gets_the_same_questions_and_marks(model, tmp_path):
 
     from rlsloth.data.renderer import Renderer
     from rlsloth.data.sampler import EpochSampler
-    from rlsloth.environments.protocol import load_environment
+    from rlsloth.environments.loading import load_environment
 
     parts = ["--trainer", "trl", "--model", str(model), "--steps", "2", "--engine", "transformers"]
     cfg = time_to_accuracy.config(time_to_accuracy.parse(parts), tmp_path / "run")

@@ -18,7 +18,8 @@ from rlsloth.config import EnvConfig, LoraConfig, ModelConfig, OptimConfig, Rewa
 from rlsloth.data.packing import pack
 from rlsloth.data.renderer import Renderer
 from rlsloth.data.tool_calls import ToolCall
-from rlsloth.environments.protocol import Environment, load_environment
+from rlsloth.environments.loading import load_environment
+from rlsloth.environments.protocol import Environment
 from rlsloth.policy.attention import interface as attention
 from rlsloth.policy.load import LoadedModel
 from rlsloth.policy.policy import Policy

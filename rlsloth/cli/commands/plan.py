@@ -74,7 +74,7 @@ def _plan_grpo(config: GrpoConfig, own: GrpoPlanOptions) -> int:
 def _longest_prompt(config: GrpoConfig) -> tuple[int, str]:
     """Tokens of the longest prompt, and the number's origin: local or generated data, else a
     default, since a plan downloads no data."""
-    from rlsloth.environments.protocol import load_environment
+    from rlsloth.environments.loading import load_environment
     from rlsloth.memory.decide import DEFAULT_PROMPT
     from rlsloth.memory.planned_model import longest_prompt
 
