@@ -48,8 +48,8 @@ def config(args: argparse.Namespace, data: Path, folder: Path) -> Any:
     """The work in rlsloth's terms."""
     import torch
 
-    from rlsloth.config.preference import DpoConfig, OrpoConfig
     from rlsloth.config.sft import SftConfig
+    from rlsloth.losses.preference.methods import DpoConfig, OrpoConfig
 
     model: dict[str, Any] = {"path": args.model, "max_context": args.tokens}
     if torch.cuda.is_available():

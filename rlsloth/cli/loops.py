@@ -9,11 +9,11 @@ from typing import Any, TypeVar
 
 from rlsloth.cli.config_files import SUFFIXES, is_saved_distillation, is_saved_run, read_yaml
 from rlsloth.cli.keys import options
-from rlsloth.cli.methods import METHODS
 from rlsloth.config import GrpoConfig, Section, TrainingConfig
 from rlsloth.config.distill import DistillConfig
 from rlsloth.config.sft import SftConfig
 from rlsloth.errors import UserError
+from rlsloth.losses.preference.methods import METHODS
 
 Loop = TypeVar("Loop", bound=TrainingConfig)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from dataclasses import dataclass
 
-from rlsloth.cli.methods import METHODS
+from rlsloth.losses.preference.methods import METHODS
 
 
 @dataclass(frozen=True, slots=True)

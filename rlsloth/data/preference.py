@@ -9,8 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from rlsloth.config.data import KtoDataConfig, PreferenceDataConfig
-from rlsloth.config.preference import KtoConfig
-from rlsloth.config.sft import SftConfig, SupervisedConfig
+from rlsloth.config.sft import SupervisedConfig
 from rlsloth.data.example import Example, make_example
 from rlsloth.data.examples import Reader
 from rlsloth.data.heldout import question_text
@@ -20,16 +19,16 @@ from rlsloth.data.rows import Row
 from rlsloth.data.sft import completed, completion_column, read_turns, sft_examples
 from rlsloth.data.turns import Answer
 from rlsloth.errors import UserError
+from rlsloth.losses.preference.methods import method_of
 from rlsloth.records import Prompt
 
 SIDES = ("chosen", "rejected")
 
 
 def reader(cfg: SupervisedConfig) -> Reader:
-    """What reads the rows of a loop's data."""
-    if isinstance(cfg, SftConfig):
-        return sft_examples
-    return labelled_examples if isinstance(cfg, KtoConfig) else pair_examples
+    """The function that reads the rows of a command's data into examples."""
+    method = method_of(cfg)
+    return READERS[method.examples] if method else sft_examples
 
 
 def pair_examples(
@@ -182,3 +181,7 @@ def _split_text(row: Row, column: str, sides: list[str], where: str) -> Row:
         )
     apart = {name: side[shared:] for name, side in zip(SIDES, sides, strict=True)}
     return {**row, column: sides[0][:shared], **apart}
+
+
+READERS: dict[str, Reader] = {"pairs": pair_examples, "labelled": labelled_examples}
+"""``PreferenceMethod.examples`` to the reader of such rows."""

@@ -12,8 +12,8 @@ import torch
 from rlsloth.config import GrpoConfig
 from rlsloth.data.packing import pack, to_device
 from rlsloth.evaluation.evaluator import result_summary
-from rlsloth.losses import normalizer, policy_loss
 from rlsloth.losses.advantages import assign_advantages, overlong_penalty
+from rlsloth.losses.policy_loss import normalizer, policy_loss
 from rlsloth.memory.out_of_memory import advise
 from rlsloth.policy.lora import save_adapter
 from rlsloth.policy.policy import Policy

@@ -1,4 +1,4 @@
-"""Preferences: DPO, ORPO and SimPO on pairs, KTO on completions marked good or bad."""
+"""The training loop of every preference method (``rlsloth.losses.preference.methods``)."""
 
 from __future__ import annotations
 
@@ -10,28 +10,21 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rlsloth.config.preference import (
-    DpoConfig,
-    KtoConfig,
-    OrpoConfig,
-    PreferenceConfig,
-    SimpoConfig,
-)
+from rlsloth.config.preference import PreferenceConfig
 from rlsloth.data.example import Example
 from rlsloth.data.packing import pack, to_device
 from rlsloth.data.preference import reader
-from rlsloth.losses.preference import (
+from rlsloth.losses.preference.base import (
+    LabelledLogps,
+    PairLogps,
     PreferenceOutput,
-    dpo_loss,
-    kl_baseline,
-    kto_loss,
     metrics,
     normalizer,
-    orpo_loss,
     pair_logps,
     score_prompts,
-    simpo_loss,
 )
+from rlsloth.losses.preference.kto import kl_baseline
+from rlsloth.losses.preference.methods import PreferenceMethod, method_of
 from rlsloth.losses.ratio import rollout_sum
 from rlsloth.policy.policy import Policy
 from rlsloth.records import Group, MicroBatch, PackedBatch, Rollout, StepStats
@@ -43,7 +36,7 @@ Score = Callable[[MicroBatch], Tensor]
 
 
 def train(cfg: PreferenceConfig) -> Path:
-    """Run DPO, ORPO, SimPO or KTO, which the configuration's type says; returns the run folder.
+    """Run the preference method that the configuration belongs to; returns the run folder.
 
     Raises:
         UserError: bad input, said before the first step where it can be known by then.
@@ -51,7 +44,7 @@ def train(cfg: PreferenceConfig) -> Path:
     with ExitStack() as stack:
         parts = Supervised.open(cfg, stack, reader(cfg))
         cfg, policy = parts.cfg, parts.policy
-        if isinstance(cfg, DpoConfig) and cfg.precompute_reference:
+        if known_method(cfg).precomputes_reference(cfg):
             with_reference(parts, reference_sums)
 
         def measure(heldout: Sequence[Example]) -> Metrics:
@@ -66,6 +59,13 @@ def train(cfg: PreferenceConfig) -> Path:
                 figures = update(policy, examples, batch, cfg)
             parts.close_step(at, step, examples, batch, figures, measure)
         return parts.finish(at, measure)
+
+
+def known_method(cfg: PreferenceConfig) -> PreferenceMethod:
+    """The method that a configuration belongs to."""
+    method = method_of(cfg)
+    assert method is not None, f"no preference method has {type(cfg).__name__}"
+    return method
 
 
 def pack_examples(examples: Sequence[Example], tokens_per_microbatch: int) -> PackedBatch:
@@ -101,61 +101,60 @@ def losses(
     cfg: PreferenceConfig,
     score: Score,
 ) -> Iterator[PreferenceOutput]:
-    """Each micro-batch's share of the step's loss; the graph of one is to be freed before the
-    next."""
-    if isinstance(cfg, KtoConfig):
-        yield from _labelled_losses(policy, examples, batch, cfg, score)
-        return
+    """Each micro-batch's share of the step's loss; free the graph of one before the next."""
+    method = known_method(cfg)
+    loss = method.load_loss()
     groups = [example.group() for example in examples]
-    prompts_too = isinstance(cfg, OrpoConfig) and cfg.loss.nll_prompt
-    norm = normalizer(groups, nll_prompt=prompts_too)
+    norm = normalizer(groups, nll_prompt=method.needs_prompts(cfg))
+    kl = _kl(policy, groups, cfg.microbatch) if method.needs_kl(cfg) else None
     for micro in batch.microbatches:
-        micro = to_device(score_prompts(micro) if prompts_too else micro, policy.device)
-        if isinstance(cfg, DpoConfig):
-            known = _known_reference(examples, micro)
-            scored = None if known is not None else policy.reference_logprobs(micro)
-            logps = pair_logps(score(micro), micro, scored)
-            if known is not None:
-                chosen_P, rejected_P = known.to(logps.chosen).unbind(1)
-                logps = replace(logps, reference_chosen=chosen_P, reference_rejected=rejected_P)
-            yield dpo_loss(logps, cfg.loss, norm)
-        elif isinstance(cfg, OrpoConfig):
-            yield orpo_loss(pair_logps(score(micro), micro), cfg.loss, norm)
-        else:
-            assert isinstance(cfg, SimpoConfig)
-            yield simpo_loss(pair_logps(score(micro), micro), cfg.loss, norm)
-
-
-def _labelled_losses(
-    policy: Policy,
-    examples: Sequence[Example],
-    batch: PackedBatch,
-    cfg: KtoConfig,
-    score: Score,
-) -> Iterator[PreferenceOutput]:
-    groups = [example.group() for example in examples]
-    norm = normalizer(groups)
-    kl = _kl(policy, groups, cfg) if cfg.loss.name == "kto" else None
-    for micro in batch.microbatches:
+        if method.needs_prompts(cfg):
+            micro = score_prompts(micro)
         micro = to_device(micro, policy.device)
-        reference_B = rollout_sum(policy.reference_logprobs(micro), micro)
-        good = [examples[group].label for group, _ in micro.source]
-        desirable_B = torch.tensor(good, device=policy.device)
-        policy_B = rollout_sum(score(micro), micro)
-        yield kto_loss(policy_B, reference_B, desirable_B, kl, cfg.loss, norm)
+        logps: PairLogps | LabelledLogps
+        if method.examples == "pairs":
+            logps = _pair_logps(policy, examples, micro, method.needs_reference(cfg), score)
+        else:
+            logps = _labelled_logps(policy, examples, micro, method.needs_reference(cfg), score)
+            logps = replace(logps, kl=kl)
+        yield loss(logps, cfg.loss, norm)
+
+
+def _pair_logps(
+    policy: Policy, examples: Sequence[Example], micro: MicroBatch, reference: bool, score: Score
+) -> PairLogps:
+    """Summed log-probs of a micro-batch's pairs; the reference's from the examples if they have
+    been computed before."""
+    known = _known_reference(examples, micro) if reference else None
+    scored = policy.reference_logprobs(micro) if reference and known is None else None
+    logps = pair_logps(score(micro), micro, scored)
+    if known is not None:
+        chosen_P, rejected_P = known.to(logps.chosen).unbind(1)
+        logps = replace(logps, reference_chosen=chosen_P, reference_rejected=rejected_P)
+    return logps
+
+
+def _labelled_logps(
+    policy: Policy, examples: Sequence[Example], micro: MicroBatch, reference: bool, score: Score
+) -> LabelledLogps:
+    """Summed log-probs of a micro-batch's labelled completions."""
+    reference_B = rollout_sum(policy.reference_logprobs(micro), micro) if reference else None
+    good = [examples[group].label for group, _ in micro.source]
+    desirable_B = torch.tensor(good, device=policy.device)
+    return LabelledLogps(rollout_sum(score(micro), micro), desirable_B, reference_B)
 
 
 @torch.no_grad()
-def _kl(policy: Policy, groups: Sequence[Group], cfg: KtoConfig) -> Tensor:
+def _kl(policy: Policy, groups: Sequence[Group], tokens_per_microbatch: int) -> Tensor:
     """[] from the step's completions, each put after the next example's prompt (TRL's pairing), and
     cut to what context and micro-batch hold of it."""
-    limit = min(policy.context, cfg.microbatch)
+    limit = min(policy.context, tokens_per_microbatch)
     unrelated = [
         replace(group, rollouts=[_cut(r, limit - len(group.prompt_ids)) for r in other.rollouts])
         for group, other in zip(groups, [groups[-1], *groups[:-1]], strict=True)
     ]
     policy_parts, reference_parts = [], []
-    for micro in _pack(unrelated, cfg.microbatch).microbatches:
+    for micro in _pack(unrelated, tokens_per_microbatch).microbatches:
         micro = to_device(micro, policy.device)
         policy_parts.append(rollout_sum(policy.eval_logprobs(micro), micro))
         reference_parts.append(rollout_sum(policy.reference_logprobs(micro), micro))

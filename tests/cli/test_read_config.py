@@ -12,9 +12,9 @@ from rlsloth.cli.read_config import read_config
 from rlsloth.config import GrpoConfig, Section
 from rlsloth.config.distill import DistillConfig
 from rlsloth.config.export import ExportConfig
-from rlsloth.config.preference import DpoConfig
 from rlsloth.config.sft import SftConfig
 from rlsloth.errors import UserError
+from rlsloth.losses.preference.methods import DpoConfig
 
 
 def read(*argv: str) -> GrpoConfig:

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from helpers.micro_batches import make_batch, make_micro
 from rlsloth.config import LossConfig
-from rlsloth.losses import LOSSES, normalizer, policy_loss
 from rlsloth.losses.correction import correction_weight
 from rlsloth.losses.kl import kl_estimate
+from rlsloth.losses.policy_loss import LOSSES, normalizer, policy_loss
 from rlsloth.records import MicroBatch
 
 CORRECTIONS = ["none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from helpers.micro_batches import make_batch, make_micro
 from rlsloth.config import LossConfig
-from rlsloth.losses import normalizer, policy_loss
+from rlsloth.losses.policy_loss import normalizer, policy_loss
 
 GRPOTrainer = pytest.importorskip("trl").GRPOTrainer
 MAX_TOKENS = 11

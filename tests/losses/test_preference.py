@@ -15,27 +15,26 @@ from torch import Tensor
 
 from helpers.micro_batches import make_micro
 from helpers.policies import VOCAB, make_groups, make_policy, one_by_one
-from rlsloth.config.preference_losses import (
+from rlsloth.data.packing import pack
+from rlsloth.losses.preference.base import (
+    LabelledLogps,
+    Normalizer,
+    PairLogps,
+    metrics,
+    normalizer,
+    pair_logps,
+    score_prompts,
+)
+from rlsloth.losses.preference.dpo import DPO_LOSSES, dpo_loss
+from rlsloth.losses.preference.kto import kl_baseline, kto_loss
+from rlsloth.losses.preference.methods import (
     DpoLossConfig,
     KtoLossConfig,
     OrpoLossConfig,
     SimpoLossConfig,
 )
-from rlsloth.data.packing import pack
-from rlsloth.losses.preference import (
-    DPO_LOSSES,
-    Normalizer,
-    PairLogps,
-    dpo_loss,
-    kl_baseline,
-    kto_loss,
-    metrics,
-    normalizer,
-    orpo_loss,
-    pair_logps,
-    score_prompts,
-    simpo_loss,
-)
+from rlsloth.losses.preference.orpo import orpo_loss
+from rlsloth.losses.preference.simpo import simpo_loss
 from rlsloth.losses.ratio import rollout_sum
 from rlsloth.records import MicroBatch
 
@@ -232,9 +231,8 @@ def test_kto_equals_trl(name: Any, drift: float, labels: list[bool]) -> None:
     desirable_B = torch.tensor(labels)
     kl = kl_baseline(kl_policy_B, kl_reference_B) if name == "kto" else None
     reference_B = rollout_sum(reference_N, micro)
-    output = kto_loss(
-        rollout_sum(logprobs_N, micro), reference_B, desirable_B, kl, cfg, Normalizer(8)
-    )
+    logps = LabelledLogps(rollout_sum(logprobs_N, micro), desirable_B, reference_B, kl)
+    output = kto_loss(logps, cfg, Normalizer(8))
     logprobs, mask = padded(logprobs_N, LENGTHS)
     trainer = fake_trainer(
         loss_type=name,

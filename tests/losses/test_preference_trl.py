@@ -17,26 +17,26 @@ from torch import Tensor
 
 from helpers.tiny import tiny_llama, tiny_tokenizer
 from rlsloth.config import LoraConfig, ModelConfig, OptimConfig
-from rlsloth.config.preference_losses import (
+from rlsloth.data.packing import pack
+from rlsloth.losses.preference.base import (
+    LabelledLogps,
+    Normalizer,
+    PreferenceOutput,
+    metrics,
+    normalizer,
+    pair_logps,
+    score_prompts,
+)
+from rlsloth.losses.preference.dpo import dpo_loss
+from rlsloth.losses.preference.kto import kl_baseline, kto_loss
+from rlsloth.losses.preference.methods import (
     DpoLossConfig,
     KtoLossConfig,
     OrpoLossConfig,
     SimpoLossConfig,
 )
-from rlsloth.data.packing import pack
-from rlsloth.losses.preference import (
-    Normalizer,
-    PreferenceOutput,
-    dpo_loss,
-    kl_baseline,
-    kto_loss,
-    metrics,
-    normalizer,
-    orpo_loss,
-    pair_logps,
-    score_prompts,
-    simpo_loss,
-)
+from rlsloth.losses.preference.orpo import orpo_loss
+from rlsloth.losses.preference.simpo import simpo_loss
 from rlsloth.losses.ratio import rollout_sum
 from rlsloth.policy.attention import interface as attention
 from rlsloth.policy.load import LoadedModel
@@ -334,14 +334,13 @@ def test_kto_trainer(name: Any, tmp_path: Path) -> None:
 
     def loss(part: list[Group]) -> PreferenceOutput:
         micro = packed(part)
-        return kto_loss(
+        logps = LabelledLogps(
             rollout_sum(policy.logprobs(micro).logprobs, micro),
-            rollout_sum(policy.reference_logprobs(micro), micro),
             torch.tensor([rows[part[g].prompt.index]["label"] for g, _ in micro.source]),
+            rollout_sum(policy.reference_logprobs(micro), micro),
             kl,
-            cfg,
-            Normalizer(len(groups)),
         )
+        return kto_loss(logps, cfg, Normalizer(len(groups)))
 
     own = ("kl",) if name == "kto" else ()
     check(policy, groups, loss, trl_step(trainer), (*NAMES, *own))

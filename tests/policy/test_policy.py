@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from helpers.policies import make_groups, make_policy, one_by_one
 from rlsloth.config import LossConfig
 from rlsloth.data.packing import pack
-from rlsloth.losses import normalizer, policy_loss
+from rlsloth.losses.policy_loss import normalizer, policy_loss
 from rlsloth.policy.attention import layout as packed_layout
 from rlsloth.policy.policy import Policy
 from rlsloth.records import Group

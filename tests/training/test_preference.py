@@ -24,17 +24,17 @@ from helpers.supervised import (
 from rlsloth.cli import main as cli
 from rlsloth.config import LoraConfig, ModelConfig, OptimConfig
 from rlsloth.config.data import KtoDataConfig, PreferenceDataConfig
-from rlsloth.config.preference import (
-    DpoConfig,
-    KtoConfig,
-    OrpoConfig,
-    PreferenceConfig,
-    SimpoConfig,
-)
-from rlsloth.config.preference_losses import DpoLossConfig
+from rlsloth.config.preference import PreferenceConfig
 from rlsloth.data.example import Example
 from rlsloth.data.examples import Examples, load_examples
 from rlsloth.data.preference import labelled_examples, pair_examples
+from rlsloth.losses.preference.methods import (
+    DpoConfig,
+    DpoLossConfig,
+    KtoConfig,
+    OrpoConfig,
+    SimpoConfig,
+)
 from rlsloth.policy.policy import Policy
 from rlsloth.policy.tokenizer import load_tokenizer, read_context
 from rlsloth.run.report.page import merged_rows
@@ -195,7 +195,7 @@ def test_kl_is_of_each_completion_after_the_next_prompt() -> None:
             with policy.starting_policy():
                 ratios.append(ratio - policy.plain_logprobs(prompt, ids).sum())
         wanted = torch.stack(ratios).mean().clamp(min=0)
-        found = preference._kl(policy, [e.group() for e in examples], used)
+        found = preference._kl(policy, [e.group() for e in examples], used.microbatch)
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
 
 

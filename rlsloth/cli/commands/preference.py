@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from rlsloth.cli.loops import refuse_other_loops, run_loop
-from rlsloth.cli.methods import METHODS
 from rlsloth.cli.read_config import read_config
+from rlsloth.losses.preference.methods import METHODS
 
 
 def run(name: str, argv: list[str]) -> int:

@@ -1,4 +1,4 @@
-"""What preference losses share: sums of log-probs per pair, the step's normaliser, statistics."""
+"""Shared parts of preference losses: summed log-probs, the step's normaliser, statistics."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class PairLogps:
     """[P] of the starting policy; None where the loss has no reference."""
     prompt: Tensor | None = None
     prompt_tokens: Tensor | None = None
-    """[P] of the policy over the prompt but its first token; None where prompts are not scored."""
+    """[P] of the policy over the prompt without its first token; None if prompts are not scored."""
 
     @property
     def chosen_mean(self) -> Tensor:
@@ -42,11 +42,26 @@ class PairLogps:
 
 
 @dataclass(frozen=True, slots=True)
-class Normalizer:
-    """What a step's sums are divided by; the same for all its micro-batches.
+class LabelledLogps:
+    """Log-probs of a micro-batch's B labelled completions, summed over their scored tokens."""
 
-    TRL takes each micro-batch's own counts, so its negative log-likelihoods depend on how a step is
-    cut. Here they are the step's; results equal TRL's where that has one micro-batch a step.
+    policy: Tensor
+    """[B] of the policy, differentiable."""
+    desirable: Tensor
+    """[B] bool: labelled good."""
+    reference: Tensor | None = None
+    """[B] of the starting policy; None where the loss has no reference."""
+    kl: Tensor | None = None
+    """[] estimate of the KL to the starting policy, the same for the whole step; None where the
+    loss does not use it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Normalizer:
+    """Counts that a step's sums are divided by; the same for all its micro-batches.
+
+    TRL uses the counts of each micro-batch, so its negative log-likelihood depends on how a step is
+    divided. Here they are those of the step; results equal TRL's with one micro-batch a step.
     """
 
     examples: int
@@ -57,12 +72,12 @@ class Normalizer:
 
 @dataclass(frozen=True, slots=True)
 class PreferenceStats:
-    """Detached figures of a micro-batch, to be put together by ``metrics``."""
+    """Detached figures of a micro-batch, which ``metrics`` adds up."""
 
     loss: float
-    """Its share of the step's loss."""
+    """The micro-batch's share of the step's loss."""
     sums: dict[str, tuple[float, float]]
-    """TRL's name of a metric to its sum and to the count that the step's sum is divided by."""
+    """TRL's name of a metric to its sum and the count that the step's sum is divided by."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +93,8 @@ def normalizer(groups: Sequence[Group], *, nll_prompt: bool = False) -> Normaliz
     """Counts of a step of pairs, each a group of the chosen and the rejected rollout.
 
     Args:
-        nll_prompt: whether the negative log-likelihood covers the prompts, but their first token.
+        nll_prompt: whether the negative log-likelihood covers the prompts, without their first
+            token.
     """
     tokens = sum(group.rollouts[0].length for group in groups)
     if nll_prompt:
@@ -87,10 +103,10 @@ def normalizer(groups: Sequence[Group], *, nll_prompt: bool = False) -> Normaliz
 
 
 def score_prompts(micro: MicroBatch) -> MicroBatch:
-    """The same stream with its prompts scored too: all their tokens but the first.
+    """A copy of the micro-batch whose prompts are scored too, all their tokens but the first.
 
     Prompts follow the rollouts as further entries of ``rollout_of``, one a tree, in the stream's
-    order; ``source`` still names the rollouts alone. Cheapest before the micro-batch is moved to a
+    order; ``source`` still names only the rollouts. Cheapest before the micro-batch is moved to a
     GPU.
     """
     first_S = torch.ones_like(micro.tree_of, dtype=torch.bool)
@@ -120,7 +136,7 @@ def pair_logps(
 ) -> PairLogps:
     """Sums over the completions of a micro-batch of whole pairs, chosen before rejected.
 
-    Where ``micro`` comes from ``score_prompts``, the prompts' sums are filled in too.
+    For a ``micro`` from ``score_prompts``, the prompts' sums are filled in too.
     """
     rollouts = len(micro.source)
     pairs = rollouts // 2
@@ -175,7 +191,7 @@ def output(total: Tensor, sums: Mapping[str, tuple[Tensor, Tensor | int]]) -> Pr
 
 
 def metrics(parts: Iterable[PreferenceStats]) -> dict[str, float]:
-    """A step's figures under TRL's names, from those of its micro-batches.
+    """The step's metrics under TRL's names, from the figures of its micro-batches.
 
     A mean over nothing (no good completion in a step of KTO) is left out.
     """

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from rlsloth.config.preference_losses import DpoLossConfig
 from rlsloth.losses.preference.base import (
     Normalizer,
     PairLogps,
@@ -21,6 +20,7 @@ from rlsloth.losses.preference.base import (
     output,
     pair_sums,
 )
+from rlsloth.losses.preference.methods import DpoLossConfig
 
 PairLoss = Callable[[Tensor, Tensor, DpoLossConfig], Tensor]
 """(chosen log-ratio [P], rejected log-ratio [P], cfg) -> loss [P]."""

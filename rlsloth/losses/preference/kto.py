@@ -1,12 +1,12 @@
-"""KTO (Ethayarajh et al. 2024, arXiv:2402.01306): single completions marked good or bad."""
+"""KTO (Ethayarajh et al. 2024, arXiv:2402.01306): single completions labelled good or bad."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from rlsloth.config.preference_losses import KtoLossConfig
-from rlsloth.losses.preference.base import Normalizer, PreferenceOutput, output
+from rlsloth.losses.preference.base import LabelledLogps, Normalizer, PreferenceOutput, output
+from rlsloth.losses.preference.methods import KtoLossConfig
 
 
 def kl_baseline(policy_B: Tensor, reference_B: Tensor) -> Tensor:
@@ -14,32 +14,22 @@ def kl_baseline(policy_B: Tensor, reference_B: Tensor) -> Tensor:
     measured from (§4.1).
 
     Args:
-        policy_B, reference_B: [B] summed log-probs of completions put after prompts that are not
-            theirs, for all of the step. TRL estimates it anew for each micro-batch.
+        policy_B, reference_B: [B] summed log-probs of all the step's completions, each put after
+            a prompt that is not its own. TRL makes one estimate per micro-batch.
     """
     return (policy_B - reference_B).detach().mean().clamp(min=0)
 
 
-def kto_loss(
-    policy_B: Tensor,
-    reference_B: Tensor,
-    desirable_B: Tensor,
-    kl: Tensor | None,
-    cfg: KtoLossConfig,
-    normalizer: Normalizer,
-) -> PreferenceOutput:
+def kto_loss(logps: LabelledLogps, cfg: KtoLossConfig, normalizer: Normalizer) -> PreferenceOutput:
     """Eq. 7 without its constants: the weighted mean over the step's completions of
     1 - sigmoid(+-beta (log-ratio - kl)); a micro-batch's share.
 
-    Args:
-        policy_B: [B] summed log-probs of the completions, differentiable.
-        reference_B: [B] the same under the starting policy.
-        desirable_B: [B] bool: marked good.
-        kl: [] from ``kl_baseline``, the same for all of the step; None for apo_zero_unpaired, which
-            measures rewards from 0.
+    ``logps.kl`` is None for apo_zero_unpaired, which measures rewards from 0.
     """
+    policy_B, desirable_B, kl = logps.policy, logps.desirable, logps.kl
+    assert logps.reference is not None
     assert (kl is None) == (cfg.name == "apo_zero_unpaired")
-    ratio_B = policy_B - reference_B
+    ratio_B = policy_B - logps.reference
     reward_B = cfg.beta * ratio_B
     value_B = reward_B if kl is None else cfg.beta * (ratio_B - kl)
     loss_B = torch.sigmoid(torch.where(desirable_B, -value_B, value_B))

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from rlsloth.config.preference_losses import OrpoLossConfig
 from rlsloth.losses.preference.base import (
     Normalizer,
     PairLogps,
@@ -14,6 +13,7 @@ from rlsloth.losses.preference.base import (
     output,
     pair_sums,
 )
+from rlsloth.losses.preference.methods import OrpoLossConfig
 
 CERTAIN = -1e-6
 """Mean log-probs are capped here in the odds: at 0 they would be infinite and their gradient

@@ -5,7 +5,6 @@ TRL has it as its CPO trainer with ``loss_type="simpo"``.
 
 from __future__ import annotations
 
-from rlsloth.config.preference_losses import SimpoLossConfig
 from rlsloth.losses.preference.base import (
     Normalizer,
     PairLogps,
@@ -14,6 +13,7 @@ from rlsloth.losses.preference.base import (
     output,
     pair_sums,
 )
+from rlsloth.losses.preference.methods import SimpoLossConfig
 
 
 def simpo_loss(logps: PairLogps, cfg: SimpoLossConfig, normalizer: Normalizer) -> PreferenceOutput:
