@@ -94,7 +94,7 @@ def policy_loss(
 
 
 def normalizer(batch: PackedBatch, cfg: LossConfig, *, max_tokens: int) -> float:
-    """What the sum of a step's totals is divided by; the same for every micro-batch of the step.
+    """The divisor of a step's summed totals; every micro-batch of the step has this one.
 
     Args:
         max_tokens: longest completion allowed (``rollout.max_tokens``); used by dr_grpo.
