@@ -294,5 +294,5 @@ def test_scoring_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     with pytest.raises(UserError, match="ships no EXAMPLES"):
         test_reward(f"{reward}:tidy", None, limit=1)
     data.write_text('{"prompt": "q"}')
-    with pytest.raises(UserError, match="line 1: not an object with a key 'completion'"):
+    with pytest.raises(UserError, match=r"line 1: .*'completion'"):
         test_reward(f"{reward}:tidy", data, limit=1)
