@@ -131,7 +131,9 @@ def load_examples(spec: str) -> Sequence[Example]:
 def example_group(example: Example, index: int) -> Group:
     """A group of one rollout, made from an example."""
     ids = list(example.completion_ids)
-    return _group(index, "", example.completion, example.columns, ids, example.finish)
+    group = _group(index, "", example.completion, example.columns, ids, example.finish)
+    group.rollouts[0].turn_rewards = list(example.turn_rewards)
+    return group
 
 
 def is_expected(example: Example, score: Score) -> bool:

@@ -161,13 +161,8 @@ def collect(
     one turn run concurrently, once it is sampled.
     """
     prefixes = [renderer.prompt_ids(prompt) for prompt in prompts]
-    where = f"environment {env.name}"
     started = [
-        [
-            _Trajectory(g, prefix, env.start(prompts[g]), where, bool(prompts[g].tools))
-            for _ in range(n)
-        ]
-        for g, prefix in enumerate(prefixes)
+        [_start(env, g, prompts[g], prefix) for _ in range(n)] for g, prefix in enumerate(prefixes)
     ]
     groups: dict[int, Group] = {}
     waiting: list[tuple[_Trajectory, Awaitable[Reply]]] = []
@@ -205,6 +200,11 @@ def collect(
             if not pending:
                 break
     return [groups[g] for g in range(len(prompts))]
+
+
+def _start(env: Environment, group: int, prompt: Prompt, prompt_ids: list[int]) -> _Trajectory:
+    where = f"environment {env.name}"
+    return _Trajectory(group, prompt_ids, env.start(prompt), where, bool(prompt.tools))
 
 
 @dataclass(frozen=True, slots=True)

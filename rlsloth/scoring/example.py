@@ -23,3 +23,5 @@ class Example:
     completion_ids: tuple[int, ...] = ()
     """Token ids, for rewards that count tokens."""
     finish: FinishReason = "stop"
+    turn_rewards: tuple[float, ...] = ()
+    """Rewards that the environment gave, one an assistant turn."""

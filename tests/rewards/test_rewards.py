@@ -29,6 +29,7 @@ BUILT_IN = builtin_names("rlsloth.rewards")
 
 def test_built_in_names() -> None:
     assert BUILT_IN == [
+        "environment",
         "format_tags",
         "gsm8k_answer",
         "length",
