@@ -13,7 +13,7 @@ from rlsloth import __version__
 from rlsloth.config.distill import DistillConfig
 from rlsloth.distillation.raw import FILE, Problem, RawFile
 from rlsloth.distillation.selection import RULES, Selection
-from rlsloth.run.folder import atomic_write
+from rlsloth.files import write_atomically
 
 _SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (10**6, "100K<n<1M"))
 
@@ -21,7 +21,7 @@ _SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (10**6
 def write_card(out: Path, cfg: DistillConfig, selection: Selection, shared: int) -> None:
     """Write README.md; ``shared`` problems were left out since they ask a held-out question."""
     first = next(RawFile(out).read())
-    atomic_write(out / "README.md", render_card(cfg, selection, shared, first).encode())
+    write_atomically(out / "README.md", render_card(cfg, selection, shared, first))
 
 
 def render_card(cfg: DistillConfig, selection: Selection, shared: int, first: Problem) -> str:

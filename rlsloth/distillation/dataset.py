@@ -1,13 +1,11 @@
-"""The data set: rows in the prompt-completion format of TRL and ``rlsloth sft``, each of which says
-where it comes from."""
+"""The dataset: rows in the prompt-completion format of TRL and ``rlsloth sft``, each with its
+provenance."""
 
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +13,8 @@ from rlsloth.config.distill import DistillConfig
 from rlsloth.data.rows import Row
 from rlsloth.distillation.raw import Problem, RawFile, Sample
 from rlsloth.distillation.selection import Selection, pass_rate, refuse_nothing
-from rlsloth.distillation.source import sha256
-from rlsloth.errors import UserError
+from rlsloth.errors import UserError, first_line
+from rlsloth.files import replacing_file, sha256
 from rlsloth.records import Message
 
 TAKEN = (
@@ -30,8 +28,8 @@ TAKEN = (
     "rejected",
     "label",
 )
-"""Columns that are ours, or by which trainers would take the rows for another format. A source's
-column of such a name is called source_<name>."""
+"""Column names that are used here, or that would make trainers read the rows in another format. A
+source's column of such a name is written as source_<name>."""
 _CALL = re.compile(r"<tool_call>.*?(?:</tool_call>|\Z)", re.DOTALL)
 
 
@@ -44,19 +42,19 @@ def write_dataset(out: Path, cfg: DistillConfig) -> tuple[Path, Selection]:
     selection = Selection(cfg.traces, cfg.seed)
     path = out / f"train.{cfg.format}"
     rows = _rows(out, cfg, selection)
-    with _replacing(path) as temporary:
+    with replacing_file(path) as temporary:
         if cfg.format == "parquet":
             _write_parquet(temporary, list(rows))
         else:
             _write_jsonl(temporary, rows)
         refuse_nothing(selection, str(RawFile(out).path))
     other = "jsonl" if cfg.format == "parquet" else "parquet"
-    (out / f"train.{other}").unlink(missing_ok=True)  # of an earlier choice
+    (out / f"train.{other}").unlink(missing_ok=True)  # from an earlier selection
     return path, selection
 
 
 def dataset_hash(out: Path, cfg: DistillConfig) -> str | None:
-    """SHA-256 of the data set as it lies there; None where there is none."""
+    """The SHA-256 of the dataset in the folder; None if there is none."""
     path = out / f"train.{cfg.format}"
     return sha256(path) if path.exists() else None
 
@@ -68,10 +66,10 @@ def _rows(out: Path, cfg: DistillConfig, selection: Selection) -> Iterator[Row]:
 
 
 def make_row(problem: Problem, sample: Sample, cfg: DistillConfig) -> Row:
-    """One trace with its provenance.
+    """Make the row of one trace, with its provenance.
 
-    ``tools`` is JSON text, as TRL takes schemas that differ in their fields. The source's own
-    columns keep their names, TAKEN ones aside, so that rewards find them.
+    ``tools`` is JSON text, the form in which TRL accepts schemas with different fields. The
+    source's own columns keep their names, except those in TAKEN, so that rewards find them.
     """
     prompt, completion = problem.prompt, sample.completion
     if isinstance(prompt, list) and isinstance(completion, list):
@@ -104,7 +102,7 @@ def _provenance(problem: Problem, sample: Sample, cfg: DistillConfig) -> dict[st
 
 
 def _joined(prompt: list[Message], turns: list[Message]) -> tuple[list[Message], list[Message]]:
-    """An assistant turn that the prompt began belongs to the completion."""
+    """Move an assistant turn that the prompt began into the completion."""
     if prompt[-1]["role"] != "assistant":
         return prompt, turns
     first = {**turns[0], "content": prompt[-1]["content"] + turns[0]["content"]}
@@ -112,8 +110,8 @@ def _joined(prompt: list[Message], turns: list[Message]) -> tuple[list[Message],
 
 
 def _turn(message: Message) -> Message:
-    """Of a turn with well-formed calls the words alone: the student's template writes the calls. A
-    malformed call stays text."""
+    """Remove the text of well-formed tool calls from a turn, since the student's template writes
+    them; a malformed call stays text."""
     calls = message.get("tool_calls")
     if not calls:
         return message
@@ -121,19 +119,6 @@ def _turn(message: Message) -> Message:
         return {key: value for key, value in message.items() if key != "tool_calls"}
     thought, end, words = message["content"].rpartition("</think>")
     return {**message, "content": thought + end + _CALL.sub("", words).rstrip()}
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A file beside ``path`` that takes its place at the end, and is removed after a failure."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        yield temporary
-        with open(temporary, "rb") as written:
-            os.fsync(written.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _write_jsonl(path: Path, rows: Iterable[Row]) -> None:
@@ -152,7 +137,7 @@ def _write_parquet(path: Path, rows: list[Row]) -> None:
     try:
         parquet.write_table(pyarrow.Table.from_pylist(rows), path)
     except (pyarrow.ArrowException, OverflowError) as error:
-        reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"parquet cannot hold the columns of this data ({reason}); pass --format jsonl"
+            f"parquet cannot hold the columns of this data ({first_line(error)}); pass "
+            "--format jsonl"
         ) from error

@@ -1,26 +1,23 @@
-"""The folder of a distillation, and whether it may be continued.
+"""The folder of a distillation, and the settings that a resume may change.
 
-config.yaml    the resolved configuration; the same command with --resume goes on
-raw.jsonl      every sample with its scores, a line a problem
-train.jsonl    the data set (or train.parquet)
+config.yaml    the resolved configuration; the same command with --resume continues
+raw.jsonl      every sample with its scores, one problem a line
+train.jsonl    the dataset (or train.parquet)
 README.md      its card
 teacher/       log, metrics and report of the sampling
-student/       the run that trained on it, if one was asked for
+student/       the run of the student, with --train-student
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
-from typing import Any
-
-import yaml
 
 from rlsloth.config.distill import DistillConfig
 from rlsloth.distillation.raw import FILE
 from rlsloth.errors import UserError
-from rlsloth.run.folder import CONFIG, METRICS, atomic_write
+from rlsloth.run.folder import CONFIG, METRICS
+from rlsloth.run.saved_config import changed_settings, refuse_changed, save_config
 
 TEACHER = "teacher"
 STUDENT = "student"
@@ -46,15 +43,15 @@ _FIXED = (
     "rollout.stop",
     "traces.samples",
 )
-"""Settings, or whole sections, that made the traces: they cannot change on resume."""
+"""Settings, or whole sections, that determine the traces: they cannot change on resume."""
 
 
 def open_out(cfg: DistillConfig) -> Path:
-    """Where to write; the folder itself is made later.
+    """The folder to write to; it is made later, with the first file.
 
     Raises:
-        UserError: it holds a distillation and resume is off, holds none and it is on, or was made
-            with other settings.
+        UserError: the folder holds a distillation without --resume, none with --resume, or one that
+            was made with other settings.
     """
     if cfg.out is None:
         if cfg.resume:
@@ -71,20 +68,21 @@ def open_out(cfg: DistillConfig) -> Path:
         return out
     if not (out / CONFIG).exists():
         raise UserError(f"no distillation in {out} to resume; leave out --resume to start one")
-    _refuse_changes(out / CONFIG, cfg)
+    changes = changed_settings(
+        out / CONFIG, cfg, "repair it, or start another distillation with another --out"
+    )
+    refuse_changed(out, changes, _FIXED, "start another distillation with another --out")
     return out
 
 
 def teacher_resumes(out: Path) -> bool:
-    """Whether the teacher's log is there to be continued."""
+    """Whether the teacher's log exists and is continued."""
     return (out / TEACHER / METRICS).exists()
 
 
 def write_config(out: Path, cfg: DistillConfig) -> None:
-    """Save the resolved configuration; to continue is asked for each time."""
-    new = cfg.model_dump(mode="json") | {"out": str(out), "resume": False}
-    text = yaml.safe_dump(new, sort_keys=False, allow_unicode=True, width=100)
-    atomic_write(out / CONFIG, text.encode())
+    """Save the resolved configuration without ``resume``: that has to be requested each time."""
+    save_config(out / CONFIG, cfg.model_dump(mode="json") | {"out": str(out), "resume": False})
 
 
 def _new_folder(cfg: DistillConfig) -> Path:
@@ -96,30 +94,3 @@ def _new_folder(cfg: DistillConfig) -> Path:
         attempt += 1
         out = out.with_name(f"{base}-{attempt}")
     return out
-
-
-def _refuse_changes(saved: Path, cfg: DistillConfig) -> None:
-    try:
-        old = DistillConfig.model_validate(yaml.safe_load(saved.read_bytes()))
-    except (ValueError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"{saved} is not the configuration of a distillation ({reason}): repair it, or start "
-            "anew with another --out"
-        ) from None
-    before, after = (dict(_flat(c.model_dump(mode="json"))) for c in (old, cfg))
-    for key in before | after:
-        fixed = any(key == name or key.startswith(f"{name}.") for name in _FIXED)
-        if fixed and before.get(key) != after.get(key):
-            raise UserError(
-                f"{saved.parent} was made with {key} {before.get(key)}, which cannot become "
-                f"{after.get(key)} on resume: start another distillation with another --out"
-            )
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value

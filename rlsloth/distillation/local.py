@@ -11,7 +11,7 @@ from typing import Any
 from rlsloth.config import GrpoConfig, ModelConfig
 from rlsloth.config.distill import DistillConfig
 from rlsloth.distillation.raw import Answered
-from rlsloth.distillation.source import sha256
+from rlsloth.files import sha256
 from rlsloth.memory.out_of_memory import advise
 from rlsloth.policy.identity import IDENTITY, Identity
 from rlsloth.records import Prompt

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from rlsloth.config.distill import DistillConfig
 from rlsloth.data.heldout import question_text, questions_of
 from rlsloth.environments.protocol import GENERATED, Environment
 from rlsloth.errors import UserError
+from rlsloth.files import sha256
 from rlsloth.records import Prompt
 
 
@@ -48,9 +48,3 @@ def describe_source(env: Environment, cfg: EnvConfig, rewards: Sequence[str]) ->
         "split": cfg.train_split if reads and not is_file else None,
         "dataset_sha256": sha256(file) if is_file else None,
     }
-
-
-def sha256(file: Path) -> str:
-    """Of a file's bytes."""
-    with open(file, "rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +11,8 @@ from safetensors import SafetensorError
 from torch import nn
 
 from rlsloth.config import LoraConfig, ModelConfig
-from rlsloth.errors import UserError
+from rlsloth.errors import UserError, first_line
+from rlsloth.files import replacing_folder
 from rlsloth.policy.compat import adapt_dense_mlps
 from rlsloth.policy.identity import (
     IDENTITY,
@@ -160,8 +158,7 @@ def load_adapter(model: Any, folder: Path, path: str, *, to_train: bool) -> Any:
             wrapped.add_adapter(REFERENCE, reference)
             wrapped.load_adapter(str(folder), REFERENCE, is_trainable=False)
     except (RuntimeError, ValueError, OSError, SafetensorError) as error:
-        first = str(error).strip().split("\n")[0][:200]
-        raise UserError(f"adapter {folder} does not fit {path}: {first}") from error
+        raise UserError(f"adapter {folder} does not fit {path}: {first_line(error)}") from error
     if written:
         config.target_parameters = {*(config.target_parameters or ()), *written}
     wrapped.set_adapter(TRAINED)
@@ -171,19 +168,14 @@ def load_adapter(model: Any, folder: Path, path: str, *, to_train: bool) -> Any:
 def save_adapter(model: Any, folder: Path) -> None:
     """Write the trained adapter as a PEFT folder, whole or not at all, with rlsloth.json where the
     base's identity is known."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        # Embeddings are never resized here; "auto" would ask the hub whether they were.
-        model.save_pretrained(
-            str(temporary), selected_adapters=[TRAINED], save_embedding_layers=False
-        )
-        (temporary / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
-        if (identity := getattr(model.get_base_model(), IDENTITY, None)) is not None:
-            write_identity(identity, temporary)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(temporary, folder)
+        with replacing_folder(folder) as temporary:
+            # Embeddings are never resized here; "auto" would ask the hub whether they were.
+            model.save_pretrained(
+                str(temporary), selected_adapters=[TRAINED], save_embedding_layers=False
+            )
+            (temporary / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
+            if (identity := getattr(model.get_base_model(), IDENTITY, None)) is not None:
+                write_identity(identity, temporary)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot write the adapter to {folder}: {error}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        raise UserError(f"cannot write the adapter to {folder}: {first_line(error)}") from error

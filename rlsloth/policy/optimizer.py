@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from rlsloth.config import OptimConfig
+from rlsloth.files import flatten
 
 
 def make_optimizer(
@@ -46,21 +47,13 @@ def flatten_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], 
     """The optimizer's state as named tensors (``<parameter>.<key>``) and JSON, for a checkpoint."""
     tensors: dict[str, Tensor] = {}
     scalars: dict[str, Any] = {}
-    for path, value in _leaves(optimizer.state_dict()["state"]):
+    # bitsandbytes keeps its 8-bit state one level down.
+    for path, value in flatten(optimizer.state_dict()["state"]).items():
         if isinstance(value, Tensor):
             tensors[path] = value.detach()
         else:
             scalars[path] = value
     return tensors, scalars
-
-
-def _leaves(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted paths of a nested mapping (bitsandbytes keeps its 8-bit state one level down)."""
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def restore_state(

@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there: safetensors and JSON under a manifest of checksums.
+"""Checkpoints that are complete or absent: safetensors and JSON under a manifest of checksums.
 
     root/step_00025/<stem>.safetensors ...  state.json  manifest.json
     root/latest      the newest folder's name, for people and shell scripts
@@ -26,18 +26,21 @@ from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
-from rlsloth.errors import UserError
+from rlsloth.errors import UserError, first_line
+from rlsloth.files import sync_folder, write_atomically, write_synced
 
 FORMAT = 1
+LATEST = "latest"
 _PARTIAL = ".partial-"
 _REPLACED = ".replaced-"
-"""Prefix of a whole checkpoint whose step is saved again: it counts until the new one is there."""
+"""Prefix of a complete checkpoint whose step is being saved again; it is valid until the new one is
+in place."""
 _STEP = re.compile(rf"(?:{re.escape(_REPLACED)})?step_(\d+)")
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """What ``load_latest`` found."""
+    """A checkpoint that was read and verified."""
 
     path: Path
     step: int
@@ -45,7 +48,7 @@ class Checkpoint:
     """File stem -> name -> tensor, on the CPU, bit for bit as saved."""
     state: dict[str, Any]
     warnings: tuple[str, ...] = ()
-    """One line for each newer checkpoint that was damaged and passed over."""
+    """One line for each newer checkpoint that is damaged and was skipped."""
 
 
 def save(
@@ -57,15 +60,16 @@ def save(
 ) -> Path:
     """Write ``root/step_<step>`` atomically and remove all but the newest ``keep`` checkpoints.
 
-    Checkpoints of later steps are removed too: a run that saves step 30 after step 50 went back.
+    Checkpoints of later steps are removed too: a run that saves step 30 after step 50 was resumed
+    from an earlier one.
 
     Args:
         tensors: File stem -> name -> tensor of any dtype and device. Tensors that share memory are
             written as copies.
-        state: JSON: text keys, lists for tuples; ints and floats come back exactly, nan too.
+        state: JSON: keys become text and tuples lists; ints and floats, NaN included, are exact.
 
     Raises:
-        UserError: the disk refused (full, read-only, failing). What was there before still loads.
+        UserError: the disk is full, read-only or failing. Earlier checkpoints still load.
     """
     root = Path(root)
     final = root / f"step_{step:05d}"
@@ -77,13 +81,13 @@ def save(
         _remove_leftovers(root)
         partial.mkdir()
         for name, data in contents.items():
-            _write(partial / name, data)
-        _sync_folder(partial)
+            write_synced(partial / name, data)
+        sync_folder(partial)
         if final.exists():
             _set_aside(final)
         os.replace(partial, final)
-        _sync_folder(root)
-        _point_latest(root, final.name)
+        sync_folder(root)
+        write_atomically(root / LATEST, f"{final.name}\n")
         kept = [path for at, path in _checkpoints(root).items() if at <= step][:keep]
         for path in _step_folders(root):
             if path not in kept:
@@ -92,12 +96,16 @@ def save(
         # Cleaning up is best effort: the disk that just failed may refuse this too.
         with contextlib.suppress(OSError):
             _remove_leftovers(root)
+        with contextlib.suppress(OSError):  # the new checkpoint may be in place
+            newest = next(iter(_checkpoints(root).values()), None)
+            if newest is not None:
+                write_atomically(root / LATEST, f"{newest.name}\n")
         raise UserError(_disk_message(final, contents, error)) from error
     return final
 
 
 def load_latest(root: Path) -> Checkpoint | None:
-    """The newest checkpoint whose every byte matches its manifest; None when there is none at all.
+    """Read the newest checkpoint whose every byte matches its manifest; None if there is none.
 
     Raises:
         UserError: there are checkpoints, and all of them are damaged.
@@ -107,12 +115,12 @@ def load_latest(root: Path) -> Checkpoint | None:
         try:
             tensors, state = _load(path, step)
         except (OSError, ValueError, KeyError, RecursionError, SafetensorError) as error:
-            warnings.append(f"checkpoint {path} is damaged and was passed over: {error}")
+            warnings.append(f"checkpoint {path} is damaged and was skipped: {first_line(error)}")
             continue
         return Checkpoint(path, step, tensors, state, tuple(warnings))
     if warnings:
         raise UserError(
-            f"no checkpoint in {root} can be read; remove the folder to start anew\n"
+            f"no checkpoint in {root} can be read; remove the folder to start at step 1\n"
             + "\n".join(warnings)
         )
     return None
@@ -138,35 +146,13 @@ def _tensor_bytes(named: Mapping[str, Tensor]) -> bytes:
 
 
 def _manifest(step: int, contents: Mapping[str, bytes]) -> bytes:
-    """Canonical JSON, so that a manifest can be verified by making it again from the files."""
+    """The manifest as canonical JSON: it is verified by building it again from the files."""
     files = {
         name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
         for name, data in contents.items()
     }
     manifest = {"format": FORMAT, "step": step, "files": files}
     return json.dumps(manifest, indent=1, sort_keys=True).encode()
-
-
-def _write(path: Path, data: bytes) -> None:
-    with open(path, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _point_latest(root: Path, name: str) -> None:
-    pointer = root / f"{_PARTIAL}latest"
-    _write(pointer, f"{name}\n".encode())
-    os.replace(pointer, root / "latest")
-    _sync_folder(root)
 
 
 def _set_aside(path: Path) -> None:
@@ -177,7 +163,7 @@ def _set_aside(path: Path) -> None:
 
 
 def _discard(path: Path) -> None:
-    """Remove a checkpoint; renamed first: a kill midway leaves no half of it under its name."""
+    """Remove a checkpoint; renamed first, so that a kill leaves no half of it under its name."""
     condemned = path.with_name(f"{_PARTIAL}old-{path.name}")
     os.replace(path, condemned)
     shutil.rmtree(condemned)
@@ -205,21 +191,21 @@ def _disk_message(final: Path, contents: Mapping[str, bytes], error: OSError) ->
 
 
 def _step_folders(root: Path) -> list[Path]:
-    """By name: those set aside come before those in place."""
+    """Checkpoint folders by name: those set aside come before those in place."""
     return sorted(p for p in root.iterdir() if _STEP.fullmatch(p.name)) if root.is_dir() else []
 
 
 def _checkpoints(root: Path) -> dict[int, Path]:
-    """Step -> folder, newest first."""
+    """Checkpoint folders by step, newest first; of two for one step, the one in place."""
     steps = {int(path.name.rpartition("_")[2]): path for path in _step_folders(root)}
     return dict(sorted(steps.items(), reverse=True))
 
 
 def _load(path: Path, step: int) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """Verify every file, then parse the very bytes that were verified.
+    """Read a checkpoint: verify every file, then parse the bytes that were verified.
 
     Raises:
-        ValueError, KeyError, OSError, SafetensorError: it is damaged.
+        ValueError, KeyError, OSError, SafetensorError: the checkpoint is damaged.
     """
     manifest = (path / "manifest.json").read_bytes()
     try:
@@ -229,7 +215,7 @@ def _load(path: Path, step: int) -> tuple[dict[str, dict[str, Tensor]], dict[str
     contents: dict[str, bytes] = {}
     for name, record in listed.items():
         if Path(name).name != name:
-            raise ValueError(f"manifest.json lists {name!r}, which is no plain file name")
+            raise ValueError(f"manifest.json lists {name!r}, which is not a plain file name")
         contents[name] = (path / name).read_bytes()
         if hashlib.sha256(contents[name]).hexdigest() != dict(record).get("sha256"):
             raise ValueError(f"{name} does not match its checksum")

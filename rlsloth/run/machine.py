@@ -11,7 +11,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from rlsloth.run.folder import write_json
+from rlsloth.files import write_json
 
 _PACKAGES = [
     "rlsloth",

@@ -13,8 +13,9 @@ from types import TracebackType
 from typing import IO, Any, Self
 
 from rlsloth.errors import UserError
+from rlsloth.files import append_json_lines, write_json
 from rlsloth.records import Group
-from rlsloth.run import folder as files
+from rlsloth.run import folder as run_folder
 from rlsloth.run.machine import write_environment
 from rlsloth.run.metrics import is_number
 from rlsloth.run.progress import Display
@@ -54,7 +55,7 @@ class Run:
         self._trackers: list[Tracker] = []
 
     @classmethod
-    def start(cls, cfg: files.TrainingConfig, root: Path | None = None) -> Run:
+    def start(cls, cfg: run_folder.TrainingConfig, root: Path | None = None) -> Run:
         """Make or reopen the run folder, lock it, and write config.yaml and environment.json.
 
         A resumed run keeps those two as they are until `accept_config`, so that a resume that is
@@ -69,11 +70,11 @@ class Run:
                 is nothing to resume, its files are damaged, or a tracker's package is missing.
         """
         made = cfg.run.dir is None or not cfg.run.dir.exists()
-        folder, lock = files.open_folder(cfg.run, cfg.model, root or Path("runs"))
+        folder, lock = run_folder.open_folder(cfg.run, cfg.model, root or Path("runs"))
         run = cls(folder, lock, cfg.run.show_samples, cfg.steps, made=made)
         try:
             if cfg.run.resume:
-                run.changes = files.config_changes(folder, cfg)
+                run.changes = run_folder.config_changes(folder, cfg)
                 run.history()  # refuses a damaged file before anything is loaded
             # First, since a missing package must not leave a folder that counts as a run.
             run._trackers = open_trackers(cfg.run.trackers, folder, cfg.model_dump(mode="json"))
@@ -87,12 +88,12 @@ class Run:
             raise
         return run
 
-    def accept_config(self, cfg: files.TrainingConfig) -> None:
+    def accept_config(self, cfg: run_folder.TrainingConfig) -> None:
         """Write config.yaml and environment.json, and name the changed settings.
 
         `start` does it for a new run; call it for a resumed one, once nothing can refuse it.
         """
-        files.write_config(self.dir, cfg)
+        run_folder.write_config(self.dir, cfg)
         write_environment(self.dir)
         for key, (old, new) in self.changes.items():
             self.say(f"resumed with a changed setting, {key}: {old} -> {new}")
@@ -145,7 +146,7 @@ class Run:
 
     def _write(self, step: int, metrics: Mapping[str, float]) -> None:
         row = {name: float(value) for name, value in metrics.items()}
-        files.append_row(self.dir / files.METRICS, {"step": step, **row})
+        append_json_lines(self.dir / run_folder.METRICS, [{"step": step, **row}])
         known = {name: value for name, value in row.items() if is_number(value)}
         for tracker in list(self._trackers):
             try:
@@ -159,7 +160,7 @@ class Run:
 
     def log_samples(self, step: int, groups: Sequence[Group], reward_names: Sequence[str]) -> None:
         """Keep all of a step's rollouts as parquet, and print the first few, one a prompt."""
-        write_samples(files.sample_file(self.dir, step), step, groups, reward_names)
+        write_samples(run_folder.sample_file(self.dir, step), step, groups, reward_names)
         for group in groups[: self._show_samples]:
             rollout = group.rollouts[0]
             prompt = _line(as_text(group.prompt.messages)[-_SHOWN_CHARACTERS:])
@@ -171,7 +172,7 @@ class Run:
 
     def history(self) -> list[dict[str, Any]]:
         """The rows of metrics.jsonl so far."""
-        return files.read_rows(self.dir)
+        return run_folder.read_rows(self.dir)
 
     def say(self, text: str) -> None:
         """Tell the user one line, above the progress bar, and keep it in log.txt."""
@@ -185,7 +186,9 @@ class Run:
 
     def _keep(self, kind: str, text: str) -> None:
         line = f"{datetime.now():%Y-%m-%d %H:%M:%S} {kind}{_line(text)}\n"
-        with open(self.dir / files.LOG, "a", encoding="utf-8", errors="backslashreplace") as file:
+        with open(
+            self.dir / run_folder.LOG, "a", encoding="utf-8", errors="backslashreplace"
+        ) as file:
             file.write(line)
 
     def truncate_after(self, step: int) -> None:
@@ -195,16 +198,16 @@ class Run:
         crash tore.
         """
         rows = [row for row in self.history() if row["step"] <= step]
-        files.rewrite_rows(self.dir, rows)
-        (self.dir / files.SUMMARY).unlink(missing_ok=True)
-        for at, path in files.sample_files(self.dir).items():
+        run_folder.rewrite_rows(self.dir, rows)
+        (self.dir / run_folder.SUMMARY).unlink(missing_ok=True)
+        for at, path in run_folder.sample_files(self.dir).items():
             if at > step:
                 path.unlink()
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Write summary.json and report.html, close the trackers and give the folder free."""
         try:
-            files.write_json(self.dir / files.SUMMARY, summary)
+            write_json(self.dir / run_folder.SUMMARY, summary)
             report = write_report(self.dir)
             self.say(f"report in {report}")
         finally:
@@ -231,7 +234,7 @@ class Run:
     ) -> None:
         if self._lock.closed:  # finish() was called
             return
-        began = (self.dir / files.METRICS).exists()
+        began = (self.dir / run_folder.METRICS).exists()
         refused = kind is not None and issubclass(kind, UserError) and self._made and not began
         try:
             if kind is not None:

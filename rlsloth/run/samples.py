@@ -16,8 +16,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from rlsloth.files import write_atomically
 from rlsloth.records import Group, Message, Rollout
-from rlsloth.run.folder import atomic_write
 
 _BEFORE = (("step", pa.int64()), ("prompt", pa.large_string()), ("completion", pa.large_string()))
 _AFTER = (
@@ -66,7 +66,7 @@ def write_samples(
     buffer = pa.BufferOutputStream()
     pq.write_table(table, buffer, compression="zstd")
     path.parent.mkdir(exist_ok=True)
-    atomic_write(path, buffer.getvalue().to_pybytes())
+    write_atomically(path, buffer.getvalue().to_pybytes())
 
 
 def column_of(reward_name: str) -> str:

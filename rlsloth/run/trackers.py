@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import Any, Protocol
 
 from rlsloth.errors import UserError
+from rlsloth.files import flatten
 
 
 class Tracker(Protocol):
@@ -51,16 +52,6 @@ def _require(module: str, tracker: str, package: str) -> ModuleType:
         ) from error
 
 
-def _flat(tree: Config, prefix: str = "") -> dict[str, str]:
-    flat: dict[str, str] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = str(value)
-    return flat
-
-
 class TensorBoard:
     """Event files in the run folder: ``tensorboard --logdir runs``."""
 
@@ -70,7 +61,7 @@ class TensorBoard:
         _require("tensorboard", self.name, "tensorboard")
         writer = importlib.import_module("torch.utils.tensorboard").SummaryWriter
         self._writer = writer(str(folder / "tensorboard"))
-        text = "\n".join(f"    {key}: {value}" for key, value in _flat(config).items())
+        text = "\n".join(f"    {key}: {value}" for key, value in flatten(config).items())
         self._writer.add_text("config", text)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -120,7 +111,7 @@ class MLflow:
         if resumed is None:
             memo.write_text(run.info.run_id)
             # MLflow refuses to change a parameter, so they are sent once.
-            self._mlflow.log_params(_flat(config))
+            self._mlflow.log_params(flatten(config))
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         # MLflow allows letters, digits and _-./ and blanks: pass@8 becomes pass_8.

@@ -15,9 +15,9 @@ from torch import Tensor
 from rlsloth.data.example import Example, fingerprint
 from rlsloth.data.sampler import EpochSampler
 from rlsloth.errors import UserError
+from rlsloth.files import write_atomically
 from rlsloth.memory.out_of_memory import advise
 from rlsloth.policy.policy import Policy
-from rlsloth.run.folder import atomic_write
 from rlsloth.training.supervised import Supervised
 
 FILE = "reference.safetensors"
@@ -46,7 +46,7 @@ def with_reference(parts: Supervised[Any], sums: Sums) -> None:
                 for name, examples in sides.items()
                 if examples
             }
-        atomic_write(path, save_safetensors(known | {"fingerprint": asked}))
+        write_atomically(path, save_safetensors(known | {"fingerprint": asked}))
     for name, examples in sides.items():
         if examples:
             rows = known[name].tolist()

@@ -408,8 +408,8 @@ def test_what_is_overwritten(
     assert export(run, "--overwrite") == out
     assert not (out / "mine.txt").exists()
     for folder in (run, run / "adapter", base, tmp_path):
-        refused(run, "--out", str(folder), "--overwrite", words=("not what an export wrote",))
-    refused(out, "--out", str(out), "--overwrite", words=("holds what is exported",))
+        refused(run, "--out", str(folder), "--overwrite", words=("not written by an export",))
+    refused(out, "--out", str(out), "--overwrite", words=("contains the source",))
     assert (out / "adapter_model.safetensors").is_file()
 
 

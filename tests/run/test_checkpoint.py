@@ -303,7 +303,7 @@ def test_manifest_cannot_reach_outside_its_folder(tmp_path: Path) -> None:
     manifest = json.loads((path / "manifest.json").read_text())
     manifest["files"]["../secret.safetensors"] = {"bytes": 1, "sha256": "0"}
     (path / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(UserError, match="no plain file name"):
+    with pytest.raises(UserError, match="not a plain file name"):
         load_latest(tmp_path)
 
 
@@ -342,3 +342,22 @@ def test_kill_at_random_moments_never_loses_the_last_checkpoint(tmp_path: Path) 
         assert_sound(tmp_path, {after.step})
     save_step(tmp_path, 10**6)
     assert names(tmp_path) == {f"step_{after.step:05d}", "step_1000000", "latest"}
+
+
+def test_latest_follows_a_checkpoint_whose_last_sync_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_step(tmp_path, 1)
+    replace = os.replace
+
+    def then_full(source: Any, target: Any) -> None:
+        replace(source, target)
+        if Path(target).name == "step_00002":
+            monkeypatch.setattr(os, "replace", replace)
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", then_full)
+    with pytest.raises(UserError, match="No space left"):
+        save_step(tmp_path, 2)
+    assert_sound(tmp_path, {2})
+    assert (tmp_path / "latest").read_text() == "step_00002\n"

@@ -7,13 +7,13 @@ import hashlib
 import html.parser
 import json
 import math
+import os
 import re
 
 import pytest
 
 from rlsloth.config import GrpoConfig
 from rlsloth.records import Group, Prompt, Rollout, Score
-from rlsloth.run import folder as files
 from rlsloth.run.report.charts import MAX_POINTS, Chart, Line, draw, figure, smooth
 from rlsloth.run.report.page import write_report
 from rlsloth.run.report.samples import MAX_CHARACTERS, MAX_ROWS, MAX_STEPS, evenly
@@ -236,7 +236,7 @@ def test_a_failing_report_leaves_the_old_one(tmp_path, monkeypatch):
             raise OSError(28, "No space left on device")
 
         with monkeypatch.context() as patch:
-            patch.setattr(files.os, "replace", full)
+            patch.setattr(os, "replace", full)
             with pytest.raises(OSError, match="No space"):
                 write_report(run.dir)
         assert path.read_bytes() == old

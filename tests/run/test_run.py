@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import math
-import os
 import subprocess
 import sys
 import types
@@ -19,7 +18,7 @@ from rich.console import Console
 from rlsloth.config import GrpoConfig
 from rlsloth.errors import UserError
 from rlsloth.records import Group, LossStats, Prompt, Rollout, Score, StepStats
-from rlsloth.run import folder as files
+from rlsloth.run import folder as run_folder
 from rlsloth.run import run as run_module
 from rlsloth.run.metrics import UpdateFigures, count_tokens, rollout_metrics, update_metrics
 from rlsloth.run.progress import Display, printable
@@ -122,7 +121,7 @@ def test_folder_in_use_names_the_process(tmp_path):
         [sys.executable, "-c", code], stdin=pipe, stdout=pipe, text=True
     ) as holder:
         assert holder.stdout.readline() == "held\n"
-        with pytest.raises(UserError, match=f"in use by process {holder.pid};"):
+        with pytest.raises(UserError, match=f"in use by process {holder.pid}:"):
             Run.start(config(folder))
         holder.kill()
         holder.wait()
@@ -244,7 +243,7 @@ def test_resume_keeps_each_step_once(tmp_path):
     run = Run.start(config(tmp_path / "run", resume=True))
     run.truncate_after(2)
     assert [row["step"] for row in rows(run.dir)] == [1, 2]
-    assert list(files.sample_files(run.dir)) == [1, 2]
+    assert list(run_folder.sample_files(run.dir)) == [1, 2]
     assert not (run.dir / "summary.json").exists()
     for step in run.steps(3, 3):
         run.log(step, {"reward": 30.0})
@@ -303,24 +302,6 @@ def test_a_terminal_shows_a_bar_with_phase_and_time_left():
 # --- files
 
 
-def test_a_failing_write_leaves_the_old_file(tmp_path, monkeypatch):
-    path = tmp_path / "summary.json"
-    files.atomic_write(path, b"old")
-    for call in ("fsync", "replace"):
-        with monkeypatch.context() as patch:
-
-            def no_space(*_):
-                raise OSError(28, "No space left on device")
-
-            patch.setattr(os, call, no_space)
-            with pytest.raises(OSError, match="No space left"):
-                files.atomic_write(path, b"new")
-        assert path.read_bytes() == b"old"
-        assert os.listdir(tmp_path) == ["summary.json"]
-    files.atomic_write(path, b"new")
-    assert path.read_bytes() == b"new"
-
-
 def test_samples_have_trl_columns_and_hold_odd_text(tmp_path):
     odd = "lone \ud800 nul \x00 " + "x" * 2_000_000
     chat = ({"role": "system", "content": "Be brief."}, {"role": "user", "content": "2 + 2 ="})
@@ -355,7 +336,7 @@ def test_samples_have_trl_columns_and_hold_odd_text(tmp_path):
 def test_a_reward_named_like_a_column_gets_its_own(tmp_path):
     with Run.start(config(tmp_path / "run")) as run:
         run.log_samples(1, [make_group(make_rollout(1.0, 0.5))], ["finish", "length"])
-    (row,) = pq.read_table(files.sample_file(run.dir, 1)).to_pylist()
+    (row,) = pq.read_table(run_folder.sample_file(run.dir, 1)).to_pylist()
     assert (row["finish"], row["rewards/finish"], row["length"]) == ("stop", 1.0, 0.5)
 
 

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 
-from rlsloth.errors import UserError
+from rlsloth.errors import UserError, first_line
 from rlsloth.exports.gguf.families import add_hyperparameters, family_of, read_config
 from rlsloth.exports.gguf.tensors import Kind, Weights, data, plan
 from rlsloth.exports.gguf.vocab import add_vocabulary, read_vocabulary
+from rlsloth.files import replacing_file
 
 FILE_TYPES = {"f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
 
@@ -66,12 +66,9 @@ def whole_file(out: Path) -> Iterator[Path]:
     Raises:
         UserError: the file system refuses.
     """
-    temporary = out.with_name(f".{out.name}.tmp")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        os.replace(temporary, out)
+        with replacing_file(out) as temporary:
+            yield temporary
     except OSError as error:
-        raise UserError(f"cannot write {out}: {error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+        raise UserError(f"cannot write {out}: {first_line(error)}") from error

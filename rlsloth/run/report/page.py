@@ -15,7 +15,8 @@ import jinja2
 import yaml
 from markupsafe import Markup
 
-from rlsloth.run import folder as files
+from rlsloth.files import finite, write_atomically
+from rlsloth.run import folder as run_folder
 from rlsloth.run.metrics import is_number
 from rlsloth.run.report.charts import MAX_POINTS, draw, figure
 from rlsloth.run.report.samples import embedded_samples
@@ -38,10 +39,10 @@ def write_report(folder: Path) -> Path:
     Returns:
         The page's path.
     """
-    rows = merged_rows(files.read_rows(folder))
-    config_text = _read(folder / files.CONFIG)
+    rows = merged_rows(run_folder.read_rows(folder))
+    config_text = _read(folder / run_folder.CONFIG)
     config = yaml.safe_load(config_text) or {}
-    summary = _read_json(folder / files.SUMMARY)
+    summary = _read_json(folder / run_folder.SUMMARY)
     environment = _read_json(folder / "environment.json")
     script = _read(_HERE / "report.js")
     sections = [
@@ -72,7 +73,7 @@ def write_report(folder: Path) -> Path:
         )
     )
     path = folder / REPORT
-    files.atomic_write(path, page.encode("utf-8", "backslashreplace"))
+    write_atomically(path, page.encode("utf-8", "backslashreplace"))
     return path
 
 
@@ -93,7 +94,7 @@ def _environment() -> jinja2.Environment:
 def _json(value: object) -> Markup:
     """JSON that can stand in a script element: it holds no character with which the element could
     end."""
-    text = json.dumps(files.finite(value), allow_nan=False, separators=(",", ":"))
+    text = json.dumps(finite(value), allow_nan=False, separators=(",", ":"))
     return Markup(text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e"))
 
 
@@ -108,7 +109,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _warnings(folder: Path) -> list[tuple[str, str]]:
     """(time, text) of the last warnings."""
-    lines = [line.split(" warning: ", 1) for line in _read(folder / files.LOG).splitlines()]
+    lines = [line.split(" warning: ", 1) for line in _read(folder / run_folder.LOG).splitlines()]
     return [(line[0], line[1]) for line in lines if len(line) == 2][-_WARNINGS:]
 
 

@@ -1,0 +1,300 @@
+"""Files and folders that a crash leaves old or new, never half written; JSON lines, locks, hashes.
+
+Hidden siblings of the file or folder ``x`` while it is written:
+
+    .x.tmp             the new file
+    .x.partial-<hex>   the new folder; locked by its writer, so that the next one can tell what a
+                       killed process left
+    .x.replaced        the old folder, between the two renames that swap them
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import glob
+import hashlib
+import json
+import math
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any, TypeVar
+
+from rlsloth.errors import UserError, first_line
+
+Parsed = TypeVar("Parsed")
+
+
+class LockedError(Exception):
+    """Another living process holds the lock; ``owner`` is its process id, or ``unknown``."""
+
+    def __init__(self, owner: str) -> None:
+        super().__init__(f"locked by process {owner}")
+        self.owner = owner
+
+
+# --- whole files and folders ---------------------------------------------------------------------
+
+
+def write_atomically(path: Path, data: bytes | str) -> None:
+    """Write a file whole or not at all; it is on disk when this returns.
+
+    Raises:
+        OSError: the file system refuses; an old file, if any, is untouched.
+    """
+    with replacing_file(path) as temporary, open(temporary, "wb") as file:
+        file.write(data.encode() if isinstance(data, str) else data)
+
+
+@contextmanager
+def replacing_file(path: Path) -> Iterator[Path]:
+    """Yield a hidden file next to ``path`` to write to, which takes its place at the end.
+
+    After an exception the hidden file is removed and ``path`` is as it was. One that a killed
+    process left is overwritten.
+
+    Raises:
+        OSError: the file system refuses.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        yield temporary
+        _sync(temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+@contextmanager
+def replacing_folder(path: Path) -> Iterator[Path]:
+    """Yield a hidden folder next to ``path`` to write to, which takes its place at the end.
+
+    After an exception the hidden folder is removed and ``path`` is as it was. What killed processes
+    left next to ``path`` is removed first, or put back where it is the only copy.
+
+    Raises:
+        OSError: the file system refuses.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _sweep(path)
+    temporary, lock = _locked_folder(path)
+    try:
+        yield temporary
+        readable = temporary.stat().st_mode & 0o666
+        for file in [p for p in temporary.rglob("*") if p.is_file()]:
+            file.chmod(readable)  # safetensors writes for the owner alone
+            _sync(file)
+        sync_folder(temporary)
+        _swap(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        os.close(lock)
+
+
+def _swap(new: Path, path: Path) -> None:
+    old = _replaced(path)
+    if path.exists():
+        os.replace(path, old)
+    try:
+        os.replace(new, path)
+    except OSError:
+        if old.exists():
+            os.replace(old, path)
+        raise
+    sync_folder(path.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _replaced(path: Path) -> Path:
+    return path.with_name(f".{path.name}.replaced")
+
+
+def _sweep(path: Path) -> None:
+    """Remove partial folders without a writer; restore a replaced folder that has no successor."""
+    old = _replaced(path)
+    if old.exists():
+        if path.exists():
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            os.replace(old, path)
+    for partial in path.parent.glob(f".{glob.escape(path.name)}.partial-*"):
+        with contextlib.suppress(OSError):  # in use, without locks, or already gone
+            lock = os.open(partial, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(partial, ignore_errors=True)
+            finally:
+                os.close(lock)
+
+
+def _locked_folder(path: Path) -> tuple[Path, int]:
+    """Make an empty partial folder, and lock it so that no other process sweeps it."""
+    while True:
+        folder = path.with_name(f".{path.name}.partial-{secrets.token_hex(4)}")
+        folder.mkdir()
+        with contextlib.suppress(FileNotFoundError):  # swept before it was opened: once more
+            lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+            with contextlib.suppress(OSError):  # a file system without locks is not swept, either
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            if folder.exists():
+                return folder, lock
+            os.close(lock)
+
+
+def sweep_temporary_files(folder: Path) -> None:
+    """Remove temporary files that a kill left in a folder which this process has locked."""
+    for path in folder.glob(".*.tmp"):
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
+def write_synced(path: Path, data: bytes) -> None:
+    """Write a file and flush it to disk; its name is durable after ``sync_folder``."""
+    with open(path, "wb") as file:
+        file.write(data)
+    _sync(path)
+
+
+def _sync(path: Path) -> None:
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+def sync_folder(path: Path) -> None:
+    """Flush a folder's entries to disk, so that a rename in it survives a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# --- JSON ----------------------------------------------------------------------------------------
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write indented JSON atomically; NaN and infinities become null, paths text."""
+    text = json.dumps(finite(value), indent=2, default=str, allow_nan=False)
+    write_atomically(path, text + "\n")
+
+
+def json_lines(rows: Iterable[Mapping[str, Any]]) -> bytes:
+    """The rows as JSON, one a line; NaN and infinities become null."""
+    return "".join(json.dumps(finite(row), allow_nan=False) + "\n" for row in rows).encode()
+
+
+def append_json_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Add rows to a file; they are on disk when this returns.
+
+    Raises:
+        OSError: the file system refuses; none of the rows stays in the file.
+    """
+    data = json_lines(rows)
+    size = path.stat().st_size if path.exists() else 0
+    try:
+        with open(path, "ab") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:
+        if path.exists():
+            os.truncate(path, size)
+        raise
+
+
+def read_json_lines(path: Path, parse: Callable[[Any], Parsed], remedy: str) -> Iterator[Parsed]:
+    """Read the lines of a file in order; nothing if there is no file.
+
+    Args:
+        parse: makes a value of a line's JSON; it raises for a damaged line.
+        remedy: what the user can do about a damaged line.
+
+    A last line without its line end, which a crash tore, is left out, and so are blank lines.
+
+    Raises:
+        UserError: a damaged line.
+    """
+    if not path.exists():
+        return
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.endswith(b"\n"):
+                return
+            if not line.strip():
+                continue
+            try:
+                parsed = parse(json.loads(line))
+            except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+                raise UserError(
+                    f"{path} line {number} is damaged ({first_line(error)}): {remedy}"
+                ) from None
+            yield parsed
+
+
+def truncate_torn_line(path: Path) -> None:
+    """Remove a last line without its line end, which a crash tore."""
+    if not path.exists():
+        return
+    with open(path, "rb+") as file:
+        whole = sum(len(line) for line in file if line.endswith(b"\n"))
+        file.truncate(whole)
+
+
+def finite(value: Any) -> Any:
+    """Replace NaN and infinities by None, in nested mappings and sequences too."""
+    if isinstance(value, Mapping):
+        return {str(key): finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def flatten(tree: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
+    """The leaves of a nested mapping by dotted key: ``{"a": {"b": 1}}`` becomes ``{"a.b": 1}``."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+# --- locks and hashes ----------------------------------------------------------------------------
+
+
+def lock(path: Path) -> IO[str]:
+    """Take a lock file for this process and write the process id into it.
+
+    Closing the returned file releases the lock; the kernel does so when the process ends, however
+    it ends.
+
+    Raises:
+        LockedError: another process holds it.
+    """
+    file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 (open for as long as the lock is held)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        owner = file.read().strip() or "unknown"
+        file.close()
+        raise LockedError(owner) from None
+    file.truncate(0)
+    file.write(f"{os.getpid()}\n")
+    file.flush()
+    return file
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file's bytes, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
