@@ -334,7 +334,7 @@ def test_damaged_files_of_a_run(refused, workplace: Path) -> None:
     command = "grpo --run.dir hurt --run.resume --steps 2"
     for damage in (b"", b"steps: [", b"\xff", b"steps: 0"):
         Path("hurt/config.yaml").write_bytes(damage)
-        refused(command, "hurt/config.yaml is not the configuration of a run", new=False)
+        refused(command, "hurt/config.yaml cannot be read", new=False)
         assert Path("hurt/config.yaml").read_bytes() == damage
     Path("hurt/config.yaml").write_bytes(saved)
     metrics = Path("hurt/metrics.jsonl").read_bytes()
@@ -373,7 +373,7 @@ def test_folder_in_use(refused, workplace: Path) -> None:
         refused(
             "grpo --run.dir busy",
             f"busy is in use by process {holder.pid}",
-            "give another --run.dir",
+            "pass another --run.dir",
             new=False,
         )
         holder.stdin.close()
