@@ -30,14 +30,15 @@ class SupervisedConfig(TrainingConfig, ProblemsConfig):
                 "steps and epochs both say how long to train: leave out one of them (steps 0 takes "
                 "a file's away)"
             )
-        if self.rollout.overlap:
-            raise ValueError(
-                "rollout.overlap is for rlsloth grpo: there are no rollouts to train on here"
-            )
         if not self.eval.generate:
             for name in ("rewards", "env", "rollout", "reward"):
                 if getattr(self, name) != type(self).model_fields[name].default:
                     raise ValueError(f"{name} has no effect without eval.generate")
+        if self.rollout.overlap:
+            raise ValueError(
+                "rollout.overlap is for rlsloth grpo: there are no rollouts to train on here"
+            )
+        self.check_engine()
         return self
 
     def as_grpo(self) -> GrpoConfig:

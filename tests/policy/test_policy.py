@@ -159,6 +159,7 @@ def test_squares_hold_little_padding():
     long = groups[0].rollouts[0]
     long.token_ids, long.logprobs = [5] * 600, [0.0] * 600
     long.loss_mask, long.policy_version = [True] * 600, [0] * 600
+    long.advantages = [1.0] * 600
     (micro,) = pack(groups, 10**6, mask_truncated=False, keep_zero_advantage=True).microbatches
     layout = packed_layout.PackedLayout(micro, "sdpa")
     sizes = [len(g.prompt_ids) + sum(len(r.token_ids) - 1 for r in g.rollouts) for g in groups]
