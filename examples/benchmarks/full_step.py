@@ -163,7 +163,7 @@ def hook(args: argparse.Namespace, meter: Meter) -> None:
 
     def opened(*positional: Any, **named: Any) -> Any:
         engine: Any = open_engine(*positional, **named)
-        engine.load = meter.timed("hand-over", engine.load)
+        engine.set_weights = meter.timed("hand-over", engine.set_weights)
         if not args.sleep:
             engine.release = lambda: None
         return engine

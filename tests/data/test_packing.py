@@ -7,7 +7,7 @@ import torch
 
 from rlsloth.config import LossConfig
 from rlsloth.data.packing import pack
-from rlsloth.losses import normalizer, policy_loss
+from rlsloth.losses.policy_loss import normalizer, policy_loss
 from rlsloth.records import Group, Prompt, Rollout
 
 ADVANTAGES = [0.5, -2.0, 0.0, 3.0, 0.25]

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from helpers.vllm_engines import gap
-from helpers.vllm_gpu import changed, differences, used
+from helpers.vllm_gpu import changed, differences, policy, used  # noqa: F401
 from rlsloth.policy.policy import Policy
 from rlsloth.records import Completion, SamplingParams
 from rlsloth.rollout.vllm.engine import VllmEngine

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from helpers.vllm_engines import gap, logprobs, tokens
-from helpers.vllm_weights import PREFIXES, SAMPLING, start, vllm_model
+from helpers.vllm_weights import PREFIXES, SAMPLING, make, start, vllm_model  # noqa: F401
 from rlsloth.data.packing import pack
 from rlsloth.errors import UserError
 from rlsloth.policy.policy import Policy
