@@ -23,7 +23,7 @@ def broken(engine: object) -> None:
 
 
 @pytest.mark.parametrize("base", [True, False])
-def test_a_failure_is_one_line_also_inside_base_model(make, monkeypatch, base):  # noqa: F811
+def test_a_failure_is_one_line_also_inside_base_model(make, monkeypatch, base):
     from vllm.v1.engine.llm_engine import LLMEngine
 
     policy = make()
@@ -40,7 +40,7 @@ def test_a_failure_is_one_line_also_inside_base_model(make, monkeypatch, base): 
             generate()
 
 
-def test_another_thread_interrupts_it(make):  # noqa: F811
+def test_another_thread_interrupts_it(make):
     policy = make()
     with start(policy) as engine, ThreadPoolExecutor(1) as pool:
         engine.set_weights(policy.weights())
@@ -49,7 +49,7 @@ def test_another_thread_interrupts_it(make):  # noqa: F811
         assert "interrupted" in str(job.exception(timeout=60))
 
 
-def test_nothing_is_left_after_close(make):  # noqa: F811
+def test_nothing_is_left_after_close(make):
     policy = make()
     with start(policy) as engine:
         engine.set_weights(policy.weights())
@@ -60,7 +60,7 @@ def test_nothing_is_left_after_close(make):  # noqa: F811
     assert not [ref for ref in left if ref() is not None]
 
 
-def test_base_model_before_any_adapter_changes_nothing(make):  # noqa: F811
+def test_base_model_before_any_adapter_changes_nothing(make):
     with start(make()) as engine:
         with engine.base_model():
             engine.generate(PREFIXES, 1, SAMPLING)
@@ -70,7 +70,7 @@ def test_base_model_before_any_adapter_changes_nothing(make):  # noqa: F811
 
 
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
-def test_an_adapter_on_a_tied_head(make):  # noqa: F811
+def test_an_adapter_on_a_tied_head(make):
     policy = make(tied=True, targets=["lm_head", "q_proj"])
     with start(policy) as engine:
         engine.set_weights(policy.weights())
@@ -79,7 +79,7 @@ def test_an_adapter_on_a_tied_head(make):  # noqa: F811
     assert (torch.tensor(group[0].logprobs) - own).abs().max() < 1e-4
 
 
-def test_a_part_of_a_trainers_weight_is_refused(make, monkeypatch):  # noqa: F811
+def test_a_part_of_a_trainers_weight_is_refused(make, monkeypatch):
     """Its address is the whole one's."""
     from rlsloth.rollout.vllm import weights as vllm_weights
 
