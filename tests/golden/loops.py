@@ -155,7 +155,8 @@ def main() -> None:
             run(*words.split(), "--run.dir", name)
             found[name] = fingerprint(Path(name))
         run("distill", "distill.yaml", "--out", "distilled", "--train-student", "--student.steps",
-            "3", "--student.samples-per-step", "4", "--student.model.path", "model")  # fmt: skip
+            "3", "--student.samples-per-step", "4", "--student.model.path", "model",
+            "--student.data.heldout", "4")  # fmt: skip
         rows = [json.loads(x) for x in Path("distilled/train.jsonl").read_text().splitlines()]
         traces = json.dumps([{k: row[k] for k in ("prompt", "completion")} for row in rows])
         found["distill"] = {"traces": hashlib.sha256(traces.encode()).hexdigest()[:16]}
