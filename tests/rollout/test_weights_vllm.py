@@ -215,7 +215,7 @@ def test_an_adapter_that_vllm_passes_over_is_refused(make, monkeypatch):
 def test_a_weight_that_vllm_is_not_given_is_an_error(make, monkeypatch, name):
     """A norm of its own, a layer's only weight, one of the three that a layer fuses."""
     policy = make()
-    from rlsloth.rollout import vllm_weights  # which imports vLLM
+    from rlsloth.rollout.vllm import weights as vllm_weights  # which imports vLLM
 
     real = vllm_weights.checkpoint
 
