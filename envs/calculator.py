@@ -1,7 +1,7 @@
-"""A tool environment: arithmetic with a calculator to call.
+"""Tool environment: arithmetic problems with a calculator to call.
 
-The name ``calculator`` poses problems of its own; ``rlsloth.envs.calculator:Calculator`` puts the
-same tool beside the questions of any dataset.
+The name ``calculator`` generates problems; ``rlsloth.envs.calculator:Calculator`` offers the same
+tool with the questions of any dataset.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from rlsloth.errors import UserError, nearest
 
 MAX_CHARACTERS = 200
 MAX_BITS = 512
-"""Of a numerator or denominator; 2**512 has 155 digits."""
+"""Largest size of a numerator or denominator; 2**512 has 155 digits."""
 
 OPERATORS: dict[type[ast.operator], Callable[[Fraction, Fraction], Fraction | int]] = {
     ast.Add: operator.add,
@@ -36,10 +36,10 @@ OPERATORS: dict[type[ast.operator], Callable[[Fraction, Fraction], Fraction | in
 
 
 class Calculator:
-    """An environment in TRL's convention; it keeps no state."""
+    """Class of tools in TRL's convention, without state."""
 
     def reset(self, **row: Any) -> None:
-        """Adds nothing to the question."""
+        """Add nothing to the question."""
 
     def calculate(self, expression: str) -> str:
         """Evaluate an arithmetic expression exactly.
@@ -51,27 +51,28 @@ class Calculator:
 
 
 class Problems(BaseModel):
-    """``--env.params`` of the name ``calculator``."""
+    """Options of the environment ``calculator``, set by ``--env.params``."""
 
     model_config = ConfigDict(extra="forbid")
 
     size: int = Field(2000, ge=1, le=100_000)
-    """Problems drawn; those drawn twice are kept once."""
+    """Number of problems to draw; duplicates are dropped."""
     terms: int = Field(3, ge=2, le=10)
+    """Numbers in a problem."""
     digits: int = Field(3, ge=1, le=9)
-    """Most digits of a number."""
+    """Largest number of digits in a number."""
 
 
 def calculator(cfg: EnvConfig, seed: int) -> ToolEnvironment:
-    """Sums, differences and products of whole numbers, with the exact result as ``answer``."""
+    """Make sums, differences and products of whole numbers, with the exact result as ``answer``."""
     if ":" in cfg.name:
-        raise UserError(f"environment {cfg.name!r}: calculator takes no name after a colon")
+        raise UserError(f"--env.name {cfg.name}: pass --env.name calculator, without a colon")
     known = list(Problems.model_fields)
     for name in cfg.params:
         if name not in known:
             raise UserError(
-                f"calculator has no parameter {name!r}{nearest(name, known)} "
-                f"(has: {', '.join(known)})"
+                f"--env.params: calculator has no parameter {name!r}{nearest(name, known)} "
+                f"(known: {', '.join(known)})"
             )
     try:
         problems = Problems.model_validate(cfg.params)
@@ -85,10 +86,10 @@ def calculator(cfg: EnvConfig, seed: int) -> ToolEnvironment:
 
 
 def evaluate(expression: str) -> Fraction:
-    """The exact value of an arithmetic expression.
+    """Evaluate an arithmetic expression exactly.
 
     Raises:
-        ValueError: too long, not arithmetic, undefined, or too large; the text says which.
+        ValueError: it is too long, not arithmetic, undefined or too large; the text says which.
     """
     if len(expression) > MAX_CHARACTERS:
         raise ValueError(f"the expression is longer than {MAX_CHARACTERS} characters")
@@ -100,7 +101,7 @@ def evaluate(expression: str) -> Fraction:
 
 
 def show(value: Fraction) -> str:
-    """A whole number or a finite decimal as it is, anything else to 12 significant digits."""
+    """Write a number: exactly if its decimals end, else to 12 significant digits."""
     odd = value.denominator
     for prime in (2, 5):
         while odd % prime == 0:
@@ -114,7 +115,7 @@ def show(value: Fraction) -> str:
 def _value(node: ast.expr) -> Fraction:
     match node:
         case ast.Constant(value=bool()):
-            raise ValueError("only numbers can be calculated with")
+            raise ValueError("only numbers can be used, not True or False")
         case ast.Constant(value=int() | float() as number):
             return _literal(number)
         case ast.UnaryOp(op=ast.USub(), operand=operand):
@@ -129,7 +130,7 @@ def _value(node: ast.expr) -> Fraction:
                 raise ValueError("division by zero")
             return _bounded(Fraction(OPERATORS[type(op)](a, b)))
     raise ValueError(
-        f"only numbers, parentheses and + - * / // % ** are understood: {ast.unparse(node)}"
+        f"only numbers, parentheses and + - * / // % ** can be used: {ast.unparse(node)}"
     )
 
 
@@ -138,12 +139,12 @@ def _power(base: Fraction, exponent: Fraction) -> Fraction:
         raise ValueError("division by zero")
     if exponent.denominator != 1:
         if base < 0:
-            raise ValueError("a root of a negative number")
+            raise ValueError("the root of a negative number is not a real number")
         try:
             return _literal(float(base) ** float(exponent))
         except OverflowError:
             raise ValueError("the number is too large") from None
-    # Before computing it: 9**9**9 has 369 million digits.
+    # Checked before it is computed: 9**9**9 has 369 million digits.
     bits = max(abs(base.numerator), base.denominator).bit_length() - 1
     if bits * abs(exponent.numerator) > MAX_BITS:
         raise ValueError("the number is too large")
@@ -151,7 +152,7 @@ def _power(base: Fraction, exponent: Fraction) -> Fraction:
 
 
 def _literal(number: int | float) -> Fraction:
-    """The number as it is written: 0.1 is a tenth, not the nearest binary fraction."""
+    """Convert a literal as it is written: 0.1 is a tenth, not the nearest binary fraction."""
     if isinstance(number, float) and math.isinf(number):
         raise ValueError("the number is too large")
     return _bounded(Fraction(str(number)))
@@ -164,7 +165,7 @@ def _bounded(value: Fraction) -> Fraction:
 
 
 def _expression(problems: Problems, rng: random.Random) -> str:
-    """As ``(417 - 33) * 8``: left to right, in parentheses where precedence would say otherwise."""
+    """Draw an expression that is evaluated from left to right: ``(417 - 33) * 8``."""
     text = str(_number(problems, rng))
     for position in range(1, problems.terms):
         sign = rng.choice("+-*")

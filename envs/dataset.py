@@ -1,4 +1,4 @@
-"""Single-turn questions from a file, a folder or the hub: one completion answers."""
+"""Environment of single-turn questions from a file, a folder or the hub."""
 
 from __future__ import annotations
 
@@ -11,9 +11,14 @@ from rlsloth.records import Prompt
 
 
 def dataset(cfg: EnvConfig, seed: int) -> SingleTurn:
-    """Rows of ``cfg.train``; held out: those of ``cfg.validation``, or some questions of train."""
+    """Make prompts from the rows of ``cfg.train``.
+
+    Held-out prompts are the rows of ``cfg.validation``, or ``cfg.heldout`` questions of train.
+    """
     if cfg.params:
-        raise UserError(f"environment dataset takes no --env.params, got {', '.join(cfg.params)}")
+        raise UserError(
+            f"--env.params: environment dataset has no parameters, got {', '.join(cfg.params)}"
+        )
 
     def make(rows: list[Row], source: str) -> list[Prompt]:
         return make_prompts(rows, cfg, source)

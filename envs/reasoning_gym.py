@@ -1,7 +1,7 @@
-"""Generated reasoning tasks: ``reasoning_gym:<task>``, with the task's own parameters.
+"""Environment of generated reasoning tasks: ``reasoning_gym:<task>``.
 
-Problems are generated in a process of their own, under a deadline: with some parameters a generator
-searches forever (base_conversion from base 2 to base 2), and some print, or follow hash order.
+Problems are generated in a child process with a deadline: with some parameters a generator searches
+forever (base_conversion from base 2 to base 2), some print, and some depend on hash order.
 """
 
 from __future__ import annotations
@@ -22,19 +22,22 @@ from rlsloth.environments.protocol import SingleTurn
 from rlsloth.errors import UserError, nearest
 
 DRAWS = 2000
-"""Default of the parameter ``size``: problems drawn; a question drawn twice is kept once."""
+"""Default of the parameter ``size``, the number of problems to draw; duplicates are dropped."""
 DEADLINE_SECONDS = 60.0
+"""Longest time that all problems may take to generate."""
 
 
 def reasoning_gym(cfg: EnvConfig, seed: int) -> SingleTurn:
-    """Distinct questions of one task, ``cfg.heldout`` of them withheld from training.
+    """Make prompts from distinct questions of one task, ``cfg.heldout`` of them held out.
 
-    Columns: ``question``, ``answer`` (None where there are many right ones), ``task``, and
-    ``entry``, the whole problem as reasoning-gym's scorer takes it.
+    Columns: ``question``, ``answer`` (None if several answers are right), ``task``, and ``entry``,
+    the whole problem as reasoning-gym's scorer reads it.
     """
     task = cfg.name.partition(":")[2]
     if not task:
-        raise UserError("name a task, as in --env.name reasoning_gym:chain_sum")
+        raise UserError(
+            f"--env.name {cfg.name} names no task: pass one, as in reasoning_gym:chain_sum"
+        )
     rows = generate(task, {"size": DRAWS, "seed": seed, **cfg.params})
     train, heldout = split_heldout(make_prompts(rows, cfg, cfg.name), cfg.heldout, seed)
     return SingleTurn(cfg.name, train, heldout, default_rewards=("reasoning_gym",))
@@ -43,13 +46,13 @@ def reasoning_gym(cfg: EnvConfig, seed: int) -> SingleTurn:
 def generate(
     task: str, params: dict[str, Any], deadline_seconds: float = DEADLINE_SECONDS
 ) -> list[Row]:
-    """Rows of the distinct questions among ``params["size"]`` draws.
+    """Draw ``params["size"]`` problems, and return a row for each distinct question.
 
     Raises:
-        UserError: unknown task or parameter, a value the task refuses, or the deadline has passed.
+        UserError: the task or a parameter is unknown, the task refuses a value, or time is up.
     """
     request = json.dumps({"task": task, "params": params})
-    # The child must find what this process found, wherever it was started from.
+    # The child imports from the same folders as this process, whatever its working directory.
     path = os.pathsep.join(p or os.getcwd() for p in sys.path)
     try:
         child = subprocess.run(
@@ -67,7 +70,9 @@ def generate(
         ) from None
     if child.returncode not in (0, 2):
         last = (child.stderr.decode(errors="replace").strip().splitlines() or ["no message"])[-1]
-        raise UserError(f"reasoning_gym:{task}: the generator died ({last})")
+        raise UserError(
+            f"reasoning_gym:{task}: the generator exited with status {child.returncode} ({last})"
+        )
     replies = [json.loads(line) for line in child.stdout.splitlines()]
     if child.returncode == 2:
         raise UserError(replies[-1]["error"])
@@ -78,7 +83,7 @@ def generate(
 
 
 def _child() -> int:
-    """Reads a request, writes one row a line; after an ``error`` line the status is 2."""
+    """Read a request from stdin and write one row a line; status 2 follows an ``error`` line."""
     request = json.load(sys.stdin)
     replies = sys.stdout
     with contextlib.redirect_stdout(sys.stderr):
@@ -94,7 +99,7 @@ def _child() -> int:
 
 
 def _make(task: str, params: dict[str, Any]) -> Any:
-    """The task's dataset with its parameters checked."""
+    """Make the task's dataset, and check its parameters."""
     from pydantic import TypeAdapter, ValidationError
     from reasoning_gym.factory import DATASETS
 
@@ -105,8 +110,8 @@ def _make(task: str, params: dict[str, Any]) -> Any:
     for name in params:
         if name not in known:
             raise UserError(
-                f"reasoning_gym:{task} has no parameter {name!r}{nearest(name, known)} "
-                f"(has: {', '.join(known)})"
+                f"--env.params: reasoning_gym:{task} has no parameter {name!r}"
+                f"{nearest(name, known)} (known: {', '.join(known)})"
             )
     try:
         config = TypeAdapter(config_type).validate_python(params)
@@ -116,8 +121,10 @@ def _make(task: str, params: dict[str, Any]) -> Any:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
         raise UserError(f"--env.params.{place}: {first['msg']}, not {first['input']!r}") from None
-    except Exception as error:  # the tasks check their parameters by assertions and otherwise
-        raise UserError(f"reasoning_gym:{task} refuses its parameters: {_words(error)}") from None
+    except Exception as error:  # each task checks its parameters in its own way, often by assert
+        raise UserError(
+            f"reasoning_gym:{task} refuses --env.params {params}: {_text(error)}"
+        ) from None
 
 
 def _row(task: str, dataset: Any, index: int) -> Row:
@@ -125,17 +132,19 @@ def _row(task: str, dataset: Any, index: int) -> Row:
         entry = dataset[index]
     except Exception as error:
         raise UserError(
-            f"reasoning_gym:{task} failed on problem {index}: {_words(error)}"
+            f"reasoning_gym:{task} failed to generate problem {index}: {_text(error)}"
         ) from None
     answer = entry["answer"]
     try:
         carried = json.loads(json.dumps(entry))
-        # Some scorers tell lists from tuples, as JSON does not: no answer would ever be right.
+        # Some scorers distinguish lists from tuples, which JSON cannot: no answer would be right.
         same = answer is None or _score(dataset, carried) == _score(dataset, entry)
     except (TypeError, ValueError):
         same = False
     if not same:
-        raise UserError(f"reasoning_gym:{task}: its problems cannot be carried as JSON")
+        raise UserError(
+            f"reasoning_gym:{task} is not supported: its scorer needs values that JSON cannot hold"
+        )
     return {"question": entry["question"], "answer": answer, "task": task, "entry": entry}
 
 
@@ -143,7 +152,7 @@ def _score(dataset: Any, entry: Row) -> float:
     return float(dataset.score_answer(entry["answer"], entry))
 
 
-def _words(error: Exception) -> str:
+def _text(error: Exception) -> str:
     return str(error) or type(error).__name__
 
 

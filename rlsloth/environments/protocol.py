@@ -1,4 +1,4 @@
-"""The protocol of environments: prompts, and episodes that answer the policy turn by turn."""
+"""The protocol of environments: prompts, and episodes that reply to the policy turn by turn."""
 
 from __future__ import annotations
 
@@ -9,42 +9,42 @@ from typing import Protocol
 from rlsloth.records import Message, Prompt
 
 GENERATED = "generated"
-"""The source of an environment that makes its own prompts and reads no data."""
+"""Source of an environment that makes its own prompts and reads no dataset."""
 
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """An environment's answer to one assistant turn."""
+    """Reply of an environment to one assistant turn."""
 
     messages: Sequence[Message] = ()
-    """The next messages, of role ``tool`` or ``user``; at least one unless ``done``."""
+    """Next messages, of role ``tool`` or ``user``; at least one unless ``done``."""
     done: bool = False
-    """Whether the rollout ends here; ``messages`` are then dropped, since nothing reads them."""
+    """Whether the rollout ends here; ``messages`` are then dropped, since no turn follows."""
     reward: float | None = None
-    """Reward earned by this turn; None where the turn earns nothing that is counted."""
+    """Reward of this turn; None: no reward. A rollout without any reward is not scored."""
     tool_failures: int = 0
-    """Tool messages that report a failed call."""
+    """Number of tool messages that report a failed call."""
 
 
 class Episode:
     """One rollout in an environment; subclass it and write ``step``."""
 
     def step(self, message: Message) -> Reply | Awaitable[Reply]:
-        """Answer the assistant turn that was just sampled; may be ``async``.
+        """Reply to the assistant turn that was just sampled; may be ``async``.
 
-        ``message`` has ``role`` and ``content`` and, where the prompt offers tools and the turn
-        calls some, ``tool_calls``; a malformed call has a key ``error``. Turns that a limit cut
-        short are not stepped, nor are tool calls that no turn is left to read the answer of.
+        ``message`` has ``role`` and ``content`` and, if the prompt offers tools and the turn calls
+        some, ``tool_calls``; a malformed call has a key ``error``. Not called for a turn that a
+        limit cut short, nor for tool calls in the last turn that the limits allow.
         """
         raise NotImplementedError
 
     def end(self) -> float | None:
-        """Return a last reward once the rollout has ended, however it ended; None: no reward."""
+        """Return a final reward, added to the last turn's, when the rollout ends for any reason."""
         return None
 
 
 class SingleTurnEpisode(Episode):
-    """An episode that the first completion ends."""
+    """Episode that ends with the first completion."""
 
     def step(self, message: Message) -> Reply:
         """End the rollout."""
@@ -52,7 +52,7 @@ class SingleTurnEpisode(Episode):
 
 
 class Environment(Protocol):
-    """Prompts, and an episode for each rollout of one."""
+    """Prompts, and an episode for each rollout of a prompt."""
 
     @property
     def name(self) -> str:
@@ -71,17 +71,17 @@ class Environment(Protocol):
 
     @property
     def default_rewards(self) -> tuple[str, ...]:
-        """Rewards used when the configuration names none."""
+        """Rewards to use when ``rewards`` in the configuration is empty."""
         ...
 
     @property
     def single_turn(self) -> bool:
-        """Whether one completion ends every rollout; memory is planned by it."""
+        """Whether every rollout ends with its first completion; the memory plan depends on it."""
         ...
 
     @property
     def source(self) -> str:
-        """GENERATED, or the file, folder or hub id that the prompts are read from."""
+        """GENERATED, or the file, folder or hub id of the dataset that the prompts come from."""
         ...
 
     def start(self, prompt: Prompt) -> Episode:
@@ -91,7 +91,7 @@ class Environment(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class SingleTurn:
-    """Prompts whose first completion ends the rollout."""
+    """Environment of prompts with one completion each."""
 
     name: str
     train: Sequence[Prompt]

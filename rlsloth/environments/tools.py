@@ -1,4 +1,4 @@
-"""Tool environments: the adapter that turns a user's class of tools into episodes."""
+"""Adapter that makes an environment of a class whose methods are tools."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from rlsloth.errors import UserError, describe_exception
 from rlsloth.records import Message, Prompt
 
 NO_TOOLS = ("reset", "get_reward")
-"""Public methods of a class of tools that the model cannot call."""
+"""Public methods that are not offered to the model as tools."""
 
 
 class Tools(Protocol):
     """Tools of one rollout."""
 
     def call(self, name: str, arguments: dict[str, Any]) -> Any:
-        """Return a tool's result, or an awaitable of it. An exception's text goes to the model."""
+        """Return a tool's result, or an awaitable of it; the model reads an exception's text."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class MethodTools:
-    """Methods of a user's instance as tools."""
+    """Tools that are methods of an instance."""
 
     instance: Any
     names: tuple[str, ...]
@@ -39,19 +39,22 @@ class MethodTools:
     def call(self, name: str, arguments: dict[str, Any]) -> Any:
         """Call the method ``name``."""
         if name not in self.names:
-            raise ValueError(f"no tool {name!r}; there is: {', '.join(self.names)}")
+            raise ValueError(f"no tool {name!r}; available: {', '.join(self.names)}")
         return getattr(self.instance, name)(**arguments)
 
 
 @dataclass(frozen=True, slots=True)
 class ToolEpisode(Episode):
-    """A rollout that goes on as long as the model calls tools."""
+    """Episode that continues as long as the model calls tools."""
 
     tools: Tools
     get_reward: Callable[[], float | None] | None = None
 
     def step(self, message: Message) -> Reply | Awaitable[Reply]:
-        """Run the calls of a turn, plain ones first, then async ones in order; done without any."""
+        """Run the tool calls of a turn, or end the rollout if there are none.
+
+        Plain tools run first, then async ones, one after another in the order of the calls.
+        """
         calls = message.get("tool_calls")
         if not calls:
             return Reply(done=True)
@@ -61,18 +64,18 @@ class ToolEpisode(Episode):
         return _reply(answers)
 
     def end(self) -> float | None:
-        """Return the class's own reward."""
+        """Return the number from ``get_reward``; None if the class has no such method."""
         return None if self.get_reward is None else self.get_reward()
 
     def _answer(self, call: Message) -> Any:
-        """A tool message and whether it failed, or an awaitable of them."""
+        """Run one call. Returns its message and whether it failed, or an awaitable of both."""
         name = call["function"]["name"]
         try:
             if error := call.get("error"):
                 raise ValueError(error)
             output = self.tools.call(name, call["function"]["arguments"])
             return _later(name, output) if inspect.isawaitable(output) else _message(name, output)
-        # A tool is foreign code: its failure, even an exit, is the model's to read.
+        # Tools are foreign code: any failure, even an exit, becomes a message to the model.
         except (Exception, SystemExit) as error:
             return _failure(name, error)
 
@@ -103,7 +106,7 @@ def _reply(answers: Sequence[tuple[Message, bool]]) -> Reply:
 
 @dataclass(frozen=True, slots=True)
 class ToolEnvironment:
-    """Prompts with tools: the public methods of a class in TRL's environment convention."""
+    """Environment whose tools are the public methods of a class (TRL's convention)."""
 
     name: str
     train: Sequence[Prompt]
@@ -115,15 +118,18 @@ class ToolEnvironment:
     single_turn: bool = False
 
     def start(self, prompt: Prompt) -> ToolEpisode:
-        """A fresh instance, reset with the prompt's columns.
+        """Begin an episode with a new instance, reset with the prompt's columns.
 
         Raises:
-            UserError: the class or its reset raised, or reset returned another text than before.
+            UserError: the class or its reset raised, or reset returned different text this time.
         """
         instance = _instance(self.factory, self.name)
         text = _reset(instance, prompt, self.name)
         if not _last(prompt)["content"].endswith(text):
-            raise UserError(f"environment {self.name}: reset must return the same text for a row")
+            raise UserError(
+                f"environment {self.name}: reset returned different text for row "
+                f"{prompt.index + 1} than before; make it depend on the row's columns only"
+            )
         return ToolEpisode(MethodTools(instance, self.tools), getattr(instance, "get_reward", None))
 
 
@@ -137,15 +143,15 @@ def tool_environment(
 ) -> ToolEnvironment:
     """Make an environment from a class in TRL's convention.
 
-    ``factory()`` makes an instance for each rollout; ``reset(**columns)`` returns None or text that
-    is appended to the prompt; ``get_reward()``, if there is one, is called when the rollout has
-    ended, and its number is the reward ``environment``; every other public method is a
-    tool, with a schema from its signature and docstring. A group's rollouts share one prompt,
-    so ``reset`` is called for each row when the environment is made and again when a rollout
-    starts, and must return the same text.
+    ``factory()`` makes an instance for each rollout. ``reset(**columns)`` returns None or text that
+    is appended to the prompt. ``get_reward()``, if the class has it, is called when the rollout
+    ends and returns the reward ``environment``. Every other public method is a tool; its schema
+    comes from its signature and docstring. A group's rollouts share one prompt, so ``reset`` is
+    called for each row when the environment is made and again when a rollout starts, and must
+    return the same text for the same row.
 
     Args:
-        rows: the problems; when None those of ``cfg.train``, and ``cfg.params`` go to the factory.
+        rows: the problems. None: those of ``cfg.train``; ``cfg.params`` then go to the factory.
     """
     if rows is None:
         _check_params(name, factory, cfg)
@@ -174,8 +180,8 @@ def _check_params(name: str, factory: Callable[..., Any], cfg: EnvConfig) -> Non
         signature.bind(**cfg.params)
     except TypeError as error:
         raise UserError(
-            f"environment {name} with --env.params {dict(cfg.params)}: {error}; "
-            f"it takes {signature}"
+            f"environment {name} cannot be made with --env.params {dict(cfg.params)}: {error}; "
+            f"its signature is {signature}"
         ) from None
 
 
@@ -184,19 +190,21 @@ def _instance(factory: Callable[[], Any], name: str) -> Any:
         return factory()
     except (Exception, SystemExit) as error:
         raise UserError(
-            f"environment {name}: its class raised {describe_exception(error)}"
+            f"environment {name}: making its class raised {describe_exception(error)}"
         ) from error
 
 
 def _tool_names(instance: Any, name: str) -> tuple[str, ...]:
-    # Looked up on the class: on the instance it would run properties.
+    # On the class, since looking names up on the instance would run its properties.
     methods = inspect.getmembers(type(instance), inspect.isfunction)
     for method, function in methods:
         if method in NO_TOOLS and inspect.iscoroutinefunction(function):
             raise UserError(f"environment {name}: {method} is async; make it a plain method")
     tools = [m for m in methods if not m[0].startswith("_") and m[0] not in NO_TOOLS]
     if not tools:
-        raise UserError(f"environment {name} has no public method besides reset, so no tool")
+        raise UserError(
+            f"environment {name} has no tool: write a public method besides reset and get_reward"
+        )
     return tuple(tool for tool, _ in tools)
 
 
@@ -205,32 +213,34 @@ def _schema(tool: Callable[..., Any], name: str) -> dict[str, Any]:
 
     try:
         schema: dict[str, Any] = get_json_schema(tool)
-    except Exception as error:  # its own exception types for docstrings and for hints
+    except Exception as error:  # transformers has several types, for docstrings and for hints
         reason = " ".join(str(error).split())
         raise UserError(
-            f"environment {name}: no schema for tool {tool.__name__}: {reason}"
+            f"environment {name}: cannot make a schema for tool {tool.__name__}: {reason}"
         ) from error
     return schema
 
 
 def _reset(instance: Any, prompt: Prompt, name: str) -> str:
-    """The text that reset returns for the prompt's row; empty for None."""
+    """Call reset for the prompt's row. Returns its text, empty for None."""
     try:
         text = instance.reset(**prompt.columns)
     except (Exception, SystemExit) as error:
-        problem = f"on row {prompt.index + 1} raised {describe_exception(error)}"
-        raise UserError(f"environment {name}: reset {problem}") from error
+        reason = describe_exception(error)
+        raise UserError(
+            f"environment {name}: reset raised {reason} on row {prompt.index + 1}"
+        ) from error
     if isinstance(text, list) and all(isinstance(part, dict) and "text" in part for part in text):
         text = "".join(part["text"] for part in text)
     if not isinstance(text, str | None):
         raise UserError(
-            f"environment {name}: reset returns text or None, not {type(text).__name__}"
+            f"environment {name}: reset must return text or None, not {type(text).__name__}"
         )
     return text or ""
 
 
 def _observed(instance: Any, prompt: Prompt, name: str) -> Prompt:
-    """The prompt with the text of reset appended to its last message."""
+    """Append the text of reset to the prompt's last message."""
     text = _reset(instance, prompt, name)
     last = _last(prompt)
     observed = {**last, "content": last["content"] + text}
@@ -238,5 +248,5 @@ def _observed(instance: Any, prompt: Prompt, name: str) -> Prompt:
 
 
 def _last(prompt: Prompt) -> Message:
-    assert isinstance(prompt.messages, tuple)  # make_prompts was asked for conversations
+    assert isinstance(prompt.messages, tuple)  # make_prompts was called with conversational=True
     return prompt.messages[-1]

@@ -1,12 +1,13 @@
-"""Finding environments; the built-in ones; a user's own class with tools."""
+"""The built-in environments."""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,9 @@ import pytest
 from rlsloth.config import EnvConfig
 from rlsloth.data.heldout import overlap_warning, question_text, questions_of
 from rlsloth.environments.loading import load_environment
-from rlsloth.environments.protocol import (
-    Environment,
-)
+from rlsloth.environments.protocol import Environment
+from rlsloth.environments.tools import ToolEpisode
+from rlsloth.envs import reasoning_gym
 from rlsloth.envs.calculator import Calculator, evaluate, show
 from rlsloth.envs.reasoning_gym import generate
 from rlsloth.errors import UserError
@@ -42,16 +43,6 @@ def rows(tmp_path: Path) -> str:
     return str(path)
 
 
-@pytest.fixture
-def plugin(tmp_path: Path) -> Callable[[str], str]:
-    def write(body: str) -> str:
-        path = tmp_path / "mine.py"
-        path.write_text(body)
-        return f"{path}:Mine"
-
-    return write
-
-
 def test_importing_loads_nothing_heavy() -> None:
     code = (
         "import sys, rlsloth.environments.loading, rlsloth.data.prompts;"
@@ -67,7 +58,7 @@ def test_dataset(rows: str) -> None:
     env = load("dataset", train=rows, heldout=2)
     assert (len(env.train), len(env.heldout), env.default_rewards) == (3, 2, ())
     assert (env.single_turn, env.source) == (True, rows)
-    with pytest.raises(UserError, match=r"takes no --env.params, got size"):
+    with pytest.raises(UserError, match=r"--env.params: .*no parameters, got size"):
         load("dataset", train=rows, params={"size": 3})
 
 
@@ -78,12 +69,12 @@ def test_unknown_environment() -> None:
         load("envs/dataset.py:")
 
 
-def test_overlap_of_validation_and_training_is_told(rows: str, tmp_path: Path) -> None:
+def test_overlap_of_validation_and_training_is_reported(rows: str, tmp_path: Path) -> None:
     other = tmp_path / "other.jsonl"
     other.write_text('{"question": " q1"}\n{"question": "new"}\n')
-    said = overlap(load("dataset", train=rows, validation=str(other)))
-    assert said is not None
-    assert said.startswith("1 of 5 training prompts ask a held-out question")
+    warning = overlap(load("dataset", train=rows, validation=str(other)))
+    assert warning is not None
+    assert warning.startswith("1 of 5 training prompts ask a held-out question")
     assert overlap(load("dataset", train=rows, heldout=2)) is None
 
 
@@ -116,27 +107,46 @@ def test_generation_depends_on_the_seed_alone() -> None:
     assert draw(0) != draw(1)
 
 
+def in_this_process(
+    command: list[str], *, input: bytes, **_: Any
+) -> subprocess.CompletedProcess[bytes]:
+    """Run the generator without a child, which would take seconds to import the tasks."""
+    out = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out):
+        patch.setattr(sys, "stdin", io.StringIO(input.decode()))
+        status = reasoning_gym._child()
+    return subprocess.CompletedProcess(command, status, out.getvalue().encode(), b"")
+
+
 @pytest.mark.parametrize(
-    ("name", "params", "said"),
+    ("name", "params", "message"),
     [
-        ("reasoning_gym", {}, "name a task"),
+        ("reasoning_gym", {}, "--env.name reasoning_gym names no task"),
         ("reasoning_gym:chainsum", {}, r"no task 'chainsum'; did you mean 'chain_sum'\?"),
         ("reasoning_gym:chain_sum", {"min_term": 2}, r"'min_term'; did you mean 'min_terms'\?"),
         ("reasoning_gym:chain_sum", {"min_terms": "x"}, r"--env.params.min_terms: .*integer"),
         ("reasoning_gym:chain_sum", {"min_terms": 7}, "max_terms must be >= min_terms"),
-        ("reasoning_gym:arc_agi", {"size": 2}, "cannot be carried as JSON"),
+        ("reasoning_gym:arc_agi", {"size": 2}, "JSON cannot hold"),
     ],
 )
-def test_reasoning_gym_refuses(name: str, params: dict[str, Any], said: str) -> None:
-    with pytest.raises(UserError, match=said):
+def test_reasoning_gym_refuses(
+    name: str, params: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(subprocess, "run", in_this_process)
+    with pytest.raises(UserError, match=message):
         load(name, params=params)
+
+
+def test_the_generator_reports_its_refusal() -> None:
+    with pytest.raises(UserError, match="no task 'chainsum'"):
+        load("reasoning_gym:chainsum")
 
 
 def test_a_generator_that_hangs_is_stopped() -> None:
     start = time.monotonic()
     params = {"size": 5, "seed": 0, "min_base": 2, "max_base": 2}
-    with pytest.raises(UserError, match=r"base_conversion generated 0 of 5 problems in 3 s: lower"):
-        generate("base_conversion", params, deadline_seconds=3)
+    with pytest.raises(UserError, match=r"base_conversion generated 0 of 5 problems in 1 s: lower"):
+        generate("base_conversion", params, deadline_seconds=1)
     assert time.monotonic() - start < 10
 
 
@@ -164,7 +174,7 @@ def test_calculator_is_exact(expression: str, value: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("expression", "said"),
+    ("expression", "message"),
     [
         ("9**9**9", "too large"),
         ("9**9**9**9**9", "too large"),
@@ -192,9 +202,9 @@ def test_calculator_is_exact(expression: str, value: str) -> None:
         ("3j", "only numbers"),
     ],
 )
-def test_calculator_refuses(expression: str, said: str) -> None:
+def test_calculator_refuses(expression: str, message: str) -> None:
     start = time.process_time()
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         evaluate(expression)
     assert time.process_time() - start < 0.5
 
@@ -207,124 +217,33 @@ def test_calculator_environment() -> None:
         expression = prompt.columns["question"].removeprefix("Calculate ").removesuffix(".")
         assert prompt.columns["answer"] == show(evaluate(expression)) == str(eval(expression))
         assert [t["function"]["name"] for t in prompt.tools] == ["calculate"]
-    session = env.start(env.train[0]).tools
-    assert session.call("calculate", {"expression": "6 * 7"}) == "42"
-    with pytest.raises(ValueError, match="no tool 'reset'; there is: calculate"):
-        session.call("reset", {})
+    episode = env.start(env.train[0])
+    assert isinstance(episode, ToolEpisode)
+    assert episode.tools.call("calculate", {"expression": "6 * 7"}) == "42"
+    with pytest.raises(ValueError, match="no tool 'reset'; available: calculate"):
+        episode.tools.call("reset", {})
     with pytest.raises(TypeError, match="expr"):
-        session.call("calculate", {"expr": "1"})
+        episode.tools.call("calculate", {"expr": "1"})
     assert [p.messages for p in load("calculator", params={"size": 300}, heldout=50).train] == [
         p.messages for p in env.train
     ]
 
 
 @pytest.mark.parametrize(
-    ("params", "said"),
+    ("params", "message"),
     [
         ({"digit": 2}, "no parameter 'digit'; did you mean 'digits'"),
         ({"terms": 1}, r"--env.params.terms: .*greater than or equal to 2"),
     ],
 )
-def test_calculator_parameters(params: dict[str, Any], said: str) -> None:
-    with pytest.raises(UserError, match=said):
+def test_calculator_parameters(params: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
         load("calculator", params=params)
 
 
-def test_calculator_beside_a_dataset(rows: str) -> None:
+def test_calculator_for_a_dataset(rows: str) -> None:
     env = load("rlsloth.envs.calculator:Calculator", train=rows, heldout=1)
     assert not env.single_turn
     assert (len(env.train), env.default_rewards) == (4, ())
     assert env.train[0].columns["k"] in range(5)
     assert env.train[0].tools[0]["function"]["parameters"]["required"] == ["expression"]
-
-
-# A user's own
-
-
-SHOP = '''
-class Mine:
-    def __init__(self, currency="EUR"):
-        self.currency = currency
-    def reset(self, k, **row):
-        self.k = k
-        return f" Shelf {k}."
-    def price(self, item: str) -> dict:
-        """Look up a price.
-
-        Args:
-            item: What to look up.
-        """
-        return {"item": item, "price": self.k, "currency": self.currency}
-    def _private(self):
-        pass
-'''
-
-
-def test_own_class_in_trls_convention(rows: str, plugin: Callable[[str], str]) -> None:
-    env = load(plugin(SHOP), train=rows, heldout=2, params={"currency": "USD"})
-    for prompt in [*env.train, *env.heldout]:
-        k = prompt.columns["k"]
-        assert prompt.messages == ({"role": "user", "content": f"q{k} Shelf {k}."},)
-        assert [t["function"]["name"] for t in prompt.tools] == ["price"]
-    one, other = (env.start(env.train[i]).tools for i in range(2))
-    answer = one.call("price", {"item": "tea"})
-    assert answer == {"item": "tea", "price": env.train[0].columns["k"], "currency": "USD"}
-    assert other.call("price", {"item": "tea"})["price"] == env.train[1].columns["k"]
-
-
-SINGLE = """
-from rlsloth.environments.protocol import SingleTurn
-def Mine(cfg, seed):
-    return SingleTurn(cfg.name, %s, %s)
-"""
-
-
-@pytest.mark.parametrize(
-    ("body", "said"),
-    [
-        (SHOP.replace("item: What to look up.", ""), "no schema for tool price"),
-        (SHOP.replace("def price", "def _price"), "no public method besides reset"),
-        (SHOP.replace("def _private", "async def get_reward"), "get_reward is async"),
-        (SHOP.replace("self.k = k", "1 / 0"), "reset on row 1 raised ZeroDivisionError"),
-        (SHOP.replace("self.currency =", "1 / 0 #"), r"class raised ZeroDivisionError.*mine\.py:4"),
-        (SHOP.replace("def reset", "def rest"), "a class of tools has a method reset"),
-        (SHOP.replace('return f" Shelf {k}."', "return 3"), "text or None, not int"),
-        ("raise RuntimeError('broken')", "raised RuntimeError: broken"),
-        ("import sys\nsys.exit()", r"mine\.py raised SystemExit"),
-        ("class Miner: pass", r"/mine\.py has no 'Mine'; did you mean 'Miner'"),
-        ("Mine = {}", "is a dict, not a class or function"),
-        ("def Mine(): pass", r"called with \(cfg, seed\): too many .*it takes \(\)"),
-        (
-            "def Mine(cfg, seed): return 1 / 0",
-            r"ZeroDivisionError: division by zero \(mine\.py:1\)",
-        ),
-        ("def Mine(cfg, seed): pass", "a NoneType without 'name'"),
-        (SINGLE % ("{}", "[]"), "train is a list of prompts, not a dict"),
-        (SINGLE % ("[]", "['q']"), r"heldout\[0\] is a str, not a rlsloth.records.Prompt"),
-    ],
-)
-def test_own_class_refused(rows: str, plugin: Callable[[str], str], body: str, said: str) -> None:
-    with pytest.raises(UserError, match=said) as refused:
-        load(plugin(body), train=rows, heldout=1)
-    assert "rlsloth_plugin" not in str(refused.value)
-    assert "\n" not in str(refused.value)
-
-
-def test_own_class_with_an_unknown_parameter(rows: str, plugin: Callable[[str], str]) -> None:
-    with pytest.raises(UserError, match=r"unexpected keyword argument 'curency'.*currency"):
-        load(plugin(SHOP), train=rows, params={"curency": "USD"})
-
-
-def test_reset_must_repeat_itself(rows: str, plugin: Callable[[str], str]) -> None:
-    body = "import itertools\ncount = itertools.count()\n" + SHOP.replace("{k}", "{next(count)}")
-    env = load(plugin(body), train=rows, heldout=1)
-    with pytest.raises(UserError, match="must return the same text"):
-        env.start(env.train[0])
-
-
-def test_own_function_returns_an_environment(rows: str, plugin: Callable[[str], str]) -> None:
-    body = (
-        "from rlsloth.environments.protocol import SingleTurn\n"
-        "def Mine(cfg, seed):\n    return SingleTurn(cfg.name, [], [], (f'seed{seed}',))\n"
-    )
-    assert load(plugin(body), seed=7).default_rewards == ("seed7",)
