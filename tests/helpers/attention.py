@@ -1,4 +1,4 @@
-"""Shared by several tests: what `tests/policy/test_attention.py` and others build on."""
+"""Outputs and gradients of an attention backend."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ HEADS, KV_HEADS, WIDTH = 4, 2, 8
 def attended(
     backend: str, micro: Any, dtype: torch.dtype = torch.float64, device: str = "cpu"
 ) -> tuple[torch.Tensor, ...]:
-    """The output [T, heads, D] for random input, and the gradients of q, k and v."""
+    """Compute the output [T, heads, D] for random input, and the gradients of q, k and v."""
     total = len(micro.token_ids)
     generator = torch.Generator().manual_seed(7)
 

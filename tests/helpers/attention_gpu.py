@@ -1,4 +1,4 @@
-"""Shared by several tests: what `tests/policy/test_attention_gpu.py` and others build on."""
+"""Log-probs and gradients of a policy on a GPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Shared by several tests: what `tests/distillation/test_distill.py` and others build on."""
+"""Configuration of a distillation on a tiny model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Shared by several tests: what `tests/rollout/test_trial.py` and others build on."""
+"""Embedded engines for a policy."""
 
 from __future__ import annotations
 

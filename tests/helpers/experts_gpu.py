@@ -1,4 +1,4 @@
-"""Shared by several tests: what `tests/policy/test_experts_gpu.py` and others build on."""
+"""Policies with experts, on a GPU."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
 
 def policy_of(folder: Path, family: str, targets: list[str], **changes: int) -> Policy:
-    """Of one layer: rounding before a second would give some tokens other experts there."""
+    """Make a policy of one layer: rounding could choose different experts in a second one."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""Shared by several tests: what `tests/policy/test_models.py` and others build on."""
+"""Tiny random models of every known family."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ FAMILIES = {
 
 
 def family_model(family: str, **settings: Any) -> Any:
-    """Random float32 model of transformers' own class, frozen, in eval mode."""
+    """Make a random float32 model of transformers' own class, frozen, in eval mode."""
     torch.manual_seed(0)
     attention.register()
     config = AutoConfig.for_model(family, **{**COMMON, **FAMILIES[family], **settings})

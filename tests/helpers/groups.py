@@ -1,4 +1,4 @@
-"""Shared by several tests: what `tests/scoring/test_scoring.py` and others build on."""
+"""Groups of rollouts to score, made from texts."""
 
 from __future__ import annotations
 

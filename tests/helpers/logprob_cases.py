@@ -1,4 +1,4 @@
-"""Shared by several tests: what `tests/kernels/test_linear_logprob.py` and others build on."""
+"""Inputs, expected outputs and tolerances for kernels that compute log-probs."""
 
 import torch
 
@@ -17,7 +17,7 @@ def make(n, h, v, dtype=torch.float32, seed=0):
 
 
 def expected(hidden, weight, target, gradient, bias=None, **settings):
-    """float64 outputs, then the gradients of hidden, weight and bias."""
+    """Compute outputs, then gradients of hidden, weight and bias, in float64."""
     inputs = [None if x is None else x.detach().double() for x in (hidden, weight, bias)]
     leaves = [x.requires_grad_() for x in inputs if x is not None]
     outputs = linear_logprob_reference(inputs[0], inputs[1], target, bias_V=inputs[2], **settings)

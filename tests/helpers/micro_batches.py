@@ -1,4 +1,4 @@
-"""Shared by several tests: what `tests/losses/test_losses.py` and others build on."""
+"""Micro-batches that hold only the tensors that losses read."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ EMPTY = torch.zeros(0, dtype=torch.int64)
 
 
 def make_micro(lengths: list[int], advantages_N: Tensor, rollout_logprobs_N: Tensor) -> MicroBatch:
-    """A micro-batch of rollouts with these many scored tokens; what losses do not read is empty."""
+    """Make a micro-batch of rollouts from their numbers of scored tokens."""
     counts_R = torch.tensor(lengths, dtype=torch.int64)
     rollout_of_N = torch.repeat_interleave(torch.arange(len(lengths)), counts_R)
     return MicroBatch(

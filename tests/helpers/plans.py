@@ -1,4 +1,4 @@
-"""Shared by several tests: what `tests/memory/test_plan.py` and others build on."""
+"""Policies and model folders whose memory is planned."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Shared by several tests: what `tests/policy/test_policy.py` and others build on."""
+"""Policies on a tiny random Llama, and random groups to train on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Shared by several tests: what `tests/policy/test_smollm2.py` and others build on."""
+"""Policies on SmolLM2-135M-Instruct, from the GGUF file of a package."""
 
 from __future__ import annotations
 

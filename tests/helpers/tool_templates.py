@@ -1,4 +1,4 @@
-"""Shared by several tests: what `tests/data/test_renderer.py` and others build on."""
+"""A chat template with tools, and a tool."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What tests of the vLLM engine share: starting it, and comparing what it samples."""
+"""Helpers that start vLLM engines and compare their completions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Shared by several tests: what `tests/rollout/test_vllm_gpu.py` and others build on."""
+"""Policies for vLLM on a GPU, and comparisons of completions."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def policy(request, tmp_path_factory) -> Policy:
 
 
 def changed(policy: Policy, version: int) -> Weights:
-    """The policy's adapter, now another one."""
+    """Change the policy's adapter at random. Returns its weights."""
     with torch.no_grad():
         for name, p in policy.weights().tensors.items():
             if "lora_B" in name:
@@ -44,14 +44,14 @@ def used() -> int:
 
 
 def differences(found: list[list[Completion]], wanted: list[list[Completion]]) -> list[Any]:
-    """Of completions that are not equal: the first other token, and how far log-probs lie apart
-    before it."""
-    told = []
+    """List unequal completions: the first token that differs, and the largest difference of
+    log-probs before it."""
+    unequal = []
     for g, groups in enumerate(zip(found, wanted, strict=True)):
         for i, (a, b) in enumerate(zip(*groups, strict=True)):
             if a != b:
                 pairs = zip(a.token_ids, b.token_ids, strict=False)
                 first = next((at for at, (x, y) in enumerate(pairs) if x != y), None)
                 before = zip(a.logprobs[:first], b.logprobs[:first], strict=False)
-                told.append((g, i, first, max((abs(x - y) for x, y in before), default=0.0)))
-    return told
+                unequal.append((g, i, first, max((abs(x - y) for x, y in before), default=0.0)))
+    return unequal

@@ -1,4 +1,4 @@
-"""Shared by several tests: what `tests/rollout/test_run_vllm.py` and others build on."""
+"""Configuration and reward of a run that vLLM samples."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Shared by several tests: what `tests/rollout/test_weights_vllm.py` and others build on."""
+"""Policies whose weights vLLM shares, and engines that sample from them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SAMPLING = SamplingParams(max_tokens=10, seed=1)
 
 @pytest.fixture
 def make(tmp_path: Path) -> Any:
-    """Makes a policy on a tiny Llama with heads of 32, as vLLM wants them."""
+    """Return a function that makes a policy on a tiny Llama with heads of 32, as vLLM needs."""
 
     def make(precision: str = "fp32", *, tied: bool = False, hidden: int = 128, **lora: Any) -> Any:
         folder = tmp_path / "model"

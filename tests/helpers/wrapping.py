@@ -1,4 +1,4 @@
-"""Shared by several tests: what `tests/policy/test_wrap.py` and others build on."""
+"""Random models, and comparisons of wrapped with plain ones."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SPREAD = {"initializer_range": 0.15}
 
 
 def randomize(model: Any) -> None:
-    """Random norms, so that their offset counts, and random adapters."""
+    """Fill norms, so that their offset counts, and adapters with random numbers."""
     with torch.no_grad():
         for name, p in model.named_parameters():
             if "norm" in name:
@@ -27,7 +27,7 @@ def randomize(model: Any) -> None:
 
 
 def run(model: Any) -> tuple[Tensor, dict[str, Tensor]]:
-    """Logits of two random sequences, and each trained parameter's gradient of a sum of them."""
+    """Compute logits of two random sequences, and the gradients of a sum of them."""
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(3, VOCAB, (2, 11), generator=generator)
     logits = model(input_ids=ids, use_cache=False).logits.float()
@@ -38,7 +38,7 @@ def run(model: Any) -> tuple[Tensor, dict[str, Tensor]]:
 
 
 def assert_same(model: Any, stock: Any) -> None:
-    """fp32: outputs within 1e-5, gradients within 1e-4 of their largest element."""
+    """Compare in fp32: outputs within 1e-5, gradients within 1e-4 of their largest element."""
     (got, grads), (want, stock_grads) = run(model), run(stock)
     assert want.std() > 0.1
     assert (got - want).abs().max() <= 1e-5

@@ -1,4 +1,4 @@
-"""Shared by several tests: what `tests/policy/test_wrap_gpu.py` and others build on."""
+"""Decoding on a GPU, with and without CUDA graphs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ PROMPTS = [[3, 5, 7], [11] * 20, [13, 17], [23] * 9]
 
 
 def decoder(policy: Policy, graphs: bool, rows: int) -> Callable[[], list[float]]:
-    """Log-probs of the first tokens that are sampled: of one distribution for both engines."""
+    """Make a function that samples first tokens, and returns their log-probs."""
     engine = TransformersEngine(
         policy.model, policy.tokenizer, stop_ids=[1], context=4096, max_sequences=rows,
         device=policy.device, cuda_graphs=graphs,
