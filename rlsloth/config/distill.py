@@ -38,9 +38,11 @@ class EndpointConfig(Section):
     parallel: int = Field(16, ge=1, le=1024)
     """Requests at the same time; each asks for one sample."""
     timeout: float = Field(600.0, gt=0)
-    """Seconds without a byte after which an answer is given up."""
+    """Seconds that one request may take in all, from connecting to the last byte; then it is tried
+    again."""
     retries: int = Field(6, ge=0)
-    """Further tries after a broken connection, 429 or 5xx, each after twice the wait."""
+    """Further tries after a broken connection, a timeout, 429 or 5xx, each after twice the wait or
+    after the server's Retry-After."""
     limit_name: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
     """What the server calls the longest completion; OpenAI's reasoning models take the second."""
     params: Params = {}

@@ -1,196 +1,231 @@
-"""Requests to an OpenAI-compatible chat API: POST {url}/chat/completions, with patience.
-
-The standard library's client: the ones that other packages bring along change with their versions.
-"""
+"""Requests to an OpenAI-compatible chat API, with retries: POST {url}/chat/completions."""
 
 from __future__ import annotations
 
-import email.message
-import http.client
+import email.utils
 import json
-import os
 import random
+import re
 import threading
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
 from typing import Any
 
 from rlsloth.config.distill import EndpointConfig
+from rlsloth.distillation.api_key import ApiKey
+from rlsloth.distillation.transport import (
+    MAX_BYTES,
+    MAX_ERROR_BYTES,
+    Response,
+    Transport,
+    TransportError,
+)
 from rlsloth.errors import UserError, nearest
 
 FIRST_WAIT = 1.0
-"""Seconds before the second try; doubled each time."""
+"""Seconds before the second try; doubled for each further one."""
 LONGEST_WAIT = 120.0
-_RETRIED = {408, 409, 425, 429, 500, 502, 503, 504, 529}
+"""Seconds of the longest wait of our own choice."""
+LONGEST_RETRY_AFTER = 600.0
+"""Seconds of the longest wait that a server may demand; beyond it the run ends."""
+CHECK_SECONDS = 60.0
+"""Seconds that the list of models may take."""
+_RETRIED = {408, 409, 425, 429, *range(500, 600)} - {501, 505}
 _KEY_REFUSED = (401, 403)
+_OK = 200
 _SHOWN = 300
-"""Characters of a server's words that an error repeats."""
+"""Characters of a server's own text that a message repeats."""
+_TITLE = re.compile(r"<title[^>]*>(.*?)</title", re.IGNORECASE | re.DOTALL)
 
 
-class _StatusError(Exception):
-    """An answer that is no success."""
+class _RefusedError(Exception):
+    """A response that is not a usable success."""
 
-    def __init__(self, status: int, words: str, wait: float = 0.0) -> None:
+    def __init__(self, status: int, text: str, retry_after: float = 0.0) -> None:
         self.status = status
-        self.words = words
-        self.wait = wait
-
-
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """Following one would send the key to another host."""
-
-    def redirect_request(self, *_: Any) -> None:
-        return None
+        self.text = text
+        self.retry_after = retry_after
 
 
 class ChatApi:
     """One endpoint. ``complete`` may be called from several threads."""
 
     def __init__(self, cfg: EndpointConfig) -> None:
-        """Raises UserError: the variable with the key is not set."""
+        """Raises UserError: the variable with the key is not set, or the URL cannot be used."""
         assert cfg.url is not None
         self._cfg = cfg
         self._url = cfg.url
-        self._key = _key(cfg.key_variable)
-        self._opener = urllib.request.build_opener(_NoRedirect)
+        self._key = None if cfg.key_variable is None else ApiKey.read(cfg.key_variable)
+        self._transport = Transport(cfg.url, {} if self._key is None else self._key.headers())
         self._closed = threading.Event()
         self._models: list[str] = []
 
     def close(self) -> None:
-        """Let nobody try again."""
+        """End requests and waits, and close the connections."""
         self._closed.set()
+        self._transport.close()
 
     def check(self) -> None:
-        """Ask for the list of models once: is the server there, and does it take the key? Not every
-        server has the list, or calls models there as it lets them be called. Raises UserError."""
+        """Request the list of models once, to see whether the server answers and takes the key.
+
+        Not every server has that list, or lists models under the names by which they are called.
+
+        Raises:
+            UserError: the server cannot be reached, refuses the key, or is not an API.
+        """
         try:
-            listed = self._send("/models", None).get("data")
-        except _StatusError as refused:
-            if refused.status in (200, 401):
-                raise self._error(refused) from None
+            answer = self._request("GET", "/models", None, min(CHECK_SECONDS, self._cfg.timeout))
+        except _RefusedError as refused:
+            if refused.status in (_OK, 401):
+                raise self._refused(refused, 1) from None
             return
-        except (OSError, http.client.HTTPException) as error:
-            raise self._unreachable(error) from None
+        except TransportError as error:
+            raise self._unreachable(error, 1) from None
+        listed = answer.get("data")
         if isinstance(listed, list):
             self._models = [str(m["id"]) for m in listed if isinstance(m, dict) and "id" in m]
 
     def complete(self, body: Mapping[str, Any]) -> dict[str, Any]:
-        """The reply to a chat completion; broken connections, 429 and 5xx are tried again.
+        """Return the answer to a chat completion; broken connections, 429 and 5xx are tried again.
 
         Raises:
-            UserError: the endpoint refuses, or keeps failing.
+            UserError: the endpoint refuses, keeps failing, or returns something else.
         """
-        return self._patiently(lambda: self._send("/chat/completions", body))
+        data = json.dumps(body).encode()
+        return self._patiently(
+            lambda: self._request("POST", "/chat/completions", data, self._cfg.timeout)
+        )
 
-    def _patiently(self, ask: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        for attempt in range(self._cfg.retries + 1):
-            last = attempt == self._cfg.retries or self._closed.is_set()
-            wait = min(LONGEST_WAIT, FIRST_WAIT * 2**attempt) * random.uniform(0.75, 1.25)
+    def _patiently(self, request: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        for tries in range(1, self._cfg.retries + 2):
+            last = tries > self._cfg.retries or self._closed.is_set()
+            wait = min(LONGEST_WAIT, FIRST_WAIT * 2 ** (tries - 1)) * random.uniform(0.75, 1.25)
             try:
-                return ask()
-            except _StatusError as refused:
-                if last or refused.status not in _RETRIED:
-                    raise self._error(refused, attempt + 1) from None
-                wait = max(wait, min(refused.wait, LONGEST_WAIT))
-            except (OSError, http.client.HTTPException) as error:
+                return request()
+            except _RefusedError as refused:
+                too_long = refused.retry_after > LONGEST_RETRY_AFTER
+                if last or too_long or refused.status not in _RETRIED:
+                    raise self._refused(refused, tries) from None
+                wait = max(wait, refused.retry_after)
+            except TransportError as error:
                 if last:
-                    raise self._unreachable(error) from None
+                    raise self._unreachable(error, tries) from None
             self._closed.wait(wait)
-        raise AssertionError  # the last attempt returns or raises
+        raise AssertionError  # the last try returns or raises
 
-    def _send(self, path: str, body: Mapping[str, Any] | None) -> dict[str, Any]:
-        headers = {"Content-Type": "application/json", "User-Agent": "rlsloth"}
-        if self._key is not None:
-            headers["Authorization"] = f"Bearer {self._key}"
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self._url + path, data, headers)
-        try:
-            with self._opener.open(request, timeout=self._cfg.timeout) as reply:
-                text = reply.read()
-        except urllib.error.HTTPError as error:
-            with error:
-                raise _StatusError(error.code, _words(error.read()), _wait(error.headers)) from None
-        try:
-            answer = json.loads(text)
-        except (ValueError, RecursionError):
-            answer = None
-        if not isinstance(answer, dict):
-            shown = _short(text.decode(errors="replace"))
-            raise _StatusError(200, f"something that is not a JSON object: {shown}")
-        if "error" in answer and "choices" not in answer:  # some proxies say 200 to everything
-            code = answer["error"].get("code") if isinstance(answer["error"], dict) else None
-            raise _StatusError(code if isinstance(code, int) else 200, _words(text))
+    def _request(
+        self, method: str, path: str, data: bytes | None, seconds: float
+    ) -> dict[str, Any]:
+        response = self._transport.request(method, path, data, seconds)
+        text = response.body.decode(errors="replace")
+        if not 200 <= response.status < 300:
+            place = response.headers.get("Location")
+            words = f"a redirect to {place}" if place else _words(text)
+            raise _RefusedError(response.status, words, _retry_after(response))
+        if not response.complete:
+            raise _RefusedError(_OK, f"more than {MAX_BYTES >> 20} MiB")
+        answer = _parse(text)
+        if self._key is not None and self._key.is_in(json.dumps(answer, ensure_ascii=False)):
+            raise _RefusedError(_OK, f"the API key of {self._key.variable}, which is not saved")
         return answer
 
-    def _error(self, refused: _StatusError, tries: int = 1) -> UserError:
-        words = refused.words
-        if self._key is not None:
-            words = words.replace(self._key, "***")
-        if refused.status in _KEY_REFUSED:
-            variable = self._cfg.key_variable
-            named = f"the key in {variable}" if variable else "a request without a key"
-            advice = f"it refuses {named}: see --endpoint.key-variable"
-        elif refused.status == 200:
-            advice = "is --endpoint.url the base of an API (its end is often /v1), without streams?"
-        elif refused.status == 404:
-            name = str(self._cfg.model)
-            near = "" if name in self._models else nearest(name, self._models)
-            advice = f"see --endpoint.url (its end is often /v1) and --endpoint.model {name}{near}"
-        elif refused.status in _RETRIED:
-            advice = (
-                f"{tries} times; wait, lower --endpoint.parallel or raise --endpoint.retries; "
-                "--resume goes on from here"
+    def _refused(self, refused: _RefusedError, tries: int) -> UserError:
+        text = self._shown(refused.text)
+        if refused.status == _OK:
+            return UserError(
+                f"{self._url} returned {text} in place of a chat completion: check that "
+                "--endpoint.url is the base of an OpenAI-compatible API (it often ends in /v1)"
             )
-        else:
-            advice = "see the endpoint section"
-        said = f" ({words})" if words else ""
-        return UserError(f"{self._url} answers {refused.status}{said}: {advice}")
-
-    def _unreachable(self, error: Exception) -> UserError:
-        reason = error.reason if isinstance(error, urllib.error.URLError) else error
-        text = _short(str(reason)) or type(error).__name__
-        return UserError(f"cannot reach {self._url} ({text}): is the server up, and the URL right?")
-
-
-def _key(variable: str | None) -> str | None:
-    if variable is None:
-        return None
-    key = os.environ.get(variable, "").strip()
-    if not key:
-        raise UserError(
-            f"the environment variable {variable} (--endpoint.key-variable) is not set: put the "
-            "API key into it"
+        shown = f" ({text})" if text else ""
+        return UserError(
+            f"{self._url} answers {refused.status}{shown}: {self._advice(refused, tries)}"
         )
-    if not (key.isascii() and key.isprintable()) or " " in key:
-        raise UserError(
-            f"the environment variable {variable} (--endpoint.key-variable) holds what is no key: "
-            "a space, a line break or a character beyond ASCII"
+
+    def _advice(self, refused: _RefusedError, tries: int) -> str:
+        """The options to look at after a response of that status."""
+        if refused.status in _KEY_REFUSED:
+            refuses = f"the key in {self._key.variable}" if self._key else "a request without a key"
+            return f"it refuses {refuses}; see --endpoint.key-variable"
+        if refused.status == 404:
+            name = str(self._cfg.model)
+            near = "" if name in self._models else self._shown(nearest(name, self._models))
+            return f"check --endpoint.url (it often ends in /v1) and --endpoint.model {name}{near}"
+        if 300 <= refused.status < 400:
+            return (
+                "redirects are not followed, since they could carry the API key to another host; "
+                "set --endpoint.url to the final address"
+            )
+        if refused.retry_after > LONGEST_RETRY_AFTER:
+            return (
+                f"it demands a pause of {refused.retry_after:,.0f} s; continue with --resume after "
+                "that"
+            )
+        if refused.status in _RETRIED:
+            return (
+                f"gave up after {_count(tries)}; lower --endpoint.parallel or raise "
+                "--endpoint.retries, and continue with --resume"
+            )
+        return "check the options of the endpoint section, --endpoint.params above all"
+
+    def _unreachable(self, error: TransportError, tries: int) -> UserError:
+        return UserError(
+            f"cannot reach {self._url} ({self._shown(str(error))}; {_count(tries)}): check "
+            "that the server runs and that --endpoint.url is right; a slow one needs a longer "
+            "--endpoint.timeout"
         )
-    return key
+
+    def _shown(self, text: str) -> str:
+        """A server's text in one line without the key; masked before it is cut, since a cut could
+        leave a fragment too short to be recognised."""
+        line = " ".join((text if self._key is None else self._key.mask(text)).split())
+        return line if len(line) <= _SHOWN else line[: _SHOWN - 3] + "..."
 
 
-def _words(body: bytes) -> str:
-    """What a server says of an error: OpenAI's form, else the text."""
-    text = body.decode(errors="replace")
+def _parse(text: str) -> dict[str, Any]:
+    """The JSON object of a success; some servers report an error with status 200."""
+    try:
+        answer = json.loads(text)
+    except (ValueError, RecursionError):
+        answer = None
+    if not isinstance(answer, dict):
+        raise _RefusedError(
+            _OK, f"something that is not a JSON object: {_words(text[:MAX_ERROR_BYTES])}"
+        )
+    if answer.get("error") and "choices" not in answer:
+        error = answer["error"]
+        code = error.get("code") if isinstance(error, dict) else None
+        status = code if isinstance(code, int) and 300 <= code < 600 else _OK
+        raise _RefusedError(status, _words(text[:MAX_ERROR_BYTES]))
+    return answer
+
+
+def _words(text: str) -> str:
+    """A server's own account of an error: OpenAI's form, a web page's title, else the text."""
+    if text.lstrip()[:1] == "<":
+        title = _TITLE.search(text)
+        return f"an HTML page titled {title[1].strip()!r}" if title else "an HTML page"
     try:
         value = json.loads(text)
-    except ValueError:
-        return _short(text)
+    except (ValueError, RecursionError):
+        return text
     for key in ("error", "message", "detail"):
         if isinstance(value, dict) and value.get(key):
             value = value[key]
-    return _short(value if isinstance(value, str) else json.dumps(value))
+    return value if isinstance(value, str) else json.dumps(value)
 
 
-def _wait(headers: email.message.Message) -> float:
-    """Seconds in Retry-After; 0 without, or for a date."""
+def _retry_after(response: Response) -> float:
+    """Seconds that Retry-After demands, as a number or a date; 0 without it."""
+    value = response.headers.get("Retry-After", "").strip()
+    if re.fullmatch(r"\d{1,9}(\.\d*)?", value):
+        return float(value)
     try:
-        return float(headers.get("Retry-After") or 0.0)
-    except ValueError:
+        date = email.utils.parsedate_to_datetime(value)
+    except (ValueError, TypeError):
         return 0.0
+    moment = date if date.tzinfo else date.replace(tzinfo=UTC)
+    return max(0.0, (moment - datetime.now(UTC)).total_seconds())
 
 
-def _short(text: str) -> str:
-    line = " ".join(text.split())
-    return line if len(line) <= _SHOWN else line[: _SHOWN - 3] + "..."
+def _count(tries: int) -> str:
+    return "1 try" if tries == 1 else f"{tries} tries"

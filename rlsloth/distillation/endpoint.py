@@ -5,45 +5,20 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rlsloth.config.distill import DistillConfig
 from rlsloth.distillation.chat_api import ChatApi
+from rlsloth.distillation.chat_reply import Reply, read_reply
 from rlsloth.distillation.parallel import in_parallel
 from rlsloth.distillation.raw import Answered
 from rlsloth.environments.protocol import Environment
 from rlsloth.errors import UserError
 from rlsloth.evaluation.evaluator import open_problems
-from rlsloth.records import FinishReason, Group, Prompt, Rollout
+from rlsloth.records import Group, Prompt
 from rlsloth.run.run import Run
 from rlsloth.seeding import derive_seed
-
-UNKNOWN_TOKEN = -1
-"""Stands for each token of an answer: a server tells their number only."""
-_CUT = ("length", "content_filter")
-
-MOST_TOKENS = 10**7
-"""Of one answer; a server that says more miscounts."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Reply:
-    """What one request brought."""
-
-    text: str
-    tokens: int
-    finish: str
-    model: str | None
-    seed: int
-
-    def rollout(self) -> Rollout:
-        ids = [UNKNOWN_TOKEN] * self.tokens
-        finish: FinishReason = "length" if self.finish in _CUT else "stop"
-        message = {"role": "assistant", "content": self.text}
-        zeros = [0.0] * self.tokens
-        return Rollout(ids, [True] * self.tokens, zeros, ids, finish, self.text, [message])
 
 
 class EndpointTeacher:
@@ -56,6 +31,7 @@ class EndpointTeacher:
         self._cfg = cfg
         self._warned = False
         self.grpo = cfg.as_grpo(cfg.model, folder, resume=resume)
+        self._url = str(cfg.endpoint.url)
         self._api = ChatApi(cfg.endpoint)
         stack.callback(self._api.close)
         self._api.check()
@@ -88,7 +64,7 @@ class EndpointTeacher:
             for p, prompt in enumerate(prompts)
             for i in range(n)
         ]
-        replies: list[_Reply | None] = [None] * len(jobs)
+        replies: list[Reply | None] = [None] * len(jobs)
         answered: dict[int, Answered] = {}
         for position, reply in in_parallel(self._ask, jobs, self._cfg.endpoint.parallel):
             replies[position] = reply
@@ -111,7 +87,7 @@ class EndpointTeacher:
                 "sample, and heed temperature and seed?"
             )
 
-    def _answered(self, prompt: Prompt, replies: list[_Reply]) -> Answered:
+    def _answered(self, prompt: Prompt, replies: list[Reply]) -> Answered:
         cfg = self._cfg.rollout
         keys = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "stop")
         return Answered(
@@ -122,10 +98,10 @@ class EndpointTeacher:
             [reply.model for reply in replies],
         )
 
-    def _ask(self, job: tuple[Prompt, int]) -> _Reply:
+    def _ask(self, job: tuple[Prompt, int]) -> Reply:
         prompt, seed = job
         try:
-            return self._read(self._api.complete(self._body(prompt, seed)), seed)
+            return read_reply(self._api.complete(self._body(prompt, seed)), seed, self._url)
         except UserError as error:
             raise UserError(f"problem {prompt.index + 1}: {error}") from error
 
@@ -151,38 +127,6 @@ class EndpointTeacher:
             **{key: value for key, value in optional.items() if value},
             **endpoint.params,
         }
-
-    def _read(self, reply: dict[str, Any], seed: int) -> _Reply:
-        """Raises UserError for something that is no chat completion."""
-        try:
-            choice = reply["choices"][0]
-            message = choice["message"]
-            content = message.get("content") or ""
-            tokens = reply["usage"]["completion_tokens"]
-        except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
-            raise UserError(
-                f"{self._cfg.endpoint.url} answers without what a chat completion has "
-                f"(choices with a message, usage.completion_tokens): {type(error).__name__} {error}"
-            ) from None
-        # DeepSeek and vLLM's --reasoning-parser; others call it reasoning.
-        thought = message.get("reasoning_content") or message.get("reasoning") or ""
-        if not isinstance(content, str) or not isinstance(thought, str):
-            raise UserError(f"{self._cfg.endpoint.url} answers with content that is no text")
-        if not isinstance(tokens, int) or not 0 <= tokens <= MOST_TOKENS:
-            raise UserError(
-                f"{self._cfg.endpoint.url} says usage.completion_tokens {str(tokens)[:40]}, which "
-                "counts no answer"
-            )
-        content, thought = _as_text(content), _as_text(thought)
-        if thought:
-            content = f"<think>\n{thought.strip()}\n</think>\n\n{content.lstrip()}"
-        finish = str(choice.get("finish_reason") or "stop")
-        return _Reply(content, tokens, finish, reply.get("model"), seed)
-
-
-def _as_text(text: str) -> str:
-    """Without halves of surrogate pairs, which JSON can hold and no file can."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _refuse_others(env: Environment) -> None:

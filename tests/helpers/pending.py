@@ -57,7 +57,6 @@ PENDING: dict[str, set[str]] = {
         "rlsloth/data/preference.py",
         "rlsloth/data/sft.py",
         "rlsloth/data/turns.py",
-        "rlsloth/distillation/chat_api.py",
         "rlsloth/distillation/dataset.py",
         "rlsloth/distillation/endpoint.py",
         "rlsloth/distillation/folder.py",
