@@ -1,4 +1,4 @@
-"""A self-contained PEFT folder: adapter, tokenizer and chat template."""
+"""Write a self-contained PEFT folder: adapter, tokenizer and chat template."""
 
 from __future__ import annotations
 
@@ -21,20 +21,28 @@ WEIGHTS = "adapter_model.safetensors"
 
 
 def write_adapter(source: Source, tokenizer: Any, out: Path) -> int:
-    """Write the adapter of ``source`` into ``out``, read it back and fit it to the base's modules.
+    """Copy the adapter of ``source`` to ``out``, and check that it fits the base model's modules.
 
-    The weights are copied as they are. ``base_model_name_or_path`` and ``revision`` in
-    adapter_config.json name the base, so that PEFT's AutoPeftModelForCausalLM finds it.
+    The file of weights is copied byte for byte. ``base_model_name_or_path`` and ``revision`` in
+    adapter_config.json are set to the base model, so that PEFT's AutoPeftModelForCausalLM finds it.
+
+    Args:
+        source: the trained adapter and its base model; ``source.adapter`` is not None.
+        tokenizer: transformers' tokenizer, saved with its chat template.
+        out: an existing folder.
 
     Returns:
-        The number of tensors.
+        The number of tensors in the adapter.
 
     Raises:
-        UserError: no weights, or weights that do not fit the base.
+        UserError: the adapter has no weights, or they do not fit the base model.
     """
     assert source.adapter is not None
     if not (source.adapter / WEIGHTS).is_file():
-        raise UserError(f"adapter {source.adapter} has no {WEIGHTS}")
+        raise UserError(
+            f"adapter {source.adapter} has no {WEIGHTS}; copy that file back into the folder, or "
+            "pass another adapter or run"
+        )
     shutil.copyfile(source.adapter / WEIGHTS, out / WEIGHTS)
     config = json.loads((source.adapter / PEFT_CONFIG).read_bytes())
     config |= {
@@ -45,15 +53,21 @@ def write_adapter(source: Source, tokenizer: Any, out: Path) -> int:
     (out / PEFT_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     tokenizer.save_pretrained(out)
     if (source.adapter / WEIGHTS).read_bytes() != (out / WEIGHTS).read_bytes():
-        raise UserError(f"{out / WEIGHTS} does not read back as it was written")
+        raise UserError(
+            f"{out / WEIGHTS} differs from {source.adapter / WEIGHTS}, which was copied to it; "
+            "check the disk and export again"
+        )
     return _check_fit(source.base, out)
 
 
 def _check_fit(base: ModelConfig, folder: Path) -> int:
-    """Load the adapter onto the base's modules without weights; returns the number of tensors.
+    """Load the adapter onto the base model's modules on the meta device, without weights.
+
+    Returns:
+        The number of tensors in the adapter.
 
     Raises:
-        UserError: tensors that are missing, or that have no place.
+        UserError: the adapter lacks a tensor, or has one that belongs to no module.
     """
     import peft
     from safetensors import safe_open
@@ -71,7 +85,8 @@ def _check_fit(base: ModelConfig, folder: Path) -> int:
         found = set(file.keys())
     if wanted != found:
         raise UserError(
-            f"the adapter does not fit {base.path}: {len(wanted - found)} of its tensors are "
-            f"missing, {len(found - wanted)} have no place ({min(wanted ^ found)}, ...)"
+            f"adapter {folder} does not fit base model {base.path}: {len(wanted - found)} tensors "
+            f"are missing and {len(found - wanted)} belong to no module (first: "
+            f"{min(wanted ^ found)}); pass the base model that it was trained on with --base"
         )
     return len(found)

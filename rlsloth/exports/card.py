@@ -1,4 +1,4 @@
-"""The model card of an export: what was trained on what, and the run's figures."""
+"""The model card of an export (README.md): base model, training settings and results."""
 
 from __future__ import annotations
 
@@ -35,33 +35,38 @@ _SETTINGS = {
     "data.train": "training data",
     "seed": "seed",
 }
-"""Keys of a run's configuration that a card shows, those that it has."""
-_NO_SETTINGS = {"steps", "seconds", "device", "problems", "samples"}
+"""Key of a run's configuration -> its label in the card; a key that the run lacks is left out."""
+_SHOWN_ELSEWHERE = {"steps", "seconds", "device", "problems", "samples"}
+"""Keys of summary.json that the table of figures leaves out: sentences above it contain them."""
 
 
 @dataclass(frozen=True, slots=True)
 class Card:
-    """The text of an export's model card."""
+    """Those parts of a model card that depend on the form of the export."""
 
     title: str
     about: str
-    """Sentences on the folder's contents and the checks made."""
+    """Sentences about the folder's contents and the checks that they passed."""
     library: str
-    """The hub's ``library_name``: peft, transformers or gguf."""
+    """Value of the hub's ``library_name``: peft, transformers or gguf."""
     usage: str
-    """Commands that run it, for a shell."""
+    """Shell commands that run the exported model, one a line."""
 
 
 def write_card(folder: Path, card: Card, source: Source) -> None:
-    """Write README.md."""
+    """Write the card to README.md in ``folder``."""
     (folder / "README.md").write_text(render_card(card, source), encoding="utf-8")
 
 
 def render_card(card: Card, source: Source) -> str:
-    """The card in Markdown, under the hub's metadata."""
+    """Render the card as Markdown, with the hub's metadata in YAML before it.
+
+    Figures come from summary.json and metrics.jsonl of the source's run; an adapter without a run
+    has none.
+    """
     base = source.base
     about: dict[str, Any] = {"library_name": card.library, "pipeline_tag": "text-generation"}
-    if not Path(base.path).expanduser().exists():  # the hub takes its own ids only
+    if not Path(base.path).expanduser().exists():  # the hub refuses local paths here
         about["base_model"] = base.path
     about["tags"] = ["rlsloth", "lora"]
     named = f"`{base.path}`" + (f" at revision `{base.revision}`" if base.revision else "")
@@ -80,11 +85,14 @@ def render_card(card: Card, source: Source) -> str:
 def _hash(source: Source) -> str:
     if source.identity is None:
         return ""
-    return f", its weights with the hash `{source.identity.weights[:16]}…`"
+    return f" (hash of its weights: `{source.identity.weights[:16]}…`)"
 
 
 def _figures(run: Path) -> Iterator[str]:
-    """Held-out accuracy, and every other figure of summary.json and of the last step."""
+    """Yield the section of figures: held-out accuracy, summary.json, and the last step's metrics.
+
+    Lines of metrics.jsonl that hold an evaluation are not steps, and are skipped.
+    """
     file = run / SUMMARY
     summary = json.loads(file.read_bytes()) if file.is_file() else {}
     yield "## Figures"
@@ -99,7 +107,7 @@ def _figures(run: Path) -> Iterator[str]:
         )
     if "seconds" in summary:
         yield f"Trained for {summary['seconds']:.0f} s on {summary.get('device', 'one device')}."
-    shown = {k: v for k, v in summary.items() if k not in _NO_SETTINGS and "_before" not in k}
+    shown = {k: v for k, v in summary.items() if k not in _SHOWN_ELSEWHERE and "_before" not in k}
     shown = {k: v for k, v in shown.items() if "accuracy" not in k and "interval" not in k}
     steps = [row for row in read_rows(run) if not any(k.startswith("eval_") for k in row)]
     if steps:
@@ -121,7 +129,7 @@ def _settings(config: Mapping[str, Any]) -> Iterator[str]:
     sampled = "data" not in config or config.get("eval", {}).get("generate")
     for key, name in _SETTINGS.items():
         if not sampled and key.startswith(("env.", "rollout.")):
-            continue  # sections that had no part in it
+            continue  # supervised training without generation uses neither section
         value: Any = config
         for part in key.split("."):
             value = value.get(part) if isinstance(value, Mapping) else None

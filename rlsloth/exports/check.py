@@ -1,4 +1,4 @@
-"""Reopening what was written: is it what was meant?"""
+"""Reload merged weights from their folder and compare them with the base model and adapter."""
 
 from __future__ import annotations
 
@@ -17,11 +17,14 @@ from rlsloth.errors import UserError
 from rlsloth.exports.merged import checksums
 
 USUAL = 0.02
-"""Mean |difference of log-probs| in nats to base and adapter that 16 bits mostly cost."""
+"""Mean absolute difference of log-probs, in nats, that rounding to 16 bits usually stays below."""
 LIMIT = 0.1
-"""More is no rounding. SmolLM2-135M after 12 steps of SFT and 3 of GRPO, in bf16: 0.029; after 24
-and 3: 0.050."""
+"""Largest mean absolute difference of log-probs, in nats, that rounding can explain.
+
+Measured in bf16 with SmolLM2-135M: 0.029 after 12 steps of SFT and 3 of GRPO, 0.050 after 24 and 3.
+"""
 TOKENS = 128
+"""Most tokens of ``_TEXT`` that are scored."""
 _TEXT = """\
 The answer to a sum is checked by taking one of its terms away again: if 17 + 25 = 42, then
 42 - 25 = 17. In the same way a product is checked by division, and a root by multiplication.
@@ -36,12 +39,14 @@ _HALVES = (torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True, slots=True)
 class Reopened:
-    """Findings from reading a merged folder back."""
+    """Results of a check that merged weights passed."""
 
     tensors: int
+    """Number of tensors read; tied ones count once."""
     tokens: int
+    """Number of tokens in the scored text."""
     gap: float
-    """Mean |difference of log-probs| to base and adapter, in nats."""
+    """Mean absolute difference of log-probs between merged weights and base with adapter, nats."""
 
 
 def check_merged(
@@ -53,15 +58,17 @@ def check_merged(
     *,
     trust_remote_code: bool,
 ) -> Reopened:
-    """Load a merged folder by transformers alone, on the CPU.
+    """Load a merged folder on the CPU, with transformers alone, and check tensors and log-probs.
 
     Args:
-        sums: ``checksums`` of what was saved.
-        token_ids: [T] the tokens to score.
-        wanted: [T - 1] their log-probs under base and adapter.
+        folder: configuration and safetensors of the merged model.
+        dtype: type in which the weights were saved.
+        sums: tensor's name -> checksum (``merged.checksums``) before saving.
+        token_ids: [T] tokens to score.
+        wanted: [T - 1] log-probs of all but the first, by the base model with the adapter, in nats.
 
     Raises:
-        UserError: a tensor or the log-probs differ.
+        UserError: a tensor differs from what was saved, or the log-probs are more than LIMIT apart.
     """
     from transformers import AutoModelForCausalLM
 
@@ -76,27 +83,37 @@ def check_merged(
     odd = [*found["missing_keys"], *found["unexpected_keys"], *found["mismatched_keys"]]
     odd += [name for name, s in checksums(state) if sums.get(name) != s]
     if odd:
-        raise UserError(f"{len(odd)} tensors do not read back as they were written ({odd[0]}, ...)")
+        raise UserError(
+            f"{len(odd)} tensors read back from disk differ from those written (first: {odd[0]}); "
+            "check the disk and export again"
+        )
     gap = float((score(model, token_ids) - wanted).abs().mean())
     if not gap <= LIMIT:
         raise UserError(
-            f"the merged weights in {dtype} are {gap:.3g} nats a token from base and adapter, more "
-            f"than {LIMIT:g}: export the adapter instead, or report this"
+            f"the merged weights in {dtype} differ from the base model with its adapter by "
+            f"{gap:.3g} nats a token on average, more than the limit of {LIMIT:g}: export with "
+            "--to adapter instead, and report this"
         )
-    tensors = {tensor.data_ptr() for tensor in state.values()}  # tied ones count once
+    tensors = {tensor.data_ptr() for tensor in state.values()}
     return Reopened(len(tensors), len(token_ids), gap)
 
 
 def sample_ids(tokenizer: Any, context: int) -> Tensor:
-    """[T] ids of a text to score, at most TOKENS of them."""
+    """Tokenize the text to score: [T] token ids, at most TOKENS and at most ``context`` of them."""
     ids = tokenizer(_TEXT)["input_ids"][: min(TOKENS, context)]
     return torch.tensor(ids)
 
 
 @torch.no_grad()
 def score(model: Any, token_ids: Tensor) -> Tensor:
-    """[T - 1] log-probs of a text's tokens but the first, by transformers' own modules, in float32
-    whatever the weights are held in; on the CPU."""
+    """Score a text with transformers' own modules: [T - 1] log-probs in nats, on the CPU.
+
+    The first token has no log-prob. The arithmetic is float32 in whatever type the weights are.
+
+    Args:
+        model: transformers' or PEFT's model.
+        token_ids: [T] token ids.
+    """
     model.eval()
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     base.set_attn_implementation("eager")
@@ -110,8 +127,10 @@ def score(model: Any, token_ids: Tensor) -> Tensor:
 
 
 class _Float32(TorchFunctionMode):
-    """16-bit operands enter every operation as float32 copies, which are then let go of: the
-    arithmetic of a float32 model with the memory of a 16-bit one."""
+    """Convert 16-bit operands of every operation to float32 copies, which are freed afterwards.
+
+    This gives a float32 model's arithmetic with the memory of a 16-bit model.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if getattr(func, "__name__", "") == "__get__":  # dtype, shape, device, …
@@ -127,7 +146,7 @@ def _up(value: Any) -> Any:
 
 @contextmanager
 def _nf4_in_float32(model: Any) -> Iterator[None]:
-    """bitsandbytes' linears compute in a type of their own."""
+    """Let bitsandbytes' linear layers compute in float32; they have a compute type of their own."""
     linears = [m for m in model.modules() if getattr(m, "compute_dtype", None) in _HALVES]
     before = [linear.compute_dtype for linear in linears]
     for linear in linears:

@@ -1,4 +1,4 @@
-"""``rlsloth export``: what was trained, in forms that others run."""
+"""``rlsloth export``: write a trained adapter as a PEFT folder, merged weights or GGUF files."""
 
 from __future__ import annotations
 
@@ -29,14 +29,15 @@ K_QUANTS = ("q6_k", "q5_k_m", "q4_k_m")
 
 
 def run_export(cfg: ExportConfig) -> None:
-    """Write ``cfg.out``, reopen and check it, and say what it holds.
+    """Write the folder ``cfg.out``, reopen and check it, and print what it contains.
 
     Raises:
-        UserError: bad input, or a check that failed; then nothing is left of it.
+        UserError: the input is bad or a check failed; ``cfg.out`` is then left as it was.
     """
     assert cfg.source is not None
     assert cfg.out is not None
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it reports an optional package
+    # Below errors, bitsandbytes reports that an optional package is not installed.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     out = cfg.out.expanduser()
     source = find_source(
         str(cfg.source),
@@ -46,8 +47,8 @@ def run_export(cfg: ExportConfig) -> None:
     )
     if source.adapter is None and cfg.to != "gguf":
         raise UserError(
-            f"{cfg.source} is neither a run (config.yaml, adapter/) nor an adapter "
-            "(adapter_config.json)"
+            f"{cfg.source} is neither a run's folder (with config.yaml and adapter/) nor an "
+            "adapter's (with adapter_config.json); pass one of these"
         )
     keep = [cfg.source.expanduser(), Path(source.base.path).expanduser()]
     check_out(out, overwrite=cfg.overwrite, keep=keep)
@@ -63,8 +64,8 @@ def _adapter(cfg: ExportConfig, source: Source, folder: Path, name: str) -> Card
     base = source.base.path
     return Card(
         title=name,
-        about=f"A LoRA adapter with its tokenizer and chat template. Its {tensors} tensors read "
-        "back as they were trained and fit the base.",
+        about=f"A LoRA adapter with its tokenizer and chat template. Its {tensors} tensors were "
+        "read back unchanged and fit the base model.",
         library="peft",
         usage=f"vllm serve {base} --enable-lora --max-lora-rank {_rank(source)} "
         f"--lora-modules {name}=./{name}\nrlsloth chat ./{name}",
@@ -72,7 +73,7 @@ def _adapter(cfg: ExportConfig, source: Source, folder: Path, name: str) -> Card
 
 
 def _rank(source: Source) -> int:
-    """The least of the ranks that vLLM takes."""
+    """Return the smallest ``--max-lora-rank`` of vLLM that holds the adapter's rank."""
     import peft
 
     assert source.adapter is not None
@@ -86,7 +87,14 @@ def _merged(cfg: ExportConfig, source: Source, folder: Path, name: str) -> Card:
 
 
 def write_merged(cfg: ExportConfig, source: Source, folder: Path) -> str:
-    """Merge, write, reopen and check; what was done, in a sentence or two."""
+    """Merge the adapter of ``source``, write the weights to ``folder``, reopen and check them.
+
+    Returns:
+        Two sentences for the model card about the merge and its checks.
+
+    Raises:
+        UserError: the adapter cannot be merged, or the check failed.
+    """
     assert source.adapter is not None
     tokenizer = export_tokenizer(source)
     base = source.base if cfg.onto == "trained" else _original(source.base)
@@ -108,37 +116,42 @@ def write_merged(cfg: ExportConfig, source: Source, folder: Path) -> str:
         folder, dtype, sums, ids, wanted, trust_remote_code=source.base.trust_remote_code
     )
     return (
-        f"Whole weights in {cfg.dtype}: the adapter was merged in float32 onto the {onto} weights "
-        f"of the base. All {found.tensors} tensors read back as they were written; over "
-        f"{found.tokens} tokens the mean |difference of log-probs| to base and adapter is "
-        f"{found.gap:.2g} nats{_hint(found.gap, cfg.dtype)}."
+        f"Merged weights in {cfg.dtype}: the adapter was added in float32 to the {onto} weights of "
+        f"the base model. All {found.tensors} tensors were read back unchanged. Over "
+        f"{found.tokens} tokens, log-probs differ from those of the base model with its adapter by "
+        f"{found.gap:.2g} nats on average{_hint(found.gap, cfg.dtype)}."
     )
 
 
 def _hint(gap: float, dtype: str) -> str:
-    """Advice where rounding to 16 bits costs more than usual."""
+    """Explain a gap (nats a token) that is larger than rounding to 16 bits usually causes."""
     if gap <= USUAL:
         return ""
-    more = "; --dtype f16 keeps three more bits of each weight" if dtype == "bf16" else ""
-    return f", more than the {USUAL:g} that rounding mostly costs{more}"
+    remedy = "; --dtype f16 keeps three more bits of each weight" if dtype == "bf16" else ""
+    return f", more than the {USUAL:g} that rounding usually causes{remedy}"
 
 
 def _held_in(base: ModelConfig, dtype: torch.dtype) -> str:
+    """Name the form in which training kept the base model's weights."""
     if base.precision == "nf4":
         return "dequantised NF4"
     return "fp32" if dtype == torch.float32 else "bf16"
 
 
 def _original(base: ModelConfig) -> ModelConfig:
-    """The base in the precision of its files."""
+    """Configure the base model in the precision in which its files store it.
+
+    Raises:
+        UserError: the files store quantised weights.
+    """
     files = locate(base)
     if files.gguf is not None:
         return base.model_copy(update={"precision": "fp32"})
     config = files.read_config()
     if getattr(config, "quantization_config", None):
         raise UserError(
-            f"--onto original: {base.path} is stored quantised, so there is no other original; "
-            "leave --onto out"
+            f"--onto original: {base.path} stores quantised weights only, so there are no 16-bit "
+            "ones to merge onto; leave --onto out"
         )
     stored = config.get_text_config().dtype
     precision = "bf16" if stored == torch.bfloat16 else "fp32"
@@ -151,14 +164,17 @@ def _gguf(cfg: ExportConfig, source: Source, folder: Path, name: str) -> Card:
     from rlsloth.exports.gguf.write import write_gguf
 
     if any(kind in K_QUANTS for kind in cfg.gguf):
-        load_llama_cpp()  # it may be missing
+        load_llama_cpp()  # fails now, not after minutes of work, if it is not installed
     whole, about = Path(source.base.path).expanduser(), ""
     work = folder / ".merged"
     if source.adapter is not None:
         work.mkdir()
         whole, about = work, write_merged(cfg, source, work) + " "
     elif not (whole / "config.json").is_file():
-        raise UserError(f"{cfg.source} is no run, no adapter and no model's folder (config.json)")
+        raise UserError(
+            f"{cfg.source} is neither a run's folder (with config.yaml), nor an adapter's "
+            "(adapter_config.json), nor a model's (config.json); pass one of these"
+        )
     lines = []
     for kind in dict.fromkeys(cfg.gguf):
         path = folder / _file(name, kind)
@@ -171,10 +187,11 @@ def _gguf(cfg: ExportConfig, source: Source, folder: Path, name: str) -> Card:
                 write_gguf(whole, full, "bf16")
             quantize(full, path, kind)
         found = check_gguf(whole, path)
-        line = f"{path.name}, {found.tensors} tensors read back"
+        line = f"{path.name} ({found.tensors} tensors read back"
         if found.tokens:
             gap = abs(found.nll - found.nll_gguf)
             line += f", mean NLL over {found.tokens} tokens {gap:.2g} nats from transformers'"
+        line += ")"
         lines.append(line)
     first = _file(name, cfg.gguf[0])
     _write_modelfile(source, whole, folder, first)
@@ -197,7 +214,7 @@ def _write_modelfile(source: Source, whole: Path, folder: Path, file: str) -> No
     options = prompting(source.config).get("chat_template_kwargs") or {}
     try:
         text = modelfile(whole, f"./{file}", options)
-    except UserError as error:  # the GGUF files run without it
+    except UserError as error:  # llama.cpp runs the GGUF files without a Modelfile
         print(f"no Modelfile: {str(error).replace(str(whole), source.base.path)}")
         return
     (folder / "Modelfile").write_text(text, encoding="utf-8")

@@ -1,7 +1,7 @@
-"""An adapter merged into its base: 16-bit safetensors that need neither PEFT nor the base.
+"""Merge an adapter into its base model: 16-bit safetensors that need neither PEFT nor the base.
 
-Each matrix is dequantised, gets the adapter's update in float32 and is rounded once. Merging into
-4-bit codes instead, or twice rounded, would lose updates as small as those of RL.
+Each matrix is dequantised, the adapter's update is added in float32, and the sum is rounded once.
+Merging into 4-bit codes, or rounding twice, would lose updates as small as those of RL.
 """
 
 from __future__ import annotations
@@ -30,39 +30,40 @@ class Merged:
     """A merged model in memory."""
 
     model: Any
-    """transformers' model without weights (on meta), with the configuration to save."""
+    """transformers' model on the meta device, without weights, with the configuration to save."""
     state: dict[str, Tensor]
-    """Name -> tensor on the CPU; tied names share one. ``save`` empties it."""
+    """Name -> tensor on the CPU; tied names share one tensor. ``save`` empties it."""
 
     def save(self, folder: Path) -> None:
-        """Write configuration and weights, in the layout and under the names of the family's
-        checkpoints."""
+        """Write configuration and weights with the names and layout of the family's checkpoints."""
         self.model.save_pretrained(folder, state_dict=self.state, max_shard_size=SHARD)
 
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """The origin of a tensor of the merged model."""
+    """The origin of one tensor of the merged model."""
 
     name: str
+    """The tensor's name in the merged model."""
     value: Tensor
-    """The base's parameter or buffer, possibly quantised, or one that the adapter replaces."""
+    """The base model's parameter or buffer, possibly quantised, or the adapter's replacement."""
     adapters: tuple[Any, ...]
-    """PEFT layers that add to it."""
+    """PEFT layers whose updates are added to the value."""
 
 
 def merge(adapted: Any, dtype: torch.dtype) -> Merged:
     """Merge the trained adapter of a PEFT model, matrix by matrix, on the model's device.
 
-    The base's tensors are let go of one by one: with a base in 16 bits, the CPU never holds more
-    than one copy and a matrix in float32. The model is of no use afterwards.
+    The base model's tensors are freed one by one: with 16-bit weights, memory never holds more than
+    one copy of the model and one matrix in float32. ``adapted`` cannot be used afterwards.
 
     Args:
+        adapted: PEFT's model with the adapter loaded.
         dtype: type of the merged weights; float32 rounds nothing.
 
     Raises:
-        UserError: an adapter that is more than a low-rank update, a base in 8 bits, or values that
-            ``dtype`` does not hold.
+        UserError: the adapter is not a plain LoRA, the base model has 8-bit weights, or a value
+            does not fit ``dtype``.
     """
     _check_kind(adapted)
     base = adapted.get_base_model()
@@ -89,6 +90,7 @@ def merge(adapted: Any, dtype: torch.dtype) -> Merged:
 
 
 def _check_kind(adapted: Any) -> None:
+    """Refuse adapters that are not plain LoRA (Hu et al. 2021): only low-rank updates are added."""
     from peft.tuners.lora import LoraLayer
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import TrainableTokensWrapper
@@ -96,20 +98,28 @@ def _check_kind(adapted: Any) -> None:
     for name, module in adapted.get_base_model().named_modules():
         what = ""
         if isinstance(module, TrainableTokensWrapper):
-            what = "trains single tokens"
+            what = "trains embeddings of single tokens"
         elif isinstance(module, BaseTunerLayer) and not isinstance(module, LoraLayer):
-            what = f"is no LoRA ({type(module).__name__})"
+            what = f"is not LoRA ({type(module).__name__})"
         elif isinstance(module, LoraLayer) and TRAINED in module.lora_variant:
             what = f"is a variant of LoRA ({type(module.lora_variant[TRAINED]).__name__})"
         elif isinstance(module, LoraLayer) and module.lora_bias.get(TRAINED):
-            what = "has biases of its own (lora_bias)"
+            what = "has biases (lora_bias)"
         if what:
-            raise UserError(f"the adapter of {name} {what}, which is not merged here; export it "
-                            "with --to adapter")  # fmt: skip
+            raise UserError(
+                f"the adapter of module {name} {what}, which cannot be merged; export it with "
+                "--to adapter"
+            )
 
 
 def _without_weights(base: Any, dtype: torch.dtype, **changes: Any) -> Any:
-    """The base's class and configuration, as unquantised weights have them."""
+    """Build the base model's class on the meta device, configured for unquantised weights.
+
+    Args:
+        base: transformers' model.
+        dtype: type of the weights.
+        changes: configuration keys to set.
+    """
     from transformers import AutoModelForCausalLM
 
     config = copy.deepcopy(base.config)
@@ -118,7 +128,7 @@ def _without_weights(base: Any, dtype: torch.dtype, **changes: Any) -> Any:
     for key, value in changes.items():
         setattr(config, key, value)
     with torch.device("meta"):
-        # Code shipped with the model has been run already, with consent.
+        # Code shipped with the model is allowed here only if it was when the base was loaded.
         model = AutoModelForCausalLM.from_config(
             config,
             dtype=dtype,
@@ -130,7 +140,7 @@ def _without_weights(base: Any, dtype: torch.dtype, **changes: Any) -> Any:
 
 
 def _locate(base: Any, name: str) -> _Place:
-    """Walk to a tensor through the layers that PEFT has put around its module."""
+    """Find a tensor by name, and the PEFT layers that wrap the modules on the way to it."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import ModulesToSaveWrapper
 
@@ -144,7 +154,7 @@ def _locate(base: Any, name: str) -> _Place:
         while isinstance(module, BaseTunerLayer):
             around.append(module)
             module = module.base_layer
-    # Layers that adapt stacked experts name the parameter.
+    # A layer around stacked experts adapts one parameter, which it names in parameter_name.
     adapters = [
         layer
         for layer in around
@@ -154,7 +164,7 @@ def _locate(base: Any, name: str) -> _Place:
 
 
 def _unties(places: list[_Place]) -> bool:
-    """Whether the adapter makes tensors differ that the base shares."""
+    """Tell whether the adapter changes one of two tensors that are tied in the base model."""
     shared: dict[int, list[_Place]] = {}
     for place in places:
         shared.setdefault(id(place.value), []).append(place)
@@ -162,7 +172,7 @@ def _unties(places: list[_Place]) -> bool:
 
 
 def _target(base: Any, place: _Place, dtype: torch.dtype) -> torch.dtype:
-    """Some families keep some modules in float32."""
+    """Choose the type of a merged tensor: ``dtype``, or float32 where the family requires it."""
     if not place.value.is_floating_point() and not hasattr(place.value, "quant_state"):
         return place.value.dtype
     kept = [*(getattr(base, "_keep_in_fp32_modules_strict", None) or ())]
@@ -181,7 +191,11 @@ def _merged(place: _Place, dtype: torch.dtype) -> Tensor:
     rounded = value.to("cpu", dtype)
     if rounded.is_floating_point() and not torch.isfinite(rounded).all():
         finite = bool(torch.isfinite(value).all())
-        reason = f"values beyond {dtype}: pass --dtype bf16" if finite else "values not finite"
+        reason = (
+            f"values too large for {dtype}: pass --dtype bf16"
+            if finite
+            else "NaN or infinite values: training diverged; export an earlier checkpoint or run"
+        )
         raise UserError(f"merged weight {place.name} has {reason}")
     return rounded.contiguous()
 
@@ -189,15 +203,19 @@ def _merged(place: _Place, dtype: torch.dtype) -> Tensor:
 def _dequantised(place: _Place) -> Tensor:
     value = place.value.detach()
     if getattr(place.value, "quant_state", None) is not None:
-        # Ours: on CPUs bitsandbytes 0.50 is wrong for rows that are no multiple of 64.
+        # On CPUs, bitsandbytes 0.50 dequantises rows wrongly unless their length is a multiple of
+        # 64, so our own kernel is used.
         return dequantize(Nf4Weight.of(place.value))
     if value.dtype in (torch.int8, torch.uint8):
-        raise UserError(f"weight {place.name} of the base is in 8 bits, which cannot be merged")
+        raise UserError(
+            f"weight {place.name} of the base model is in 8 bits ({value.dtype}), which cannot be "
+            "merged; export with --to adapter"
+        )
     return value
 
 
 def checksums(state: dict[str, Tensor]) -> Iterator[tuple[str, str]]:
-    """SHA-256 of each tensor's type, shape and bytes."""
+    """Yield each tensor's name and the SHA-256 (hexadecimal) of its type, shape and bytes."""
     for name, tensor in state.items():
         digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
         raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)

@@ -14,11 +14,11 @@ from rlsloth.training.source import PEFT_CONFIG, Source
 
 
 def export_tokenizer(source: Source) -> Any:
-    """The tokenizer to write: that in the adapter's folder if it has one, else the base's.
+    """Return the tokenizer to export: the adapter folder's if it has one, else the base model's.
 
     Raises:
-        UserError: it, or its template, is not what training saw, or it has tokens without trained
-            embeddings.
+        UserError: the tokenizer or its chat template has changed since training, or it has tokens
+            without trained embeddings.
     """
     base, rows = _read_base(source.base)
     adapter = source.adapter
@@ -29,38 +29,48 @@ def export_tokenizer(source: Source) -> Any:
     if source.identity is not None:
         if source.identity.template is not None and not tokenizer.chat_template:
             raise UserError(
-                f"{place} has no chat template any more, but adapter {adapter} was trained with "
-                "one; put it back"
+                f"{place} has lost its chat template, but adapter {adapter} was trained with one; "
+                "restore it (chat_template.jinja or tokenizer_config.json)"
             )
         if hash_template(tokenizer) != source.identity.template:
             raise UserError(
                 f"the chat template of {place} is not the one that adapter {adapter} was trained "
-                "with; put that back"
+                "with; restore the template of training"
             )
         if hash_tokenizer(tokenizer) != source.identity.tokenizer:
             raise UserError(
                 f"the tokenizer of {place} is not the one that adapter {adapter} was trained with: "
-                "its tokens, or how it splits text, have changed; put that back"
+                "its tokens, or its way of splitting text, have changed; restore the tokenizer of "
+                "training"
             )
     return tokenizer
 
 
 def _check_tokens(tokenizer: Any, base: Any, rows: int, place: str, adapter: Path | None) -> None:
-    """``rows``: of the model's embedding."""
+    """Refuse tokens that have no row in the embedding, or whose row was never trained.
+
+    Args:
+        tokenizer: the tokenizer to export.
+        base: the base model's tokenizer.
+        rows: number of rows of the base model's embedding.
+        place: path of ``tokenizer``, for messages.
+        adapter: PEFT folder; None without an adapter.
+    """
     vocabulary = tokenizer.get_vocab()
     beyond = sorted((index, token) for token, index in vocabulary.items() if index >= rows)
     if beyond:
         index, token = beyond[0]
         raise UserError(
-            f"{place}: token {token!r} has id {index}, but the model has only {rows} embeddings: "
-            f"{len(beyond)} tokens were added without training theirs"
+            f"{place}: token {token!r} has id {index}, but the model has only {rows} embeddings; "
+            f"{len(beyond)} tokens were added without embeddings: remove them from the tokenizer"
         )
     known = base.get_vocab()
     added = sorted(token for token in vocabulary if token not in known)
     if added and not _trains_embeddings(adapter):
         raise UserError(
-            f"{place}: {len(added)} tokens ({added[0]!r}, ...) are not in the base's tokenizer, "
-            "and the adapter has no embeddings for them"
+            f"{place}: {len(added)} tokens ({added[0]!r}, ...) are not in the base model's "
+            f"tokenizer, and adapter {adapter} did not train embeddings for them: remove them from "
+            "the tokenizer"
         )
 
 
@@ -74,7 +84,7 @@ def _trains_embeddings(adapter: Path | None) -> bool:
 
 
 def _read_base(base: ModelConfig) -> tuple[Any, int]:
-    """The base's tokenizer and the rows of its embedding."""
+    """Read the base model's tokenizer and the number of rows of its embedding."""
     files = locate(base)
     try:
         with files.reading():
@@ -96,4 +106,7 @@ def _read(folder: str) -> Any:
 
 
 def _unreadable(path: str, error: Exception) -> UserError:
-    return UserError(f"cannot read {path}: {first_line(error)}")
+    return UserError(
+        f"cannot read the tokenizer or configuration of {path}: {first_line(error)}; check that "
+        "its files are complete"
+    )

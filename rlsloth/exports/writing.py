@@ -1,4 +1,4 @@
-"""The folder of an export: whether it may be written, and writing it whole or not at all."""
+"""The folder of an export: checks before it is written, and writing it whole or not at all."""
 
 from __future__ import annotations
 
@@ -15,10 +15,12 @@ from rlsloth.policy.identity import FILE
 
 
 def check_out(out: Path, *, overwrite: bool, keep: list[Path]) -> None:
-    """Refuse an output folder that cannot be written, before any work.
+    """Refuse an output folder that must not be replaced, before any work is done.
 
     Args:
-        keep: the files and folders to export; an overwritten folder must not contain them.
+        out: the folder to write.
+        overwrite: value of --overwrite.
+        keep: files and folders that the export reads; ``out`` must not contain them.
 
     Raises:
         UserError: ``out`` exists without --overwrite, is not an export, or contains the source.
@@ -26,14 +28,18 @@ def check_out(out: Path, *, overwrite: bool, keep: list[Path]) -> None:
     if not out.exists():
         return
     if not overwrite:
-        raise UserError(f"{out} exists already: pass another --out, or --overwrite to replace it")
+        raise UserError(f"{out} already exists: pass another --out, or --overwrite to replace it")
     if not _is_export(out):
         raise UserError(
-            f"{out} was not written by an export (no {FILE} of one): pass another --out"
+            f"{out} was not written by an export (its {FILE} is missing or has no key 'export'), "
+            "so it is not replaced: pass another --out"
         )
     for path in keep:
         if path.exists() and path.resolve().is_relative_to(out.resolve()):
-            raise UserError(f"{out} contains the source of the export: pass another --out")
+            raise UserError(
+                f"{out} contains {path}, which the export reads, so it is not replaced: pass "
+                "another --out"
+            )
 
 
 def _is_export(folder: Path) -> bool:
@@ -45,15 +51,19 @@ def _is_export(folder: Path) -> bool:
 
 @contextmanager
 def whole_folder(out: Path) -> Iterator[Path]:
-    """Yield a hidden folder next to ``out``, which replaces ``out`` at the end and is removed after
-    a failure.
+    """Yield a hidden folder next to ``out`` that replaces ``out`` at the end.
+
+    After a failure the hidden folder is removed and ``out`` is left as it was.
 
     Raises:
-        UserError: the file system refuses.
+        UserError: the file system refuses to write.
     """
     try:
         with replacing_folder(out) as folder:
             yield folder
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or first_line(error)
-        raise UserError(f"cannot write {out}: {reason}; nothing of it was kept") from error
+        raise UserError(
+            f"cannot write {out}: {reason}; what was written so far was removed: make room or pass "
+            "another --out"
+        ) from error

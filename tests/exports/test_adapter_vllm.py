@@ -1,4 +1,4 @@
-"""An exported adapter in a stock vLLM, as `vllm serve --enable-lora` has it."""
+"""An exported adapter in a stock vLLM, as in `vllm serve --enable-lora`."""
 
 from __future__ import annotations
 

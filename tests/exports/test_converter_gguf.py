@@ -1,4 +1,4 @@
-"""GGUF files against those of llama.cpp's own converter, from llama-cpp-python's source."""
+"""GGUF files compared with those of llama.cpp's own converter, from llama-cpp-python's source."""
 
 from __future__ import annotations
 
@@ -15,19 +15,20 @@ from rlsloth.exports.gguf.write import write_gguf
 
 CONVERTER = Path(sys.prefix) / "llama.cpp" / "convert_hf_to_gguf.py"
 ONLY_OURS = {
-    # Said always: llama.cpp would take its own default otherwise.
+    # Always written here: without them llama.cpp would use its own defaults.
     "tokenizer.ggml.add_bos_token",
     "tokenizer.ggml.add_eos_token",
     "tokenizer.ggml.add_space_prefix",
-    # transformers' Qwen2Tokenizer names one where the file does not; byte-level BPE never uses it.
+    # transformers' Qwen2Tokenizer has one although its file does not; byte-level BPE never uses it.
     "tokenizer.ggml.unknown_token_id",
-    # Some of the converter's classes leave these to defaults that happen to be right.
+    # Some of the converter's classes leave these out, and llama.cpp's defaults happen to be right.
     "vocab_size",
     "rope.freq_base",
 }
 
 
-# The converter knows pre-tokenizers by the hash of a real vocabulary's ids, which these are not.
+# The converter recognises pre-tokenizers by a hash of token ids of the real vocabularies, which
+# the small vocabularies of these tests do not match: it is given the name instead.
 DRIVER = """
 import sys
 sys.path[:0] = [{folder!r}, {gguf_py!r}]
@@ -35,7 +36,7 @@ import conversion.base
 import conversion.phi
 if {pre!r}:
     conversion.base.TextModel.get_vocab_base_pre = lambda self, tokenizer: {pre!r}
-# It knows Phi-4's tokenizer by a class name that transformers 5 does not save.
+# It recognises Phi-4's tokenizer by a class name that transformers 5 does not save.
 conversion.phi.Phi3MiniModel.set_vocab = lambda self: self._set_vocab_gpt2()
 import runpy
 sys.argv = ["convert_hf_to_gguf.py", *{arguments!r}]
@@ -54,7 +55,7 @@ def convert(folder: Path, out: Path, kind: str, pre: str) -> None:
 
 
 def compare(ours: Path, theirs: Path) -> None:
-    """Key by key, table by table, tensor by tensor."""
+    """Compare two GGUF files key by key, table by table, tensor by tensor."""
     from gguf import GGUFReader
 
     a, b = GGUFReader(ours), GGUFReader(theirs)
@@ -76,7 +77,7 @@ def compare(ours: Path, theirs: Path) -> None:
 
 
 def same_scores(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
-    """Of tokens that merges make; nothing looks at those of bytes and marks."""
+    """Compare the scores of tokens that merges make; nothing reads those of bytes and marks."""
     kinds = ours["tokenizer.ggml.token_type"]
     a, b = ours["tokenizer.ggml.scores"], theirs["tokenizer.ggml.scores"]
     normal = [i for i, kind in enumerate(kinds) if kind == 1]
@@ -111,14 +112,14 @@ def test_as_the_converter_writes_them(family, tmp_path):
 
 
 def test_smollm2_as_the_converter_writes_it(smollm2, tmp_path):
-    """With nothing of the converter replaced: it knows this tokenizer by its hash."""
+    """Here the converter is unchanged: it recognises this tokenizer by its hash."""
     write_gguf(smollm2, tmp_path / "ours.gguf", "bf16")
     convert(smollm2, tmp_path / "theirs.gguf", "bf16", "")
     compare(tmp_path / "ours.gguf", tmp_path / "theirs.gguf")
 
 
 @pytest.mark.parametrize("family", ["llama2", "gemma2", "gemma3"])
-def test_sentencepiece_tables_regained_from_tokenizer_json(family, tmp_path):
+def test_sentencepiece_tables_recovered_from_tokenizer_json(family, tmp_path):
     """The converter reads tokenizer.model, which transformers 5 no longer saves."""
     import sentencepiece
     from transformers import LlamaTokenizer

@@ -1,4 +1,4 @@
-"""What an adapter was trained on is known again, and nothing else passes for it."""
+"""An adapter's record of its base model: hashes that recognise it, and refuse any other."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from rlsloth.policy.policy import Policy
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """In bf16, with matrices of more values than are hashed."""
+    """A model's folder in bf16; its matrices have more values than are hashed."""
     folder = tmp_path_factory.mktemp("base")
     tiny_llama(hidden=256, layers=1).bfloat16().save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
@@ -123,7 +123,7 @@ def test_cut_weights_are_refused_in_a_line(copied: Path) -> None:
 # Tokenizer and template
 
 
-def test_tokenizers_survive_saving_and_differ_where_they_split_otherwise(tmp_path: Path) -> None:
+def test_tokenizer_hashes_survive_saving_and_depend_on_splitting(tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
     tokenizer = tiny_tokenizer()
@@ -143,7 +143,7 @@ def test_tokenizers_survive_saving_and_differ_where_they_split_otherwise(tmp_pat
 # The adapter's folder
 
 
-def test_adapters_say_what_they_were_trained_on(base: Path, adapter: Path) -> None:
+def test_adapters_record_their_base(base: Path, adapter: Path) -> None:
     identity = read_identity(adapter)
     assert identity is not None
     assert (identity.path, identity.revision) == (str(base), None)
@@ -177,7 +177,7 @@ def test_an_adapter_of_another_base_is_refused_in_a_line(
     )
 
 
-def test_an_adapter_of_others_is_checked_by_peft_alone(copied: Path, adapter: Path) -> None:
+def test_an_adapter_without_record_is_checked_by_peft_alone(copied: Path, adapter: Path) -> None:
     (adapter / FILE).unlink()
     change(copied, "model.norm.weight", torch.tensor(0.5))
     assert policy_on(copied, adapter=adapter).model is not None

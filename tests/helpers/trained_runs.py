@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from helpers.families import family_model
 from helpers.policies import make_groups
@@ -18,6 +21,8 @@ from rlsloth.policy.lora import save_adapter
 from rlsloth.policy.policy import Policy
 from rlsloth.records import MicroBatch
 
+Export = Callable[..., Path]
+"""``rlsloth export`` as a function of the source and further flags; returns the folder written."""
 SUMMARY = {
     "accuracy_before": 0.25, "interval_before": [0.2, 0.3],
     "accuracy_after": 0.75, "interval_after": [0.7, 0.8],
@@ -80,3 +85,20 @@ def plain_logprobs(model: Any) -> torch.Tensor:
         scored = [len(prompt) + j for j, on in enumerate(rollout.loss_mask) if on]
         out += [logprobs[at - 1, ids[0, at]] for at in scored]
     return torch.stack(out)
+
+
+def reopened(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
+    """A model's folder, read by transformers alone."""
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+
+
+def scale_b(run: Path, factor: float) -> None:
+    """Multiply the B matrices of a run's adapter."""
+    file = run / "adapter" / "adapter_model.safetensors"
+    rewrite(file, lambda name, value: value * factor if "lora_B" in name else value)
+
+
+def rewrite(file: Path, new: Callable[[str, torch.Tensor], torch.Tensor | None]) -> None:
+    """Replace the tensors of a safetensors file; those for which ``new`` gives None are dropped."""
+    changed = {name: new(name, value) for name, value in load_file(file).items()}
+    save_file({n: v for n, v in changed.items() if v is not None}, file, metadata={"format": "pt"})

@@ -1,38 +1,47 @@
-"""Which model families can be written as GGUF, and their hyperparameters under llama.cpp's keys.
+"""Model families that can be written as GGUF, and their hyperparameters under llama.cpp's keys.
 
-Facts are those of llama.cpp's loaders (src/models/*.cpp) and of its converter
-(convert_hf_to_gguf.py), both of version 0.3.36 of llama-cpp-python's source distribution; a test
-compares what is written here with that converter's output, key by key.
+The sources are llama.cpp's loaders (src/models/*.cpp) and its converter (convert_hf_to_gguf.py),
+both from the source distribution of llama-cpp-python 0.3.36. A test compares the files written here
+with those of that converter, key by key.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from rlsloth.errors import UserError
 
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """llama.cpp's expectations of a family."""
+    """The form in which llama.cpp expects a family's weights, and what it has built in for it."""
 
     arch: str
     """The architecture's name in llama.cpp."""
     permuted: bool = False
-    """Rotary positions turn neighbouring dimensions (0, 1), (2, 3), …; transformers turns (0, d/2),
-    (1, d/2 + 1), …: the rows of query and key projections are reordered."""
+    """Whether rotary positions rotate neighbouring dimensions (0, 1), (2, 3), …
+
+    transformers rotates (0, d/2), (1, d/2 + 1), …, so the rows of the query and key projections are
+    reordered.
+    """
     norm_shift: float = 0.0
-    """Added to every norm's weight; Gemma multiplies by 1 + weight."""
+    """Number added to every norm's weight: transformers' Gemma multiplies by 1 + weight."""
     activation: str = "silu"
+    """Name of the only activation function that llama.cpp runs for this family."""
     window_every: int = 0
-    """Every so many layers one attends to everything, the others within the sliding window, as
-    llama.cpp has it built in. 0: llama.cpp knows no window for this family."""
+    """One layer in this many attends to all tokens, the rest within the sliding window.
+
+    llama.cpp has this pattern built in. 0: it has no sliding window for this family.
+    """
     layers_27b: int = 0
-    """Models of so many layers scale attention by hidden size / heads instead of the head size."""
+    """Number of layers at which llama.cpp scales attention by hidden size / heads.
+
+    At all other numbers it scales by the size of a head.
+    """
 
 
 FAMILIES = {
@@ -48,68 +57,92 @@ FAMILIES = {
         "gemma3", norm_shift=1.0, activation="gelu_pytorch_tanh", window_every=6, layers_27b=62
     ),
 }
-"""transformers' model types. Phi-4 is of type phi3, SmolLM2 of type llama."""
+"""Model type in transformers -> its family. Phi-4 has the type phi3, SmolLM2 the type llama."""
 
 
 def read_config(folder: Path) -> Any:
-    """The model's configuration, in transformers' current form.
+    """Read the configuration of the model in ``folder``.
 
     Raises:
-        UserError: no configuration, or a family that cannot be written.
+        UserError: there is no configuration, or the model cannot be written as GGUF.
     """
     from transformers import AutoConfig
 
     if not (folder / "config.json").is_file():
-        raise UserError(f"{folder}: no config.json; a GGUF is written from a merged model's folder")
+        raise UserError(
+            f"{folder} has no config.json: pass a run, an adapter, or a whole model's folder"
+        )
     config = AutoConfig.from_pretrained(folder)
     if config.model_type not in FAMILIES:
         raise UserError(
-            f"{folder}: model type {config.model_type!r} cannot be written as GGUF; "
-            f"known: {', '.join(sorted(FAMILIES))}"
+            f"{folder}: model type {config.model_type!r} cannot be written as GGUF (known: "
+            f"{', '.join(sorted(FAMILIES))}); export with --to merged instead"
         )
     _check(folder, config, FAMILIES[config.model_type])
     return config
 
 
 def family_of(config: Any) -> Family:
+    """Return the family of a model that ``read_config`` accepted."""
     return FAMILIES[config.model_type]
 
 
 def head_size(config: Any) -> int:
-    """Dimensions of one attention head."""
+    """Return the number of dimensions of one attention head."""
     return int(
         getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     )
 
 
 def _check(folder: Path, config: Any, family: Family) -> None:
-    """Refuse what llama.cpp would run differently."""
+    """Refuse a configuration that llama.cpp would run differently from transformers."""
+
+    def refuse(fact: str) -> NoReturn:
+        raise UserError(
+            f"{folder} cannot be written as GGUF: {fact}; export with --to merged instead"
+        )
+
     activation = getattr(config, "hidden_activation", None) or config.hidden_act
     if activation != family.activation:
-        raise UserError(
-            f"{folder}: llama.cpp runs {family.arch} with {family.activation}, not {activation}"
+        refuse(
+            f"llama.cpp runs {family.arch} with activation {family.activation}, the model has "
+            f"{activation}"
         )
     if getattr(config, "quantization_config", None):
-        raise UserError(f"{folder}: weights are quantised; merge into 16 bits first")
+        raise UserError(
+            f"{folder}: its weights are quantised (quantization_config in config.json), but GGUF "
+            "files are written from 16-bit weights; pass a folder with those"
+        )
+    _check_attention(config, family, refuse)
+    _check_rope(config, family, refuse)
+
+
+def _check_attention(config: Any, family: Family, refuse: Callable[[str], NoReturn]) -> None:
     if family.window_every:
         full = [(i + 1) % family.window_every == 0 for i in range(config.num_hidden_layers)]
         if [kind == "full_attention" for kind in config.layer_types] != full:
-            raise UserError(
-                f"{folder}: llama.cpp expects every {family.window_every}th layer of "
-                f"{family.arch} to attend to everything, and no other"
+            refuse(
+                f"llama.cpp expects 1 in {family.window_every} layers of {family.arch} to attend "
+                "to all tokens, and layer_types differs"
             )
         scale = head_size(config)
         if config.num_hidden_layers == family.layers_27b:
             scale = config.hidden_size // config.num_attention_heads
         if config.query_pre_attn_scalar != scale:
-            raise UserError(
-                f"{folder}: llama.cpp scales the attention of {family.arch} by {scale}, not by "
+            refuse(
+                f"llama.cpp scales the attention of {family.arch} by {scale}, the model by "
                 f"query_pre_attn_scalar {config.query_pre_attn_scalar}"
             )
     if family.arch == "phi3" and head_size(config) * config.num_attention_heads != (
         config.hidden_size
     ):
-        raise UserError(f"{folder}: llama.cpp expects heads of phi3 to add up to the hidden size")
+        refuse(
+            f"llama.cpp expects the heads of phi3 to add up to hidden_size {config.hidden_size}, "
+            f"the model has {config.num_attention_heads} of size {head_size(config)}"
+        )
+
+
+def _check_rope(config: Any, family: Family, refuse: Callable[[str], NoReturn]) -> None:
     rope = full_rope(config)
     allowed = {"default", "llama3", "linear", "yarn"}
     if family.arch == "phi3":
@@ -117,22 +150,28 @@ def _check(folder: Path, config: Any, family: Family) -> None:
     if rope["rope_type"] not in allowed or (
         family.arch != "llama" and rope["rope_type"] == "llama3"
     ):
-        raise UserError(
-            f"{folder}: rope_type {rope['rope_type']!r} cannot be written for {family.arch}"
-        )
+        refuse(f"llama.cpp does not run {family.arch} with rope_type {rope['rope_type']!r}")
     if family.arch != "phi3" and rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise UserError(f"{folder}: partial_rotary_factor cannot be written for {family.arch}")
+        refuse(
+            f"llama.cpp does not run {family.arch} with partial_rotary_factor "
+            f"{rope['partial_rotary_factor']}"
+        )
 
 
 def full_rope(config: Any) -> dict[str, Any]:
-    """Rotary parameters, of the layers that attend to everything where there are two kinds."""
+    """Return the rotary parameters of the layers that attend to all tokens.
+
+    Layers with a sliding window may have parameters of their own.
+    """
     rope = config.rope_parameters
     return dict(rope.get("full_attention", rope))
 
 
 def context_length(config: Any) -> int:
-    """Tokens of context, at most those within which llama.cpp computes what transformers does:
-    where it knows no sliding window, the window is the limit."""
+    """Return the longest context, in tokens, in which llama.cpp and transformers agree.
+
+    That is the sliding window if the model has one and llama.cpp does not apply it.
+    """
     limit = int(config.max_position_embeddings)
     window = getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None) or ["sliding_attention"]
@@ -142,7 +181,12 @@ def context_length(config: Any) -> int:
 
 
 def add_hyperparameters(writer: Any, config: Any) -> None:
-    """Everything llama.cpp needs to know of the model but its vocabulary."""
+    """Write all metadata keys that llama.cpp needs except the vocabulary's.
+
+    Args:
+        writer: a gguf.GGUFWriter.
+        config: the model's configuration (``read_config``).
+    """
     family = family_of(config)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(context_length(config))
@@ -195,8 +239,8 @@ def _add_rope(writer: Any, config: Any, family: Family) -> None:
         writer.add_rope_dimension_count(_rotary_size(config))
         writer.add_rope_scaling_orig_ctx_len(original)
         if rope["rope_type"] == "longrope":
-            # The length that the factors were made for, not the window's (transformers'
-            # _compute_longrope_parameters).
+            # max_position_embeddings, not context_length: the factors were made for the former
+            # (transformers' _compute_longrope_parameters).
             scale = config.max_position_embeddings / original
             factor = math.sqrt(1 + math.log(scale) / math.log(original)) if scale > 1 else 1.0
             writer.add_rope_scaling_attn_factors(factor)
@@ -216,7 +260,10 @@ def _rotary_size(config: Any) -> int:
 
 
 def rope_tensors(config: Any) -> dict[str, Sequence[float]]:
-    """Divisors of the rotary frequencies, under llama.cpp's tensor names; most models have none."""
+    """Return llama.cpp's tensor name -> divisors of the rotary frequencies, [head_size / 2].
+
+    Empty unless the model's rope_type is llama3 or longrope.
+    """
     rope = full_rope(config)
     if rope["rope_type"] == "longrope":
         return {
@@ -229,8 +276,11 @@ def rope_tensors(config: Any) -> dict[str, Sequence[float]]:
 
 
 def _llama3_factors(rope: dict[str, Any], size: int) -> list[float]:
-    """By how much Llama 3.1 divides each rotary frequency (transformers'
-    _compute_llama3_parameters): low frequencies by ``factor``, high ones by 1, smooth between."""
+    """Compute the divisors [size / 2] that Llama 3.1 applies to the rotary frequencies.
+
+    Low frequencies are divided by ``factor``, high ones by 1, with a smooth transition; see
+    _compute_llama3_parameters in transformers.
+    """
     original = rope["original_max_position_embeddings"]
     low, high = rope["low_freq_factor"], rope["high_freq_factor"]
     factors = []

@@ -1,12 +1,12 @@
 """An Ollama Modelfile for a GGUF file.
 
-Ollama does not run the Jinja template that a GGUF file holds: it compares it with those it knows
-and takes its own Go template for the nearest, or none at all. So the Go template is written out
-here. It is put together from the pieces of text that the tokenizer's template sets between the
-messages, which are found by rendering marked conversations; whether the pieces give back what the
-template renders is checked on several more. That covers templates that set fixed text between
-messages (ChatML, Llama 3, Gemma, Phi, Mistral, DeepSeek-R1, …), for messages of system, user and
-assistant; tool calls are not part of it. A date that a template writes stays that of the export.
+Ollama does not run the Jinja chat template in a GGUF file. It looks for the most similar template
+that it knows, and uses its own Go version of that one, or none. So the Modelfile gets a Go template
+written here: the fixed pieces of text between messages are found by rendering conversations whose
+messages are markers, and are then tested on further conversations. This covers chat templates with
+fixed text between messages (ChatML, Llama 3, Gemma, Phi, Mistral, DeepSeek-R1, …) for the roles
+system, user and assistant, without tool calls. If a template writes the date, the date of the
+export stays in the Modelfile.
 """
 
 from __future__ import annotations
@@ -23,47 +23,52 @@ from rlsloth.errors import UserError
 
 Chat = list[dict[str, str]]
 _SYSTEM, _USER, _ANSWER, _NEXT = "Sys7391", "Use7391", "Ans7391", "Nex7391"
-"""Marks for contents; no template holds them."""
+"""Contents of the marked messages; no chat template contains these words."""
 _ROLES = {"s": "system", "u": "user", "a": "assistant"}
 _CHECKS = ("u", "uau", "uauau", "su", "suau", "suauau")
-"""Conversations to check, by the first letters of their roles."""
+"""Conversations to test the pieces on: one letter (a key of _ROLES) for each message."""
 
 
 @dataclass(frozen=True, slots=True)
 class Pieces:
-    """The fixed text of a chat template."""
+    """The fixed pieces of text that a chat template puts around messages."""
 
     start: str
-    """Before the first user's message; may hold a default system message."""
+    """Text before the first user message; may contain a default system message."""
     answer: str
-    """Between a user's message and the assistant's."""
+    """Text between a user message and the assistant's reply."""
     following: str
-    """Between the assistant's message and the next user's."""
+    """Text between an assistant message and the next user message."""
     generation: str
-    """Behind the last user's message: the end of the turn, and where the model goes on."""
+    """Text after the last user message, up to where the model continues."""
     system: tuple[str, str] | None = None
-    """Before a system message, in place of ``start``, and between it and the user's; None where
-    the template takes none."""
+    """Text before a system message (replaces ``start``), and between it and the user message.
+
+    None if the template does not support system messages.
+    """
     system_last: bool = False
-    """The system's message comes before the last user's, not the first (Mistral Nemo)."""
+    """Whether the system message precedes the last user message, not the first (Mistral Nemo)."""
 
 
 def modelfile(folder: Path, gguf: str, template_kwargs: Mapping[str, Any] | None = None) -> str:
-    """The text of a Modelfile.
+    """Render the text of a Modelfile.
 
     Args:
-        folder: the model's folder, for its tokenizer and chat template.
-        gguf: the GGUF file's path as seen from the Modelfile.
-        template_kwargs: further arguments of the chat template, as in training.
+        folder: the model's folder, with its tokenizer and chat template.
+        gguf: path of the GGUF file, relative to the Modelfile.
+        template_kwargs: further arguments of the chat template, as used in training.
 
     Raises:
-        UserError: no chat template, or one that is more than fixed text between messages.
+        UserError: there is no chat template, or it does more than put fixed text between messages.
     """
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     if not tokenizer.chat_template:
-        raise UserError(f"{folder}: no chat template; a Modelfile is for models that chat")
+        raise UserError(
+            f"{folder} has no chat template, which a Modelfile needs; serve the GGUF file with "
+            "llama.cpp instead"
+        )
     pieces = find_pieces(folder, tokenizer, dict(template_kwargs or {}))
     lines = [f"FROM {gguf}", f'TEMPLATE """{go_template(pieces)}"""']
     found = stops(pieces, tokenizer.get_added_vocab())
@@ -72,11 +77,13 @@ def modelfile(folder: Path, gguf: str, template_kwargs: Mapping[str, Any] | None
 
 
 def find_pieces(folder: Path, tokenizer: Any, template_kwargs: dict[str, Any]) -> Pieces:
-    """The template's pieces, without the begin-of-sequence token, which Ollama adds itself where
-    the GGUF file says so.
+    """Find the fixed pieces of a chat template.
+
+    A begin-of-sequence token is left out if the tokenizer adds it to every text: the GGUF file then
+    tells Ollama to add it.
 
     Raises:
-        UserError: they do not give back what the template renders.
+        UserError: no pieces reproduce what the template renders.
     """
     adds_bos = tokenizer("a").input_ids[0] == tokenizer.bos_token_id
 
@@ -87,8 +94,9 @@ def find_pieces(folder: Path, tokenizer: Any, template_kwargs: dict[str, Any]) -
         return text.removeprefix(tokenizer.bos_token) if adds_bos else text
 
     problem = UserError(
-        f"{folder}: its chat template is more than fixed text between messages; write the "
-        "Modelfile by hand, or serve the GGUF file with llama.cpp, which runs the template itself"
+        f"{folder}: its chat template does more than put fixed text between messages, which Ollama "
+        "cannot be given automatically; write the Modelfile by hand, or serve the GGUF file with "
+        "llama.cpp, which runs the template itself"
     )
     try:
         for pieces in _candidates(render):
@@ -102,10 +110,10 @@ def find_pieces(folder: Path, tokenizer: Any, template_kwargs: dict[str, Any]) -
 
 
 def _candidates(render: Callable[[Chat], str]) -> list[Pieces]:
-    """Candidates for the template's pieces.
+    """List candidates for the template's pieces, read off two marked conversations.
 
     Raises:
-        ValueError: a message is left out or rendered twice.
+        ValueError: the template drops a message or renders one twice.
     """
     user = {"role": "user", "content": _USER}
     text = render(
@@ -117,7 +125,7 @@ def _candidates(render: Callable[[Chat], str]) -> list[Pieces]:
     pieces = Pieces(start, answer, following, generation)
     try:
         text = render([{"role": "system", "content": _SYSTEM}, user])
-    except TemplateError:  # templates that take no system message say so
+    except TemplateError:  # some templates refuse system messages
         return [pieces]
     if _SYSTEM not in text:
         return [pieces]
@@ -134,7 +142,7 @@ def _conversation(code: str) -> Chat:
 
 
 def assemble(pieces: Pieces, chat: Chat) -> str:
-    """The text that ``go_template`` renders."""
+    """Put a conversation together as ``go_template`` does."""
     system = chat[0]["content"] if chat[0]["role"] == "system" else ""
     turns = chat[1:] if system else chat
     joined = ""
@@ -153,9 +161,12 @@ def assemble(pieces: Pieces, chat: Chat) -> str:
 
 
 def go_template(pieces: Pieces) -> str:
-    """The pieces in Go's template language, over Ollama's .System (every system message, joined)
-    and .Messages, of which the system's is the first. Fixed text is in quotes: its line ends
-    count, and trim marks spare them. An answer that has been begun is gone on with."""
+    """Write the pieces in Go's template language.
+
+    Ollama provides .System (all system messages, joined) and .Messages (whose first entry is the
+    system message). Fixed text is quoted so that Go's trim markers do not remove its line breaks. A
+    conversation that ends with an assistant message is continued in that message.
+    """
     opening, joined = _quoted(pieces.start), ""
     if pieces.system:
         before, between = (_quoted(text) for text in pieces.system)
@@ -185,8 +196,15 @@ def _quoted(text: str) -> str:
 
 
 def stops(pieces: Pieces, marks: Iterable[str]) -> list[str]:
-    """Text at which an answer has ended: the added tokens (``marks``) between it and the next
-    message, or all of the text there where it holds none."""
+    """List the texts at which Ollama must stop: the added tokens after an assistant message.
+
+    Args:
+        pieces: the chat template's fixed text.
+        marks: the tokenizer's added tokens.
+
+    Returns:
+        The marks in ``pieces.following``, in order; all of that text if it contains none.
+    """
     found = sorted(
         (pieces.following.index(mark), mark) for mark in marks if mark in pieces.following
     )

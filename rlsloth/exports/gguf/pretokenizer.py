@@ -1,7 +1,7 @@
 """llama.cpp's name for the way a byte-level BPE tokenizer splits text into words.
 
-llama.cpp's converter finds the name by a hash of a test text's token ids, which changes with the
-vocabulary; here it is found by the split itself, as tokenizer.json has it.
+llama.cpp's converter finds the name by a hash of a test text's token ids, which depends on the
+vocabulary. Here it is found by the splitting rules themselves, which tokenizer.json contains.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ from rlsloth.errors import UserError
 from rlsloth.policy.pretokenizers import DIGITS, GPT2, SPLITS
 
 NAMES = {(split.steps, split.ignore_merges): name for name, split in SPLITS.items()}
+"""(splitting steps, ignore_merges) -> llama.cpp's name."""
 
 
 def pretokenizer_name(folder: Path, backend: dict[str, Any]) -> str:
-    """The name for the tokenizer whose tokenizer.json is ``backend``.
+    """Name the splitting rules of the tokenizer whose tokenizer.json is ``backend``.
 
     Raises:
-        UserError: a split that llama.cpp has no name for: its token ids would be others.
+        UserError: llama.cpp has no name for the rules, so its token ids would differ.
     """
     steps: list[str] = []
     outer = backend["pre_tokenizer"] or {"type": "none"}
@@ -29,8 +30,9 @@ def pretokenizer_name(folder: Path, backend: dict[str, Any]) -> str:
     normalizer = (backend.get("normalizer") or {"type": "NFC"})["type"]
     if words not in NAMES or normalizer != "NFC":
         raise UserError(
-            f"{folder}: llama.cpp has no name for how this tokenizer splits text "
-            f"({outer['type']}, normalizer {normalizer}), and would give other token ids"
+            f"{folder}: llama.cpp has no name for how this tokenizer splits text (pre-tokenizer "
+            f"{outer['type']}, normalizer {normalizer}), and would give different token ids; "
+            "export with --to merged instead"
         )
     return NAMES[words]
 

@@ -1,4 +1,4 @@
-"""Quantising a GGUF file with llama.cpp's k-quants."""
+"""Quantise a GGUF file with llama.cpp's k-quants."""
 
 from __future__ import annotations
 
@@ -24,11 +24,13 @@ _LOG_LEVEL_ERROR = 4  # GGML_LOG_LEVEL_ERROR in ggml.h
 def quantize(source: Path, out: Path, kind: KQuant) -> None:
     """Quantise the f16 or bf16 GGUF file ``source`` to ``out``.
 
-    llama.cpp gives each tensor its own type: in q4_k_m and q5_k_m some of the value and down
-    projections and the head take Q6_K. Rows that 256 does not divide take Q8_0, Q5_1 or Q5_0.
+    llama.cpp chooses a type for each tensor: with q4_k_m and q5_k_m, the head and some of the value
+    and down projections become Q6_K. Tensors whose rows are not a multiple of 256 long become Q8_0,
+    Q5_1 or Q5_0.
 
     Raises:
-        UserError: llama-cpp-python is missing, or llama.cpp fails; then nothing is left of ``out``.
+        UserError: llama-cpp-python is not installed, or llama.cpp fails; ``out`` is then not
+            written.
     """
     library = load_llama_cpp()
     options = library.llama_model_quantize_default_params()
@@ -40,28 +42,31 @@ def quantize(source: Path, out: Path, kind: KQuant) -> None:
         )
         if failed:
             reason = errors[-1] if errors else f"status {failed}"
-            raise UserError(f"llama.cpp cannot quantise {source} to {out}: {reason}")
+            raise UserError(
+                f"llama.cpp cannot quantise {source} to {out}: {reason}; pass another --gguf, such "
+                "as q8_0, which needs no llama.cpp"
+            )
 
 
 def load_llama_cpp() -> Any:
-    """The module llama_cpp.
+    """Import llama_cpp, the module of llama-cpp-python.
 
     Raises:
-        UserError: it is not installed.
+        UserError: llama-cpp-python is not installed.
     """
     try:
         import llama_cpp
     except ImportError as error:
         raise UserError(
-            "k-quants need llama.cpp: pip install 'rlsloth[gguf]' (it is compiled for some minutes "
-            "and needs a C++ compiler and cmake)"
+            "--gguf q6_k, q5_k_m and q4_k_m need llama-cpp-python: pip install 'rlsloth[gguf]' "
+            "(compiling it takes some minutes, a C++ compiler and cmake)"
         ) from error
     return llama_cpp
 
 
 @contextmanager
 def quiet(library: Any) -> Iterator[list[str]]:
-    """Keep llama.cpp's lines off standard error; its errors are in the list."""
+    """Keep llama.cpp from printing to standard error; its errors are appended to the list."""
     errors: list[str] = []
 
     def keep(level: int, text: bytes, _: Any) -> None:

@@ -1,4 +1,4 @@
-"""A model folder's tensors, one at a time, under llama.cpp's names and in its layouts."""
+"""Tensors of a model folder, read one at a time, with llama.cpp's names and layouts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from rlsloth.errors import UserError
+from rlsloth.errors import UserError, first_line
 from rlsloth.exports.gguf.families import Family, family_of, rope_tensors
 
 Kind = Literal["f16", "bf16", "q8_0"]
@@ -24,17 +24,17 @@ class Entry:
     """One tensor of the GGUF file."""
 
     name: str
-    """llama.cpp's name."""
+    """The tensor's name in llama.cpp."""
     shape: tuple[int, ...]
-    """In torch's order."""
+    """Sizes in torch's order, which GGUF reverses."""
     type: Any
-    """gguf.GGMLQuantizationType."""
+    """A gguf.GGMLQuantizationType."""
     source: str | None
-    """The tensor's name in the folder; None for one made from the configuration."""
+    """The tensor's name in the folder; None if it is computed from the configuration."""
 
     @property
     def bytes(self) -> int:
-        """Size in the file, without padding."""
+        """Bytes in the file, without padding."""
         from gguf import GGML_QUANT_SIZES
 
         block, size = GGML_QUANT_SIZES[self.type]
@@ -42,10 +42,10 @@ class Entry:
 
 
 class Weights:
-    """The safetensors files of a folder: shapes at once, values on demand.
+    """The safetensors files of a folder: shapes are read at once, values on demand.
 
     Raises:
-        UserError: no weights, or files that cannot be read.
+        UserError: there are no weights, or they cannot be read.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -62,22 +62,31 @@ class Weights:
             try:
                 file: Any = safe_open(folder / name, framework="pt")
             except (OSError, SafetensorError) as error:
-                raise UserError(f"{folder / name}: cannot read weights: {error}") from error
+                raise UserError(
+                    f"{folder / name}: cannot read weights: {first_line(error)}; check that the "
+                    "model's files are complete"
+                ) from error
             for key in file.keys():  # noqa: SIM118 - not a dictionary
                 self.shapes[key] = tuple(file.get_slice(key).get_shape())
                 self._file[key] = file
 
     def read(self, name: str) -> torch.Tensor:
-        """The tensor in float32."""
+        """Read one tensor in float32."""
         value: torch.Tensor = self._file[name].get_tensor(name)
         return value.float()
 
 
 def plan(folder: Path, config: Any, weights: Weights, kind: Kind) -> list[Entry]:
-    """Every tensor of the GGUF file, in order.
+    """List every tensor of the GGUF file, in the file's order.
+
+    Args:
+        folder: the model's folder, for messages.
+        config: its configuration.
+        weights: its tensors.
+        kind: type of the matrices.
 
     Raises:
-        UserError: a tensor without a place in llama.cpp, or one that is missing.
+        UserError: llama.cpp has no name for a tensor, or one is missing or has the wrong shape.
     """
     from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, GGMLQuantizationType, get_tensor_name_map
 
@@ -89,19 +98,26 @@ def plan(folder: Path, config: Any, weights: Weights, kind: Kind) -> list[Entry]
     ]
     for source, shape in weights.shapes.items():
         if source == "lm_head.weight" and config.tie_word_embeddings:
-            continue  # some folders hold the tied head as well
+            continue  # some folders store the tied head as well
         if source.endswith("rotary_emb.inv_freq"):
             continue
         name = names.get_name(source, try_suffixes=(".weight", ".bias"))
         if name is None:
-            raise UserError(f"{folder}: tensor {source} has no place in llama.cpp's {arch.name}")
+            raise UserError(
+                f"{folder}: llama.cpp's {arch.name} has no place for tensor {source}; export with "
+                "--to merged instead"
+            )
         entries.append(Entry(name, shape, _type_of(name, shape, kind), source))
     _check_complete(folder, config, entries)
     return entries
 
 
 def _type_of(name: str, shape: tuple[int, ...], kind: Kind) -> Any:
-    """llama.cpp computes with norms and biases in float32; rows that no block divides stay F16."""
+    """Choose a tensor's type: float32 for norms and biases, else ``kind``.
+
+    llama.cpp computes with norms and biases in float32. Rows that are not a whole number of
+    quantisation blocks become F16.
+    """
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
     if len(shape) == 1 or name.endswith("_norm.weight"):
@@ -111,8 +127,10 @@ def _type_of(name: str, shape: tuple[int, ...], kind: Kind) -> Any:
 
 
 def _check_complete(folder: Path, config: Any, entries: list[Entry]) -> None:
-    """Against the shapes of transformers' own model: llama.cpp takes a missing head for a tied
-    one, and would go on."""
+    """Compare names and shapes with those of transformers' model.
+
+    llama.cpp would not notice a missing head: it takes the head as tied then.
+    """
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
@@ -123,19 +141,22 @@ def _check_complete(folder: Path, config: Any, entries: list[Entry]) -> None:
     for name, shape in wanted.items():
         if have.get(name) != shape:
             raise UserError(
-                f"{folder}: config.json wants {name} in shape {shape}, the weights have "
-                f"{have.get(name, 'none')}"
+                f"{folder}: tensor {name} has shape {have.get(name, 'none')}, but {shape} by "
+                "config.json; one of the two is from another model"
             )
     extra = sorted(set(have) - set(wanted))
     if extra:
-        raise UserError(f"{folder}: weights that config.json does not ask for: {extra[0]}")
+        raise UserError(
+            f"{folder}: {len(extra)} tensors (first: {extra[0]}) are not part of the model that "
+            "config.json describes; one of the two is from another model"
+        )
 
 
 def data(entries: list[Entry], config: Any, weights: Weights) -> Iterator[tuple[Entry, Any]]:
-    """Each entry with its bytes as a numpy array; one tensor is held at a time.
+    """Yield each entry with its data as a numpy array; memory holds one tensor at a time.
 
     Raises:
-        UserError: a value that is not finite, or not in float16.
+        UserError: a value is NaN or infinite, or too large for float16.
     """
     family = family_of(config)
     made = rope_tensors(config)
@@ -143,7 +164,7 @@ def data(entries: list[Entry], config: Any, weights: Weights) -> Iterator[tuple[
         if entry.source is None:
             yield entry, np.array(made[entry.name], dtype=np.float32)
         else:
-            # Without a name for the value, which would be held while the next is read.
+            # No variable for the value: it would keep the value alive while the next is read.
             yield (
                 entry,
                 _encode(_arrange(weights.read(entry.source), entry.name, config, family), entry),
@@ -151,6 +172,7 @@ def data(entries: list[Entry], config: Any, weights: Weights) -> Iterator[tuple[
 
 
 def _arrange(value: torch.Tensor, name: str, config: Any, family: Family) -> torch.Tensor:
+    """Bring a tensor into llama.cpp's layout (``Family.permuted`` and ``Family.norm_shift``)."""
     part = name.split(".")[-2]
     if family.permuted and part in ("attn_q", "attn_k"):
         heads = config.num_attention_heads if part == "attn_q" else config.num_key_value_heads
@@ -162,6 +184,11 @@ def _arrange(value: torch.Tensor, name: str, config: Any, family: Family) -> tor
 
 
 def _encode(value: torch.Tensor, entry: Entry) -> npt.NDArray[Any]:
+    """Convert a float32 tensor to the entry's type.
+
+    Raises:
+        UserError: a value is NaN or infinite in that type.
+    """
     from gguf import GGMLQuantizationType, quants
 
     if entry.type == GGMLQuantizationType.BF16:
@@ -175,7 +202,8 @@ def _encode(value: torch.Tensor, entry: Entry) -> npt.NDArray[Any]:
         finite, array = value, quants.quantize(value.numpy(), entry.type)
     if not all(bool(torch.isfinite(end)) for end in torch.aminmax(finite)):  # no mask in memory
         raise UserError(
-            f"{entry.source}: values that are not finite in {entry.type.name.lower()}; "
-            "float16 ends at 65504, take bf16 or look at the weights"
+            f"tensor {entry.source} has NaN or infinite values in {entry.type.name.lower()}: pass "
+            "--gguf bf16 if the model has values beyond 65504, float16's largest; if they are NaN "
+            "or infinite in the model itself, its training diverged"
         )
     return array

@@ -1,4 +1,4 @@
-"""A tokenizer's tables as llama.cpp reads them from a GGUF file."""
+"""The tables of a tokenizer that llama.cpp reads from a GGUF file."""
 
 from __future__ import annotations
 
@@ -16,49 +16,62 @@ ENDS = {
     "<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "</s>", "<|eom_id|>",
     "<EOT>", "<|end_of_text|>", "<eos>", "<｜end▁of▁sentence｜>",  # noqa: RUF001
 }  # fmt: skip
-"""Tokens at which llama.cpp ends a text because of their name (src/llama-vocab.cpp)."""
+"""Tokens at which llama.cpp stops because of their text alone (src/llama-vocab.cpp)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
-    """The values of GGUF's ``tokenizer.`` keys."""
+    """The values of the keys of a GGUF file that begin with ``tokenizer.``"""
 
     model: str
-    """gpt2: byte-level BPE with merges. llama: sentencepiece's BPE, merging by score."""
+    """``gpt2``: byte-level BPE with merges. ``llama``: sentencepiece's BPE, merged by score."""
     pre: str
-    """Name of the split into words, "default" for sentencepiece, which has none."""
+    """llama.cpp's name for the split into words; "default" for sentencepiece, which has none."""
     tokens: list[str]
-    """One for each row of the embedding."""
+    """Text of each token, one for each row of the embedding."""
     types: list[int]
-    """gguf.TokenType."""
+    """gguf.TokenType of each token."""
     scores: list[float] | None
-    """Sentencepiece's scores: the higher, the earlier merged."""
+    """Sentencepiece's score of each token: higher scores merge earlier. None for byte-level BPE."""
     merges: list[str] | None
+    """Byte-level BPE's merges as "left right", first merge first. None for sentencepiece."""
     special: dict[str, int]
-    """bos, eos, … : their ids."""
+    """Name of a special token (bos, eos, …) -> its id."""
     adds_bos: bool
+    """Whether the tokenizer adds its bos token before a text."""
     adds_eos: bool
+    """Whether the tokenizer adds its eos token after a text."""
     adds_space: bool
-    """Whether llama.cpp puts a space before a text and after each special token."""
+    """Whether llama.cpp adds a space before a text and after each special token."""
     template: str | None
+    """The chat template in Jinja; None without one."""
 
 
 def read_vocabulary(folder: Path, config: Any) -> Vocabulary:
-    """The tokenizer in ``folder``.
+    """Read the tokenizer in ``folder``.
+
+    Args:
+        folder: the model's folder, with tokenizer.json.
+        config: its configuration, for the number of embeddings.
 
     Raises:
-        UserError: a tokenizer that llama.cpp does not run as transformers does, or tokens without
-            embeddings.
+        UserError: llama.cpp would tokenize differently, or a token has no embedding.
     """
     from transformers import AutoTokenizer
 
     if not (folder / "tokenizer.json").is_file():
-        raise UserError(f"{folder}: no tokenizer.json")
+        raise UserError(
+            f"{folder} has no tokenizer.json, which GGUF files are written from; load its "
+            "tokenizer with transformers and save it with save_pretrained"
+        )
     tokenizer = AutoTokenizer.from_pretrained(folder)
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     model = backend["model"]
     if model["type"] != "BPE":
-        raise UserError(f"{folder}: a tokenizer of type {model['type']} cannot be written as GGUF")
+        raise UserError(
+            f"{folder}: a tokenizer of type {model['type']} cannot be written as GGUF (known: "
+            "BPE); export with --to merged instead"
+        )
     by_score = bool(model["byte_fallback"])
     unknown = tokenizer.unk_token if by_score else None
     tokens, types = _tokens(folder, backend, config.vocab_size, by_score, unknown)
@@ -80,7 +93,7 @@ def read_vocabulary(folder: Path, config: Any) -> Vocabulary:
 
 
 def add_vocabulary(writer: Any, vocabulary: Vocabulary) -> None:
-    """Write the tables into a GGUFWriter."""
+    """Write the vocabulary's keys with a gguf.GGUFWriter."""
     writer.add_tokenizer_model(vocabulary.model)
     writer.add_tokenizer_pre(vocabulary.pre)
     writer.add_token_list(vocabulary.tokens)
@@ -101,7 +114,10 @@ def add_vocabulary(writer: Any, vocabulary: Vocabulary) -> None:
 def _tokens(
     folder: Path, backend: dict[str, Any], size: int, by_score: bool, unknown: str | None
 ) -> tuple[list[str], list[int]]:
-    """Text and type of every id; ids that the tokenizer does not use are [PAD<id>]."""
+    """List text and type of every token id below ``size``.
+
+    Ids that the tokenizer does not use have the text [PAD<id>], as in llama.cpp's converter.
+    """
     from gguf import TokenType
 
     tokens = [f"[PAD{i}]" for i in range(size)]
@@ -113,7 +129,8 @@ def _tokens(
     if beyond:
         raise UserError(
             f"{folder}: token {table[beyond[0]]!r} has id {beyond[0]}, but the model has only "
-            f"{size} embeddings; {len(beyond)} tokens were added without training theirs"
+            f"{size} embeddings; {len(beyond)} tokens were added without embeddings: remove them "
+            "from the tokenizer"
         )
     for index, text in table.items():
         kind = TokenType.NORMAL
@@ -123,7 +140,7 @@ def _tokens(
             control = added[index]["special"] or _looks_special(text)
             kind = TokenType.CONTROL if control else TokenType.USER_DEFINED
             if by_score and not control:
-                text = text.replace("▁", " ")  # llama.cpp finds these before spaces are replaced
+                text = text.replace("▁", " ")  # llama.cpp looks for these before it replaces spaces
         elif by_score and _BYTE.fullmatch(text):
             kind = TokenType.BYTE
         tokens[index], types[index] = text, int(kind)
@@ -131,7 +148,10 @@ def _tokens(
 
 
 def _looks_special(text: str) -> bool:
-    """Marks that some tokenizers do not call special; llama.cpp's converter takes them so, too."""
+    """Tell whether a token is a control token by its text, even if the tokenizer does not say so.
+
+    llama.cpp's converter has the same rule.
+    """
     return text in ("<pad>", "<mask>", "<2mass>", "[@BOS@]") or any(
         text.startswith(start) and text.endswith(end)
         for start, end in (("<|", "|>"), ("<｜", "｜>"), ("<unused", ">"))  # noqa: RUF001
@@ -141,8 +161,10 @@ def _looks_special(text: str) -> bool:
 def _scores(
     tokens: list[str], types: list[int], backend: dict[str, Any], pairs: list[list[str]]
 ) -> list[float]:
-    """Sentencepiece's scores, regained from the order of merges: the first piece merged has 0, the
-    next -1, …; pieces that no merge makes come after them."""
+    """Recover sentencepiece's scores [tokens] from the order of the merges.
+
+    The first piece merged gets 0, the next -1, and so on; pieces that no merge makes come last.
+    """
     from gguf import TokenType
 
     order = dict.fromkeys(left + right for left, right in pairs)
@@ -162,7 +184,7 @@ def _scores(
 
 
 def _added(folder: Path, tokenizer: Any) -> tuple[bool, bool]:
-    """Whether the tokenizer puts its bos before a text and its eos behind."""
+    """Tell whether the tokenizer adds its bos token before a text, and its eos token after it."""
     plain = tokenizer("a", add_special_tokens=False).input_ids
     whole = tokenizer("a").input_ids
     for bos in (False, True):
@@ -171,26 +193,34 @@ def _added(folder: Path, tokenizer: Any) -> tuple[bool, bool]:
             if whole == start + plain + ([tokenizer.eos_token_id] if eos else []):
                 return bos, eos
     raise UserError(
-        f"{folder}: the tokenizer puts {tokenizer.convert_ids_to_tokens(whole)} for 'a'; GGUF can "
-        "add the bos token before a text and the eos token behind it, nothing else"
+        f"{folder}: the tokenizer turns 'a' into {tokenizer.convert_ids_to_tokens(whole)}; a GGUF "
+        "file can add the bos token before a text and the eos token after it, nothing else: export "
+        "with --to merged instead"
     )
 
 
 def starts_with_space(tokenizer: Any) -> bool:
-    """Whether the tokenizer (sentencepiece's) puts a space before a text."""
+    """Tell whether the tokenizer adds a space before a text, as sentencepiece does."""
     return bool(tokenizer.tokenize("a")[0].startswith("▁"))
 
 
 def _adds_space(tokenizer: Any) -> bool:
-    """Some tokenizers put a space before a text only, which llama.cpp cannot: there conversations,
-    which begin with a special token, are right without, and other text with a space."""
+    """Decide whether llama.cpp adds a space before a text and after each special token.
+
+    Some tokenizers add one before a text, but not after a special token, and llama.cpp cannot do
+    that. If such a model has a chat template, no space is added: conversations, which begin with a
+    special token, are then right, and other text lacks its first space.
+    """
     after_special = tokenizer.tokenize(f"{tokenizer.eos_token}a")[1].startswith("▁")
     return starts_with_space(tokenizer) and (after_special or not tokenizer.chat_template)
 
 
 def _special(folder: Path, tokenizer: Any, config: Any, tokens: list[str]) -> dict[str, int]:
-    """Ids by name. Ends of the generation configuration that llama.cpp would not find by their
-    name become eot and eom, where it stops as it does at eos."""
+    """Map the names of special tokens to their ids.
+
+    End tokens of generation_config.json that llama.cpp does not know by their text become eot and
+    eom, at which it stops as at eos.
+    """
     special: dict[str, int] = {}
     for name in ("bos", "eos", "unk", "sep", "pad", "mask"):
         index = getattr(tokenizer, f"{name}_token_id", None)
@@ -203,5 +233,8 @@ def _special(folder: Path, tokenizer: Any, config: Any, tokens: list[str]) -> di
     ends = [ends] if isinstance(ends, int) else ends or []
     others = [i for i in ends if i != special.get("eos") and tokens[i] not in ENDS]
     if len(others) > 2:
-        raise UserError(f"{file}: {len(others) + 1} end tokens; GGUF has room for three")
+        raise UserError(
+            f"{file}: eos_token_id lists {len(others) + 1} end tokens, but GGUF holds at most 3; "
+            "remove those that the model never generates"
+        )
     return special | dict(zip(("eot", "eom"), others, strict=False))

@@ -1,4 +1,4 @@
-"""Writing a GGUF file from a Hugging Face folder, tensor by tensor."""
+"""Write a GGUF file from a Hugging Face model folder, tensor by tensor."""
 
 from __future__ import annotations
 
@@ -15,17 +15,18 @@ from rlsloth.exports.gguf.vocab import add_vocabulary, read_vocabulary
 from rlsloth.files import replacing_file
 
 FILE_TYPES = {"f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
+"""--gguf -> name in gguf.LlamaFileType."""
 
 
 def write_gguf(folder: Path, out: Path, kind: Kind) -> None:
     """Write the model in ``folder`` (config.json, safetensors, tokenizer) to the file ``out``.
 
-    Matrices take the type ``kind``, norms and biases float32. Q8_0 blocks are llama.cpp's (32
-    weights, one float16 scale). Memory: one tensor in float32 and in ``kind``.
+    Matrices get the type ``kind``, norms and biases float32. Q8_0 stores blocks of 32 weights with
+    one float16 scale. Memory holds one tensor at a time, in float32 and in ``kind``.
 
     Raises:
-        UserError: a family, tokenizer or tensor that llama.cpp does not run as transformers does,
-            or a file that cannot be written; then nothing is left of it.
+        UserError: llama.cpp would run the model or its tokenizer differently from transformers, or
+            the file cannot be written; ``out`` is then left as it was.
     """
     from gguf import GGML_QUANT_VERSION, GGUFType, GGUFWriter, LlamaFileType, Metadata, size_label
 
@@ -61,14 +62,18 @@ def write_gguf(folder: Path, out: Path, kind: Kind) -> None:
 
 @contextmanager
 def whole_file(out: Path) -> Iterator[Path]:
-    """A path next to ``out`` to write to, renamed to ``out`` at the end, removed after a failure.
+    """Yield a temporary path next to ``out`` that is renamed to ``out`` at the end.
+
+    After a failure the temporary file is removed and ``out`` is left as it was.
 
     Raises:
-        UserError: the file system refuses.
+        UserError: the file system refuses to write.
     """
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with replacing_file(out) as temporary:
             yield temporary
     except OSError as error:
-        raise UserError(f"cannot write {out}: {first_line(error)}") from error
+        raise UserError(
+            f"cannot write {out}: {first_line(error)}; make room or pass another --out"
+        ) from error
