@@ -1,8 +1,8 @@
-"""An own reward, from Python: answers should be short and say the right sum.
+"""A reward of your own, from Python: completions should be short and name the right sum.
 
     python examples/own_reward.py FOLDER_OR_GGUF [STEPS]
 
-Writes its training rows beside the run folder, so that it needs no hub.
+Writes its training rows next to the run folder, so that it needs no dataset from the hub.
 """
 
 from __future__ import annotations
@@ -10,12 +10,15 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from rlsloth.config import EnvConfig, EvalConfig, GrpoConfig, ModelConfig, RolloutConfig, RunConfig
 from rlsloth.training.grpo import train
 
+Messages = list[dict[str, Any]]
 
-def short_and_right(completions, answer, **columns):
+
+def short_and_right(completions: list[Messages], answer: list[str], **_: Any) -> list[float]:
     """1 for the right last word, minus a little for every word."""
     scores = []
     for completion, gold in zip(completions, answer, strict=True):
@@ -47,4 +50,4 @@ def main(model: str, steps: int = 20, folder: Path = Path("runs/own_reward")) ->
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], *map(int, sys.argv[2:]))
+    main(sys.argv[1], int(sys.argv[2]) if len(sys.argv) > 2 else 20)

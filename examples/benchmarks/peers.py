@@ -144,7 +144,7 @@ def set_cache_size(args: argparse.Namespace) -> None:
     """Fix the bytes of vLLM's key-value cache, which neither trainer lets one choose."""
     import vllm
 
-    plain = vllm.LLM
+    plain: Any = vllm.LLM
 
     class LLM(plain):
         def __init__(self, *positional: Any, **named: Any) -> None:

@@ -14,6 +14,7 @@ import pstats
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from rlsloth.cli.read_config import read_config
 from rlsloth.config import GrpoConfig
@@ -45,14 +46,14 @@ def main(argv: list[str]) -> None:
         plain_pack = grpo.pack
         seen = 0
 
-        def pack_and_watch(*args, **kwargs):
+        def pack_and_watch(*args: Any, **kwargs: Any) -> Any:
             nonlocal seen
             seen += 1
             return plain_pack(*args, **kwargs)
 
         plain_log = Run.log_samples
 
-        def log_and_start(self, *args, **kwargs):
+        def log_and_start(self: Run, *args: Any, **kwargs: Any) -> None:
             plain_log(self, *args, **kwargs)
             if seen == 1:  # the first step is over
                 profiler.enable()
@@ -67,7 +68,7 @@ def main(argv: list[str]) -> None:
 def report(stats: pstats.Stats) -> None:
     """Print each part's seconds and share of the profiled steps."""
     seconds: dict[tuple[str, str], float] = {}
-    for (file, _, function), (_, _, _, cumulative, _) in stats.stats.items():  # type: ignore[attr-defined]
+    for (file, _, function), (_, _, _, cumulative, _) in stats.stats.items():
         key = (Path(file).name, function)
         seconds[key] = max(seconds.get(key, 0.0), cumulative)
     total = sum(seconds.get(part, 0.0) for part in STEP)

@@ -93,4 +93,4 @@ def hook(clock: Clock) -> None:
         before = metrics["num_tokens"]
         clock.step_done()
 
-    Run.steps, Run.log = begun, logged  # type: ignore[method-assign]
+    Run.steps, Run.log = begun, logged

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pydantic import ConfigDict, Field
@@ -125,7 +126,9 @@ def test_bools_and_none(yaml_file: Path) -> None:
     none = read(
         "run.yaml", *["--loss.ratio", "none", "--model.revision", "None", "--run.dir", "null"]
     )
-    assert none.loss.ratio is none.model.revision is none.run.dir is None
+    assert none.loss.ratio is None
+    assert none.model.revision is None
+    assert none.run.dir is None
     assert read("--advantage.normalize", "none").advantage.normalize == "none"
 
 
@@ -360,6 +363,6 @@ def test_commands_of_the_pipeline_are_understood() -> None:
     for name, words in said:
         argv = [str(R1) if word == "configs/r1.yaml" else word for word in words.split()]
         argv = ["--source", *argv] if name == "export" else argv
-        config = read_config(COMMANDS[name], argv)
+        config: Any = read_config(COMMANDS[name], argv)
         if "configs/r1.yaml" in words:
             assert config.model.path == "Qwen/Qwen2.5-1.5B-Instruct"

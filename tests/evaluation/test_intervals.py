@@ -54,7 +54,8 @@ def test_maj_at_k() -> None:
     assert maj_at_k([None, None, "7"], [False, False, True]) == 1  # no answer, no vote
     assert maj_at_k([None, None], [False, False]) == 0
     assert maj_at_k(["7", "7"], [True, False]) == 0.5  # one of them was cut off
-    for answers, correct in ((["7"], []), ([], [])):
+    cases: list[tuple[list[str | None], list[bool]]] = [(["7"], []), ([], [])]
+    for answers, correct in cases:
         with pytest.raises(UserError, match="verdict"):
             maj_at_k(answers, correct)
 

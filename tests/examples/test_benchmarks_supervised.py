@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from argparse import Namespace
 from pathlib import Path
 from types import SimpleNamespace
@@ -131,7 +132,7 @@ def test_driver_goes_on_after_a_failure(model, tmp_path, capsys, monkeypatch):
         line = supervised.RESULT + json.dumps(figures | {"machine": {"device": "cpu"}})
         return SimpleNamespace(stdout=f"chosen: all\n{line}\nbye", stderr="", returncode=0)
 
-    monkeypatch.setattr(supervised.subprocess, "run", run)
+    monkeypatch.setattr(subprocess, "run", run)
     monkeypatch.setenv("PYTHONPATH", "site")
     out = tmp_path / "results.json"
     words = ["--model", str(model), "--tasks", "orpo", "--peers-path", "peers", "--out", str(out)]

@@ -85,10 +85,8 @@ def make_workplace() -> None:
     """Write a model, data, a reward and configurations into the working directory."""
     import yaml
 
-    try:
-        from helpers.tiny import tiny_llama, tiny_tokenizer
-    except ImportError:
-        from tiny import tiny_llama, tiny_tokenizer
+    from helpers.tiny import tiny_llama, tiny_tokenizer
+
     model = tiny_llama(context=1024)
     model.lm_head.weight.data *= 4
     model.generation_config.eos_token_id = [2, *range(40, 60)]
@@ -99,7 +97,7 @@ def make_workplace() -> None:
         {"question": f"say {w}", "chosen": w * (3 + i % 4), "rejected": f"no {w}" * (1 + i % 3)}
         for i, w in enumerate(words)
     ]
-    tables = {
+    tables: dict[str, list[dict[str, Any]]] = {
         "data": [{"question": f"Question {i}?", "answer": str(i)} for i in range(40)],
         "sft": [{"question": f"say {w}", "answer": w * (3 + i % 4)} for i, w in enumerate(words)],
         "pairs": pairs,

@@ -20,7 +20,7 @@ COMMON = {
     "bos_token_id": 0, "pad_token_id": 0, "max_position_embeddings": 128,
 }  # fmt: skip
 MOE = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2}
-FAMILIES = {
+FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
     "qwen2": {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1},
     "qwen3": {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1},

@@ -21,7 +21,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from transformers.tokenization_utils_base import AddedToken
 
 from helpers.tiny import CHATML, SPECIAL
-from rlsloth.exports.gguf import pretokenizer as gguf_pretokenizer
+from rlsloth.exports.gguf.pretokenizer import NAMES
+from rlsloth.policy.pretokenizers import DIGITS, GPT2
 
 ROOT = Path(__file__).parents[2]
 VOCAB = 640
@@ -129,7 +130,7 @@ def tokenizer_of(pre: str) -> PreTrainedTokenizerFast:
     """A tokenizer trained on ``text()`` that splits words as llama.cpp's ``pre`` does."""
     if pre.startswith("sentencepiece"):
         return _sentencepiece(pre.removeprefix("sentencepiece-"))
-    steps, ignore_merges = next(k for k, name in gguf_pretokenizer.NAMES.items() if name == pre)
+    steps, ignore_merges = next(k for k, name in NAMES.items() if name == pre)
     backend = Tokenizer(BPE(ignore_merges=ignore_merges))
     backend.pre_tokenizer = pre_tokenizers.Sequence([_step(s) for s in _with_bytes(steps)])
     backend.decoder = decoders.ByteLevel()
@@ -144,13 +145,13 @@ def tokenizer_of(pre: str) -> PreTrainedTokenizerFast:
 
 
 def _with_bytes(steps: tuple[str, ...]) -> list[str]:
-    return [*steps] if gguf_pretokenizer.GPT2 in steps else [*steps, "bytes"]
+    return [*steps] if GPT2 in steps else [*steps, "bytes"]
 
 
 def _step(step: str) -> Any:
-    if step == gguf_pretokenizer.DIGITS:
+    if step == DIGITS:
         return pre_tokenizers.Digits(individual_digits=True)
-    if step in (gguf_pretokenizer.GPT2, "bytes"):
+    if step in (GPT2, "bytes"):
         return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=step != "bytes")
     return pre_tokenizers.Split(Regex(step), "isolated")
 

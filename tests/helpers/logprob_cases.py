@@ -1,6 +1,11 @@
 """Inputs, expected outputs and tolerances for kernels that compute log-probs."""
 
+from __future__ import annotations
+
+from typing import Any
+
 import torch
+from torch import Tensor
 
 from rlsloth.kernels.linear_logprob.reference import linear_logprob_reference
 
@@ -16,11 +21,19 @@ def make(n, h, v, dtype=torch.float32, seed=0):
     return hidden.to(dtype), weight.to(dtype), target, gradient
 
 
-def expected(hidden, weight, target, gradient, bias=None, **settings):
+def expected(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    gradient: Tensor,
+    bias: Tensor | None = None,
+    **settings: Any,
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     """Compute outputs, then gradients of hidden, weight and bias, in float64."""
-    inputs = [None if x is None else x.detach().double() for x in (hidden, weight, bias)]
-    leaves = [x.requires_grad_() for x in inputs if x is not None]
-    outputs = linear_logprob_reference(inputs[0], inputs[1], target, bias_V=inputs[2], **settings)
+    given = [x for x in (hidden, weight, bias) if x is not None]
+    leaves = [x.detach().double().requires_grad_() for x in given]
+    bias_V = None if bias is None else leaves[2]
+    outputs = linear_logprob_reference(leaves[0], leaves[1], target, bias_V=bias_V, **settings)
     return outputs, torch.autograd.grad(outputs[0], leaves, gradient.double())
 
 

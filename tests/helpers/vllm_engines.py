@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -19,7 +20,7 @@ LONG = "Count with me: " + ", ".join(str(i) for i in range(40)) + ". Go on from 
 
 
 def make(policy: Policy, **changes: object) -> VllmEngine:
-    settings = {
+    settings: dict[str, Any] = {
         "stop_ids": [EOS],
         "context": CONTEXT,
         "max_sequences": 64,

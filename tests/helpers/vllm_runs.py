@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-CONFIG = {
+from typing import Any
+
+CONFIG: dict[str, Any] = {
     "steps": 5,
     "prompts_per_step": 2,
     "group_size": 4,

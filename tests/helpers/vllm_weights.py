@@ -49,7 +49,7 @@ def make(tmp_path: Path) -> Any:
 
 @contextmanager
 def start(policy: Policy, **changes: Any) -> Iterator[VllmEngine]:
-    settings = {
+    settings: dict[str, Any] = {
         "stop_ids": [2],
         "context": 256,
         "max_sequences": 16,

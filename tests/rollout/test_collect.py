@@ -23,7 +23,7 @@ from rlsloth.environments.protocol import Environment
 from rlsloth.policy.attention import interface as attention
 from rlsloth.policy.load import LoadedModel
 from rlsloth.policy.policy import Policy
-from rlsloth.records import Completion, Group, Rollout, SamplingParams
+from rlsloth.records import Completion, FinishReason, Group, Rollout, SamplingParams
 from rlsloth.rollout.collect import collect
 from rlsloth.rollout.embedded.engine import TransformersEngine
 from rlsloth.scoring.scorer import Scorer
@@ -48,8 +48,7 @@ def call(expression: str, name: str = "calculate") -> str:
 
 @dataclass
 class ScriptedEngine:
-    """Says what it is told: turn by turn, one list of texts for all continuations; the last prefix
-    is done first."""
+    """Engine that returns given texts, one list for each turn; the last prefix is done first."""
 
     turns: list[list[str]]
     version: int = 3
@@ -74,12 +73,13 @@ class ScriptedEngine:
         for i, text in enumerate(texts):
             ids = tiny_tokenizer()(text)["input_ids"]
             limit = limits[i // n] if limits else sampling.max_tokens
-            finish = "stop" if len(ids) <= limit and text.endswith(END) else "length"
+            finish: FinishReason = "stop" if len(ids) <= limit and text.endswith(END) else "length"
             ids = ids[:limit]
             made.append(Completion(ids, [-0.25] * len(ids), finish, self.version))
         groups = [made[i * n : (i + 1) * n] for i in range(len(prefixes))]
         for p in reversed(range(len(groups))):
-            done(p, groups[p])
+            if done is not None:
+                done(p, groups[p])
         return groups
 
 
@@ -307,11 +307,11 @@ def test_a_single_turn_environment_ends_with_the_first_answer(tmp_path) -> None:
     assert all(all(r.loss_mask) for r in group.rollouts)
 
 
-# Scoring while others are sampled
+# Scoring while other groups are sampled
 
 
 class Watched(Scorer):
-    """Tells when it has scored a group."""
+    """Scorer with an event that is set once it has scored a group."""
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
@@ -332,10 +332,11 @@ def test_scoring_begins_before_the_last_group_is_sampled(tmp_path) -> None:
     env, renderer = load_environment(cfg, 0), Renderer(tiny_tokenizer(), cfg)
 
     def rewards(stream: bool) -> list[float | None]:
-        with Watched([f"{tmp_path / 'reward.py'}:size"], RewardConfig(workers=1)) as scorer:
+        scorer = Watched([f"{tmp_path / 'reward.py'}:size"], RewardConfig(workers=1))
+        with scorer:
 
             def on_group(group: Group) -> None:
-                if group.prompt.index == 0:  # the engine tells of it last, and has not returned
+                if group.prompt.index == 0:  # the last, and the engine has not returned
                     assert scorer.scored.wait(60)
                 scorer.submit(group)
 

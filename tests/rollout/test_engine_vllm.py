@@ -5,6 +5,7 @@ Run by ``make test-vllm``, in an environment of its own.
 
 from __future__ import annotations
 
+import importlib.metadata
 import math
 import socket
 from collections.abc import Iterator
@@ -337,16 +338,16 @@ def test_a_model_that_vllm_does_not_know_is_refused(policy, monkeypatch):
 
 @pytest.mark.parametrize("version", ["0.25.3", "0.33.0", "1.0"])
 def test_other_releases_are_refused(policy, monkeypatch, version):
-    monkeypatch.setattr(vllm_start.importlib.metadata, "version", lambda name: version)
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: version)
     with pytest.raises(UserError, match=rf"vllm {version} .*0\.26 to 0\.32.*pip install"):
         make(policy)
 
 
 def test_without_vllm_the_error_says_how_to_install_it(policy, monkeypatch):
     def missing(name: str) -> str:
-        raise vllm_start.importlib.metadata.PackageNotFoundError(name)
+        raise importlib.metadata.PackageNotFoundError(name)
 
-    monkeypatch.setattr(vllm_start.importlib.metadata, "version", missing)
+    monkeypatch.setattr(importlib.metadata, "version", missing)
     with pytest.raises(UserError, match=r"not installed: pip install"):
         make(policy)
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
+from packaging.version import Version
 
 from helpers.smollm2 import gguf
 from helpers.tiny import tiny_llama, tiny_tokenizer
@@ -75,7 +76,7 @@ def unknown(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def newer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vllm_start, "NEWEST", vllm_start.Version("0.31"))
+    monkeypatch.setattr(vllm_start, "NEWEST", Version("0.31"))
 
 
 REASONS = {

@@ -1,4 +1,4 @@
-"""What a run says and does when sampler and trainer disagree."""
+"""Warnings and corrections when the gap between sampler and trainer is wide."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from rlsloth.run.metrics import LOGP_GAP
 
 
 class FakeRun:
-    """Remembers warnings; has the history it is given."""
+    """Run with a given history, which remembers warnings."""
 
     def __init__(self, *gaps: float | None) -> None:
-        self.rows = [{"step": 0, "eval_avg@8": 0.5}]
+        self.rows: list[dict[str, Any]] = [{"step": 0, "eval_avg@8": 0.5}]
         self.rows += [{"step": step, LOGP_GAP: gap} for step, gap in enumerate(gaps, 1)]
         self.warned: list[str] = []
 
@@ -36,7 +36,7 @@ def make(action: str, run: FakeRun, kv_cache: str = "auto") -> GapGuard:
             "rollout": {"kv_cache": kv_cache, "engine": "auto"},
         }
     )
-    return GapGuard(cfg, run)
+    return GapGuard(cfg, run)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("gap", [0.1, math.nan, None])

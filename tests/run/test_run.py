@@ -9,6 +9,7 @@ import subprocess
 import sys
 import types
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -19,7 +20,6 @@ from rlsloth.config import GrpoConfig
 from rlsloth.errors import UserError
 from rlsloth.records import Group, LossStats, Prompt, Rollout, Score, StepStats
 from rlsloth.run import folder as run_folder
-from rlsloth.run import run as run_module
 from rlsloth.run.metrics import UpdateFigures, count_tokens, rollout_metrics, update_metrics
 from rlsloth.run.progress import Display, printable
 from rlsloth.run.run import Run
@@ -57,7 +57,7 @@ def config(folder: Path | None, **run):
     return GrpoConfig(steps=3, rewards=NAMES, run={"dir": folder, "show_samples": 0, **run})
 
 
-def rows(folder: Path) -> list[dict]:
+def rows(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
@@ -213,7 +213,7 @@ def test_each_step_is_one_json_line_with_its_times(tmp_path, capsys):
 def test_phases_are_exclusive_and_sum_to_the_step(monkeypatch, tmp_path):
     run = Run.start(config(tmp_path / "run"))
     now = [100.0]
-    monkeypatch.setattr(run_module.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr("rlsloth.run.run.time.monotonic", lambda: now[0])
     for step in run.steps(1, 1):
         with run.timed("rollout"):
             now[0] += 5
@@ -283,7 +283,8 @@ def test_say_and_warn_stay_one_line_and_harmless(tmp_path, capsys):
 
 
 def test_a_terminal_shows_a_bar_with_phase_and_time_left():
-    console = Console(force_terminal=True, width=120, file=io.StringIO())
+    shown_in = io.StringIO()
+    console = Console(force_terminal=True, width=120, file=shown_in)
     display = Display(10, console)
     display.begin(5, 10)
     display.phase("rollout")
@@ -292,7 +293,7 @@ def test_a_terminal_shows_a_bar_with_phase_and_time_left():
     display.step_done(5)
     display.phase("update")
     display.stop()
-    shown = console.file.getvalue()
+    shown = shown_in.getvalue()
     for part in ("4/10", "5/10", "update", "reward 0.250", "cut 50%", "eta 0:00:00"):
         assert part in shown, part
     assert "[bold]in between[/bold]" in shown
@@ -424,7 +425,7 @@ def figures(**changes):
         correction=99.0,
         corrected=2,
     )
-    values = {
+    values: dict[str, Any] = {
         "loss": -0.1,
         "normalizer": 200.0,
         "stats": stats,
@@ -491,7 +492,7 @@ def test_a_missing_tracker_says_how_to_install_it(tmp_path, monkeypatch):
 
 
 def test_trackers_get_finite_values_and_may_fail(tmp_path, monkeypatch):
-    logged = []
+    logged: list[Any] = []
 
     class FakeRun:
         def log(self, metrics, step):
@@ -502,7 +503,7 @@ def test_trackers_get_finite_values_and_may_fail(tmp_path, monkeypatch):
         def finish(self):
             logged.append("finished")
 
-    fake = types.ModuleType("wandb")
+    fake: Any = types.ModuleType("wandb")
     fake.init = lambda **kwargs: FakeRun()
     monkeypatch.setitem(sys.modules, "wandb", fake)
     run = Run.start(config(tmp_path / "run", trackers=["wandb"]))
@@ -518,8 +519,8 @@ def test_trackers_get_finite_values_and_may_fail(tmp_path, monkeypatch):
 
 
 def test_mlflow_resumes_its_run_and_renames_metrics(tmp_path, monkeypatch):
-    calls = []
-    fake = types.ModuleType("mlflow")
+    calls: list[Any] = []
+    fake: Any = types.ModuleType("mlflow")
     fake.set_experiment = lambda name: calls.append(("experiment", name))
     fake.log_params = lambda params: calls.append(("params", params["loss.name"]))
     fake.log_metrics = lambda metrics, step: calls.append((step, metrics["eval_pass_8"]))
