@@ -1,4 +1,4 @@
-"""Finding plugins: a built-in name, a dotted path, or a file.
+"""Plugins by name: a built-in one, a dotted path, or a file.
 
 math_verify              rlsloth/rewards/math_verify.py, attribute math_verify
 my_pkg.rewards:tidy      an importable module
@@ -11,13 +11,15 @@ import importlib
 import importlib.util
 import pkgutil
 import sys
+from collections.abc import Sequence
+from inspect import ismodule
 from pathlib import Path
 from typing import Any
 
 from rlsloth.errors import UserError, describe_exception, nearest
 
 KINDS = {"rewards": "reward", "envs": "environment"}
-"""What a plugin of a package is called in messages."""
+"""Package to the word for its plugins in messages."""
 
 
 def builtin_names(package: str) -> list[str]:
@@ -28,25 +30,38 @@ def builtin_names(package: str) -> list[str]:
 
 
 def load(spec: str, package: str) -> Any:
-    """The object a plugin spec names.
+    """The reward or environment that a spec names.
 
     Raises:
         UserError: no such plugin, file, module or attribute; the message says where it looked.
     """
-    kind = KINDS[package.rsplit(".", 1)[-1]]
-    what = f"{kind} {spec!r}"
+    what = f"{KINDS[package.rsplit('.', 1)[-1]]} {spec!r}"
+    place, _, attribute = spec.partition(":")
+    names = builtin_names(package)
+    if place not in names:
+        return load_own(spec, what, names)
+    return _attribute(_import(f"{package}.{place}", what), attribute or place, place, what)
+
+
+def load_own(spec: str, what: str, builtin: Sequence[str]) -> Any:
+    """The user's object that a dotted path or a file names.
+
+    Args:
+        what: the plugin in messages, with its spec.
+        builtin: names that would have been found without a path.
+
+    Raises:
+        UserError: no such file, module or attribute, or a name that is not built in.
+    """
     place, _, attribute = spec.partition(":")
     if place.endswith(".py"):
         return _attribute(_module_from_file(Path(place), what), attribute, place, what)
     if attribute and "." in place:
         return _attribute(_import(place, what), attribute, place, what)
-    names = builtin_names(package)
-    if place not in names:
-        raise UserError(
-            f"unknown {what}{nearest(place, names)} "
-            f"(built in: {', '.join(names)}; or pkg.module:name, or ./file.py:name)"
-        )
-    return _attribute(_import(f"{package}.{place}", what), attribute or place, place, what)
+    raise UserError(
+        f"unknown {what}{nearest(place, builtin)} "
+        f"(built in: {', '.join(builtin)}; or pkg.module:name, or ./file.py:name)"
+    )
 
 
 def _import(name: str, what: str) -> Any:
@@ -82,5 +97,5 @@ def _attribute(module: Any, name: str, place: str, what: str) -> Any:
     try:
         return getattr(module, name)
     except AttributeError:
-        public = [n for n in vars(module) if not n.startswith("_") and callable(getattr(module, n))]
+        public = [n for n, found in vars(module).items() if n[0] != "_" and not ismodule(found)]
         raise UserError(f"{what}: {place} has no {name!r}{nearest(name, public)}") from None

@@ -21,6 +21,9 @@ format)."""
 FinishReason = Literal["stop", "length"]
 """Why a rollout ended: an end-of-sequence token or stop string, or a limit of length or turns."""
 
+Clipping = Literal["both", "high", "none"]
+"""The sides on which a policy loss counts tokens whose ratio it clips."""
+
 
 @dataclass(frozen=True, slots=True)
 class Prompt:

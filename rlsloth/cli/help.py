@@ -13,7 +13,8 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from rlsloth.cli.keys import fields, is_section, kind_of, spelt
-from rlsloth.config import Section
+from rlsloth.config import LossConfig, Section
+from rlsloth.losses.variants import VARIANTS
 
 INDENT = " " * 8
 NAMES: dict[Any, str] = {int: "INT", float: "FLOAT", str: "TEXT", Path: "PATH"}
@@ -48,14 +49,24 @@ def _options(model: type[BaseModel], prefix: str, width: int) -> Iterator[str]:
         if is_section(field.annotation):
             inner[prefix + name] = field.annotation
             continue
-        yield f"  {spelt(prefix + name)} {type_name(field.annotation)}"
-        yield textwrap.fill(_description(field), width, initial_indent=INDENT,
+        built_in = _built_in(model, name)
+        kind = "{" + ",".join(built_in) + "}|MODULE:NAME|FILE.py:NAME"
+        yield f"  {spelt(prefix + name)} {kind if built_in else type_name(field.annotation)}"
+        about = " ".join([_description(field), *(f"{n}: {text}." for n, text in built_in.items())])
+        yield textwrap.fill(about, width, initial_indent=INDENT,
                             subsequent_indent=INDENT)  # fmt: skip
     for name, section in inner.items():
         about = " ".join((section.__doc__ or "").split())
         yield f"\n{name} options:"
         yield textwrap.fill(about, width, initial_indent="  ", subsequent_indent="  ")
         yield from _options(section, f"{name}.", width)
+
+
+def _built_in(model: type[BaseModel], name: str) -> dict[str, str]:
+    """Name to a few words of the built-in plugins that an option takes from a table."""
+    if (model, name) != (LossConfig, "name"):
+        return {}
+    return {name: loss.about for name, loss in VARIANTS.items()}
 
 
 def _description(field: FieldInfo) -> str:

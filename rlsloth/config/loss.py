@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from rlsloth.config.section import Section
+from rlsloth.config.section import Section, Text
 
 
 class AdvantageConfig(Section):
@@ -20,7 +20,8 @@ class AdvantageConfig(Section):
 class LossConfig(Section):
     """The policy loss."""
 
-    name: Literal["grpo", "dr_grpo", "bnpo", "dapo", "gspo", "cispo"] = "dapo"
+    name: Text = "dapo"
+    """A built-in loss, or your own: pkg.module:name or ./file.py:name (examples/own_loss.py)."""
     ratio: Literal["token", "sequence"] | None = None
     """Importance ratio per token or per sequence; default is the loss's own (sequence for gspo)."""
     epsilon_low: float = Field(0.2, ge=0)
@@ -66,8 +67,6 @@ class LossConfig(Section):
                 f"gap_action correct puts a correction on, but {self.correction} is on from the "
                 "start: leave out one of them"
             )
-        if self.delta is not None and self.name == "cispo":
-            raise ValueError("delta has no effect with cispo; epsilon_high caps its ratio")
         upper = 1 + (self.epsilon_low if self.epsilon_high is None else self.epsilon_high)
         if self.delta is not None and self.delta <= upper:
             raise ValueError(f"delta {self.delta} must exceed 1 + epsilon_high = {upper:g}")

@@ -1,1 +1,1 @@
-"""Losses on per-token log-probs: policy losses and, in ``preference``, preference losses."""
+"""Policy losses on per-token log-probs, and in ``preference`` the preference losses."""

@@ -10,29 +10,15 @@ import torch
 from torch import Tensor
 
 from rlsloth.config import LossConfig
-from rlsloth.losses.base import PolicyLoss
-from rlsloth.losses.bnpo import BNPO
-from rlsloth.losses.cispo import CISPO
+from rlsloth.losses.base import PolicyLoss, ScoredTokens, Surrogate
 from rlsloth.losses.correction import correction_weight
-from rlsloth.losses.dapo import DAPO
-from rlsloth.losses.dr_grpo import DR_GRPO
-from rlsloth.losses.grpo import GRPO
-from rlsloth.losses.gspo import GSPO
 from rlsloth.losses.kl import kl_estimate
 from rlsloth.losses.ratio import importance_ratio
 from rlsloth.records import LossOutput, LossStats, MicroBatch, PackedBatch
 
-LOSSES: dict[str, PolicyLoss] = {
-    "grpo": GRPO,
-    "dr_grpo": DR_GRPO,
-    "bnpo": BNPO,
-    "dapo": DAPO,
-    "gspo": GSPO,
-    "cispo": CISPO,
-}
-
 
 def policy_loss(
+    loss: PolicyLoss,
     logprobs_N: Tensor,
     micro: MicroBatch,
     cfg: LossConfig,
@@ -45,18 +31,19 @@ def policy_loss(
     Only ``logprobs_N`` receives a gradient. With N = 0 the total is a differentiable zero.
 
     Args:
+        loss: as ``open_loss`` returns it.
         logprobs_N: [N] the policy's log-probs of the scored tokens.
-        old_logprobs_N: [N] the same before the step's first update. None: this is that update, so
+        old_logprobs_N: [N] these before the step's first update. None: this is that update, so
             old is logprobs_N itself, detached, and every ratio is exactly 1.
         reference_logprobs_N: [N] those of the starting policy; needed when ``cfg.beta`` > 0.
 
     Raises:
-        UserError: a setting that the chosen loss cannot honour.
+        UserError: a loss of the user's own failed.
     """
-    loss = LOSSES[cfg.name]
     old_N = (logprobs_N if old_logprobs_N is None else old_logprobs_N).detach()
     ratio_N = importance_ratio(logprobs_N - old_N, micro, cfg.ratio or loss.ratio)
-    surrogate = loss.surrogate(ratio_N, logprobs_N, micro.advantages, cfg)
+    found = loss.surrogate(ScoredTokens(logprobs_N, old_N, ratio_N, micro), cfg)
+    surrogate = found if isinstance(found, Surrogate) else Surrogate(found)
     weight_N, corrected_N = correction_weight(old_N, micro, cfg)
     policy = loss.total(surrogate.loss * weight_N, micro)
     if cfg.beta > 0:
@@ -68,19 +55,33 @@ def policy_loss(
     else:
         kl_N = torch.zeros_like(logprobs_N)
         total = policy
+    stats = _stats(logprobs_N, surrogate, ratio_N, policy, kl_N, weight_N, corrected_N)
+    return LossOutput(total=total, stats=stats)
+
+
+def _stats(
+    logprobs_N: Tensor,
+    surrogate: Surrogate,
+    ratio_N: Tensor,
+    policy: Tensor,
+    kl_N: Tensor,
+    weight_N: Tensor,
+    corrected_N: Tensor,
+) -> LossStats:
+    """Detached sums over the micro-batch, in one transfer: each .item() would wait for the device
+    by itself."""
     sums = [
         policy,
         kl_N.sum(),
-        surrogate.clipped_low.sum(),
-        surrogate.clipped_high.sum(),
+        _count(surrogate.clipped_low, logprobs_N),
+        _count(surrogate.clipped_high, logprobs_N),
         ratio_N.sum(),
         weight_N.sum(),
         corrected_N.sum(),
     ]
-    # One transfer: each .item() would wait for the device by itself.
     values = torch.stack([s.detach().to(logprobs_N.dtype) for s in sums]).tolist()
     policy_sum, kl, low, high, ratio, correction, corrected = values
-    stats = LossStats(
+    return LossStats(
         tokens=logprobs_N.numel(),
         policy=policy_sum,
         kl=kl,
@@ -90,13 +91,17 @@ def policy_loss(
         correction=correction,
         corrected=int(corrected),
     )
-    return LossOutput(total=total, stats=stats)
 
 
-def normalizer(batch: PackedBatch, cfg: LossConfig, *, max_tokens: int) -> float:
-    """The divisor of a step's summed totals; every micro-batch of the step has this one.
+def _count(mask_N: Tensor | None, like: Tensor) -> Tensor:
+    """[] how many are True; 0 without a mask."""
+    return like.new_zeros(()) if mask_N is None else mask_N.sum()
+
+
+def normalizer(loss: PolicyLoss, batch: PackedBatch, *, max_tokens: int) -> float:
+    """The divisor of a step's summed totals, at least 1; all micro-batches of the step share it.
 
     Args:
         max_tokens: longest completion allowed (``rollout.max_tokens``); used by dr_grpo.
     """
-    return float(max(LOSSES[cfg.name].normalizer(batch, max_tokens), 1))
+    return float(max(loss.normalizer(batch, max_tokens), 1))

@@ -14,7 +14,7 @@ from typing import TypeGuard
 import numpy as np
 from numpy.typing import NDArray
 
-from rlsloth.records import Group, LossStats, Rollout, StepStats
+from rlsloth.records import Clipping, Group, LossStats, Rollout, StepStats
 
 NAN = float("nan")
 Floats = NDArray[np.float64]
@@ -150,7 +150,7 @@ class UpdateFigures:
 
 
 def update_metrics(
-    updates: Sequence[UpdateFigures], *, loss_name: str, beta: float
+    updates: Sequence[UpdateFigures], *, clipping: Clipping, beta: float
 ) -> dict[str, float]:
     """What the updates of one step did: the mean over them, as TRL averages its micro-batches.
 
@@ -164,10 +164,10 @@ def update_metrics(
 
     Args:
         updates: at least one.
-        loss_name: ``cispo`` has a clip figure of its own, without a lower side.
+        clipping: the sides that the loss counts; a cap alone is ``cispo_clip_ratio``, TRL's name.
         beta: weight of the KL term; ``kl`` is left out at 0, when no reference pass ran.
     """
-    rows = [_one_update(update, loss_name, beta) for update in updates]
+    rows = [_one_update(update, clipping, beta) for update in updates]
     metrics = {name: _mean(np.array([row[name] for row in rows])) for name in rows[0]}
     metrics["sampling/sampling_logp_difference/max"] = max(
         update.logp_gap_max for update in updates
@@ -176,7 +176,7 @@ def update_metrics(
     return metrics
 
 
-def _one_update(update: UpdateFigures, loss_name: str, beta: float) -> dict[str, float]:
+def _one_update(update: UpdateFigures, clipping: Clipping, beta: float) -> dict[str, float]:
     stats = update.stats
     trained = stats.tokens or NAN  # nothing trained: these figures have no value
     scored = update.scored_tokens or NAN
@@ -193,7 +193,9 @@ def _one_update(update: UpdateFigures, loss_name: str, beta: float) -> dict[str,
     }
     if beta:
         row["kl"] = stats.kl / trained
-    if loss_name == "cispo":
+    if clipping == "none":
+        return row
+    if clipping == "high":
         return row | {"cispo_clip_ratio": stats.clipped_high / scored}
     low, high = stats.clipped_low / scored, stats.clipped_high / scored
     return row | {

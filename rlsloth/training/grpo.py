@@ -13,6 +13,8 @@ from rlsloth.config import GrpoConfig
 from rlsloth.data.packing import pack, to_device
 from rlsloth.evaluation.evaluator import result_summary
 from rlsloth.losses.advantages import assign_advantages, overlong_penalty
+from rlsloth.losses.base import PolicyLoss
+from rlsloth.losses.opening import open_loss
 from rlsloth.losses.policy_loss import normalizer, policy_loss
 from rlsloth.memory.out_of_memory import advise
 from rlsloth.policy.lora import save_adapter
@@ -41,6 +43,7 @@ def train(cfg: GrpoConfig) -> Path:
         UserError: bad input, said before the first step where it can be known by then.
     """
     started = time.monotonic()
+    loss = open_loss(cfg.loss)
     with ExitStack() as stack:
         parts = Assembly.open(cfg, stack)
         parts.check_training()
@@ -68,13 +71,13 @@ def train(cfg: GrpoConfig) -> Path:
             )
             with run.timed("update"):
                 with rollouts.beside_update(step), advise("update", policy.model):
-                    updates = update(policy, batch, guard.cfg)
+                    updates = update(policy, batch, guard.cfg, loss)
                 parts.engine.set_weights(policy.weights())
             at.num_tokens += count_tokens(groups)
             at.next_step = step + 1
             metrics = {
                 **rollout_metrics(groups, scorer.names, num_tokens=at.num_tokens),
-                **update_metrics(updates, loss_name=cfg.loss.name, beta=cfg.loss.beta),
+                **update_metrics(updates, clipping=loss.clipping, beta=cfg.loss.beta),
                 "trained_tokens": float(batch.trained_tokens),
                 **report.metrics,
             }
@@ -98,14 +101,16 @@ def train(cfg: GrpoConfig) -> Path:
         return run.dir
 
 
-def update(policy: Policy, batch: PackedBatch, cfg: GrpoConfig) -> list[UpdateFigures]:
+def update(
+    policy: Policy, batch: PackedBatch, cfg: GrpoConfig, variant: PolicyLoss
+) -> list[UpdateFigures]:
     """``updates_per_rollout`` optimizer updates on one step's rollouts.
 
     The first is exactly on-policy: its ratio is 1 by construction and needs no old log-probs. Later
     ones compare with the log-probs the first one computed, so no separate pass for them exists
     either.
     """
-    norm = normalizer(batch, cfg.loss, max_tokens=cfg.rollout.max_tokens)
+    norm = normalizer(variant, batch, max_tokens=cfg.rollout.max_tokens)
     _check_version(batch, policy.version, cfg)
     if not batch.microbatches:  # every gradient is zero by construction
         return [
@@ -126,6 +131,7 @@ def update(policy: Policy, batch: PackedBatch, cfg: GrpoConfig) -> list[UpdateFi
             if round_ == 0:
                 old.append(out.logprobs.detach())
             loss = policy_loss(
+                variant,
                 out.logprobs,
                 micro,
                 cfg.loss,

@@ -8,6 +8,7 @@ import torch
 from rlsloth.config import LossConfig
 from rlsloth.data.packing import pack
 from rlsloth.losses.policy_loss import normalizer, policy_loss
+from rlsloth.losses.variants import VARIANTS
 from rlsloth.records import Group, Prompt, Rollout
 
 ADVANTAGES = [0.5, -2.0, 0.0, 3.0, 0.25]
@@ -44,10 +45,12 @@ def test_each_token_keeps_its_own_advantage(others: list[list[float]]) -> None:
 def test_the_policy_gradient_weighs_each_token_by_its_advantage() -> None:
     batch = pack([make_group(ADVANTAGES)], 100, mask_truncated=False, keep_zero_advantage=False)
     (micro,) = batch.microbatches
-    cfg = LossConfig(name="dapo")
+    dapo = VARIANTS["dapo"]
     logprobs = micro.rollout_logprobs.clone().requires_grad_(True)
-    total = policy_loss(logprobs, micro, cfg, old_logprobs_N=None, reference_logprobs_N=None).total
-    loss = total / normalizer(batch, cfg, max_tokens=10)
+    total = policy_loss(
+        dapo, logprobs, micro, LossConfig(), old_logprobs_N=None, reference_logprobs_N=None
+    ).total
+    loss = total / normalizer(dapo, batch, max_tokens=10)
     torch.autograd.backward(loss)
     # On-policy the ratio is 1: loss = -mean(A), and its derivative by token t is -A[t] / N.
     want = torch.tensor([0.5, -2.0, 3.0, 0.25])

@@ -40,6 +40,15 @@ def test_own_reward(examples, model_folder, tmp_path):
     assert (run / "adapter" / "adapter_model.safetensors").exists()
 
 
+def test_own_loss(examples, model_folder, tmp_path):
+    import own_loss
+
+    run = own_loss.main(str(model_folder), steps=2, folder=tmp_path / "run")
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert "own_loss.py:sapo" in (run / "config.yaml").read_text()
+    assert [row["skipped_updates"] for row in rows if "loss" in row] == [0, 0]
+
+
 def test_profile_step(examples, model_folder, tmp_path, capsys, monkeypatch):
     import profile_step
 

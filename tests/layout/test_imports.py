@@ -14,7 +14,8 @@ from helpers.source import LINKED, MODULES, Module, circles, imported_modules, w
 ORDER = (
     ("errors", "records", "seeding", "kernels"),
     ("config",),
-    ("files", "plugins", "losses"),
+    ("files", "plugins"),
+    ("losses",),
     ("data", "policy", "scoring", "run"),
     ("rewards",),
     ("environments", "memory"),

@@ -439,7 +439,7 @@ def figures(**changes):
 
 
 def test_update_metrics_equal_hand_computed_figures():
-    metrics = update_metrics([figures()], loss_name="dapo", beta=0.1)
+    metrics = update_metrics([figures()], clipping="both", beta=0.1)
     assert metrics == pytest.approx(
         {
             "loss": -0.1,
@@ -463,7 +463,7 @@ def test_update_metrics_equal_hand_computed_figures():
 
 def test_updates_are_averaged_and_skips_counted():
     skipped = figures(logp_gap_max=0.9, loss=0.3, step=StepStats(math.nan, 1e-5, True))
-    metrics = update_metrics([figures(), skipped], loss_name="cispo", beta=0.0)
+    metrics = update_metrics([figures(), skipped], clipping="high", beta=0.0)
     assert metrics["loss"] == pytest.approx(0.1)
     assert metrics["sampling/sampling_logp_difference/max"] == 0.9
     assert metrics["skipped_updates"] == 1
@@ -475,7 +475,7 @@ def test_updates_are_averaged_and_skips_counted():
 
 def test_an_update_without_tokens_has_no_means():
     nothing = figures(stats=LossStats(), entropy=0.0, logp_gap=0.0)
-    metrics = update_metrics([nothing], loss_name="grpo", beta=0.0)
+    metrics = update_metrics([nothing], clipping="both", beta=0.0)
     assert math.isnan(metrics["entropy"])
     assert metrics["clip_ratio/low_mean"] == 0
 

@@ -420,7 +420,7 @@ def test_kl_starts_at_0_from_the_starting_policy(train: Train, updates) -> None:
         "--loss.correction sequence_mask --loss.beta 0.05 --loss.kl k1",
         "--loss.name grpo --loss.beta 0.05 --loss.kl k2 --advantage.normalize batch",
         "--loss.name dr_grpo --advantage.normalize none --loss.mask-truncated",
-        "--loss.name bnpo --advantage.normalize leave_one_out --loss.delta 2",
+        "--loss.name dapo --advantage.normalize leave_one_out --loss.delta 2",
         "--loss.name cispo --loss.overlong-buffer 4 --optim.schedule cosine",
         "--rollout.top-k 20 --rollout.top-p 0.9 --rollout.stop e f --model.precision bf16",
         "--rollout.temperature 0 --model.gradient-checkpointing false",

@@ -10,6 +10,7 @@ from rlsloth.cli.loops import LOOPS, refuse_other_loops
 from rlsloth.cli.read_config import read_config_and_own
 from rlsloth.config import GrpoConfig, Section
 from rlsloth.config.sft import SupervisedConfig
+from rlsloth.losses.opening import open_loss
 
 ABOUT = """Say what `rlsloth {loop}` needs of a GPU's memory, and whether it fits: from the model's
 configuration and the data, without a GPU and without weights. Exit status 1 when it does not fit.
@@ -55,13 +56,15 @@ def _plan_grpo(config: GrpoConfig, own: GrpoPlanOptions) -> int:
     """Print the plan of reinforcement learning. Returns the exit status.
 
     Raises:
-        UserError: a model, an adapter or data that cannot be read, or no GPU and no --memory-gb.
+        UserError: a model, an adapter, data or a loss that cannot be read, or no GPU and no
+            --memory-gb.
     """
     from rlsloth.memory.decide import plan_run, planned_bytes
     from rlsloth.memory.report import Source
     from rlsloth.rollout.opening import plan_engine
     from rlsloth.training.memory import grpo_request
 
+    open_loss(config.loss)
     total = planned_bytes(config.model, own.memory_gb)
     if own.longest_prompt is None:
         longest, origin = _longest_prompt(config)
