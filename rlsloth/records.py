@@ -117,9 +117,20 @@ class Rollout:
     """One per configured reward, in the configured order. Filled by scoring."""
     reward: float | None = None
     """Weighted sum of the scores that apply; None when none applies or one failed."""
+    extras: dict[str, Any] = field(default_factory=dict)
+    """Values by column that rewards passed to ``log_extra``; saved with the samples."""
+    overlong_penalty: float | None = None
+    """In [-1, 0], added to the reward for the advantage; None where no penalty is configured."""
     advantages: list[float] = field(default_factory=list)
     """[len(token_ids)] credit of each token; 0.0 where loss_mask is False. Empty until
     assign_advantages fills it; all zero when reward is None."""
+
+    @property
+    def shaped_reward(self) -> float | None:
+        """The reward plus the overlong penalty, from which advantages are computed."""
+        if self.reward is None or self.overlong_penalty is None:
+            return self.reward
+        return self.reward + self.overlong_penalty
 
     @property
     def length(self) -> int:

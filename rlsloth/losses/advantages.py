@@ -2,10 +2,10 @@
 
 ``Rollout.advantages`` holds one number a token, and packing and the losses use each one, so credit
 may differ within a rollout. ``assign_advantages`` gives all sampled tokens of a rollout the same
-number, from its total reward. Per-turn credit needs another function in its place, nothing else:
-turn k of a rollout is the k-th run of True in ``loss_mask``, it earned ``turn_rewards[k]``, and its
-return is the sum of ``turn_rewards[k:]``; that return, minus its mean over the group's k-th turns,
-goes to each token of the run, and 0.0 to every token between runs.
+number, from its reward with the overlong penalty. Per-turn credit needs another function in its
+place, nothing else: turn k of a rollout is the k-th run of True in ``loss_mask``, it earned
+``turn_rewards[k]``, and its return is the sum of ``turn_rewards[k:]``; that return, minus its mean
+over the group's k-th turns, goes to each token of the run, and 0.0 to every token between runs.
 """
 
 from __future__ import annotations
@@ -83,7 +83,8 @@ def overlong_penalty(length: int, max_tokens: int, buffer: int) -> float:
 
 
 def _scored(group: Group) -> list[tuple[Rollout, float]]:
-    return [(r, r.reward) for r in group.rollouts if r.reward is not None]
+    rewards = [(rollout, rollout.shaped_reward) for rollout in group.rollouts]
+    return [(rollout, reward) for rollout, reward in rewards if reward is not None]
 
 
 def _rewards(group: Group) -> list[float]:

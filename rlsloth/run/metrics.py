@@ -28,6 +28,22 @@ ZERO_STD = 1e-8
 own)."""
 
 
+TRAINER_METRICS = (
+    "step", "step_time", "time/*", "eval_*", "num_tokens", "trained_tokens", "skipped_updates",
+    "reward", "reward_std", "overlong_penalty", "frac_reward_zero_std", "rewards/*/mean",
+    "rewards/*/std", "rewards/*/failures", "rewards/*/not_applicable", "rewards/*/retried_groups",
+    "completions/mean_length", "completions/min_length", "completions/max_length",
+    "completions/mean_terminated_length", "completions/min_terminated_length",
+    "completions/max_terminated_length", "completions/clipped_ratio", "tools/call_frequency",
+    "tools/failure_frequency", "loss", "policy_loss", "entropy", "kl", "importance_ratio/mean",
+    "sampling/sampling_logp_difference/mean", "sampling/sampling_logp_difference/max",
+    "sampling/importance_sampling_ratio/mean", "sampling/corrected_ratio", "grad_norm",
+    "learning_rate", "cispo_clip_ratio", "clip_ratio/low_mean", "clip_ratio/high_mean",
+    "clip_ratio/region_mean",
+)  # fmt: skip
+"""Names, as shell patterns, that a reward's ``log_metric`` may not use."""
+
+
 def count_tokens(groups: Sequence[Group]) -> int:
     """Prompt tokens, once a rollout, plus sampled tokens: a step's share of ``num_tokens``, as TRL
     counts it."""
@@ -42,11 +58,12 @@ def rollout_metrics(
     """What was sampled and how it scored. Scoring must have run.
 
     ``reward_std`` is the standard deviation (n - 1) over all of the step's rewards, not within
-    groups; ``frac_reward_zero_std`` the share of rollouts whose group has equal rewards, always by
-    group. Lengths are sampled tokens. A figure without any value is NaN, written as null.
+    groups; ``frac_reward_zero_std`` the share of rollouts whose group has equal rewards, with the
+    overlong penalty added, always by group. Lengths are sampled tokens. A figure without any value
+    is NaN, written as null.
 
     Ours beyond TRL: ``rewards/<name>/failures`` and ``rewards/<name>/not_applicable``, numbers of
-    rollouts.
+    rollouts, and ``overlong_penalty``, the mean penalty, which is not in ``reward``.
 
     Args:
         groups: the step's groups.
@@ -61,6 +78,9 @@ def rollout_metrics(
         "reward_std": _std(rewards),
         "frac_reward_zero_std": _zero_std_share(groups),
     }
+    penalties = [r.overlong_penalty for r in rollouts if r.overlong_penalty is not None]
+    if penalties:
+        metrics["overlong_penalty"] = _mean(_values(penalties))
     for index, name in enumerate(reward_names):
         metrics |= _reward_metrics(rollouts, index, name)
     return metrics | _length_metrics(rollouts) | _tool_metrics(groups, rollouts)
@@ -111,8 +131,9 @@ def _zero_std_share(groups: Sequence[Group]) -> float:
 
 
 def group_std(group: Group) -> float:
-    """Standard deviation (n - 1) of a group's rewards; NaN with fewer than two."""
-    return _std(_values([rollout.reward for rollout in group.rollouts]))
+    """Standard deviation (n - 1) of a group's rewards, with the overlong penalty added; NaN with
+    fewer than two."""
+    return _std(_values([rollout.shaped_reward for rollout in group.rollouts]))
 
 
 def _values(items: Sequence[float | None]) -> Floats:

@@ -1,15 +1,17 @@
 """Samples of a step as a parquet file with TRL's columns: step, prompt, completion, one a reward,
 advantage.
 
-Ours after them: ``weighted_reward``, ``finish``, ``tokens`` (sampled), ``prompt_index``,
-``failure``.
+Ours after them: ``weighted_reward``, ``overlong_penalty`` (where one is configured), ``finish``,
+``tokens`` (sampled), ``prompt_index``, ``failure``, and the columns that rewards logged with
+``log_extra``.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +25,16 @@ _BEFORE = (("step", pa.int64()), ("prompt", pa.large_string()), ("completion", p
 _AFTER = (
     ("advantage", pa.float64()),
     ("weighted_reward", pa.float64()),
+    ("overlong_penalty", pa.float64()),
     ("finish", pa.string()),
     ("tokens", pa.int64()),
     ("prompt_index", pa.int64()),
     ("failure", pa.large_string()),
 )
 FIXED_COLUMNS = tuple(name for name, _ in _BEFORE + _AFTER)
-"""Every column that is not a reward's."""
+"""Every column that is neither a reward's nor logged by one."""
+EXTRA = {b"rlsloth": b"log_extra"}
+"""Metadata of a column that a reward logged."""
 
 
 def write_samples(
@@ -38,8 +43,8 @@ def write_samples(
     """Write all of a step's rollouts, one a row, atomically.
 
     A reward that does not apply or failed is null; ``failure`` then says what happened, else it is
-    empty. A reward named like one of the other columns is found under ``rewards/<name>``. Chat
-    turns stand in one text.
+    empty. A reward with the name of one of the other columns is found under ``rewards/<name>``, and
+    a logged column with the name of any under ``extra/<name>``. Chat turns are joined in one text.
 
     Raises:
         OSError: the file could not be written; an old one stays.
@@ -56,13 +61,21 @@ def write_samples(
     columns |= {
         "advantage": [mean_advantage(rollout) for _, rollout in rows],
         "weighted_reward": [rollout.reward for _, rollout in rows],
+        "overlong_penalty": [rollout.overlong_penalty for _, rollout in rows],
         "finish": [rollout.finish for _, rollout in rows],
         "tokens": [rollout.length for _, rollout in rows],
         "prompt_index": [group.prompt.index for group, _ in rows],
         "failure": [clean(failure_text(rollout)) for _, rollout in rows],
     }
-    fields = [*_BEFORE, *((column, pa.float64()) for column in reward_columns), *_AFTER]
-    table = pa.table(columns, schema=pa.schema(fields))
+    fields = [pa.field(*column) for column in _BEFORE]
+    fields += [pa.field(column, pa.float64()) for column in reward_columns]
+    fields += [pa.field(*column) for column in _AFTER]
+    extras = _extras([rollout for _, rollout in rows], columns)
+    for name, array in extras.items():
+        fields.append(pa.field(name, array.type, metadata=EXTRA))
+    table = pa.table(columns | extras, schema=pa.schema(fields))
+    if all(rollout.overlong_penalty is None for _, rollout in rows):
+        table = table.drop_columns("overlong_penalty")
     buffer = pa.BufferOutputStream()
     pq.write_table(table, buffer, compression="zstd")
     path.parent.mkdir(exist_ok=True)
@@ -72,6 +85,28 @@ def write_samples(
 def column_of(reward_name: str) -> str:
     """The column a reward is found in."""
     return f"rewards/{reward_name}" if reward_name in FIXED_COLUMNS else reward_name
+
+
+def _extras(rollouts: Sequence[Rollout], taken: Container[str]) -> dict[str, pa.Array]:
+    """The columns that rewards logged, in the order of their first value."""
+    names = dict.fromkeys(name for rollout in rollouts for name in rollout.extras)
+    return {
+        f"extra/{name}" if name in taken else name: _array([r.extras.get(name) for r in rollouts])
+        for name in names
+    }
+
+
+def _array(values: Sequence[Any]) -> pa.Array:
+    """Logged values as numbers, booleans or text; as JSON text if they are of several kinds, or of
+    none of these."""
+    kinds = {type(value) for value in values if value is not None}
+    for types, arrow in (({bool}, pa.bool_()), ({int}, pa.int64()), ({int, float}, pa.float64())):
+        if kinds and kinds <= types:
+            with contextlib.suppress(OverflowError, pa.ArrowInvalid):  # beyond 64 bits: as text
+                return pa.array(values, arrow)
+    if not kinds <= {str}:
+        values = [None if value is None else json.dumps(value) for value in values]
+    return pa.array([v if v is None else clean(v) for v in values], pa.large_string())
 
 
 def as_text(messages: str | Sequence[Message]) -> str:
@@ -94,7 +129,7 @@ def _content(message: Message) -> str:
 
 
 def completion_text(rollout: Rollout) -> str:
-    """What followed the prompt: the sampled text, or all turns where there were several."""
+    """The text after the prompt: the sampled one, or all turns if there were several."""
     return as_text(rollout.messages) if len(rollout.messages) > 1 else rollout.text
 
 

@@ -1,1 +1,1 @@
-"""Runs reward plugins in killable processes and validates what they return."""
+"""Rewards in killable worker processes, their checked scores, and the shaping of rewards."""

@@ -1,4 +1,4 @@
-"""Finding the final answer in a text and reading it as an exact number."""
+"""The final answer in a text, and its value as an exact number."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ _EXACT = re.compile(
 # A hyphen is a sign where it touches the number and no operand: "is -3" but not "5-3" or "5 - 3".
 _IN_TEXT = re.compile(rf"(?:(?<![\w)\]}}%.])-)?[$£€]?{_DIGITS}(?:/{_DIGITS})?%?")
 _LONGEST = 1000
-"""Characters of the longest number that is read; beyond lies Python's limit on digits."""
+"""Characters of the longest number that is parsed; Python limits the digits of longer ones."""
 
 
 def completion_text(completion: str | list[dict[str, Any]]) -> str:
-    """The text of a completion; of chat messages, the last one's."""
+    """The text of a completion; for chat messages, that of the last one."""
     if isinstance(completion, str):
         return completion
     content = completion[-1].get("content") if completion else None
@@ -36,13 +36,13 @@ def completion_text(completion: str | list[dict[str, Any]]) -> str:
 
 
 def plain(text: str) -> str:
-    """Full-width digits and typographic signs as ASCII; scientific notation written out."""
+    """Write full-width digits and typographic signs in ASCII, and scientific notation out."""
     text = text.translate(_PLAIN)
     return _SCIENTIFIC.sub(lambda match: f"{Decimal(match.group()):f}", text)
 
 
 def last_boxed(text: str) -> str | None:
-    r"""What stands in the last complete ``\boxed{...}`` or ``\fbox{...}``."""
+    r"""The content of the last complete ``\boxed{...}`` or ``\fbox{...}``."""
     for match in reversed(list(re.finditer(r"\\f?box(?:ed)?\s*\{", text))):
         depth = 1
         for brace in re.finditer(r"(?<!\\)[{}]", text[match.end() :]):
@@ -53,19 +53,19 @@ def last_boxed(text: str) -> str | None:
 
 
 def last_tag(text: str, tag: str) -> str | None:
-    """What stands in the last complete ``<tag>...</tag>``."""
+    """The content of the last complete ``<tag>...</tag>``."""
     parts = re.findall(rf"<{tag}>((?:(?!<{tag}>).)*?)</{tag}>", text, flags=re.DOTALL)
     return parts[-1].strip() if parts else None
 
 
 def after_hashes(text: str) -> str | None:
-    """What follows the last ``####`` on its line: GSM8K's final answer."""
+    """The rest of the line after the last ``####``: GSM8K's final answer."""
     _, hashes, rest = text.rpartition("####")
     return rest.strip().partition("\n")[0].strip() if hashes else None
 
 
 def marked_answer(text: str) -> str | None:
-    """The answer that a text marks as final: a box, else an answer tag, else after ``####``."""
+    """The answer that a text marks as final: in a box, else an answer tag, else after ``####``."""
     for found in (last_boxed(text), last_tag(text, "answer"), after_hashes(text)):
         if found:
             return found
@@ -73,9 +73,9 @@ def marked_answer(text: str) -> str | None:
 
 
 def exact_number(text: str) -> Fraction | None:
-    r"""The number that a whole text is: integer, decimal, a/b, \frac{a}{b}; commas, $ and %.
+    r"""Parse a whole text as a number: integer, decimal, a/b, \frac{a}{b}; with commas, $ and %.
 
-    Exact: 0.1 is 1/10, and 10% is 1/10. None for anything else.
+    Exact: 0.1 is 1/10, and 10% is 1/10. None for any other text.
     """
     if len(text) > _LONGEST:
         return None
@@ -94,5 +94,5 @@ def exact_number(text: str) -> Fraction | None:
 
 
 def numbers_in(text: str) -> list[str]:
-    """The numbers that occur in a text, in order, as they are written."""
+    """The numbers in a text, in order, as they are written."""
     return _IN_TEXT.findall(plain(text).replace("{,}", ",").replace("\\$", "$"))

@@ -1,4 +1,4 @@
-"""The scorer's handle on one worker process: start it, ask it, kill it, start it again."""
+"""One worker process as the scorer sees it: started, called, killed, and replaced."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ START_SECONDS = 120.0
 
 
 class WorkerLostError(Exception):
-    """The worker gave no answer. ``status`` is its exit status; None: it hangs."""
+    """The worker did not reply. ``status`` is its exit status; None: it hangs."""
 
     def __init__(self, status: int | None) -> None:
         super().__init__(f"status {status}")
@@ -30,7 +30,7 @@ class WorkerLostError(Exception):
 class WorkerProcess:
     """A worker that starts in the background and is replaced when it dies.
 
-    Used by one thread at a time; only ``stop`` may be called from another.
+    Use it from one thread at a time; only ``stop`` may be called from another.
     """
 
     def __init__(self, setup: Setup) -> None:
@@ -61,10 +61,11 @@ class WorkerProcess:
         return self._process.pid
 
     def rewards(self) -> list[RewardInfo]:
-        """The signatures of the loaded rewards; waits until they are imported.
+        """Return the signatures of the rewards, once the worker has imported them.
 
         Raises:
-            UserError: a reward cannot be found or imported, or takes no such parameter.
+            UserError: a reward cannot be found or imported, or has no parameter of a configured
+                name.
         """
         if self._rewards is None:
             names = ", ".join(reward["name"] for reward in self._setup["rewards"])
@@ -77,14 +78,17 @@ class WorkerProcess:
                     if lost.status is None
                     else f"ended the process ({describe(lost.status)})"
                 )
-                raise UserError(f"importing the rewards ({names}) {reason}") from None
+                raise UserError(
+                    f"importing the rewards ({names}) {reason}: try `rlsloth rewards test` on each "
+                    "of them, or raise --reward.memory-gb"
+                ) from None
             if ready["error"] is not None:
                 raise UserError(ready["error"])
             self._rewards = ready["rewards"]
         return self._rewards
 
     def call(self, call: Call, wall_seconds: float) -> Reply:
-        """One call, whatever happens to the worker; it has been replaced when it was lost."""
+        """Make one call, whatever happens to the worker; a lost worker is replaced."""
         if self._closed:
             raise RuntimeError("the scorer is closed")
         self.rewards()
@@ -102,12 +106,12 @@ class WorkerProcess:
         return reply
 
     def stop(self) -> None:
-        """Kill the process; a call in progress ends, and no further one is made."""
+        """Kill the process: a call in progress ends, and there is no further one."""
         self._closed = True
         self._kill_group()
 
     def kill(self) -> None:
-        """End the worker and all that it started, and free what it held."""
+        """End the worker and all processes that it started, and free its resources."""
         self._kill_group()
         self._process.wait()
         self._channel.close()
@@ -149,14 +153,14 @@ class WorkerProcess:
 
 
 def describe(status: int) -> str:
-    """``SIGSEGV`` or ``exit status 3``."""
+    """An exit status in words, such as ``SIGSEGV`` or ``exit status 3``."""
     if status < 0:
         return signal.Signals(-status).name
     return f"exit status {status}"
 
 
 def _decode(line: bytes) -> Any:
-    """None for a line that death cut short."""
+    """The message in a line; None for a line that the worker's death cut short."""
     try:
         return json.loads(line)
     except ValueError:
@@ -165,15 +169,15 @@ def _decode(line: bytes) -> Any:
 
 def _lost_reply(status: int | None, cpu_seconds: float, wall_seconds: float) -> Reply:
     if status is None:
-        return failed("timeout", f"no answer in {wall_seconds:g} s of wall-clock time")
+        return failed("timeout", f"no result after {wall_seconds:g} s of wall-clock time")
     if status == -signal.SIGVTALRM:
         detail = f"more than {cpu_seconds:g} s of CPU time in a call that no exception can end"
-        return failed("timeout", detail, cpu_seconds)
+        return failed("timeout", detail)
     return failed("crashed", f"the reward ended its process ({describe(status)})")
 
 
 def _environment() -> dict[str, str]:
-    # The trainer's import path, then the working directory, where people keep their rewards.
+    # The trainer's import path, then the working directory, where users keep their rewards.
     path = [*(entry for entry in sys.path if entry), os.getcwd()]
     return {
         **os.environ,

@@ -1,6 +1,6 @@
-"""What a scorer and its workers say to each other: one JSON object a line, over a socket.
+"""Messages between a scorer and its workers: one JSON object a line, over a socket.
 
-Nothing is pickled: a reward gets plain JSON values and can hand back numbers and text only.
+Nothing is pickled: a reward gets plain JSON values and can return numbers and text only.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ FailureKind = Literal["raised", "timeout", "crashed", "not finite", "wrong lengt
 
 
 class RewardSetup(TypedDict):
-    """One reward that a worker is to load."""
+    """One reward for a worker to load."""
 
     spec: str
     name: str
@@ -23,15 +23,17 @@ class Setup(TypedDict):
 
     rewards: list[RewardSetup]
     memory_bytes: int
+    reserved_metrics: list[str]
+    """Names that ``log_metric`` refuses, as shell patterns."""
 
 
 class RewardInfo(TypedDict):
-    """What a reward's signature says."""
+    """The signature of a reward."""
 
     accepts: list[str] | None
-    """Arguments it takes by name; None: it takes all (``**kwargs``)."""
+    """Arguments that it takes by name; None: all (``**kwargs``)."""
     required: list[str]
-    """Arguments it cannot do without."""
+    """Arguments without a default."""
     parameters: list[str]
     """Parameters left at their defaults: keyword-only with a default, and not configured."""
 
@@ -44,23 +46,23 @@ class Ready(TypedDict):
 
 
 class Call(TypedDict):
-    """Some completions of one prompt for one reward."""
+    """Completions of one prompt for one reward to score."""
 
     reward: int
     step: int
     cpu_seconds: float
-    """CPU time this call may take."""
+    """CPU time that the call may take."""
     prompt: Any
     completions: list[Any]
     completion_ids: list[list[int]]
     finish_reasons: list[str]
     environment_reward: list[float | None]
     columns: dict[str, Any]
-    """The row's columns, once: the worker repeats them for each completion."""
+    """The row's columns, once; the worker repeats them for each completion."""
 
 
 class Failure(TypedDict):
-    """A call, or one row of it, that gave no valid number."""
+    """A call, or one row of it, without a valid number."""
 
     row: int
     """Index into the call's completions; 0 when the whole call failed."""
@@ -69,36 +71,34 @@ class Failure(TypedDict):
 
 
 class Reply(TypedDict):
-    """The answer to a call."""
+    """The result of a call."""
 
     values: list[float | None]
     row_failures: list[Failure]
     error: Failure | None
-    """The call as a whole failed: values is empty."""
+    """The failure of the call as a whole; ``values`` is then empty."""
     user_error: str | None
-    """The reward raised UserError: the configuration or the data must be mended."""
-    cpu_seconds: float
+    """The text of a UserError: the user must fix the configuration, the data or the reward."""
     metrics: list[tuple[str, float]]
     extras: dict[str, list[Any]]
     retire: bool
-    """The worker ends after this reply (it is out of memory)."""
+    """Whether the worker ends after this reply, since it ran out of memory."""
 
 
 class Died(TypedDict):
-    """Said by a worker's supervisor: the worker ended without an answer."""
+    """Message of a worker's supervisor: the worker ended without a reply."""
 
     died: int
-    """Exit status; negative: the signal that killed it."""
+    """Exit status; if negative, the signal that killed it."""
 
 
-def failed(kind: FailureKind, detail: str, cpu_seconds: float = 0.0) -> Reply:
-    """A reply to a call that failed as a whole."""
+def failed(kind: FailureKind, detail: str) -> Reply:
+    """Make the reply to a call that failed as a whole."""
     return Reply(
         values=[],
         row_failures=[],
         error=Failure(row=0, kind=kind, detail=detail),
         user_error=None,
-        cpu_seconds=cpu_seconds,
         metrics=[],
         extras={},
         retire=False,

@@ -1,11 +1,10 @@
-"""What happened in a round of scoring, put together from the workers' replies."""
+"""Scores and figures of a round of scoring, put together from the workers' replies."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from rlsloth.records import Group, Score
 from rlsloth.scoring.protocol import Reply
@@ -28,7 +27,7 @@ class FailureDetail:
 
 @dataclass(slots=True)
 class RewardReport:
-    """What one reward did in one round of scoring; counts are completions unless said otherwise."""
+    """Figures of one reward in one round of scoring; counts are of completions unless noted."""
 
     name: str
     scored: int = 0
@@ -37,43 +36,42 @@ class RewardReport:
     """By kind; see ``Score.failure``."""
     retried_groups: int = 0
     """Groups whose common call failed, so that their completions were scored one by one."""
-    cpu_seconds: float = 0.0
     wall_seconds: float = 0.0
     """Summed over workers."""
 
 
 @dataclass(slots=True)
 class ScoringReport:
-    """What happened in one round of scoring."""
+    """Figures of one round of scoring."""
 
     rewards: tuple[RewardReport, ...]
     metrics: dict[str, float] = field(default_factory=dict)
-    """Mean over calls of what rewards passed to ``log_metric``."""
-    extras: dict[str, list[Any]] = field(default_factory=dict)
-    """Columns passed to ``log_extra``: one entry a rollout, group after group; None: not given."""
+    """Metrics that rewards logged with ``log_metric``, each the mean over its calls, and
+    ``rewards/<name>/retried_groups``."""
     details: list[FailureDetail] = field(default_factory=list)
     """The first few failures."""
 
 
 @dataclass(slots=True)
 class Outcome:
-    """One reward's answers for one group."""
+    """One reward's replies for one group."""
 
     replies: list[Reply]
-    """One for the whole group; when that failed and was retried, one for each rollout after it."""
+    """One for the whole group; if it failed and was retried, then one for each rollout."""
     rollouts: int
     wall_seconds: float
 
     @property
     def retried(self) -> bool:
+        """Whether the completions were scored one by one after a failure."""
         return len(self.replies) > 1
 
     def placed(self) -> Iterator[tuple[int, Reply]]:
-        """The replies that count, each with the first rollout it is about."""
+        """The replies that count, each with the position of its first rollout."""
         return enumerate(self.replies[1:] if self.retried else self.replies)
 
     def scores(self, name: str) -> list[Score]:
-        """One for each rollout."""
+        """The score of each rollout under the reward's name."""
         scores: list[Score] = []
         for _, reply in self.placed():
             if reply["error"] is not None:
@@ -92,7 +90,7 @@ class Outcome:
 def assign_scores(
     groups: Sequence[Group], names: Sequence[str], outcomes: Sequence[Sequence[Outcome]]
 ) -> ScoringReport:
-    """Fill ``Rollout.scores`` and report; outcomes are [group][reward]."""
+    """Fill ``scores`` and ``extras`` of every rollout; ``outcomes`` are by group and reward."""
     report = ScoringReport(tuple(RewardReport(name) for name in names))
     for group, group_outcomes in zip(groups, outcomes, strict=True):
         by_reward: list[list[Score]] = []
@@ -101,11 +99,14 @@ def assign_scores(
             by_reward.append(scores)
             _count(reward, outcome, scores)
             report.details += _details(group, scores)
+            _assign_extras(group, outcome)
         for rollout, its_scores in zip(group.rollouts, zip(*by_reward, strict=True), strict=True):
             rollout.scores = its_scores
     report.details = report.details[:MAX_DETAILS]
-    report.metrics = _mean_metrics(outcomes)
-    report.extras = _join_extras(groups, outcomes)
+    report.metrics = {
+        f"rewards/{reward.name}/retried_groups": float(reward.retried_groups)
+        for reward in report.rewards
+    } | _mean_metrics(outcomes)
     return report
 
 
@@ -114,7 +115,6 @@ def _count(report: RewardReport, outcome: Outcome, scores: list[Score]) -> None:
     report.scored += sum(s.value is not None for s in scores)
     report.not_applicable += sum(s.value is None and s.failure is None for s in scores)
     report.retried_groups += outcome.retried
-    report.cpu_seconds += sum(reply["cpu_seconds"] for reply in outcome.replies)
     report.wall_seconds += outcome.wall_seconds
 
 
@@ -136,17 +136,8 @@ def _mean_metrics(outcomes: Sequence[Sequence[Outcome]]) -> dict[str, float]:
     return {name: sum(vs) / len(vs) for name, vs in values.items()}
 
 
-def _join_extras(
-    groups: Sequence[Group], outcomes: Sequence[Sequence[Outcome]]
-) -> dict[str, list[Any]]:
-    rollouts = sum(len(group.rollouts) for group in groups)
-    extras: dict[str, list[Any]] = {}
-    start = 0
-    for group, group_outcomes in zip(groups, outcomes, strict=True):
-        for outcome in group_outcomes:
-            for first, reply in outcome.placed():
-                for column, values in reply["extras"].items():
-                    entries = extras.setdefault(column, [None] * rollouts)
-                    entries[start + first : start + first + len(values)] = values
-        start += len(group.rollouts)
-    return extras
+def _assign_extras(group: Group, outcome: Outcome) -> None:
+    for first, reply in outcome.placed():
+        for column, values in reply["extras"].items():
+            for rollout, value in zip(group.rollouts[first:], values, strict=False):
+                rollout.extras[column] = value

@@ -1,4 +1,4 @@
-"""From a group to the call that a worker gets; its data is checked against the signature here."""
+"""The call that a worker gets for a group, checked against the reward's signature."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ RESERVED = (
 
 
 def accepted_columns(prompt: Prompt, name: str, info: RewardInfo) -> dict[str, Any]:
-    """The prompt's columns that the reward ``name`` is called with.
+    """Return the prompt's columns with which the reward ``name`` is called.
 
     Raises:
         UserError: a column is missing, has the name of an argument, or cannot be written as JSON.
@@ -33,18 +33,19 @@ def accepted_columns(prompt: Prompt, name: str, info: RewardInfo) -> dict[str, A
     for column in columns:
         if column in RESERVED:
             raise UserError(
-                f"column {column!r} of the data has the name of a reward argument: rename it"
+                f"the dataset's column {column!r} has the name of a reward argument: rename it"
             )
         if column in info["parameters"]:
             raise UserError(
-                f"column {column!r} of the data has the name of a parameter of reward {name!r}: "
+                f"the dataset's column {column!r} has the name of a parameter of reward {name!r}: "
                 f"rename the column, or set reward.params.{name}.{column}"
             )
     missing = [key for key in info["required"] if key not in columns and key not in RESERVED]
     if missing:
         raise UserError(
             f"reward {name!r} needs a column {missing[0]!r}{nearest(missing[0], list(columns))} "
-            f"(row {row} has: {', '.join(sorted(columns)) or 'none'})"
+            f"(row {row} has: {', '.join(sorted(columns)) or 'none'}): add it to the dataset, or "
+            "rename one"
         )
     accepts = info["accepts"]
     accepted = {k: v for k, v in columns.items() if accepts is None or k in accepts}
@@ -54,7 +55,7 @@ def accepted_columns(prompt: Prompt, name: str, info: RewardInfo) -> dict[str, A
 
 
 def group_call(group: Group, reward: int, name: str, info: RewardInfo, step: int) -> Call:
-    """The call for a whole group, with the columns that the reward accepts.
+    """Make the call for a whole group, with the columns that the reward accepts.
 
     Raises:
         UserError: see ``accepted_columns``.
@@ -82,14 +83,16 @@ def _check_json(where: str, value: Any, name: str) -> None:
     except (TypeError, ValueError, RecursionError) as error:
         raise UserError(
             f"{where} cannot be passed to reward {name!r} as JSON ({error}): "
-            "drop it, or let the reward name the columns that it wants instead of **kwargs"
+            "remove the column, or name the wanted columns in the reward instead of **kwargs"
         ) from None
     if key is not None:
-        raise UserError(f"{where} has a dict with the key {key!r}: JSON keys are strings")
+        raise UserError(
+            f"{where} has a dict with the key {key!r}, but keys in JSON are strings: make it one"
+        )
 
 
 def _odd_key(value: Any) -> Any:
-    """A dict key that is not a string (JSON would turn it into one unseen), or None."""
+    """Find a dict key that is not a string, which JSON would silently turn into one; or None."""
     if isinstance(value, dict):
         for key in value:
             if not isinstance(key, str):

@@ -1,8 +1,8 @@
-"""Scores groups with reward plugins that run in worker processes.
+"""Scores of groups by rewards that run in worker processes.
 
-A reward is called with all completions of one prompt, so that it may compare them. When that call
-fails, it is called again with one completion at a time: only the culprit is marked as failed. A
-list of the wrong length is the reward's own mistake, and fails the group.
+A reward is called with all completions of one prompt, so that it may compare them. If that call
+fails, it is called again with one completion at a time, and only the culprit is marked as failed. A
+list of the wrong length is a mistake in the reward, and fails the group.
 """
 
 from __future__ import annotations
@@ -32,10 +32,14 @@ class Scorer:
     as a context manager, or call ``close``.
 
     Raises:
-        UserError: no rewards, an unknown one, two of one name, or parameters for one not in use.
+        UserError: no rewards, an unknown one, two of one name, or parameters of an unused one.
     """
 
-    def __init__(self, rewards: Sequence[str], cfg: RewardConfig) -> None:
+    def __init__(
+        self, rewards: Sequence[str], cfg: RewardConfig, *, reserved_metrics: Sequence[str] = ()
+    ) -> None:
+        """Start the workers; ``log_metric`` refuses names of ``reserved_metrics``, which are shell
+        patterns."""
         self.names = tuple(_name(spec) for spec in rewards)
         _check_names(self.names, cfg)
         self._cfg = cfg
@@ -46,6 +50,7 @@ class Scorer:
                 for spec, name in zip(rewards, self.names, strict=True)
             ],
             memory_bytes=int(cfg.memory_gb * 2**30),
+            reserved_metrics=list(reserved_metrics),
         )
         self._workers = [WorkerProcess(setup) for _ in range(cfg.workers)]
         self._idle: queue.SimpleQueue[WorkerProcess] = queue.SimpleQueue()
@@ -53,13 +58,14 @@ class Scorer:
             self._idle.put(worker)
         self._threads = ThreadPoolExecutor(cfg.workers, thread_name_prefix="scorer")
         self._submitted: dict[int, tuple[Group, list[Future[Outcome]]]] = {}
-        """By identity, which the group held here keeps from being given to another."""
+        """Jobs by ``id`` of their group; the group is kept so that its id is not reused."""
 
     def wait_ready(self) -> None:
         """Wait until the workers have imported the rewards; for use before the first ``score``.
 
         Raises:
-            UserError: a reward cannot be found or imported, or takes no such parameter.
+            UserError: a reward cannot be found or imported, or has no parameter of a configured
+                name.
         """
         for worker in self._workers:
             worker.rewards()
@@ -67,8 +73,9 @@ class Scorer:
     def check(self, prompts: Sequence[Prompt]) -> None:
         """Refuse data that the rewards cannot be called with, before anything is sampled.
 
-        Besides the columns of every prompt this tries each reward on an empty answer to the first
-        one: many rewards tell only when called what they miss. Its other failures do not count.
+        The columns of every prompt are checked, and each reward is called with an empty completion
+        of the first one, since many rewards check their columns only when called. Only a UserError
+        of that call counts.
 
         Raises:
             UserError: as ``score``.
@@ -81,18 +88,19 @@ class Scorer:
                 self._score(Group(prompt, [], [_empty_rollout()]), reward, 0)
 
     def submit(self, group: Group, *, step: int = 0) -> None:
-        """Begin to score a complete group in the background, for a ``score`` of it to come."""
+        """Begin to score a complete group in the background; ``score`` then waits for it."""
         jobs = [self._threads.submit(self._score, group, r, step) for r in range(len(self.names))]
         self._submitted[id(group)] = group, jobs
 
     def score(self, groups: Sequence[Group], *, step: int = 0) -> ScoringReport:
         """Fill ``scores`` and ``reward`` of every rollout. ``step`` is trainer_state.global_step.
 
-        Groups that were submitted before are not scored again.
+        Submitted groups are not scored again.
 
         Raises:
-            UserError: a reward cannot be imported or raised UserError itself; a column is missing,
-                has the name of an argument, or cannot be written as JSON.
+            UserError: a reward cannot be imported, raised UserError itself, or logged a metric of
+                the trainer's; a column is missing, has the name of an argument, or cannot be
+                written as JSON.
         """
         for group in groups:
             if id(group) not in self._submitted:
@@ -143,7 +151,7 @@ class Scorer:
         return reply
 
     def close(self) -> None:
-        """Kill the workers and all that they started."""
+        """Kill the workers and all processes that they started."""
         for worker in self._workers:
             worker.stop()
         self._threads.shutdown(cancel_futures=True)
@@ -168,17 +176,17 @@ def _empty_rollout() -> Rollout:
 
 
 def _name(spec: str) -> str:
-    """A reward's name in metrics and configuration: that of its function.
+    """A reward's name in metrics and configuration, which is that of its function.
 
     Raises:
-        UserError: a built-in or a file that is not there. Modules are looked up by the workers.
+        UserError: no such built-in reward or file. Modules are looked up by the workers.
     """
     place, _, attribute = spec.partition(":")
     if place.endswith(".py"):
         if not attribute:
             raise UserError(f"reward {spec!r}: name the function, as in {place}:reward")
         if not Path(place).is_file():
-            raise UserError(f"reward {spec!r}: no file {place} (looked from {Path.cwd()})")
+            raise UserError(f"reward {spec!r}: no file {place} in {Path.cwd()}")
     elif not (attribute and "." in place):
         names = builtin_names("rlsloth.rewards")
         if place not in names:
@@ -194,10 +202,15 @@ def _check_names(names: tuple[str, ...], cfg: RewardConfig) -> None:
         raise UserError("no rewards: name at least one, e.g. --rewards math_verify")
     for name, count in Counter(names).items():
         if count > 1:
-            raise UserError(f"{count} rewards are called {name!r}: rename one of the functions")
+            raise UserError(
+                f"{count} of --rewards are called {name!r}: rename one of the functions"
+            )
     if cfg.weights is not None and len(cfg.weights) != len(names):
-        raise UserError(f"reward.weights has {len(cfg.weights)} numbers for {len(names)} rewards")
+        raise UserError(
+            f"reward.weights has {len(cfg.weights)} numbers for {len(names)} rewards: pass one for "
+            "each"
+        )
     for name in cfg.params:
         if name not in names:
             hint = nearest(name, list(names))
-            raise UserError(f"reward.params is for {name!r}, which is not among the rewards{hint}")
+            raise UserError(f"reward.params has {name!r}, which is not among --rewards{hint}")

@@ -1,4 +1,4 @@
-"""Checks what a reward returned: a list with one finite number, or None, for each completion."""
+"""Checks of a reward's return value: a list of one finite number, or None, per completion."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from rlsloth.scoring.protocol import Failure, FailureKind
 
 
 class InvalidReturnError(Exception):
-    """What a reward returned, or one score in it, is not what it has to be."""
+    """A return value, or one score in it, has the wrong form."""
 
     def __init__(self, kind: FailureKind, detail: str) -> None:
         super().__init__(detail)
@@ -17,16 +17,18 @@ class InvalidReturnError(Exception):
 
 
 def validate(result: Any, rows: int) -> tuple[list[float | None], list[Failure]]:
-    """Values by row (None where not applicable or failed), and the rows that failed.
+    """Split a return value into values by row (None: not applicable, or failed) and failures.
 
     Python, numpy and torch numbers and booleans count as numbers; text does not.
 
     Raises:
-        InvalidReturnError: not a list, or not as long as there are completions.
+        InvalidReturnError: not a list, or not one score for each completion.
     """
     if isinstance(result, (str, bytes, dict)) or not hasattr(result, "__len__"):
         kind = type(result).__name__
-        raise InvalidReturnError("wrong type", f"returned {kind}, not a list of {rows} numbers")
+        raise InvalidReturnError(
+            "wrong type", f"returned {kind} in place of a list of {rows} numbers"
+        )
     items = list(result)
     if len(items) != rows:
         raise InvalidReturnError(
@@ -44,15 +46,17 @@ def validate(result: Any, rows: int) -> tuple[list[float | None], list[Failure]]
 
 
 def _finite(item: Any) -> float:
-    not_a_number = InvalidReturnError("wrong type", f"score is {type(item).__name__}, not a number")
+    not_a_number = InvalidReturnError(
+        "wrong type", f"a score is {type(item).__name__}, not a number"
+    )
     if isinstance(item, (str, bytes)):
         raise not_a_number
     try:
         value = float(item)
     except OverflowError:
-        raise InvalidReturnError("not finite", "score is too large for a float") from None
+        raise InvalidReturnError("not finite", "a score is too large for a float") from None
     except (TypeError, ValueError):
         raise not_a_number from None
     if not math.isfinite(value):
-        raise InvalidReturnError("not finite", f"score is {value}")
+        raise InvalidReturnError("not finite", f"a score is {value}")
     return value

@@ -1,9 +1,9 @@
-"""A process that runs rewards: ``python -m rlsloth.scoring.worker FD``, a socket to the scorer.
+"""A process that runs rewards: ``python -m rlsloth.scoring.worker FD``; FD: a socket to the scorer.
 
-The process splits in two before anything is loaded. The child loads the rewards and answers calls.
-The parent of the two, the supervisor, runs no foreign code: it tells the scorer when the child has
-died, and when the scorer itself is gone, however it ended, it kills the whole process group, so
-that neither a busy reward nor anything that a reward started outlives the run.
+The process forks before anything is loaded. The child loads the rewards and answers calls. The
+parent, the supervisor, runs no foreign code: it reports the child's death to the scorer, and once
+the scorer itself is gone, however it ended, it kills the whole process group, so that neither a
+busy reward nor a process that a reward started outlives the run.
 
 CPU time is budgeted by two kernel timers. ITIMER_PROF raises CpuBudgetExceeded in Python code,
 which costs nothing but the call. A loop inside a C extension (a huge integer power) never sees a
@@ -25,9 +25,8 @@ import select
 import signal
 import socket
 import sys
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from types import FrameType, SimpleNamespace
 from typing import Any
 
@@ -43,14 +42,15 @@ from rlsloth.scoring.protocol import (
     Setup,
     failed,
 )
+from rlsloth.scoring.reward_log import RewardLog
 from rlsloth.scoring.validate import InvalidReturnError, validate
 
 KILL_GRACE_SECONDS = 0.25
-"""CPU time between the exception and the kill, for a reward that swallows the exception."""
+"""CPU time between the exception and the kill of a reward that swallows the exception."""
 
 
 class CpuBudgetExceeded(BaseException):
-    """Not an Exception: rewards and sympy catch those broadly."""
+    """The CPU budget is spent. Not an Exception, since rewards and sympy catch those broadly."""
 
 
 @dataclass(slots=True)
@@ -62,32 +62,12 @@ class Reward:
     info: RewardInfo
 
 
-@dataclass(slots=True)
-class Log:
-    """What a reward hands over through log_metric and log_extra."""
-
-    rows: int
-    metrics: list[tuple[str, float]] = field(default_factory=list)
-    extras: dict[str, list[Any]] = field(default_factory=dict)
-
-    def metric(self, name: str, value: float) -> None:
-        self.metrics.append((str(name), float(value)))
-
-    def extra(self, column: str, values: list[Any]) -> None:
-        if len(values) != self.rows:
-            raise ValueError(
-                f"log_extra({column!r}): {len(values)} values for {self.rows} completions"
-            )
-        json.dumps(values)  # raises inside the reward, where the mistake is
-        self.extras[column] = list(values)
-
-
 def main() -> None:
     fd = int(sys.argv[1])
     os.set_inheritable(fd, False)
     _supervise(fd)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    # A forked child of a reward must neither answer in the worker's stead nor hold its socket open.
+    # A forked child of a reward must neither reply for the worker nor hold its socket open.
     os.register_at_fork(after_in_child=lambda: os.close(fd))
     own_pid = os.getpid()
     lines = os.fdopen(fd, "rb", closefd=False)
@@ -101,7 +81,7 @@ def main() -> None:
     _send(fd, Ready(rewards=[reward.info for reward in rewards], error=None))
     for line in lines:
         call: Call = json.loads(line)
-        reply = answer(rewards[call["reward"]], call)
+        reply = answer(rewards[call["reward"]], call, setup["reserved_metrics"])
         if os.getpid() != own_pid:
             os._exit(0)
         _send(fd, reply)
@@ -110,7 +90,7 @@ def main() -> None:
 
 
 def _supervise(fd: int) -> None:
-    """Fork; returns in the child only. The parent waits for either end, then clears the group."""
+    """Fork, and return in the child only; the parent kills the group after either end's death."""
     scorer_gone = select.poll()
     scorer_gone.register(fd, 0)  # POLLHUP is always reported, and no data is taken from the child
 
@@ -118,7 +98,7 @@ def _supervise(fd: int) -> None:
         pid, status = os.waitpid(-1, os.WNOHANG)
         if pid == 0:  # stopped or continued, not dead
             return
-        # The newline ends a reply that death cut short.
+        # The newline ends a reply that the child's death cut short.
         channel = socket.socket(fileno=fd)
         with contextlib.suppress(OSError):
             died = Died(died=os.waitstatus_to_exitcode(status))
@@ -151,7 +131,10 @@ def _load(setup: RewardSetup) -> Reward:
     name = setup["name"]
     function = plugins.load(setup["spec"], "rlsloth.rewards")
     if not callable(function):
-        raise UserError(f"reward {name!r} is {type(function).__name__}, not a function")
+        raise UserError(
+            f"reward {name!r} is {type(function).__name__}, not a function: name a function with "
+            "--rewards"
+        )
     parameters = inspect.signature(function).parameters.values()
     named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
@@ -159,7 +142,7 @@ def _load(setup: RewardSetup) -> Reward:
     if unknown and not takes_all:
         known = [p.name for p in named]
         hint = nearest(unknown[0], known)
-        raise UserError(f"reward {name!r} has no parameter {unknown[0]!r}{hint}")
+        raise UserError(f"reward {name!r} has no parameter {unknown[0]!r} of reward.params{hint}")
     free = [p for p in named if p.name not in setup["params"]]
     info = RewardInfo(
         accepts=None if takes_all else [p.name for p in free],
@@ -172,7 +155,8 @@ def _load(setup: RewardSetup) -> Reward:
 
 
 def _warm_up(reward: Reward) -> None:
-    """Run the module's first example, so that no completion is billed for imports and caches."""
+    """Run the module's first example, so that no completion's budget pays for imports and
+    caches."""
     module = sys.modules.get(getattr(reward.function, "__module__", ""))
     for example in getattr(module, "EXAMPLES", ())[:1]:
         arguments = _arguments(
@@ -188,18 +172,17 @@ def _warm_up(reward: Reward) -> None:
                 environment_reward=[None],
                 columns=dict(example.columns),
             ),
-            Log(rows=1),
+            RewardLog(reward.setup["name"], 1, ()),
         )
-        with contextlib.suppress(Exception):  # the first real call tells it with a name and a row
+        with contextlib.suppress(Exception):  # the first real call reports it with its row
             _run(reward.function, arguments)
 
 
-def answer(reward: Reward, call: Call) -> Reply:
-    """Call the reward under its CPU budget; every way it can fail becomes a reply."""
+def answer(reward: Reward, call: Call, reserved_metrics: Sequence[str]) -> Reply:
+    """Call the reward under its CPU budget; every way in which it can fail becomes a reply."""
     rows = len(call["completions"])
-    log = Log(rows)
+    log = RewardLog(reward.setup["name"], rows, reserved_metrics)
     arguments = _arguments(reward, call, log)
-    start = time.process_time()
     try:
         with _cpu_budget(call["cpu_seconds"]):
             result = _run(reward.function, arguments)
@@ -209,7 +192,6 @@ def answer(reward: Reward, call: Call) -> Reply:
             row_failures=row_failures,
             error=None,
             user_error=None,
-            cpu_seconds=0.0,
             metrics=log.metrics,
             extras=log.extras,
             retire=False,
@@ -224,7 +206,6 @@ def answer(reward: Reward, call: Call) -> Reply:
     except BaseException as error:
         reply = failed("raised", describe_exception(error))
         reply["retire"] = isinstance(error, MemoryError)
-    reply["cpu_seconds"] = time.process_time() - start
     return reply
 
 
@@ -254,8 +235,8 @@ def _cpu_budget(seconds: float) -> Iterator[None]:
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
 
 
-def _arguments(reward: Reward, call: Call, log: Log) -> dict[str, Any]:
-    """Everything the reward accepts, by name; each completion's values are its own copies."""
+def _arguments(reward: Reward, call: Call, log: RewardLog) -> dict[str, Any]:
+    """The arguments that the reward accepts; each completion gets its own copies of values."""
     rows = len(call["completions"])
     offered = {
         "prompts": _repeat(call["prompt"], rows),

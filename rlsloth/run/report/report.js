@@ -123,6 +123,7 @@ function card(row, names) {
   if (row.finish === "error") marks.append(element("span", "cut", "environment error"));
   marks.append(element("span", "", "question " + row.index));
   made.append(marks, element("div", "text prompt", row.prompt), element("div", "text", row.completion));
+  row.extras.forEach((text) => made.append(element("div", "text", text)));
   if (row.failure) made.append(element("div", "failure", row.failure));
   return made;
 }

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rlsloth.run.folder import sample_files
-from rlsloth.run.samples import FIXED_COLUMNS
+from rlsloth.run.samples import EXTRA, FIXED_COLUMNS
 
 MAX_STEPS = 60
 MAX_ROWS = 8
@@ -52,17 +52,18 @@ def _step(step: int, path: Path) -> dict[str, Any] | None:
         table = pq.read_table(path)
     except pa.ArrowInvalid:
         return None
-    names = [name for name in table.column_names if name not in FIXED_COLUMNS]
+    extras = [column.name for column in table.schema if column.metadata == EXTRA]
+    names = [name for name in table.column_names if name not in (*FIXED_COLUMNS, *extras)]
     rows = table.take(evenly(table.num_rows, MAX_ROWS)).to_pylist()
     return {
         "step": step,
         "total": table.num_rows,
         "rewards": names,
-        "rows": [_row(row, names) for row in rows],
+        "rows": [_row(row, names, extras) for row in rows],
     }
 
 
-def _row(row: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
+def _row(row: dict[str, Any], names: Sequence[str], extras: Sequence[str]) -> dict[str, Any]:
     return {
         "prompt": _cut(row["prompt"]),
         "completion": _cut(row["completion"]),
@@ -73,6 +74,7 @@ def _row(row: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
         "tokens": row["tokens"],
         "index": row["prompt_index"],
         "failure": _cut(row["failure"]),
+        "extras": [f"{name}: {_cut(str(row[name]))}" for name in extras if row[name] is not None],
     }
 
 
