@@ -149,9 +149,10 @@ def config(args: argparse.Namespace, data: Path, folder: Path) -> Any:
 def hook(args: argparse.Namespace, meter: Meter) -> None:
     """Time the parts of a step, and fix what no setting fixes."""
     from rlsloth.rollout import opening as engines
+    from rlsloth.rollout.collector import Collector
     from rlsloth.run.run import Run
     from rlsloth.scoring.scorer import Scorer
-    from rlsloth.training import assembly
+    from rlsloth.training import opening, session
 
     # No token ends a completion.
     engines.TransformersEngine = with_fixed(engines.TransformersEngine, stop_ids=())
@@ -159,7 +160,7 @@ def hook(args: argparse.Namespace, meter: Meter) -> None:
     engines.VllmEngine = with_fixed(
         engines.VllmEngine, stop_ids=(), kv_bytes=size, kv_stays=not args.sleep
     )
-    open_engine, collect, steps = assembly.open_engine, assembly.Assembly.collect, Run.steps
+    open_engine, collect, steps = opening.open_engine, Collector.collect, Run.steps
 
     def opened(*positional: Any, **named: Any) -> Any:
         engine: Any = open_engine(*positional, **named)
@@ -168,9 +169,9 @@ def hook(args: argparse.Namespace, meter: Meter) -> None:
             engine.release = lambda: None
         return engine
 
-    def counted(parts: Any, *positional: Any, **named: Any) -> Any:
+    def counted(collector: Any, *positional: Any, **named: Any) -> Any:
         with meter.phase("rollout"):
-            groups = collect(parts, *positional, **named)
+            groups = collect(collector, *positional, **named)
         for group in groups:
             for rollout in group.rollouts:
                 meter.count(len(group.prompt_ids), rollout.length)
@@ -182,9 +183,9 @@ def hook(args: argparse.Namespace, meter: Meter) -> None:
             yield step
             meter.step_done()
 
-    assembly.open_engine = opened
-    assembly.Assembly.collect = counted
-    assembly.Assembly.save = lambda *_: None  # no trainer saves here
+    opening.open_engine = opened
+    Collector.collect = counted
+    session.save = lambda *_: None  # no trainer saves here
     Scorer.score = meter.timed("reward", Scorer.score)
     Run.steps = metered
 

@@ -187,22 +187,25 @@ def mark(renderer: Any, columns: Any, ids: Ids) -> float | None:
 
 def rlsloth(cfg: Any, race: Race) -> None:
     """`rlsloth grpo`, which stops where the race does."""
+    from rlsloth.rollout.collector import Collector
     from rlsloth.run.run import Run
     from rlsloth.training import grpo
-    from rlsloth.training.assembly import Assembly
+    from rlsloth.training.session import Session
 
-    open_parts, steps = Assembly.open, Run.steps
-    opened: list[Assembly] = []
+    open_grpo, steps = grpo.open_grpo, Run.steps
+    opened: list[Collector] = []
 
-    def open_for_race(*positional: Any, **named: Any) -> Assembly:
-        parts = open_parts(*positional, **named)
-        race.set_questions(parts.renderer, parts.env.heldout)
-        opened.append(parts)
-        return parts
+    def open_for_race(*positional: Any, **named: Any) -> Session[Any, Any]:
+        session = open_grpo(*positional, **named)
+        assert session.evaluator is not None
+        collector = session.evaluator.collector
+        race.set_questions(collector.renderer, collector.env.heldout)
+        opened.append(collector)
+        return session
 
     def sample(prompts: list[Ids], n: int) -> list[list[Ids]]:
-        (parts,) = opened
-        groups = parts.engine.generate(prompts, n, parts.sampling("held out"))
+        (collector,) = opened
+        groups = collector.engine.generate(prompts, n, collector.sampling("held out"))
         return [[completion.token_ids for completion in group] for group in groups]
 
     def raced(run: Run, first: int, total: int) -> Iterator[int]:
@@ -213,7 +216,7 @@ def rlsloth(cfg: Any, race: Race) -> None:
             if race.reached(step, sample):
                 return
 
-    Assembly.open = open_for_race
+    grpo.open_grpo = open_for_race
     Run.steps = raced
     grpo.train(cfg)
 

@@ -6,17 +6,14 @@ from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from rlsloth.config.data import EnvConfig
 from rlsloth.config.evaluation import EvalConfig
-from rlsloth.config.grpo import GrpoConfig
 from rlsloth.config.model import ModelConfig
-from rlsloth.config.reward import RewardConfig
-from rlsloth.config.rollout import RolloutConfig
 from rlsloth.config.run import RunConfig
 from rlsloth.config.section import Folder, Params, Section, Text
 from rlsloth.config.sft import SftConfig
+from rlsloth.config.training import ProblemsConfig, TrainingConfig
 
 TAKEN_PARAMS = {
     "model", "messages", "temperature", "top_p", "top_k", "min_p", "stop", "seed", "max_tokens",
@@ -123,7 +120,11 @@ class TracesConfig(Section):
         return self
 
 
-class DistillConfig(Section):
+class TeacherConfig(TrainingConfig, ProblemsConfig):
+    """The run of a teacher: nothing is trained, its rollouts are logged."""
+
+
+class DistillConfig(ProblemsConfig):
     """A teacher writes traces, rewards verify them, and those kept become a data set for supervised
     fine-tuning; with --train-student also a student."""
 
@@ -137,16 +138,11 @@ class DistillConfig(Section):
     """Of the data set: train.jsonl or train.parquet."""
     seed: int = Field(0, ge=0, lt=2**31)
     """Same seed, same machine: same traces, unless a server decides otherwise."""
-    rewards: list[str] = []
-    """Names (math_verify), dotted paths (pkg.module:function) or files (./mine.py:reward)."""
     teacher: Text | None = None
     """Run folder, adapter folder or model that teaches, in place of model.path and model.adapter;
     device and the like stay those of model."""
     model: ModelConfig = ModelConfig()
     endpoint: EndpointConfig = EndpointConfig()
-    env: EnvConfig = EnvConfig()
-    rollout: RolloutConfig = RolloutConfig()
-    reward: RewardConfig = RewardConfig()
     traces: TracesConfig = TracesConfig()
     train_student: bool = False
     """Then train the model of student on the data set, as `rlsloth sft` does."""
@@ -171,23 +167,20 @@ class DistillConfig(Section):
             raise ValueError("rollout.overlap is for training: there is no update to overlap with")
         if self.endpoint.url is not None and self.rollout.cut_tail < 1:
             raise ValueError("rollout.cut_tail has no effect on an endpoint: leave it out")
-        try:
-            self.as_grpo(self.model, Path())
-        except ValidationError as error:
-            raise ValueError(error.errors()[0]["msg"].removeprefix("Value error, ")) from None
         return self
 
-    def as_grpo(self, model: ModelConfig, folder: Path, *, resume: bool = False) -> GrpoConfig:
-        """The teacher as reinforcement learning would have it: what opens environments, engines and
-        rewards takes that. ``folder`` is where it keeps its log."""
-        parts = ("env", "rollout", "reward")
-        return GrpoConfig(
+    def teacher_config(
+        self, model: ModelConfig, folder: Path, *, resume: bool = False
+    ) -> TeacherConfig:
+        """Return the configuration of the teacher's run, which keeps its log in ``folder``."""
+        return TeacherConfig(
             steps=1,
-            group_size=max(2, self.traces.samples),
             seed=self.seed,
             rewards=self.rewards,
-            model=ModelConfig(**model.model_dump()),
+            model=model,
+            env=self.env,
+            rollout=self.rollout,
+            reward=self.reward,
             eval=EvalConfig(problems=1, reward=self.traces.reward),
             run=RunConfig(dir=folder, resume=resume, show_samples=0),
-            **{name: getattr(self, name).model_dump() for name in parts},
         )

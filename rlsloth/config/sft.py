@@ -5,8 +5,7 @@ from __future__ import annotations
 from pydantic import Field, model_validator
 
 from rlsloth.config.data import ExamplesConfig, SftDataConfig
-from rlsloth.config.evaluation import EvalConfig, SupervisedEvalConfig
-from rlsloth.config.grpo import GrpoConfig
+from rlsloth.config.evaluation import SupervisedEvalConfig
 from rlsloth.config.optim import SftOptimConfig
 from rlsloth.config.training import ProblemsConfig, TrainingConfig
 
@@ -40,20 +39,6 @@ class SupervisedConfig(TrainingConfig, ProblemsConfig):
                 "rollout.overlap is for rlsloth grpo: there are no rollouts to train on here"
             )
         return self
-
-    def as_grpo(self) -> GrpoConfig:
-        shared = ("model", "lora", "optim", "run", "env", "rollout", "reward")
-        kept = {name: getattr(self, name).model_dump() for name in shared}
-        return GrpoConfig(
-            steps=self.steps or 1,
-            prompts_per_step=1,
-            group_size=2,
-            tokens_per_microbatch=self.tokens_per_microbatch,
-            seed=self.seed,
-            rewards=self.rewards,
-            eval=EvalConfig(**self.eval.model_dump(exclude={"generate"})),
-            **kept,
-        )
 
 
 class SftConfig(SupervisedConfig):

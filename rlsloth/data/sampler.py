@@ -35,7 +35,7 @@ class EpochSampler(Generic[Item]):
         """
         if not items:
             raise UserError(f"there are no {what} to train on")
-        self._items = items
+        self.items = items
         self._what = what
         self._digest = digest
         self._seed = seed
@@ -49,14 +49,14 @@ class EpochSampler(Generic[Item]):
                 self._start_epoch(self._epoch + 1)
             indices = self._order[self._position : self._position + k - len(taken)]
             self._position += len(indices)
-            taken.extend(self._items[i] for i in indices)
+            taken.extend(self.items[i] for i in indices)
         return taken
 
     def state(self) -> SamplerState:
         """The state from which ``restore`` goes on."""
         return SamplerState(
             seed=self._seed,
-            size=len(self._items),
+            size=len(self.items),
             epoch=self._epoch,
             position=self._position,
             digest=self._digest,
@@ -68,7 +68,7 @@ class EpochSampler(Generic[Item]):
         Raises:
             UserError: the state belongs to different items, to fewer or more, or to another seed.
         """
-        here = (self._seed, len(self._items))
+        here = (self._seed, len(self.items))
         if (state["seed"], state["size"]) != here:
             raise UserError(
                 f"cannot resume: the run had {state['size']} {self._what} and seed "
@@ -85,5 +85,5 @@ class EpochSampler(Generic[Item]):
     def _start_epoch(self, epoch: int) -> None:
         self._epoch = epoch
         self._position = 0
-        self._order = list(range(len(self._items)))
+        self._order = list(range(len(self.items)))
         random.Random(f"{self._seed} {epoch}").shuffle(self._order)

@@ -15,7 +15,7 @@ from rlsloth.distillation.parallel import in_parallel
 from rlsloth.distillation.raw import Answered
 from rlsloth.environments.protocol import Environment
 from rlsloth.errors import UserError
-from rlsloth.evaluation.evaluator import open_problems
+from rlsloth.evaluation.problems import open_problems
 from rlsloth.records import Group, Prompt
 from rlsloth.run.run import Run
 from rlsloth.seeding import derive_seed
@@ -30,14 +30,17 @@ class EndpointTeacher:
         ``stack``. Raises UserError."""
         self._cfg = cfg
         self._warned = False
-        self.grpo = cfg.as_grpo(cfg.model, folder, resume=resume)
+        self.resumes = resume
         self._url = str(cfg.endpoint.url)
         self._api = ChatApi(cfg.endpoint)
         stack.callback(self._api.close)
         self._api.check()
-        self.env, self.scorer = open_problems(self.grpo, stack)
+        problems = open_problems(cfg, cfg.seed, cfg.traces.reward, stack)
+        self.env, self.scorer = problems.env, problems.scorer
         _refuse_others(self.env)
-        self.run = stack.enter_context(Run.start(self.grpo))
+        self.run = stack.enter_context(
+            Run.start(cfg.teacher_config(cfg.model, folder, resume=resume))
+        )
         self.run.say(
             f"{len(self.env.train)} training prompts, {len(self.env.heldout)} held out; rewards: "
             f"{', '.join(self.scorer.names)}; {cfg.endpoint.model} at {cfg.endpoint.url}"

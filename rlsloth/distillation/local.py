@@ -8,14 +8,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rlsloth.config import GrpoConfig, ModelConfig
+from rlsloth.config import ModelConfig
 from rlsloth.config.distill import DistillConfig
 from rlsloth.distillation.raw import Answered
 from rlsloth.files import sha256
 from rlsloth.memory.out_of_memory import advise
 from rlsloth.policy.identity import IDENTITY, Identity
 from rlsloth.records import Prompt
-from rlsloth.training.assembly import Assembly
+from rlsloth.training.opening import open_teacher
 from rlsloth.training.source import find_source
 
 
@@ -25,20 +25,23 @@ class LocalTeacher:
     def __init__(self, cfg: DistillConfig, folder: Path, stack: ExitStack, *, resume: bool) -> None:
         """Load everything; closed with ``stack``. Raises UserError."""
         model, run = _resolve(cfg)
-        self.grpo: GrpoConfig = cfg.as_grpo(model, folder, resume=resume)
-        self._parts = Assembly.open(self.grpo, stack, trains=False)
-        self._samples = cfg.traces.samples
-        self.env, self.scorer, self.run = self._parts.env, self._parts.scorer, self._parts.run
-        base = self._parts.policy.model.get_base_model()
+        self.resumes = resume
+        self._cfg = cfg
+        teacher = cfg.teacher_config(model, folder, resume=resume)
+        self.run, self._policy, self._collector = open_teacher(
+            teacher, stack, prompts=cfg.traces.chunk, samples=cfg.traces.samples
+        )
+        self.env, self.scorer = self._collector.env, self._collector.scorer
+        base = self._policy.model.get_base_model()
         self.about = _about(model, run, getattr(base, IDENTITY, None))
 
     def answer(self, prompts: Sequence[Prompt], at: int, *, step: int) -> list[Answered]:
         """Unscored rollouts; random numbers depend on the seed and ``at``, the position of the
         first prompt."""
-        sampling = self._parts.sampling("distill", at)
-        n = self._samples
-        with advise("rollout", self._parts.policy.model):
-            groups = self._parts.collect(prompts, n, sampling, step=step)
+        sampling = self._collector.sampling("distill", at)
+        n = self._cfg.traces.samples
+        with advise("rollout", self._policy.model):
+            groups = self._collector.collect(prompts, n, sampling, step=step)
         told = asdict(sampling) | {"stop": list(sampling.stop)}
         seed = told.pop("seed")
         del told["cut_tail"]

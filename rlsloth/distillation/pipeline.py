@@ -14,7 +14,6 @@ from pathlib import Path
 from time import monotonic
 from typing import Any, Protocol
 
-from rlsloth.config import GrpoConfig
 from rlsloth.config.distill import DistillConfig
 from rlsloth.distillation.card import write_card
 from rlsloth.distillation.dataset import dataset_hash, write_dataset
@@ -36,8 +35,8 @@ from rlsloth.scoring.scorer import Scorer
 class Teacher(Protocol):
     """Who answers, with the environment and the rewards."""
 
-    grpo: GrpoConfig
-    """Its configuration, as its log keeps it."""
+    resumes: bool
+    """Whether its log of an earlier start goes on."""
     env: Environment
     scorer: Scorer
     run: Run
@@ -134,9 +133,9 @@ def _sample(cfg: DistillConfig, out: Path, raw: RawFile, prompts: Sequence[Promp
         source = describe_source(teacher.env, cfg.env, cfg.rewards)
         done = _replay(raw, prompts, selection, teacher.about, source)
         history = run.history()
-        if teacher.grpo.run.resume:
+        if teacher.resumes:
             run.truncate_after(len(history))
-            run.accept_config(teacher.grpo)
+            run.accept_config()
         tokens = int(history[-1]["num_tokens"]) if history else 0
         starts = range(done, len(prompts), cfg.traces.chunk)
         steps = run.steps(len(history) + 1, len(history) + len(starts))

@@ -6,7 +6,6 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rlsloth.config import GrpoConfig
 from rlsloth.errors import UserError
 from rlsloth.evaluation.intervals import (
     Estimate,
@@ -115,17 +114,6 @@ def _answer(rollout: Rollout) -> str | None:
     return str(value) if value is not None else answer.strip() or None
 
 
-def reward_index(cfg: GrpoConfig, names: Sequence[str]) -> int:
-    """Position of the reward that decides what is correct. Raises UserError for an unknown name."""
-    if cfg.eval.reward is None:
-        return 0
-    if cfg.eval.reward not in names:
-        raise UserError(
-            f"--eval.reward {cfg.eval.reward!r} is not among --rewards {' '.join(names)}"
-        )
-    return list(names).index(cfg.eval.reward)
-
-
 def describe(result: EvalResult) -> str:
     """One line: ``avg@8 0.61 [0.55, 0.67]  pass@8 …``."""
     first, *_, most, majority = result.named()
@@ -134,3 +122,14 @@ def describe(result: EvalResult) -> str:
     ]
     cut = f"cut off {result.truncated:.0%}, {result.mean_length:.0f} tokens"
     return "  ".join(parts) + f"  ({result.problems} problems, {cut})"
+
+
+def result_summary(before: EvalResult | None, after: EvalResult | None) -> dict[str, object]:
+    """Return the lines of summary.json about the evaluations by sampling."""
+    row: dict[str, object] = {}
+    for when, result in (("before", before), ("after", after)):
+        if result is not None:
+            row[f"accuracy_{when}"] = result.avg.value
+            row[f"interval_{when}"] = [result.avg.low, result.avg.high]
+            row["problems"], row["samples"] = result.problems, result.samples
+    return row

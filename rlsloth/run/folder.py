@@ -15,9 +15,9 @@ import re
 from collections.abc import Iterable, Mapping
 from datetime import datetime
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Any
 
-from rlsloth.config import ModelConfig, RunConfig
+from rlsloth.config import ModelConfig, RunConfig, TrainingConfig
 from rlsloth.errors import UserError
 from rlsloth.files import (
     LockedError,
@@ -27,7 +27,7 @@ from rlsloth.files import (
     sweep_temporary_files,
     write_atomically,
 )
-from rlsloth.run.saved_config import Changes, Configuration, changed_settings, save_config
+from rlsloth.run.saved_config import Changes, changed_settings, save_config
 
 LOCK = ".lock"
 CONFIG = "config.yaml"
@@ -35,17 +35,6 @@ METRICS = "metrics.jsonl"
 SAMPLES = "samples"
 SUMMARY = "summary.json"
 LOG = "log.txt"
-
-
-class TrainingConfig(Configuration, Protocol):
-    """The part of a loop's configuration that a run reads."""
-
-    @property
-    def run(self) -> RunConfig: ...
-    @property
-    def model(self) -> ModelConfig: ...
-    @property
-    def steps(self) -> int: ...
 
 
 def read_rows(folder: Path) -> list[dict[str, Any]]:

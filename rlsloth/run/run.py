@@ -5,17 +5,18 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
 
+from rlsloth.config import TrainingConfig
 from rlsloth.errors import UserError
 from rlsloth.files import append_json_lines, write_json
 from rlsloth.records import Group
 from rlsloth.run import folder as run_folder
+from rlsloth.run.clock import PhaseClock
 from rlsloth.run.machine import write_environment
 from rlsloth.run.metrics import is_number
 from rlsloth.run.progress import Display
@@ -27,8 +28,8 @@ _SHOWN_CHARACTERS = 400
 
 
 class Run:
-    """One training run. Use it as a context manager: whatever happens, the report is written and
-    the lock given back.
+    """One training run, a context manager: whatever happens, the report is written and the lock
+    released.
 
     Example:
         with Run.start(cfg) as run:
@@ -39,23 +40,21 @@ class Run:
     """
 
     changes: dict[str, tuple[object, object]]
-    """What a resumed run's configuration changes: (old, new) by dotted key, as YAML has them."""
+    """Settings that a resumed run changes: (old, new) by dotted key, in YAML's types."""
 
-    def __init__(
-        self, folder: Path, lock: IO[str], show_samples: int, steps: int, *, made: bool
-    ) -> None:
+    def __init__(self, folder: Path, lock: IO[str], cfg: TrainingConfig, *, made: bool) -> None:
         """Use `start`."""
         self.dir = folder
         self.changes = {}
         self._lock = lock
         self._made = made  # by this start: else what is in it may be the user's
-        self._show_samples = show_samples
-        self._display = Display(steps)
-        self._clock = _Clock()
+        self._cfg = cfg
+        self._display = Display(cfg.steps)
+        self._clock = PhaseClock()
         self._trackers: list[Tracker] = []
 
     @classmethod
-    def start(cls, cfg: run_folder.TrainingConfig, root: Path | None = None) -> Run:
+    def start(cls, cfg: TrainingConfig, root: Path | None = None) -> Run:
         """Make or reopen the run folder, lock it, and write config.yaml and environment.json.
 
         A resumed run keeps those two as they are until `accept_config`, so that a resume that is
@@ -71,7 +70,7 @@ class Run:
         """
         made = cfg.run.dir is None or not cfg.run.dir.exists()
         folder, lock = run_folder.open_folder(cfg.run, cfg.model, root or Path("runs"))
-        run = cls(folder, lock, cfg.run.show_samples, cfg.steps, made=made)
+        run = cls(folder, lock, cfg, made=made)
         try:
             if cfg.run.resume:
                 run.changes = run_folder.config_changes(folder, cfg)
@@ -79,7 +78,7 @@ class Run:
             # First, since a missing package must not leave a folder that counts as a run.
             run._trackers = open_trackers(cfg.run.trackers, folder, cfg.model_dump(mode="json"))
             if not cfg.run.resume:
-                run.accept_config(cfg)
+                run.accept_config()
             run.say(f"run folder {folder}")
         except BaseException:
             run._close()
@@ -88,12 +87,12 @@ class Run:
             raise
         return run
 
-    def accept_config(self, cfg: run_folder.TrainingConfig) -> None:
+    def accept_config(self) -> None:
         """Write config.yaml and environment.json, and name the changed settings.
 
         `start` does it for a new run; call it for a resumed one, once nothing can refuse it.
         """
-        run_folder.write_config(self.dir, cfg)
+        run_folder.write_config(self.dir, self._cfg)
         write_environment(self.dir)
         for key, (old, new) in self.changes.items():
             self.say(f"resumed with a changed setting, {key}: {old} -> {new}")
@@ -161,7 +160,7 @@ class Run:
     def log_samples(self, step: int, groups: Sequence[Group], reward_names: Sequence[str]) -> None:
         """Keep all of a step's rollouts as parquet, and print the first few, one a prompt."""
         write_samples(run_folder.sample_file(self.dir, step), step, groups, reward_names)
-        for group in groups[: self._show_samples]:
+        for group in groups[: self._cfg.run.show_samples]:
             rollout = group.rollouts[0]
             prompt = _line(as_text(group.prompt.messages)[-_SHOWN_CHARACTERS:])
             completion = _line(completion_text(rollout)[:_SHOWN_CHARACTERS])
@@ -257,42 +256,3 @@ class Run:
 
 def _line(text: str) -> str:
     return " ".join(text.split())
-
-
-class _Clock:
-    """Seconds by phase; time outside any phase is ``other``, so the sum is all the time there
-    was."""
-
-    def __init__(self) -> None:
-        self._phases: list[str] = []
-        self.restart()
-
-    def restart(self) -> None:
-        self._seconds: dict[str, float] = {}
-        self._mark = time.monotonic()
-
-    def _settle(self) -> None:
-        now = time.monotonic()
-        phase = self._phases[-1] if self._phases else "other"
-        self._seconds[phase] = self._seconds.get(phase, 0.0) + now - self._mark
-        self._mark = now
-
-    def enter(self, phase: str) -> None:
-        self._settle()
-        self._phases.append(phase)
-
-    def leave(self) -> str:
-        """End the current phase; the outer one, or an empty string."""
-        self._settle()
-        self._phases.pop()
-        return self._phases[-1] if self._phases else ""
-
-    def take(self) -> dict[str, float]:
-        """Seconds by phase since the last call."""
-        self._settle()
-        taken, self._seconds = self._seconds, {}
-        return taken
-
-    def take_phase(self, phase: str) -> float:
-        self._settle()
-        return self._seconds.pop(phase, 0.0)

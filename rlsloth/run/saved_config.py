@@ -4,24 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any
 
 import yaml
 from pydantic import ValidationError
 
+from rlsloth.config.section import Section
 from rlsloth.errors import UserError, first_line
 from rlsloth.files import flatten, write_atomically
 
 Changes = dict[str, tuple[object, object]]
 """(old, new) by dotted key, in YAML's types; None where a mapping lacks the key."""
-
-
-class Configuration(Protocol):
-    """The part of a pydantic section that is used here."""
-
-    def model_dump(self, *, mode: str) -> dict[str, Any]: ...
-    @classmethod
-    def model_validate(cls, obj: Any) -> Self: ...
 
 
 def save_config(path: Path, values: Mapping[str, Any]) -> None:
@@ -30,7 +23,7 @@ def save_config(path: Path, values: Mapping[str, Any]) -> None:
     write_atomically(path, text)
 
 
-def changed_settings(path: Path, cfg: Configuration, remedy: str) -> Changes:
+def changed_settings(path: Path, cfg: Section, remedy: str) -> Changes:
     """The settings in which ``cfg`` differs from the configuration saved at ``path``.
 
     Args:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rlsloth.config import EnvConfig, GrpoConfig
+from rlsloth.config import EnvConfig, GrpoConfig, ProblemsConfig, TrainingConfig
 from rlsloth.config.sft import SupervisedConfig
 from rlsloth.data.example import Example
 from rlsloth.memory.activations import Stream
@@ -20,17 +20,32 @@ def single_turn(env: EnvConfig) -> bool:
 
 def grpo_request(cfg: GrpoConfig, longest_prompt: int) -> Request:
     """The request of ``rlsloth grpo``; ``longest_prompt``: its tokens."""
+    return sampling_request(
+        cfg, cfg, longest_prompt, prompts=cfg.prompts_per_step, group_size=cfg.group_size
+    )
+
+
+def sampling_request(
+    cfg: TrainingConfig,
+    problems: ProblemsConfig,
+    longest_prompt: int,
+    *,
+    prompts: int,
+    group_size: int,
+) -> Request:
+    """The request of a run that samples ``group_size`` completions of ``prompts`` prompts a step,
+    and those of its evaluations."""
     workload = make_workload(
         cfg.model,
-        cfg.rollout,
+        problems.rollout,
         cfg.eval,
-        prompts=cfg.prompts_per_step,
-        group_size=cfg.group_size,
+        prompts=prompts,
+        group_size=group_size,
         longest_prompt=longest_prompt,
-        single_turn=single_turn(cfg.env),
+        single_turn=single_turn(problems.env),
     )
-    planned = plan_engine(cfg.rollout)
-    sampling = Sampling(cfg.rollout, workload, planned.engine, planned.fallback)
+    planned = plan_engine(problems.rollout)
+    sampling = Sampling(problems.rollout, workload, planned.engine, planned.fallback)
     return Request(cfg.model, cfg.lora, cfg.optim, cfg.tokens_per_microbatch, sampling)
 
 
@@ -50,17 +65,5 @@ def examples_request(cfg: SupervisedConfig, longest: Example) -> Request:
 
 
 def evaluation_request(cfg: SupervisedConfig, longest_prompt: int) -> Request:
-    """The request of an engine that answers held-out problems of training on examples
-    (eval.generate)."""
-    workload = make_workload(
-        cfg.model,
-        cfg.rollout,
-        cfg.eval,
-        prompts=1,
-        group_size=2,
-        longest_prompt=longest_prompt,
-        single_turn=single_turn(cfg.env),
-    )
-    planned = plan_engine(cfg.rollout)
-    sampling = Sampling(cfg.rollout, workload, planned.engine, planned.fallback)
-    return Request(cfg.model, cfg.lora, cfg.optim, cfg.tokens_per_microbatch, sampling)
+    """The request of an engine that answers held-out problems (eval.generate)."""
+    return sampling_request(cfg, cfg, longest_prompt, prompts=1, group_size=2)

@@ -28,8 +28,9 @@ from rlsloth.losses.preference.methods import PreferenceMethod, method_of
 from rlsloth.losses.ratio import rollout_sum
 from rlsloth.policy.policy import Policy
 from rlsloth.records import Group, MicroBatch, PackedBatch, Rollout, StepStats
+from rlsloth.training.opening import open_examples
 from rlsloth.training.reference import with_reference
-from rlsloth.training.supervised import Metrics, Supervised
+from rlsloth.training.session import Metrics, step_metrics
 
 Score = Callable[[MicroBatch], Tensor]
 """A micro-batch on its device to the log-probs [N] of its scored tokens under the policy."""
@@ -42,23 +43,27 @@ def train(cfg: PreferenceConfig) -> Path:
         UserError: bad input, said before the first step where it can be known by then.
     """
     with ExitStack() as stack:
-        parts = Supervised.open(cfg, stack, reader(cfg))
-        cfg, policy = parts.cfg, parts.policy
+        session = open_examples(cfg, stack, reader(cfg))
+        cfg, policy = session.cfg, session.policy
         if known_method(cfg).precomputes_reference(cfg):
-            with_reference(parts, reference_sums)
+            with_reference(session, reference_sums)
 
         def measure(heldout: Sequence[Example]) -> Metrics:
             batch = pack_examples(heldout, cfg.microbatch)
             outputs = losses(policy, heldout, batch, cfg, policy.eval_logprobs)
             return metrics([output.stats for output in outputs])
 
-        at = parts.begin(measure)
-        for step, examples in parts.steps(at):
+        session.heldout_loss = measure
+        session.begin()
+        for step in session.steps():
+            examples = session.sampler.take(cfg.samples_per_step)
             batch = pack_examples(examples, cfg.microbatch)
-            with parts.updating():
-                figures = update(policy, examples, batch, cfg)
-            parts.close_step(at, step, examples, batch, figures, measure)
-        return parts.finish(at, measure)
+            with session.updating("examples"):
+                figures, stats = update(policy, examples, batch, cfg)
+            figures |= step_metrics(stats)
+            session.close_step(step, figures, batch, tokens=sum(e.tokens for e in examples))
+            session.end_step(step, batch, skipped=stats.skipped)
+        return session.finish()
 
 
 def known_method(cfg: PreferenceConfig) -> PreferenceMethod:

@@ -6,16 +6,16 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
-from rlsloth.config import GrpoConfig
+from rlsloth.config import ModelConfig, RolloutConfig
 from rlsloth.policy.compat import without_scikit_learn
 from rlsloth.policy.load import pick_device
 from rlsloth.rollout.vllm.start import check_installed, import_vllm
 
 
 @contextmanager
-def beside(*loads: Callable[[], None]) -> Iterator[None]:
-    """Run ``loads`` in a thread meanwhile. What is raised here is raised at once, and begins no
-    further one; the command ends when the one under way does."""
+def in_parallel(*loads: Callable[[], None]) -> Iterator[None]:
+    """Run ``loads`` in a thread while the body runs. An exception of the body is raised at once and
+    starts no further load."""
     refused = threading.Event()
 
     def run() -> None:
@@ -35,14 +35,14 @@ def beside(*loads: Callable[[], None]) -> Iterator[None]:
 
 
 def import_transformers() -> None:
-    """What loading a model needs."""
+    """Import what loading a model needs."""
     with without_scikit_learn():
         import peft  # noqa: F401
         from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401
 
 
-def import_sampler(cfg: GrpoConfig) -> None:
-    """vLLM, where it may sample."""
-    if cfg.rollout.engine != "transformers":
+def import_sampler(model: ModelConfig, rollout: RolloutConfig) -> None:
+    """Import vLLM where the run may sample with it."""
+    if rollout.engine != "transformers":
         check_installed()
-        import_vllm(pick_device(cfg.model.device), cfg.rollout.kv_cache)
+        import_vllm(pick_device(model.device), rollout.kv_cache)

@@ -1,38 +1,28 @@
-"""Where a run stands: written to checkpoints, and found there again."""
+"""The progress of a run: written to checkpoints and read back."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import astuple, dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
-from rlsloth.config import LoraConfig, OptimConfig
+from rlsloth.config import TrainingConfig
 from rlsloth.data.sampler import EpochSampler, SamplerState
 from rlsloth.errors import UserError
 from rlsloth.evaluation.intervals import Estimate
 from rlsloth.evaluation.result import EvalResult
 from rlsloth.policy.policy import Policy
 from rlsloth.run import checkpoint
-from rlsloth.run.folder import SUMMARY, TrainingConfig
+from rlsloth.run.folder import SUMMARY
 from rlsloth.run.run import Run
-
-
-class LoopConfig(TrainingConfig, Protocol):
-    """What loading and resuming read of a loop's configuration."""
-
-    @property
-    def lora(self) -> LoraConfig: ...
-    @property
-    def optim(self) -> OptimConfig: ...
-    @property
-    def seed(self) -> int: ...
+from rlsloth.training.skips import Skips
 
 
 @dataclass(slots=True)
 class Progress:
-    """Where a run stands."""
+    """The progress of a run."""
 
     next_step: int
     num_tokens: int
@@ -42,23 +32,13 @@ class Progress:
     """The loss of held-out examples before training."""
 
 
-def load_policy(cfg: LoopConfig, run: Run, *, temperature: float, total_updates: int) -> Policy:
-    """The policy of a run, said to the user. Raises UserError."""
-    run.say(f"loading {cfg.model.path}")
-    if cfg.model.adapter is not None:
-        run.say(f"continuing {cfg.model.adapter}: its rank, alpha and targets, not --lora.*")
-    torch.manual_seed(cfg.seed)  # the adapter's starting weights
-    policy = Policy.load(
-        cfg.model, cfg.lora, cfg.optim, temperature=temperature, total_updates=total_updates
-    )
-    if policy.wrapped is not None:
-        run.say(policy.wrapped.line())
-    return policy
-
-
 def refuse_changes(run: Run, data: str) -> None:
-    """What a checkpoint's tensors and cursors are made of cannot change on resume; ``data``: the
-    section that prompts or examples come from. Raises UserError."""
+    """Refuse to resume with another seed, model, adapter, optimizer or data: a checkpoint's tensors
+    and positions belong to them. Raises UserError.
+
+    Args:
+        data: prefix of the data's settings, ``env.`` or ``data.``.
+    """
     fixed = ("seed", "model.path", "model.revision", "model.adapter", "lora.", "optim.name", data)
     for key, (old, new) in run.changes.items():
         if key.startswith(fixed):
@@ -68,7 +48,14 @@ def refuse_changes(run: Run, data: str) -> None:
             )
 
 
-def save(run: Run, policy: Policy, progress: Progress, sampler: SamplerState, keep: int) -> None:
+def save(
+    run: Run,
+    policy: Policy,
+    progress: Progress,
+    sampler: SamplerState,
+    skips: Skips,
+    keep: int,
+) -> None:
     """Write a checkpoint from which ``resume`` continues to the same next step. Raises
     UserError."""
     tensors, scalars = policy.state()
@@ -78,20 +65,23 @@ def save(run: Run, policy: Policy, progress: Progress, sampler: SamplerState, ke
         "before": _plain(progress.before) if progress.before else None,
         "loss_before": progress.loss_before,
         "prompts": sampler,
+        "skipped_in_a_row": skips.in_a_row,
         "policy": scalars,
     }
     checkpoint.save(run.dir / "checkpoints", progress.next_step - 1, tensors, state, keep)
 
 
-def resume(run: Run, cfg: LoopConfig, policy: Policy, sampler: EpochSampler[Any]) -> Progress:
-    """Where to start: at the newest sound checkpoint if this run resumes, else at step 1. Raises
+def resume(
+    run: Run, cfg: TrainingConfig, policy: Policy, sampler: EpochSampler[Any], skips: Skips
+) -> Progress:
+    """Restore the newest sound checkpoint if this run resumes; else start at step 1. Raises
     UserError."""
     if not cfg.run.resume:
         return Progress(1, 0)
     found = checkpoint.load_latest(run.dir / "checkpoints")
     if found is None:
         run.truncate_after(-1)
-        run.accept_config(cfg)
+        run.accept_config()
         run.say("no checkpoint yet: starting at step 1")
         return Progress(1, 0)
     if found.step >= cfg.steps and (run.dir / SUMMARY).exists():
@@ -100,8 +90,9 @@ def resume(run: Run, cfg: LoopConfig, policy: Policy, sampler: EpochSampler[Any]
         run.warn(warning)
     policy.restore(found.tensors, found.state["policy"])
     sampler.restore(found.state["prompts"])
+    skips.in_a_row = found.state.get("skipped_in_a_row", 0)
     run.truncate_after(found.step)
-    run.accept_config(cfg)
+    run.accept_config()
     run.say(f"resumed from {found.path} after step {found.step}")
     before = found.state["before"]
     return Progress(
@@ -112,8 +103,8 @@ def resume(run: Run, cfg: LoopConfig, policy: Policy, sampler: EpochSampler[Any]
     )
 
 
-def run_summary(cfg: LoopConfig, policy: Policy, seconds: float) -> dict[str, Any]:
-    """What summary.json says of the run itself."""
+def run_summary(cfg: TrainingConfig, policy: Policy, seconds: float) -> dict[str, Any]:
+    """Return the lines of summary.json about the run itself."""
     device = policy.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     return {"steps": cfg.steps, "seconds": round(seconds, 1), "device": name}

@@ -18,40 +18,44 @@ from rlsloth.errors import UserError
 from rlsloth.files import write_atomically
 from rlsloth.memory.out_of_memory import advise
 from rlsloth.policy.policy import Policy
-from rlsloth.training.supervised import Supervised
+from rlsloth.training.session import Session
 
 FILE = "reference.safetensors"
 Sums = Callable[[Policy, Sequence[Example], int], Tensor]
 """(policy, examples, tokens a micro-batch) -> [len(examples), answers]."""
 
 
-def with_reference(parts: Supervised[Any], sums: Sums) -> None:
-    """Give every example its reference: what the run's file says if it resumes, else computed and
-    written. Raises UserError where that file is of other examples."""
-    data, path = parts.data, parts.run.dir / FILE
-    sides = {"train": data.train, "heldout": data.heldout}
-    asked = torch.tensor(list(bytes.fromhex(fingerprint([*data.train, *data.heldout]))))
-    if path.exists() and parts.cfg.run.resume:
+def with_reference(session: Session[Any, Example], sums: Sums) -> None:
+    """Give every example its reference log-probs: from the run's file if it resumes, else computed
+    and written. Raises UserError where that file belongs to other examples."""
+    run, path = session.run, session.run.dir / FILE
+    sides = {"train": session.sampler.items, "heldout": session.heldout}
+    everything = [example for examples in sides.values() for example in examples]
+    present = torch.tensor(list(bytes.fromhex(fingerprint(everything))))
+    if path.exists() and session.cfg.run.resume:
         known = load_safetensors(path.read_bytes())
-        if not torch.equal(known["fingerprint"], asked):
+        if not torch.equal(known["fingerprint"], present):
             raise UserError(
-                f"{path} is of other examples: the data has changed since the run began; start "
-                "another run"
+                f"{path} belongs to other examples: the training data changed since the run began; "
+                "start another run with another --run.dir"
             )
     else:
-        parts.run.say(f"scoring {len(data.train) + len(data.heldout)} pairs before training")
-        with advise("examples", parts.policy.model):
+        run.say(f"scoring {len(everything)} pairs before training")
+        with advise("examples", session.policy.model):
             known = {
-                name: sums(parts.policy, examples, parts.cfg.microbatch)
+                name: sums(session.policy, examples, session.cfg.microbatch)
                 for name, examples in sides.items()
                 if examples
             }
-        write_atomically(path, save_safetensors(known | {"fingerprint": asked}))
-    for name, examples in sides.items():
-        if examples:
-            rows = known[name].tolist()
-            examples[:] = [
-                replace(example, reference=tuple(row))
-                for example, row in zip(examples, rows, strict=True)
-            ]
-    parts.examples = EpochSampler(data.train, parts.cfg.seed, "examples", fingerprint(data.train))
+        write_atomically(path, save_safetensors(known | {"fingerprint": present}))
+    train, session.heldout = (
+        [
+            replace(example, reference=tuple(row))
+            for example, row in zip(examples, known[name].tolist(), strict=True)
+        ]
+        if examples
+        else []
+        for name, examples in sides.items()
+    )
+    seed = session.cfg.seed
+    session.sampler = EpochSampler(train, seed, "examples", fingerprint(train))

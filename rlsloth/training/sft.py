@@ -14,7 +14,8 @@ from rlsloth.data.packing import pack, to_device
 from rlsloth.data.sft import sft_examples
 from rlsloth.policy.policy import Policy
 from rlsloth.records import PackedBatch, StepStats
-from rlsloth.training.supervised import Metrics, Supervised
+from rlsloth.training.opening import open_examples
+from rlsloth.training.session import Metrics, step_metrics
 
 
 def train(cfg: SftConfig) -> Path:
@@ -24,19 +25,21 @@ def train(cfg: SftConfig) -> Path:
         UserError: bad input, said before the first step where it can be known by then.
     """
     with ExitStack() as stack:
-        parts = Supervised.open(cfg, stack, sft_examples)
-        cfg, policy = parts.cfg, parts.policy
-
-        def measure(heldout: Sequence[Example]) -> Metrics:
-            return held_out_loss(policy, pack_examples(heldout, cfg.microbatch))
-
-        at = parts.begin(measure)
-        for step, examples in parts.steps(at):
+        session = open_examples(cfg, stack, sft_examples)
+        cfg, policy = session.cfg, session.policy
+        session.heldout_loss = lambda heldout: held_out_loss(
+            policy, pack_examples(heldout, cfg.microbatch)
+        )
+        session.begin()
+        for step in session.steps():
+            examples = session.sampler.take(cfg.samples_per_step)
             batch = pack_examples(examples, cfg.microbatch)
-            with parts.updating():
-                figures = update(policy, batch)
-            parts.close_step(at, step, examples, batch, figures, measure)
-        return parts.finish(at, measure)
+            with session.updating("examples"):
+                metrics, stats = update(policy, batch)
+            metrics |= step_metrics(stats)
+            session.close_step(step, metrics, batch, tokens=sum(e.tokens for e in examples))
+            session.end_step(step, batch, skipped=stats.skipped)
+        return session.finish()
 
 
 def pack_examples(examples: Sequence[Example], tokens_per_microbatch: int) -> PackedBatch:

@@ -1,4 +1,4 @@
-"""Steps whose gradient is not finite: counted, their batches kept, a hopeless run ended."""
+"""Updates whose gradient is not finite: counted, their batches kept, a hopeless run ended."""
 
 from __future__ import annotations
 
@@ -12,24 +12,27 @@ from rlsloth.run.run import Run
 
 
 class Skips:
-    """Counts steps skipped in a row, keeps their batches, and ends a hopeless run."""
+    """Count updates skipped in a row, keep their batches, and end a hopeless run."""
+
+    in_a_row: int
+    """Skipped since the last update that was made; checkpoints keep it."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
-        self._in_a_row = 0
+        self.in_a_row = 0
 
     def check(self, skipped: bool, batch: PackedBatch, run: Run, step: int) -> None:
-        """After each step. Raises UserError after too many skipped in a row."""
+        """Count a step. Raises UserError after too many skipped in a row."""
         if not skipped:
-            self._in_a_row = 0
+            self.in_a_row = 0
             return
-        self._in_a_row += 1
+        self.in_a_row += 1
         path = dump_batch(batch, run.dir / "skipped" / f"step_{step:05d}.safetensors")
         run.warn(f"step {step}: gradient not finite, nothing was updated; its batch is in {path}")
-        if self._in_a_row >= self._limit:
+        if self.in_a_row >= self._limit:
             raise UserError(
-                f"{self._in_a_row} steps in a row were not finite; lower --optim.lr, or look at "
-                f"{path}"
+                f"the gradient was NaN or infinite for {self.in_a_row} steps in a row; lower "
+                f"--optim.lr, or look at {path}"
             )
 
 

@@ -30,7 +30,7 @@ from rlsloth.distillation import pipeline as loop
 from rlsloth.errors import UserError
 from rlsloth.policy.identity import hash_weights
 from rlsloth.records import Completion, SamplingParams
-from rlsloth.training import assembly
+from rlsloth.training import opening
 from rlsloth.training.source import find_source
 
 pytestmark = pytest.mark.slow
@@ -346,7 +346,7 @@ def test_turns_with_tools_become_completions(
     distill: Distill, workplace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        assembly, "open_engine", lambda cfg, policy, *_, **__: ScriptedEngine(policy.tokenizer)
+        opening, "open_engine", lambda cfg, policy, *_, **__: ScriptedEngine(policy.tokenizer)
     )
     tiny_llama(context=4096).save_pretrained(workplace / "tools")
     tiny_tokenizer(HERMES).save_pretrained(workplace / "tools")

@@ -10,16 +10,19 @@ import pytest
 
 from helpers.tiny import tiny_tokenizer
 from rlsloth.rollout import opening as engines
+from rlsloth.rollout.collector import Collector
 from rlsloth.run.run import Run
 from rlsloth.scoring.scorer import Scorer
-from rlsloth.training import assembly
+from rlsloth.training import grpo, opening, session
 
 pytestmark = pytest.mark.slow
 
 SCRIPTS = Path(__file__).parents[2] / "examples" / "benchmarks"
 HOOKED = (
-    (assembly, ("open_engine",)),
-    (assembly.Assembly, ("open", "collect", "save")),
+    (opening, ("open_engine",)),
+    (Collector, ("collect",)),
+    (session, ("save",)),
+    (grpo, ("open_grpo",)),
     (engines, ("TransformersEngine", "VllmEngine")),
     (Run, ("steps",)),
     (Scorer, ("score",)),

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from rlsloth.records import Group, Prompt, Rollout, Score
-from rlsloth.run.diagnosis import WINDOW, Watch, diagnose
+from rlsloth.run.diagnosis import diagnose
+from rlsloth.run.watch import WINDOW, Watch
 
 NAMES = ["correct", "short"]
 

@@ -133,7 +133,7 @@ def test_a_changed_setting_is_named_on_resume(tmp_path, capsys):
     cfg = config(tmp_path / "run", resume=True).model_copy(update={"steps": 9})
     with Run.start(cfg) as run:
         assert run.changes == {"steps": (3, 9)}
-        run.accept_config(cfg)
+        run.accept_config()
     assert "steps: 3 -> 9" in capsys.readouterr().out
     assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["steps"] == 9
 

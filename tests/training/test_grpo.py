@@ -27,7 +27,7 @@ from rlsloth.errors import UserError
 from rlsloth.policy.policy import Policy
 from rlsloth.records import LossOutput
 from rlsloth.run.metrics import UpdateFigures
-from rlsloth.training import assembly, grpo
+from rlsloth.training import grpo, opening, session
 
 pytestmark = pytest.mark.slow
 
@@ -185,6 +185,7 @@ def test_run_folder(whole: Path) -> None:
         "environment.json",
         "log.txt",
         "metrics.jsonl",
+        "plan.json",
         "report.html",
         "samples",
         "summary.json",
@@ -251,7 +252,7 @@ def test_evaluation_during_training(train: Train) -> None:
 
 def test_the_base_stays_as_it_was(train: Train, workplace: Path, monkeypatch) -> None:
     trained: list[Any] = []
-    monkeypatch.setattr(grpo, "save_adapter", lambda model, _: trained.append(model))
+    monkeypatch.setattr(session, "save_adapter", lambda model, _: trained.append(model))
     train("base", *QUICK)
     (model,) = trained
     base = model.unload().state_dict()
@@ -295,7 +296,7 @@ def test_the_trial_backward_is_for_training_alone(workplace: Path, monkeypatch, 
     def refuse(policy: Policy) -> None:
         raise UserError("no backward")
 
-    monkeypatch.setattr(assembly, "trial_backward", refuse)
+    monkeypatch.setattr(opening, "trial_backward", refuse)
     eval_only = ["--run.dir", "no trial", "--eval.problems", "2"]
     assert cli.main(["eval", "config.yaml", *eval_only]) == 0
     assert cli.main(["grpo", "config.yaml", "--run.dir", "trial"]) == 2
@@ -551,6 +552,17 @@ def test_too_many_skips_in_a_row_end_the_run(train: Train, spoil, capsys) -> Non
     assert [row["skipped_updates"] for row in rows(folder)] == [1, 0, 1, 1]
     assert len(list((folder / "skipped").iterdir())) == 3
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: 2 steps in a row were not finite; lower --optim.lr")
+    assert line.startswith(
+        "error: the gradient was NaN or infinite for 2 steps in a row; lower --optim.lr"
+    )
     assert not (folder / "summary.json").exists()
     assert (folder / "report.html").exists()
+
+
+def test_skips_in_a_row_go_on_after_a_resume(train: Train, spoil, capsys) -> None:
+    flags = (*ONE_CALL, "--optim.max-skipped", "3", "--run.save-every", "1")
+    spoil({1, 2})
+    train("skips resumed", *flags, "--steps", "3")
+    spoil({0})
+    train("skips resumed", *flags, "--steps", "5", "--run.resume", status=2)
+    assert "3 steps in a row" in capsys.readouterr().err

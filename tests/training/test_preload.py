@@ -10,7 +10,7 @@ import threading
 import pytest
 
 from rlsloth.errors import UserError
-from rlsloth.training.preload import beside
+from rlsloth.training.preload import in_parallel
 
 pytestmark = pytest.mark.slow
 
@@ -23,7 +23,7 @@ def test_both_are_done_afterwards_and_a_failure_waits_for_its_use():
         done.set()
         raise ImportError("no such library")
 
-    with beside(load):
+    with in_parallel(load):
         assert not done.is_set()
         begun.set()
     assert done.is_set()
@@ -37,7 +37,7 @@ def test_bad_input_is_raised_at_once():
         ended.set()
 
     further = threading.Event()
-    with pytest.raises(UserError), beside(load, further.set):
+    with pytest.raises(UserError), in_parallel(load, further.set):
         raise UserError("bad")
     assert not ended.is_set()
     end.set()

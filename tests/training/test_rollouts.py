@@ -1,4 +1,4 @@
-"""When a step's rollouts are sampled: before its update, or beside the one before."""
+"""The moment when a step's rollouts are sampled: before its update, or during the one before."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from rlsloth.training.rollouts import Rollouts
 
 
 class Parts:
-    """An Assembly that notes what happens; its groups are (step, version, prompts, thread)."""
+    """A collector that notes what happens; its groups are (step, version, prompts, thread)."""
 
     def __init__(self, overlap: bool, steps: int = 4) -> None:
         self.cfg = GrpoConfig.model_validate(
@@ -48,13 +48,17 @@ class Parts:
         return [(step, self.version, [p.index for p in prompts], thread)]
 
 
+def rollouts_of(parts: Any, stack: ExitStack) -> Rollouts:
+    return Rollouts(parts.cfg, parts, parts.prompts, parts.policy, parts.run, stack)
+
+
 def steps(parts: Parts, *, first: int = 1) -> list[Any]:
     seen = []
     with ExitStack() as stack:
-        rollouts = Rollouts(parts, stack)  # type: ignore[arg-type]
+        rollouts = rollouts_of(parts, stack)
         for step in range(first, parts.cfg.steps + 1):
             seen += rollouts.take(step)
-            with rollouts.beside_update(step):
+            with rollouts.during_update(step):
                 pass
             parts.version += 1
     return seen
@@ -82,13 +86,13 @@ def test_overlapped_steps_are_one_update_old_and_the_prompts_the_same():
 def test_a_resumed_run_samples_again_what_was_ahead():
     parts, resumed = Parts(overlap=True), Parts(overlap=True)
     with ExitStack() as stack:
-        rollouts = Rollouts(parts, stack)  # type: ignore[arg-type]
+        rollouts = rollouts_of(parts, stack)
         rollouts.take(1)
-        with rollouts.beside_update(1):
+        with rollouts.during_update(1):
             pass
-        state = rollouts.prompts()
+        state = rollouts.cursor()
         (ahead,) = rollouts.take(2)
-        assert rollouts.prompts() == parts.prompts.state() != state
+        assert rollouts.cursor() == parts.prompts.state() != state
     resumed.prompts.restore(state)
     assert steps(resumed, first=2)[0][2] == ahead[2]
 
@@ -105,8 +109,8 @@ def test_a_failed_update_interrupts_the_engine_and_waits_for_the_engine_to_rest(
 
     parts.collect = slow  # type: ignore[method-assign]
     with ExitStack() as stack:
-        rollouts = Rollouts(parts, stack)  # type: ignore[arg-type]
-        with pytest.raises(ValueError, match="update"), rollouts.beside_update(1):
+        rollouts = rollouts_of(parts, stack)
+        with pytest.raises(ValueError, match="update"), rollouts.during_update(1):
             raise ValueError("the update broke")
         assert resting.is_set()
 
@@ -114,9 +118,9 @@ def test_a_failed_update_interrupts_the_engine_and_waits_for_the_engine_to_rest(
 def test_a_failure_in_the_background_is_the_runs():
     parts = Parts(overlap=True)
     with ExitStack() as stack:
-        rollouts = Rollouts(parts, stack)  # type: ignore[arg-type]
+        rollouts = rollouts_of(parts, stack)
         parts.fails = True
-        with pytest.raises(UserError, match="the engine broke"), rollouts.beside_update(1):
+        with pytest.raises(UserError, match="the engine broke"), rollouts.during_update(1):
             pass
 
 
@@ -130,7 +134,7 @@ def test_an_update_takes_overlapped_tokens_of_one_step_before(overlap, updates, 
 
     check(oldest)
     for stale in (oldest - 1, 6):
-        with pytest.raises(RuntimeError, match=rf"policy version \[{stale}\] met an update of 5"):
+        with pytest.raises(RuntimeError, match=rf"version \[{stale}\] would train version 5"):
             check(stale)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from helpers.supervised import PAIRS, SFT, command, evaluations, make_folder, steps, write_rows
@@ -135,7 +136,22 @@ def test_resumed_run_equals_an_uninterrupted_one(monkeypatch: pytest.MonkeyPatch
 def test_epochs_give_the_steps() -> None:
     assert command("sft", "d", "--steps", "0", "--epochs", "1.5") == 0
     assert len(steps()) == 4  # 13 examples, 5 a step: 19.5 examples
-    assert "steps: 4" in Path("run/config.yaml").read_text()
+    assert "epochs: 1.5" in Path("run/config.yaml").read_text(), "the user's own setting is kept"
+
+
+def test_config_keeps_the_users_settings_and_the_plan_is_made_again_on_resume() -> None:
+    settings = yaml.safe_load(Path("c.yaml").read_text())
+    del settings["tokens_per_microbatch"]
+    Path("c.yaml").write_text(yaml.safe_dump(settings))
+    assert command("sft", "d", "--steps", "1") == 0
+    config, plan = Path("run/config.yaml"), Path("run/plan.json")
+    assert "tokens_per_microbatch: null" in config.read_text()
+    decided = json.loads(plan.read_text())
+    assert decided["tokens_per_microbatch"] > 0
+    plan.write_text('{"tokens_per_microbatch": 1}')  # as another card would have decided
+    assert cli.main(["sft", "run/config.yaml", "--run.resume", "--steps", "2"]) == 0
+    assert json.loads(plan.read_text()) == decided
+    assert "tokens_per_microbatch: null" in config.read_text()
 
 
 def test_long_examples_are_left_out_and_said(capsys: pytest.CaptureFixture[str]) -> None:

@@ -36,19 +36,21 @@ def run_eval(cfg: GrpoConfig) -> None:
     Raises:
         UserError: bad input, a run without an adapter, or a folder that holds an evaluation.
     """
-    from rlsloth.training.assembly import Assembly
+    from rlsloth.training.opening import open_grpo
 
     cfg = _with_trained_adapter(cfg)
     with ExitStack() as stack:
-        parts = Assembly.open(cfg, stack, trains=False)
-        base = parts.evaluate(0, name="base", base=True)
+        session = open_grpo(cfg, stack, trains=False)
+        run, evaluator = session.run, session.evaluator
+        assert evaluator is not None  # `rlsloth grpo` always has one
+        base = evaluator.evaluate(0, name="base", base=True)
         figures: dict[str, object] = {"base": base.metrics()}
         if cfg.model.adapter is None:
-            parts.run.say("no --model.adapter: only the base model was evaluated")
+            run.say("no --model.adapter: only the base model was evaluated")
         if cfg.model.adapter is not None:
-            adapter = parts.evaluate(0, name="adapter")
+            adapter = evaluator.evaluate(0, name="adapter")
             gain = difference_estimate(base.scores, adapter.scores)
-            parts.run.say(
+            run.say(
                 f"adapter - base: {gain.value:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}] "
                 f"avg@{base.samples}, paired by problem"
             )
@@ -56,8 +58,8 @@ def run_eval(cfg: GrpoConfig) -> None:
                 "adapter": adapter.metrics(),
                 "difference": [gain.value, gain.low, gain.high],
             }
-        (parts.run.dir / "eval.json").write_text(json.dumps(figures, indent=1))
-        parts.run.finish({"problems": base.problems, "samples": base.samples, **figures})
+        (run.dir / "eval.json").write_text(json.dumps(figures, indent=1))
+        run.finish({"problems": base.problems, "samples": base.samples, **figures})
 
 
 def _with_trained_adapter(cfg: GrpoConfig) -> GrpoConfig:

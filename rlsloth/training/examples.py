@@ -1,0 +1,59 @@
+"""Checks of a dataset of examples before training on it, and the lines that a run prints of it."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+from rlsloth.config.sft import SupervisedConfig
+from rlsloth.data.example import Example, hash_question
+from rlsloth.data.examples import Examples
+from rlsloth.data.heldout import overlap_warning, question_text
+from rlsloth.environments.protocol import Environment
+from rlsloth.errors import UserError
+from rlsloth.policy.policy import Policy
+from rlsloth.run.run import Run
+
+_SHOWN_CHARACTERS = 300
+
+
+def check_longest(cfg: SupervisedConfig, data: Examples) -> None:
+    """Refuse an example that does not fit a micro-batch. Raises UserError."""
+    longest = data.longest.packed
+    if cfg.tokens_per_microbatch is not None and longest > cfg.tokens_per_microbatch:
+        raise UserError(
+            f"an example of {longest} tokens does not fit --tokens-per-microbatch "
+            f"{cfg.tokens_per_microbatch}; raise it, or leave long examples out with "
+            "--data.max-tokens"
+        )
+
+
+def warn_of_data(run: Run, data: Examples) -> None:
+    """Warn of examples that are too long, and of held-out questions among the training examples."""
+    if data.left_out:
+        run.warn(
+            f"{data.left_out} examples of more than {data.limit} tokens are left out "
+            "(--data.max-tokens, --model.max-context)"
+        )
+    questions = [example.question for example in data.train]
+    heldout = [example.question for example in data.heldout]
+    if text := overlap_warning(questions, heldout, "examples", "loss"):
+        run.warn(text)
+
+
+def warn_of_overlap(env: Environment, data: Examples, run: Run) -> None:
+    """Warn of training examples that answer a held-out problem."""
+    questions = [example.question for example in data.train]
+    heldout = [hash_question(question_text(prompt)) for prompt in env.heldout]
+    if text := overlap_warning(questions, heldout, "examples"):
+        run.warn(text)
+
+
+def show_first(run: Run, policy: Policy, example: Example) -> None:
+    """Print the first example, its learned text in brackets: a wrong mask trains silently."""
+    token_ids, mask = example.answers[0]
+    parts = [policy.tokenizer.decode(example.prompt_ids.tolist())[-_SHOWN_CHARACTERS:]]
+    edges = [0, *(i + 1 for i in range(len(mask) - 1) if mask[i] != mask[i + 1]), len(mask)]
+    for start, end in pairwise(edges):
+        text = policy.tokenizer.decode(token_ids[start:end].tolist())[:_SHOWN_CHARACTERS]
+        parts.append(f"[{text}]" if mask[start] else text)
+    run.say(f"first example, learnt text in brackets: {''.join(parts)}")

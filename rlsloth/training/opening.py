@@ -1,0 +1,297 @@
+"""Opening a run: every part of its session, the cheap ones that can refuse bad input first."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from functools import partial
+from typing import TypeVar
+
+import torch
+
+from rlsloth.config import GrpoConfig, ProblemsConfig, TrainingConfig
+from rlsloth.config.distill import TeacherConfig
+from rlsloth.config.sft import SupervisedConfig
+from rlsloth.data.example import Example, fingerprint
+from rlsloth.data.examples import Reader, load_examples
+from rlsloth.data.heldout import overlap_warning, questions_of
+from rlsloth.data.renderer import Renderer
+from rlsloth.data.sampler import EpochSampler
+from rlsloth.environments.protocol import Environment
+from rlsloth.errors import UserError
+from rlsloth.evaluation.evaluator import Evaluator
+from rlsloth.evaluation.problems import (
+    Problems,
+    heldout_problems,
+    longest_prompt,
+    open_problems,
+)
+from rlsloth.files import write_json
+from rlsloth.memory.decide import DEFAULT_PROMPT, decide
+from rlsloth.memory.out_of_memory import advise
+from rlsloth.memory.planned_model import longest_prompt as estimate_longest
+from rlsloth.memory.workload import Request
+from rlsloth.policy.policy import Policy
+from rlsloth.policy.tokenizer import load_tokenizer, read_context
+from rlsloth.records import Prompt
+from rlsloth.rollout.collector import Collector
+from rlsloth.rollout.opening import open_engine
+from rlsloth.rollout.trial import probe_packing, trial_backward
+from rlsloth.run.run import Run
+from rlsloth.training.examples import (
+    check_longest,
+    show_first,
+    warn_of_data,
+    warn_of_overlap,
+)
+from rlsloth.training.memory import (
+    evaluation_request,
+    examples_request,
+    grpo_request,
+    sampling_request,
+)
+from rlsloth.training.preload import import_sampler, import_transformers, in_parallel
+from rlsloth.training.progress import refuse_changes
+from rlsloth.training.session import Session
+
+Training = TypeVar("Training", bound=TrainingConfig)
+Supervised = TypeVar("Supervised", bound=SupervisedConfig)
+PLAN = "plan.json"
+"""File of a run folder: the settings that the memory plan decided on this machine."""
+
+
+def open_grpo(
+    cfg: GrpoConfig, stack: ExitStack, *, trains: bool = True
+) -> Session[GrpoConfig, Prompt]:
+    """Open a session that samples its training data; ``trains`` false: only to evaluate.
+
+    Raises:
+        UserError: bad input.
+    """
+    with in_parallel(import_transformers, partial(import_sampler, cfg.model, cfg.rollout)):
+        problems = open_problems(cfg, cfg.seed, cfg.eval.reward, stack)
+    env = problems.env
+    run = stack.enter_context(Run.start(cfg))
+    refuse_changes(run, "env.")
+    if text := overlap_warning(questions_of(env.train), questions_of(env.heldout)):
+        run.warn(text)
+    named = cfg.tokens_per_microbatch
+    if trains:
+        cfg = decide(cfg, partial(_grpo_request, cfg, env.train), run.say, run.warn).applied(cfg)
+    policy = open_policy(
+        cfg,
+        run,
+        temperature=cfg.rollout.temperature,
+        total_updates=cfg.steps * cfg.updates_per_rollout,
+    )
+    renderer = Renderer(policy.tokenizer, cfg.env, policy.eos_token_ids)
+    renderer.check([*env.train, *env.heldout])
+    longest = longest_prompt(renderer, env.train, policy.context)
+    heldout = longest_prompt(renderer, env.heldout[: cfg.eval.problems], policy.context)
+    if trains:
+        with advise("trial", policy.model):
+            trial_backward(policy)
+    if named is None:
+        one = min(longest + cfg.rollout.max_tokens, policy.context)
+        cfg = cfg.model_copy(update={"tokens_per_microbatch": max(cfg.microbatch, one)})
+    collector = open_collector(
+        cfg,
+        problems,
+        grpo_request(cfg, longest),
+        policy,
+        renderer,
+        run,
+        stack,
+        seed=cfg.seed,
+        longest=max(longest, heldout) + max(cfg.rollout.max_tokens, cfg.eval.max_tokens or 0),
+        temperatures=(cfg.rollout.temperature, cfg.eval.temperature),
+    )
+    if trains:
+        _write_plan(run, cfg)
+        _check_grpo(cfg, env, longest, policy.context)
+    run.say(
+        f"{len(env.train)} training prompts, {len(env.heldout)} held out; rewards: "
+        f"{', '.join(problems.scorer.names)}; {policy.device}, attention {policy.backend}"
+    )
+    evaluator = Evaluator(cfg.eval, run, policy, collector, problems.deciding)
+    return Session(cfg, run, policy, EpochSampler(env.train, cfg.seed), evaluator)
+
+
+def open_examples(cfg: Supervised, stack: ExitStack, read: Reader) -> Session[Supervised, Example]:
+    """Open a session that learns from a dataset of examples.
+
+    Raises:
+        UserError: bad input.
+    """
+    problems = None
+    if cfg.eval.generate:
+        problems = open_problems(cfg, cfg.seed, cfg.eval.reward, stack)
+        heldout_problems(problems.env, cfg.eval)
+    data = load_examples(cfg, read, load_tokenizer(cfg.model), read_context(cfg.model))
+    check_longest(cfg, data)
+    run = stack.enter_context(Run.start(cfg))
+    refuse_changes(run, "data.")
+    warn_of_data(run, data)
+    if not cfg.steps:
+        steps = math.ceil((cfg.epochs or 1) * len(data.train) / cfg.samples_per_step)
+        cfg = cfg.model_copy(update={"steps": steps, "epochs": None})
+    named = cfg.tokens_per_microbatch
+    request = partial(examples_request, cfg, data.longest)
+    cfg = decide(cfg, request, run.say, run.warn).applied(cfg)
+    if named is None:
+        tokens = max(cfg.microbatch, data.longest.packed)
+        cfg = cfg.model_copy(update={"tokens_per_microbatch": tokens})
+    policy = open_policy(cfg, run, temperature=1.0, total_updates=cfg.steps)
+    show_first(run, policy, data.train[0])
+    with advise("trial", policy.model):
+        probe_packing(policy, data.train[0].group())
+        trial_backward(policy)
+    evaluator = open_evaluator(cfg, problems, policy, run, stack) if problems else None
+    if problems is not None:
+        warn_of_overlap(problems.env, data, run)
+    _write_plan(run, cfg)
+    sampler = EpochSampler(data.train, cfg.seed, "examples", fingerprint(data.train))
+    run.say(
+        f"{len(data.train)} examples, {len(data.heldout)} held out; {cfg.steps} steps of "
+        f"{cfg.samples_per_step}; {policy.device}, attention {policy.backend}"
+    )
+    return Session(cfg, run, policy, sampler, evaluator, data.heldout)
+
+
+def open_teacher(
+    cfg: TeacherConfig, stack: ExitStack, *, prompts: int, samples: int
+) -> tuple[Run, Policy, Collector]:
+    """Open a run that only samples, ``samples`` completions of ``prompts`` prompts at a time.
+
+    Raises:
+        UserError: bad input.
+    """
+    with in_parallel(import_transformers, partial(import_sampler, cfg.model, cfg.rollout)):
+        problems = open_problems(cfg, cfg.seed, cfg.eval.reward, stack)
+    env = problems.env
+    run = stack.enter_context(Run.start(cfg))
+    refuse_changes(run, "env.")
+    if text := overlap_warning(questions_of(env.train), questions_of(env.heldout)):
+        run.warn(text)
+    policy = open_policy(cfg, run, temperature=cfg.rollout.temperature, total_updates=1)
+    renderer = Renderer(policy.tokenizer, cfg.env, policy.eos_token_ids)
+    renderer.check([*env.train, *env.heldout])
+    longest = longest_prompt(renderer, env.train, policy.context)
+    collector = open_collector(
+        cfg,
+        problems,
+        sampling_request(cfg, cfg, longest, prompts=prompts, group_size=samples),
+        policy,
+        renderer,
+        run,
+        stack,
+        seed=cfg.seed,
+        longest=longest + cfg.rollout.max_tokens,
+        temperatures=(cfg.rollout.temperature,),
+    )
+    run.say(
+        f"{len(env.train)} training prompts, {len(env.heldout)} held out; rewards: "
+        f"{', '.join(problems.scorer.names)}; {policy.device}, attention {policy.backend}"
+    )
+    return run, policy, collector
+
+
+def open_policy(cfg: TrainingConfig, run: Run, *, temperature: float, total_updates: int) -> Policy:
+    """Load the model with its adapter, ready to train. Raises UserError."""
+    run.say(f"loading {cfg.model.path}")
+    if cfg.model.adapter is not None:
+        run.say(f"continuing {cfg.model.adapter}: its rank, alpha and targets, not --lora.*")
+    torch.manual_seed(cfg.seed)  # the adapter's starting weights
+    policy = Policy.load(
+        cfg.model, cfg.lora, cfg.optim, temperature=temperature, total_updates=total_updates
+    )
+    if policy.wrapped is not None:
+        run.say(policy.wrapped.line())
+    return policy
+
+
+def open_collector(
+    cfg: ProblemsConfig,
+    problems: Problems,
+    request: Request,
+    policy: Policy,
+    renderer: Renderer,
+    run: Run,
+    stack: ExitStack,
+    *,
+    seed: int,
+    longest: int,
+    temperatures: Iterable[float],
+) -> Collector:
+    """Start the rollout engine on the policy's weights.
+
+    Args:
+        request: the run as the memory plan takes it, which sizes the engine's cache.
+        longest: tokens of the longest prompt with the longest completion.
+        temperatures: those that the engine will sample with.
+
+    Raises:
+        UserError: the engine cannot run this model, or has no room.
+    """
+    context = policy.context
+    if problems.env.single_turn:
+        context = min(context, longest)
+    engine = open_engine(
+        request, policy, renderer, run, stack, context=context, temperatures=temperatures
+    )
+    turns = cfg.env.max_turns
+    return Collector(
+        engine, renderer, problems.env, problems.scorer, cfg.rollout, turns, policy.context, seed
+    )
+
+
+def open_evaluator(
+    cfg: SupervisedConfig, problems: Problems, policy: Policy, run: Run, stack: ExitStack
+) -> Evaluator:
+    """Open the engine that answers held-out problems (``eval.generate``). Raises UserError."""
+    renderer = Renderer(policy.tokenizer, cfg.env, policy.eos_token_ids)
+    renderer.check(problems.env.heldout)
+    prompts = heldout_problems(problems.env, cfg.eval)
+    longest = longest_prompt(renderer, prompts, policy.context)
+    collector = open_collector(
+        cfg,
+        problems,
+        evaluation_request(cfg, longest),
+        policy,
+        renderer,
+        run,
+        stack,
+        seed=cfg.seed,
+        longest=longest + (cfg.eval.max_tokens or cfg.rollout.max_tokens),
+        temperatures=(cfg.rollout.temperature, cfg.eval.temperature),
+    )
+    return Evaluator(cfg.eval, run, policy, collector, problems.deciding)
+
+
+def _grpo_request(cfg: GrpoConfig, prompts: Sequence[Prompt]) -> Request:
+    """The run as the memory plan takes it, before the model is loaded."""
+    longest = estimate_longest(cfg.model, cfg.env, prompts) or DEFAULT_PROMPT
+    return grpo_request(cfg, longest)
+
+
+def _check_grpo(cfg: GrpoConfig, env: Environment, longest: int, context: int) -> None:
+    """Refuse before step 1 what training would stumble over later. Raises UserError."""
+    if cfg.evaluates():
+        heldout_problems(env, cfg.eval)
+    total = min(longest + cfg.rollout.max_tokens, context)
+    if total > cfg.microbatch:
+        raise UserError(
+            f"a prompt of {longest} tokens with --rollout.max-tokens {cfg.rollout.max_tokens} may "
+            f"not fit --tokens-per-microbatch {cfg.microbatch}; raise it to {total}, or lower "
+            "--rollout.max-tokens"
+        )
+
+
+def _write_plan(run: Run, cfg: TrainingConfig) -> None:
+    """Keep the decided settings next to config.yaml, which holds what the user set."""
+    decided = {
+        "tokens_per_microbatch": cfg.tokens_per_microbatch,
+        "gradient_checkpointing": cfg.model.gradient_checkpointing,
+    }
+    write_json(run.dir / PLAN, decided)
