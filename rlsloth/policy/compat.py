@@ -1,7 +1,7 @@
-"""Changes to other libraries' behaviour, each with the versions it is for and the reason.
+"""Changes to other libraries' behaviour, each with its reason and the versions that need it.
 
-tests/policy/test_compat.py holds a test for each that fails once the library no longer needs it,
-and checks the installed versions. Changes to vLLM are in rollout/vllm/start.py.
+tests/policy/test_compat.py has a test for each change that fails once the library no longer needs
+it, and checks the installed versions. Changes to vLLM are in rollout/vllm/start.py.
 """
 
 from __future__ import annotations
@@ -19,12 +19,14 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """A change to a library, as the code below applies it."""
+    """The record of a change to a library; the code after it applies the change."""
 
     library: str
+    """The library's name on PyPI."""
     versions: str
-    """Those that need it and were tested, as a version specifier."""
+    """Version specifier of the releases that need the change and were tested with it."""
     reason: str
+    """The library's behaviour without the change."""
 
 
 # --- GGUF files: parsed once ---------------------------------------------------------------------
@@ -33,13 +35,14 @@ GGUF_PARSED_OFTEN = Change(
     "transformers",
     ">=5.16,<5.20",
     "it parses a GGUF file for the configuration, twice for the tokenizer and twice for the "
-    "weights, and makes the map of tensor names for every module: most of a small model's start",
+    "weights, and builds the map of tensor names for every module; this takes most of the time in "
+    "which a small model starts",
 )
 
 
 @contextmanager
 def gguf_parsed_once() -> Iterator[None]:
-    """Make gguf return the file that it parsed last, while that file is unchanged on disk."""
+    """Let gguf return the file that it parsed last, as long as that file is unchanged on disk."""
     import gguf
 
     ours = {"GGUFReader": _reader, "get_tensor_name_map": _tensor_names}
@@ -52,7 +55,7 @@ def gguf_parsed_once() -> Iterator[None]:
 
 
 def forget_parsed_gguf() -> None:
-    """Free the parsed file: half a gigabyte for a vocabulary of 128,000."""
+    """Free the parsed file, which takes half a gigabyte for a vocabulary of 128,000 tokens."""
     _parsed.cache_clear()
 
 
@@ -81,7 +84,7 @@ def _tensor_names(*args: Any) -> Any:
 SCIKIT_LEARN_IMPORTED = Change(
     "transformers",
     ">=5.16,<5.20",
-    "its assisted decoding, which is not used here, imports scikit-learn for 1.6 s",
+    "its assisted decoding, which is not used here, imports scikit-learn, which takes 1.6 s",
 )
 
 
@@ -103,12 +106,12 @@ NF4_REWRITTEN_ON_CPU = Change(
     "bitsandbytes",
     ">=0.50,<0.51",
     "on a CPU with bf16 instructions the first evaluation rewrites NF4 weights for bf16 products, "
-    "and training would go on with those",
+    "and training would continue with the rewritten weights",
 )
 
 
 def keep_nf4_weights(module: Any) -> None:
-    """Stop a linear of bitsandbytes from rewriting its weights; other modules are left alone."""
+    """Stop a linear layer of bitsandbytes from rewriting its weights; ignore other modules."""
     if hasattr(module, "support_avx512bf16_for_cpu"):
         module.support_avx512bf16_for_cpu = False
 
@@ -118,14 +121,14 @@ def keep_nf4_weights(module: Any) -> None:
 HIDDEN_STATES_NORMED = Change(
     "transformers",
     ">=5.16,<5.20",
-    "a decoder returns its last hidden states only after its final norm, which linear_logprob "
-    "applies to the scored rows itself",
+    "a decoder returns its last hidden states only after its final norm, but linear_logprob "
+    "applies that norm itself, to the scored rows alone",
 )
 
 
 @contextmanager
 def norm_skipped(norm: nn.Module) -> Iterator[None]:
-    """Make a final norm return its input."""
+    """Make a final norm return its input unchanged."""
     forward = norm.forward
     norm.forward = _identity
     try:
@@ -143,26 +146,30 @@ def _identity(x: Tensor) -> Tensor:
 DENSE_MLPS_TAKEN_FOR_EXPERTS = Change(
     "peft",
     ">=0.21,<0.22",
-    "in models with experts it takes the module names of dense MLPs for the experts; by the names "
-    "of their weights it finds them, but adds B A to the weight, and in bf16 that sum loses small "
-    "updates",
+    "in models with experts it reads the module names of dense MLPs as names of experts; given the "
+    "names of their weights it adapts the right ones, but by adding B A to the weight, and in bf16 "
+    "that sum loses small updates",
 )
 
 
 def adapt_dense_mlps(model: Any, config: Any, adapter: str) -> list[str]:
-    """Adapt the linears whose weights are among ``config.target_parameters`` as modules.
+    """Adapt linear layers as modules if their weights are named in ``config.target_parameters``.
 
-    A container without a configuration makes PEFT take the module names as they are. The names of
-    the weights are removed from ``config``, which PEFT then applies to the rest.
+    The names of those weights are removed from ``config``, so that PEFT does not adapt them again.
+
+    Args:
+        model: transformers' model, changed in place.
+        config: PEFT's LoraConfig, changed in place.
+        adapter: the adapter's name.
 
     Returns:
-        The names removed, to be put back into the configuration once the adapters are in place, so
-        that they are saved with them.
+        The removed names. The caller puts them back into the configuration once all adapters are in
+        place, so that they are saved with it.
     """
     import peft
 
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    # Their names before another adapter wrapped them.
+    # The names that the weights had before another adapter wrapped their modules.
     weights = [f".{name.removesuffix('.base_layer')}.weight" for name in linears]
     wanted = sorted(getattr(config, "target_parameters", None) or ())
     dense = [p for p in wanted if any(weight.endswith(f".{p}") for weight in weights)]
@@ -172,6 +179,8 @@ def adapt_dense_mlps(model: Any, config: Any, adapter: str) -> list[str]:
     inner = copy.copy(config)
     inner.target_modules = {p.removesuffix(".weight") for p in dense}
     inner.target_parameters, inner.rank_pattern, inner.alpha_pattern = None, {}, {}
+    # Inside a container that has no transformers configuration, PEFT does not know of experts and
+    # uses module names as they are.
     peft.inject_adapter_in_model(inner, nn.ModuleList([model]), adapter)
     return dense
 
@@ -183,4 +192,4 @@ CHANGES = (
     HIDDEN_STATES_NORMED,
     DENSE_MLPS_TAKEN_FOR_EXPERTS,
 )
-"""All of them."""
+"""All changes in this file."""

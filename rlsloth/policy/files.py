@@ -1,4 +1,4 @@
-"""A model's files as transformers reads them: a hub id, a folder or a GGUF file."""
+"""The files of a model (hub id, folder or GGUF file), and reading them with transformers."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ READ_ERRORS = (OSError, ValueError, KeyError, RuntimeError, struct.error)
 
 @dataclass(frozen=True, slots=True)
 class ModelFiles:
-    """Arguments of transformers' ``from_pretrained`` for a model."""
+    """The location of a model's files, as arguments of transformers' ``from_pretrained``."""
 
     source: str
     """Hub id or folder."""
     options: dict[str, Any]
-    """Keyword arguments that go with it."""
+    """Keyword arguments of ``from_pretrained``."""
     gguf: Path | None
-    """The GGUF file; None for a hub id or a folder of other files."""
+    """The GGUF file; None for a hub id or a folder with safetensors."""
 
     def read_config(self) -> Any:
-        """transformers' configuration. Raises one of READ_ERRORS."""
+        """Read the model's configuration; raises one of READ_ERRORS if it cannot be read."""
         from transformers import AutoConfig
 
         with self.reading():
             return AutoConfig.from_pretrained(self.source, **self.options)
 
     def read_tokenizer(self) -> Any:
-        """The tokenizer, with the pre-tokenizer that a GGUF file names.
+        """Read the tokenizer, with the pre-tokenizer that a GGUF file names.
 
         Raises:
-            UserError: a pre-tokenizer that is not known here.
-            One of READ_ERRORS: files that cannot be read.
+            UserError: the GGUF file names an unknown pre-tokenizer.
+            One of READ_ERRORS: the files cannot be read.
         """
         from transformers import AutoTokenizer
 
@@ -50,12 +50,12 @@ class ModelFiles:
         return tokenizer
 
     def reading(self) -> AbstractContextManager[None]:
-        """The context to read them in."""
+        """Return a context manager in which GGUF files are parsed once and without output."""
         return nullcontext() if self.gguf is None else reading_gguf()
 
 
 def locate(cfg: ModelConfig) -> ModelFiles:
-    """The files of a configuration's model."""
+    """Locate the files of the model that a configuration names; nothing is read yet."""
     if (file := gguf_file(cfg.path)) is not None:
         return ModelFiles(str(file.parent), {"gguf_file": file.name}, file)
     options = {"revision": cfg.revision, "trust_remote_code": cfg.trust_remote_code}
@@ -63,10 +63,13 @@ def locate(cfg: ModelConfig) -> ModelFiles:
 
 
 def unreadable(cfg: ModelConfig, error: Exception) -> UserError:
-    """The error to raise for a model that transformers cannot read."""
+    """Make the error to raise for a model that transformers cannot read."""
     if gguf_file(cfg.path) is not None or Path(cfg.path).expanduser().is_dir():
-        return UserError(f"--model.path {cfg.path}: {first_line(error)}")
+        return UserError(
+            f"--model.path {cfg.path}: cannot read the model: {first_line(error)}; check that its "
+            "files are complete"
+        )
     return UserError(
-        f"cannot load model {cfg.path!r} from the hub ({first_line(error)}); offline, pass a "
-        "folder or a GGUF file with --model.path"
+        f"--model.path {cfg.path}: cannot load this model from the hub ({first_line(error)}); "
+        "check its name, or pass a folder or a GGUF file when offline"
     )

@@ -1,4 +1,4 @@
-"""GGUF files of models: which paths are, and what transformers does not read from them."""
+"""GGUF files of models: recognising them, and reading the pre-tokenizer that transformers drops."""
 
 from __future__ import annotations
 
@@ -14,14 +14,17 @@ from rlsloth.policy.pretokenizers import ALIASES, DIGITS, GPT2, SPLITS
 
 
 def gguf_file(path: str | Path) -> Path | None:
-    """The GGUF file that a model's path names, whether it exists or not; None for any other."""
+    """Return a model's path as a GGUF file if its name ends in .gguf, else None.
+
+    The file need not exist.
+    """
     file = Path(path).expanduser()
     return file if file.suffix == ".gguf" else None
 
 
 @contextmanager
 def reading_gguf() -> Iterator[None]:
-    """Parse a GGUF file once, without transformers' progress bar, which has no switch."""
+    """Parse a GGUF file only once, and hide transformers' progress bar, which has no switch."""
     with gguf_parsed_once(), redirect_stderr(io.StringIO()):
         yield
 
@@ -29,11 +32,16 @@ def reading_gguf() -> Iterator[None]:
 def restore_pretokenizer(tokenizer: Any, path: Path) -> None:
     """Give a tokenizer read from a GGUF file the pre-tokenizer that the file names, in place.
 
-    transformers (5.16 - 5.19) drops it for byte-level BPE, which changes token ids: SmolLM2 splits
-    numbers into digits.
+    transformers (5.16 - 5.19) drops it for byte-level BPE, which changes token ids: SmolLM2, for
+    example, splits numbers into digits.
+
+    Args:
+        tokenizer: transformers' tokenizer.
+        path: the GGUF file.
 
     Raises:
-        UserError: byte-level BPE with a pre-tokenizer not known here: ids would be silently wrong.
+        UserError: a byte-level BPE tokenizer has an unknown pre-tokenizer, so that its token ids
+            would be silently wrong.
     """
     from gguf import GGUFReader
 
@@ -45,7 +53,8 @@ def restore_pretokenizer(tokenizer: Any, path: Path) -> None:
     split = SPLITS.get(ALIASES.get(name, name))
     if split is None or not split.readable:
         raise UserError(
-            f"{path}: unknown GGUF pre-tokenizer {name!r}; pass the model's folder or hub id"
+            f"--model.path {path}: the pre-tokenizer {name!r} of this GGUF file is not supported; "
+            "pass the model's folder or hub id"
         )
     if split.steps != (GPT2,):  # that is what transformers assumes
         tokenizer.backend_tokenizer.pre_tokenizer = _pretokenizer(split.steps)

@@ -1,4 +1,4 @@
-"""A model's final norm and output head, in the form that linear_logprob takes."""
+"""A model's final norm and output head, as arguments of the kernel linear_logprob."""
 
 from __future__ import annotations
 
@@ -19,13 +19,17 @@ from rlsloth.policy.wrap.linears import Linears, has_hooks
 
 
 class HeadAdapter:
-    """The LoRA on the output head, read again at each use: adapters are switched and disabled."""
+    """The LoRA on the output head, read at each use because adapters are switched and disabled."""
 
     def __init__(self, base: Any, dtype: torch.dtype) -> None:
-        """``base``: the causal LM under PEFT's model.
+        """Find the adapter on the head, if there is one, and check it.
+
+        Args:
+            base: the causal language model inside PEFT's model.
+            dtype: compute type of the head's input.
 
         Raises:
-            UserError: an adapter that linear_logprob cannot express.
+            UserError: linear_logprob cannot compute with this kind of adapter.
         """
         from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -41,7 +45,11 @@ class HeadAdapter:
             self.read()
 
     def read(self) -> HeadLora | None:
-        """The adapter that is active now, None where there is none. Raises UserError."""
+        """Return the active adapter's matrices and scale, or None if no adapter is active.
+
+        Raises:
+            UserError: linear_logprob cannot compute with the active adapter.
+        """
         if self._linears is None:
             return None
         lora = read_head_lora(self._head)
@@ -55,13 +63,13 @@ class HeadAdapter:
 
 
 def read_head_lora(head: Any) -> HeadLora | None:
-    """The LoRA that is active on an output head, None where it is switched off.
+    """Return the active LoRA of an output head, or None if it is switched off.
 
     Args:
         head: PEFT's layer around the head.
 
     Raises:
-        UserError: it is merged into the head's weights, and so into those of a tied embedding.
+        UserError: the LoRA is merged into the head's weights, which a tied embedding would share.
     """
     if head.merged:
         raise UserError(
@@ -78,17 +86,17 @@ def read_head_lora(head: Any) -> HeadLora | None:
 
 def _refusal(reason: str) -> UserError:
     return UserError(
-        f"this adapter on the output head cannot be trained ({reason}): leave the head out of "
-        "--lora.targets, or start from an adapter without it"
+        f"the adapter on the output head cannot be trained ({reason}): leave the head out of "
+        "--lora.targets, or pass a --model.adapter that does not adapt it"
     )
 
 
 @contextmanager
 def before_final_norm(decoder: Any) -> Iterator[FinalNorm | None]:
-    """Make the decoder return the residual stream before its final norm, which is yielded.
+    """Make the decoder return its hidden states before the final norm, and yield that norm.
 
-    Yields None, and leaves the decoder unchanged, if the norm does not run on our kernels, is
-    trained, or has a hook that would see the difference.
+    If the norm does not run on our kernels, is trained, or has a hook that would see the
+    difference, the decoder is left unchanged and None is yielded.
     """
     norm = _final_norm(decoder)
     if norm is None:
@@ -102,7 +110,8 @@ def _final_norm(decoder: Any) -> FinalNorm | None:
     module = getattr(decoder, "norm", None)
     if module is None or not isinstance(vars(module).get("forward"), NormForward):
         return None
-    # In a decoder of the same file a known norm is the last step; elsewhere it may be any step.
+    # A known norm is certainly the decoder's last step only if both come from the same file of
+    # transformers.
     known = type(module).__module__ == type(decoder).__module__
     if not known or module.weight.requires_grad or any(map(has_hooks, (module, decoder))):
         return None

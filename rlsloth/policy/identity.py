@@ -1,7 +1,7 @@
-"""The base model that an adapter was trained on, as ``rlsloth.json`` next to PEFT's files.
+"""The identity of an adapter's base model, kept in ``rlsloth.json`` next to PEFT's files.
 
-An adapter means nothing on another base, and PEFT looks at shapes only: a fine-tune of the same
-architecture takes it silently.
+An adapter is useless on another base model, but PEFT compares shapes only, and loads it silently
+onto any fine-tune of the same architecture.
 """
 
 from __future__ import annotations
@@ -17,19 +17,25 @@ from typing import Any
 import numpy as np
 
 from rlsloth.config import ModelConfig
-from rlsloth.errors import UserError
+from rlsloth.errors import UserError, first_line
 from rlsloth.policy.gguf import gguf_file
 
 FILE = "rlsloth.json"
 IDENTITY = "rlsloth_identity"
-"""Attribute of a transformers model that ``load_model`` has loaded: its Identity."""
+"""Name of the attribute under which ``load_model`` stores a model's Identity."""
 WINDOWS = 32
+"""Windows of a large tensor that are hashed, evenly spread."""
 WIDTH = 512
-"""Values in a window: of a larger tensor 16,384 values are hashed. Where one value in a thousand of
-a single matrix was changed, one case in ten million is missed; training changes every matrix."""
+"""Values in a window, so that up to 16,384 values of a tensor are hashed.
+
+If one value in a thousand of a single matrix changed, the hash misses one such change in ten
+million; training changes every matrix.
+"""
 _WIDTHS = {"BF16": 2, "F16": 2, "F32": 4}
 _FILE_BLOCK = 4096
+"""Bytes of a block of a GGUF file."""
 _FILE_BLOCKS = 4096
+"""Blocks of a GGUF file that are hashed, evenly spread."""
 _PROBE = (
     "Two  spaces,\ttab\n\n\n1234567 3.14 can't WE'LL naïve Ελληνικά Русский 中文 日本語 한국어 "
     "עברית 🙂👍🏽 def f(x):\n    return x_1 += 2\r\n"
@@ -38,29 +44,33 @@ _PROBE = (
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """A base model and its tokenizer, as training saw them."""
+    """A base model and its tokenizer, as they were in training."""
 
     path: str
-    """Hub id, folder or GGUF file, as configured."""
+    """Hub id, folder or GGUF file, as in ``model.path``."""
     revision: str | None
-    """The hub's commit, or the revision in the configuration."""
+    """The hub's commit, or the configured revision if there is no commit."""
     weights: str
-    """``hash_weights`` of the files. In NF4, too: the packed codes play no part."""
+    """``hash_weights`` of the model's files, whatever the precision: NF4 codes are not hashed."""
     precision: str
-    """nf4, bf16 or fp32: what the base was held in."""
+    """Precision of the base model in training: nf4, bf16 or fp32."""
     tokenizer: str
-    """``hash_tokenizer``."""
+    """``hash_tokenizer`` of the tokenizer."""
     template: str | None
-    """``hash_template``; None without a chat template."""
+    """``hash_template`` of the chat template; None without one."""
 
 
 def identify(cfg: ModelConfig, precision: str, model: Any, tokenizer: Any) -> Identity | None:
-    """The identity of a base that was just loaded; None where its weights are in no safetensors
-    files of the usual names.
+    """Compute the identity of a base model that was just loaded.
 
     Args:
+        cfg: the model's configuration.
         precision: nf4, bf16 or fp32.
         model: transformers' model, which knows the hub's commit.
+        tokenizer: transformers' tokenizer.
+
+    Returns:
+        The identity; None if the model has no safetensors files with the usual names.
     """
     revision = getattr(model.config, "_commit_hash", None) or cfg.revision
     weights = hash_weights(cfg.path, revision)
@@ -72,15 +82,22 @@ def identify(cfg: ModelConfig, precision: str, model: Any, tokenizer: Any) -> Id
 
 
 def hash_weights(path: str, revision: str | None = None) -> str | None:
-    """SHA-256 over the weights in a folder, a GGUF file or the hub's cache; None where there are
-    none.
+    """Hash a sample of a model's weights with SHA-256.
 
-    Of safetensors: names and shapes of all tensors and evenly spread values, as float32. It does
-    not depend on how tensors are spread over files, nor on which of 16 and 32 bits hold the same
-    numbers. Some 10 MB of an 8B model are read. Of a GGUF file: its size and evenly spread blocks.
+    For safetensors, this covers the names and shapes of all tensors and evenly spread values as
+    float32; about 10 MB of an 8B model are read. The hash depends neither on how tensors are
+    distributed over files, nor on whether 16 or 32 bits store the same numbers. For a GGUF file,
+    it covers the file's size and evenly spread blocks.
+
+    Args:
+        path: folder, GGUF file, or hub id whose files are in the local cache.
+        revision: the hub's revision.
+
+    Returns:
+        Hexadecimal digits; None if there are no weights.
 
     Raises:
-        UserError: a file that is not what its name says.
+        UserError: a file is damaged.
     """
     if (file := gguf_file(path)) is not None:
         return _hash_file(file) if file.is_file() else None
@@ -92,7 +109,9 @@ def hash_weights(path: str, revision: str | None = None) -> str | None:
         try:
             found |= _tensors(file)
         except (OSError, ValueError, KeyError, struct.error) as error:
-            raise UserError(f"{file}: cannot read weights: {error}") from error
+            raise UserError(
+                f"{file}: cannot read weights: {first_line(error)}; download or copy the file again"
+            ) from error
     digest = hashlib.sha256()
     for name in sorted(found):
         digest.update(f"{name}\n".encode() + found[name])
@@ -100,7 +119,10 @@ def hash_weights(path: str, revision: str | None = None) -> str | None:
 
 
 def _weight_files(path: str, revision: str | None) -> list[Path]:
-    """The safetensors files that transformers would read: one, else the parts in an index."""
+    """List the safetensors files that transformers would read: a single one, or those of an index.
+
+    Empty if there are none.
+    """
     single = _find(path, "model.safetensors", revision)
     if single is not None:
         return [single]
@@ -120,15 +142,19 @@ def _find(path: str, name: str, revision: str | None) -> Path | None:
 
     try:
         found = try_to_load_from_cache(path, name, revision=revision)
-    except HFValidationError:  # a path
+    except HFValidationError:  # ``path`` is not a hub id
         return None
     return Path(found) if isinstance(found, str) else None
 
 
 def _tensors(file: Path) -> dict[str, bytes]:
-    """Shape and sample of each tensor."""
+    """Read each tensor's name -> its shape and a sample of its values, as bytes.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
     found = {}
-    # Unbuffered reads: a mapped file, or a buffer, would read far more than is needed.
+    # Unbuffered, because a mapped file or a buffer would read far more than is needed.
     with open(file, "rb", buffering=0) as opened:
         (size,) = struct.unpack("<Q", opened.read(8))
         if size > file.stat().st_size:
@@ -143,8 +169,14 @@ def _tensors(file: Path) -> dict[str, bytes]:
 
 
 def _spread(file: RawIOBase, begin: int, count: int, width: int) -> bytes:
-    """All ``count`` bytes from ``begin`` on, or those of evenly spread windows of values of
-    ``width`` bytes, the first and the last included."""
+    """Read ``count`` bytes from ``begin`` on, or a sample of them if the tensor is large.
+
+    The sample consists of WINDOWS evenly spread windows of WIDTH values of ``width`` bytes each,
+    including the first and the last values.
+
+    Raises:
+        ValueError: the file is shorter than that.
+    """
     values, starts, length = count // width, [0], count
     if values > WINDOWS * WIDTH:
         length = WIDTH * width
@@ -155,12 +187,12 @@ def _spread(file: RawIOBase, begin: int, count: int, width: int) -> bytes:
         parts.append(file.read(length) or b"")
     raw = b"".join(parts)
     if len(raw) != length * len(starts):
-        raise ValueError("it ends too early")
+        raise ValueError("it ends too early, so it is incomplete")
     return raw
 
 
 def _as_float32(raw: bytes, dtype: str) -> bytes:
-    if dtype == "BF16":  # the upper half of a float32
+    if dtype == "BF16":  # bf16 is the upper half of a float32
         return (np.frombuffer(raw, "<u2").astype("<u4") << 16).tobytes()
     if dtype == "F16":
         return np.frombuffer(raw, "<f2").astype("<f4").tobytes()
@@ -178,15 +210,18 @@ def _hash_file(file: Path) -> str:
 
 
 def hash_tokenizer(tokenizer: Any) -> str:
-    """SHA-256 over the vocabulary, the token ids of a text that is hard to split, and the ids that
-    begin and end a text."""
+    """Hash a tokenizer with SHA-256, in hexadecimal digits.
+
+    The hash covers the vocabulary, the token ids of a text that is hard to split, and the ids of
+    the bos and eos tokens.
+    """
     ends = [tokenizer.bos_token_id, tokenizer.eos_token_id]
     facts = [sorted(tokenizer.get_vocab().items()), tokenizer(_PROBE)["input_ids"], ends]
     return _hash_json(facts)
 
 
 def hash_template(tokenizer: Any) -> str | None:
-    """SHA-256 of the chat template; None without one."""
+    """Hash the chat template with SHA-256, in hexadecimal digits; None without a template."""
     return _hash_json(tokenizer.chat_template) if tokenizer.chat_template else None
 
 
@@ -195,13 +230,16 @@ def _hash_json(value: Any) -> str:
 
 
 def write_identity(identity: Identity | None, folder: Path, **more: Any) -> None:
-    """Write rlsloth.json into a folder: the identity, and ``more`` as further keys."""
+    """Write rlsloth.json to a folder: the identity as the key ``base``, and the keys ``more``."""
     base = {} if identity is None else {"base": asdict(identity)}
     (folder / FILE).write_text(json.dumps(base | more, indent=2) + "\n", encoding="utf-8")
 
 
 def read_identity(folder: Path) -> Identity | None:
-    """The identity in a folder's rlsloth.json; None where there is none: others wrote the adapter.
+    """Read the identity in a folder's rlsloth.json.
+
+    Returns:
+        The identity; None if there is none, because another program wrote the adapter.
 
     Raises:
         UserError: the file is damaged.
@@ -213,13 +251,25 @@ def read_identity(folder: Path) -> Identity | None:
         base = json.loads(file.read_bytes()).get("base")
         return base and Identity(**{field.name: base[field.name] for field in fields(Identity)})
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{file} is damaged ({error}); copy the adapter folder again") from error
+        raise UserError(
+            f"{file} is damaged ({first_line(error)}); copy the adapter's folder again"
+        ) from error
 
 
 def refuse_other_base(recorded: Identity, weights: str | None, adapter: Path, path: str) -> None:
-    """Raises UserError unless ``path``, whose weights have this hash, is the recorded base."""
+    """Refuse a base model whose weights are not those that the adapter was trained on.
+
+    Args:
+        recorded: identity in the adapter's folder.
+        weights: ``hash_weights`` of the model at ``path``.
+        adapter: the adapter's folder, for the message.
+        path: the model's path, for the message.
+
+    Raises:
+        UserError: the hashes differ.
+    """
     if weights != recorded.weights:
         raise UserError(
-            f"adapter {adapter} was trained on {recorded.path}, whose weights differ from "
-            f"those of {path}: pass the base that it was trained on"
+            f"adapter {adapter} was trained on {recorded.path}, but {path} has different weights: "
+            "pass the base model that the adapter was trained on"
         )

@@ -8,7 +8,7 @@ from torch import nn
 
 
 def decoder_layers(decoder: nn.Module) -> list[Any]:
-    """The layers that transformers can checkpoint one by one, in the model's order."""
+    """List the layers that transformers can checkpoint one by one, in the model's order."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     return [m for m in decoder.modules() if isinstance(m, GradientCheckpointingLayer)]

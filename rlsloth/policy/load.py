@@ -1,4 +1,4 @@
-"""Loading a base model and its tokenizer from a hub id, a folder, or a GGUF file."""
+"""Load a base model and its tokenizer from a hub id, a folder, or a GGUF file."""
 
 from __future__ import annotations
 
@@ -28,37 +28,55 @@ class LoadedModel:
     tokenizer: Any
     device: torch.device
     dtype: torch.dtype
-    """Compute type: that of the weights, or of the dequantised product for nf4."""
+    """Compute type: the type of the weights, or of products with dequantised weights for nf4."""
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of a run: the one named, or for "auto" the first GPU, or the CPU."""
+    """Choose the device of a run.
+
+    Args:
+        name: value of ``model.device``; "auto" means the current GPU, or the CPU without a GPU.
+
+    Returns:
+        The device; a GPU always has an index.
+
+    Raises:
+        UserError: the name is not a device, or the device does not exist.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
         raise UserError(
-            f"--model.device {name!r} is not a device; try cuda, cuda:1 or cpu"
+            f"--model.device {name!r} is not a device of torch; pass cuda, cuda:1 or cpu"
         ) from None
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"--model.device {name}: this torch sees no GPU; run `rlsloth doctor`")
+        raise UserError(
+            f"--model.device {name}: torch finds no GPU; run `rlsloth doctor` for the reason, or "
+            "pass --model.device cpu"
+        )
+    count = torch.cuda.device_count()
+    if device.type == "cuda" and device.index is not None and device.index >= count:
+        raise UserError(
+            f"--model.device {name}: there is no such GPU; pass one of cuda:0 to cuda:{count - 1}"
+        )
     if device.type == "cuda" and device.index is None:
         return torch.device("cuda", torch.cuda.current_device())
     return device
 
 
 def load_model(cfg: ModelConfig) -> LoadedModel:
-    """Load weights and tokenizer.
+    """Load a base model, frozen and with packed attention, and its tokenizer.
 
     Raises:
-        UserError: nothing there, no tokenizer, or no connection to the hub.
+        UserError: the model or its tokenizer is missing, cannot be read, or cannot be trained.
     """
     register()
     _quiet()
     device = pick_device(cfg.device)
     if device.type == "cuda":
-        torch.cuda.set_device(device)  # graphs are captured on the current device
+        torch.cuda.set_device(device)  # CUDA graphs are captured on the current device
     precision = cfg.precision
     if precision == "auto":
         precision = "bf16" if device.type == "cuda" else "fp32"
@@ -73,33 +91,34 @@ def load_model(cfg: ModelConfig) -> LoadedModel:
         model = _pretrained(cfg, dtype, precision == "nf4", device)
     model.requires_grad_(False)
     for module in model.modules():
-        # A dropout of the base would make the trained distribution another than the sampled one.
+        # With dropout in the base, the trained distribution would differ from the sampled one.
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
         keep_nf4_weights(module)
     model.set_attn_implementation(NAME)
     if model._can_set_experts_implementation():
-        # One product over all experts. A loop over them would wait for the device at every layer,
-        # and decoding could not be captured as a CUDA graph.
+        # One grouped product over all experts. A loop over experts would wait for the device in
+        # every layer, and decoding could not be captured as a CUDA graph.
         model.set_experts_implementation("grouped_mm")
     if not getattr(model, "_supports_attention_backend", False):
         raise UserError(
-            f"{cfg.path}: {type(model).__name__} does not use transformers' attention interface, "
-            "which packed training needs; see README, Models"
+            f"--model.path {cfg.path}: {type(model).__name__} does not use transformers' attention "
+            "interface, which packed training needs; pass a model of another family (see README, "
+            "Models)"
         )
     identity = identify(cfg, precision, model, tokenizer)
     if identity is None:
         print(
-            f"the weights of {cfg.path} are in no model.safetensors or index of that name: an "
-            "adapter will not record its base, and will not be refused on another one",
+            f"{cfg.path} has no model.safetensors or model.safetensors.index.json: adapters "
+            "trained on it cannot record their base model, and will not be refused on another one",
             flush=True,
         )
-    setattr(model, IDENTITY, identity)  # for save_adapter
+    setattr(model, IDENTITY, identity)  # save_adapter writes it
     return LoadedModel(model, tokenizer, device, dtype)
 
 
 def _quiet() -> None:
-    """Switch off progress bars and a notice about an optional package, which bury our own lines."""
+    """Silence transformers' progress bars and a notice of bitsandbytes: they bury our own lines."""
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
@@ -118,18 +137,20 @@ def _nf4(dtype: torch.dtype) -> Any:
 
 
 def _stored(config: Any) -> str:
-    """The method by which a checkpoint is quantised; "" where it is not."""
+    """Name the quantisation method of a checkpoint; empty if it is not quantised."""
     stored = getattr(config, "quantization_config", None)
     if not stored:
         return ""
-    if stored.get("load_in_4bit") or stored.get("load_in_8bit"):  # old ones name no method
+    if stored.get("load_in_4bit") or stored.get("load_in_8bit"):  # old checkpoints name no method
         return "bitsandbytes"
     return str(stored.get("quant_method") or "an unnamed method")
 
 
 def _unpacked(stored: str) -> Any:
-    """transformers' setting to load a checkpoint in MXFP4 (gpt-oss) or FP8 in the compute type,
-    because the kernels for those formats have no backward pass; None for any other checkpoint."""
+    """Make transformers' setting that dequantises a checkpoint in MXFP4 (gpt-oss) or FP8.
+
+    The kernels for these formats have no backward pass. None for any other format.
+    """
     from transformers import FineGrainedFP8Config, Mxfp4Config
 
     kinds = {"mxfp4": Mxfp4Config, "fp8": FineGrainedFP8Config}
@@ -137,8 +158,13 @@ def _unpacked(stored: str) -> Any:
 
 
 def _experts(config: Any, trust_remote_code: bool = False) -> tuple[float, int]:
-    """The share of experts in a model's weights, 0 where they are less than half, and the number of
-    all its weights. bitsandbytes quantises linears; experts are stacked in three dimensions."""
+    """Count a model's weights, and the share of experts among them.
+
+    Experts are parameters of three dimensions. bitsandbytes quantises linear layers only.
+
+    Returns:
+        The share of experts, set to 0 if it is at most half, and the number of all weights.
+    """
     model = build_meta_model(config, trust_remote_code)
     total = sum(p.numel() for p in model.parameters())
     experts = sum(p.numel() for p in model.parameters() if p.dim() == 3)
@@ -146,31 +172,32 @@ def _experts(config: Any, trust_remote_code: bool = False) -> tuple[float, int]:
 
 
 def _refuse_nf4_experts(path: str | Path, config: Any, trust_remote_code: bool = False) -> None:
+    """Raise UserError if most weights are experts, which NF4 would not make smaller."""
     share, total = _experts(config, trust_remote_code)
     if share:
         raise UserError(
             f"--model.precision nf4: {share:.0%} of the weights of {path} are experts, which "
-            "bitsandbytes does not quantise; load all of it with --model.precision bf16 "
-            f"({2 * total / 2**30:.0f} GiB)"
+            "bitsandbytes does not quantise; pass --model.precision bf16 "
+            f"({2 * total / 2**30:.0f} GiB of weights)"
         )
 
 
 def _refuse_stored(cfg: ModelConfig, config: Any, nf4: bool) -> None:
-    """Raises UserError for a checkpoint in a format that cannot be trained on."""
+    """Raise UserError for a checkpoint whose quantisation cannot be trained on."""
     stored = _stored(config)
     if stored not in ("", "bitsandbytes", "fp8", "mxfp4"):
         share, _ = _experts(config, cfg.trust_remote_code)
         hint = "" if share else " (with --model.precision nf4 for 4 bits)"
         raise UserError(
-            f"--model.path {cfg.path}: its weights are quantised with {stored}, on which rlsloth "
-            f"does not train; pass the unquantised checkpoint{hint}"
+            f"--model.path {cfg.path}: its weights are quantised with {stored}, which rlsloth "
+            f"cannot train on; pass the unquantised checkpoint{hint}"
         )
     if nf4:
         _refuse_nf4_experts(cfg.path, config, cfg.trust_remote_code)
     if nf4 and stored in ("fp8", "mxfp4"):
         raise UserError(
-            f"--model.precision nf4: the weights of {cfg.path} are stored in {stored}; pass the "
-            "unquantised checkpoint, or unpack this one with --model.precision bf16"
+            f"--model.precision nf4: the weights of {cfg.path} are stored in {stored} already; "
+            "pass the unquantised checkpoint, or --model.precision bf16 to unpack this one"
         )
 
 
@@ -185,8 +212,8 @@ def _pretrained(cfg: ModelConfig, dtype: torch.dtype, nf4: bool, device: torch.d
         unpacked = _unpacked(_stored(config))
         quantization = _nf4(dtype) if nf4 else unpacked
         if quantization is not None:
-            # Never None: that would make transformers forget how the checkpoint is quantised, and
-            # read its packed numbers as weights.
+            # The key must be absent rather than None: None makes transformers ignore the
+            # checkpoint's own quantisation and read packed numbers as weights.
             options["quantization_config"] = quantization
         model, found = AutoModelForCausalLM.from_pretrained(
             files.source,
@@ -201,16 +228,20 @@ def _pretrained(cfg: ModelConfig, dtype: torch.dtype, nf4: bool, device: torch.d
             helps = (
                 not nf4 and not _stored(config) and not _experts(config, cfg.trust_remote_code)[0]
             )
-            hint = "; try --model.precision nf4" if helps else ""
-            raise UserError(f"{cfg.path} does not fit the GPU{hint}") from error
+            hint = "; pass --model.precision nf4" if helps else ""
+            raise UserError(
+                f"--model.path {cfg.path}: the model does not fit the GPU's memory"
+                f"{hint or '; pass a smaller one'}"
+            ) from error
         raise unreadable(cfg, error) from error
     if missing := sorted(found["missing_keys"]):
         raise UserError(
-            f"{cfg.path}: its files lack {len(missing)} tensors ({missing[0]}, ...), which would "
-            "start at random; fetch the model again"
+            f"--model.path {cfg.path}: {len(missing)} tensors are missing ({missing[0]}, ...) and "
+            "would be initialised at random; download the model again"
         )
     if unpacked:
-        # MXFP4 is unpacked to bf16, whatever dtype says. Buffers stay: positions need float32.
+        # transformers unpacks MXFP4 to bf16 even if dtype is another type. Buffers are left as they
+        # are, because positions need float32.
         for parameter in model.parameters():
             if parameter.dtype == torch.bfloat16:
                 parameter.data = parameter.data.to(dtype)
@@ -220,7 +251,10 @@ def _pretrained(cfg: ModelConfig, dtype: torch.dtype, nf4: bool, device: torch.d
 def _from_gguf(
     files: ModelFiles, dtype: torch.dtype, nf4: bool, device: torch.device
 ) -> tuple[Any, Any]:
-    """Dequantise a GGUF file; nf4 quantises the result again through bitsandbytes."""
+    """Load a GGUF file as a dequantised model and its tokenizer.
+
+    With ``nf4``, bitsandbytes quantises the dequantised weights to NF4.
+    """
     from transformers import AutoModelForCausalLM
 
     path = files.gguf
@@ -232,11 +266,12 @@ def _from_gguf(
             model = AutoModelForCausalLM.from_pretrained(files.source, dtype=dtype, **files.options)
     except READ_ERRORS as error:
         raise UserError(
-            f"--model.path {path}: transformers cannot read this GGUF file: {first_line(error)}"
+            f"--model.path {path}: transformers cannot read this GGUF file: {first_line(error)}; "
+            "download it again, or pass the model's folder or hub id"
         ) from error
     forget_parsed_gguf()
     tokenizer.model_max_length = model.config.max_position_embeddings
-    # The config would otherwise claim a quantisation that the dequantised weights no longer have.
+    # The weights are dequantised now, but the configuration still says otherwise.
     del model.config.quantization_config
     if not nf4:
         return model.to(device), tokenizer

@@ -1,4 +1,4 @@
-"""Putting the LoRA on a frozen base, fresh or from a PEFT folder, and saving it as one."""
+"""Put a LoRA on a frozen base model, new or from a PEFT folder, and save it as a PEFT folder."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from rlsloth.config import LoraConfig, ModelConfig
-from rlsloth.errors import UserError, first_line
+from rlsloth.errors import UserError, first_line, nearest
 from rlsloth.files import replacing_folder
 from rlsloth.policy.compat import adapt_dense_mlps
 from rlsloth.policy.identity import (
@@ -22,20 +22,31 @@ from rlsloth.policy.identity import (
 )
 
 TRAINED = "default"
+"""PEFT's name of the adapter that is trained."""
 REFERENCE = "reference"
+"""PEFT's name of the frozen copy of a starting adapter, the reference of the KL term."""
 ALL_LINEAR = "all-linear"
+"""Value of ``lora.targets`` that means all linear layers (see ``_linears``)."""
 
 
 def add_adapter(model: Any, lora: LoraConfig, source: ModelConfig) -> Any:
-    """Wrap ``model`` with a trainable adapter; PEFT keeps its weights in float32.
+    """Wrap ``model`` with a trainable adapter (Hu et al. 2021), whose weights are in float32.
 
     A starting adapter (``source.adapter``) is loaded twice: once to train, once frozen as the
-    reference. Names among the targets mean what they mean to PEFT, which in models that it knows
-    takes ``gate_proj``, ``up_proj`` and ``down_proj`` for the experts.
+    reference. Names in ``lora.targets`` have PEFT's meaning; in models whose experts PEFT knows,
+    ``gate_proj``, ``up_proj`` and ``down_proj`` mean the experts.
+
+    Args:
+        model: transformers' causal language model, changed in place.
+        lora: rank, alpha, dropout and targets of a new adapter.
+        source: the model's configuration, with its path and starting adapter.
+
+    Returns:
+        PEFT's model.
 
     Raises:
-        UserError: the adapter folder is missing or does not fit the model; a target matches no
-        module.
+        UserError: the starting adapter is missing or does not fit the model, or a target matches
+            no module.
     """
     import peft
 
@@ -55,12 +66,16 @@ def add_adapter(model: Any, lora: LoraConfig, source: ModelConfig) -> Any:
     )
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="fan_in_fan_out is set")  # says it and does
+            # PEFT warns that it corrects this setting, and does so.
+            warnings.filterwarnings("ignore", message="fan_in_fan_out is set")
             warnings.filterwarnings("ignore", message="You are trying to modify a model with PEFT")
             written = adapt_dense_mlps(model, config, TRAINED)
             adapted = peft.get_peft_model(model, config, TRAINED)
     except ValueError as error:
-        raise UserError(f"--lora.targets {' '.join(lora.targets)}: {error}") from error
+        raise UserError(
+            f"--lora.targets {' '.join(lora.targets)}: PEFT cannot adapt these modules of "
+            f"{source.path}: {first_line(error)}; pass other targets"
+        ) from error
     config.target_parameters = {*(config.target_parameters or ()), *written} or None
     return adapted
 
@@ -70,16 +85,28 @@ def _check_names(model: Any, named: list[str], path: str) -> None:
     for target in named:
         found = any(module.endswith(f".{target}") for module in modules)
         if not found and not _means_experts(model, target):
-            raise UserError(f"--lora.targets {target}: no module of {path} has it")
+            known = sorted({name.rpartition(".")[2] for name in _linear_names(model)})
+            raise UserError(
+                f"--lora.targets {target}: no module of {path} has this name"
+                f"{nearest(target, known)} (linear layers: {', '.join(known)})"
+            )
+
+
+def _linear_names(model: Any) -> list[str]:
+    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
 
 
 def _linears(model: Any, path: str) -> list[str]:
-    """The names of all linears but the output head, routers and gates of experts; no experts.
+    """List the names of all linear layers except the output head, routers and experts.
 
-    Experts are stacked parameters: PEFT's own "all-linear" also adapts those of a Qwen3-MoE, by a
-    copy of all their weights at every forward, and its router. Most routers are modules of their
-    own kind; where one is a linear (Jamba, Llama 4, Qwen2-MoE's gate of its shared expert) it is
-    known by its place next to the experts, alone or as the only linear of a module.
+    Experts are stacked parameters. PEFT's own "all-linear" would also adapt a Qwen3-MoE's experts,
+    with a copy of all their weights in every forward, and its router. Most routers have a class of
+    their own. Where a router is a linear layer (Jamba, Llama 4, the gate of Qwen2-MoE's shared
+    expert), it is recognised by its place: it is a neighbour of the experts, or the only linear
+    layer in such a neighbour.
+
+    Raises:
+        UserError: there is no linear layer left.
     """
     from transformers.pytorch_utils import Conv1D
 
@@ -91,10 +118,10 @@ def _linears(model: Any, path: str) -> list[str]:
         (linears if chosen else others).append(name)
     if not linears:
         raise UserError(
-            f"--lora.targets all-linear: {path} has no linear layer but its output head; pass the "
-            "names of modules that it has"
+            f"--lora.targets all-linear: {path} has no linear layer except its output head; pass "
+            "the names of the modules to adapt"
         )
-    # Their last names, which are saved with the adapter, where no other module shares them.
+    # Use the last part of a name, such as q_proj, unless a module that is not adapted shares it.
     taken = {name.rpartition(".")[2] for name in others}
     last = {name: name.rpartition(".")[2] for name in linears}
     return sorted({name if last[name] in taken else last[name] for name in linears})
@@ -116,26 +143,33 @@ def _holds_experts(module: nn.Module) -> bool:
 
 
 def _means_experts(model: Any, name: str) -> bool:
-    """Whether PEFT takes this name for experts, in the models that it knows."""
+    """Tell whether PEFT reads this name as the model's experts."""
     import peft
     from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 
     config = peft.LoraConfig(target_modules=[name])
     try:
         convert_peft_config_for_transformers(config, model, None)
-    except ValueError:  # only together with the other half of gate_up_proj
+    except ValueError:  # PEFT wants gate_proj and up_proj of experts together
         return True
     return name not in (config.target_modules or ())
 
 
 def load_adapter(model: Any, folder: Path, path: str, *, to_train: bool) -> Any:
-    """Wrap ``model``, loaded from ``path``, with the adapter in a PEFT folder.
+    """Wrap a model with the adapter in a PEFT folder.
 
     Args:
-        to_train: make it trainable, and load it a second time, frozen, as the reference.
+        model: transformers' causal language model, changed in place.
+        folder: PEFT's folder.
+        path: path from which the model was loaded, for messages.
+        to_train: make the adapter trainable, and load it again, frozen, as the reference.
+
+    Returns:
+        PEFT's model.
 
     Raises:
-        UserError: no adapter there, one of another base (rlsloth.json), or one that does not fit.
+        UserError: the folder has no adapter, its adapter was trained on another base model
+            (rlsloth.json), or it does not fit.
     """
     import peft
 
@@ -143,7 +177,10 @@ def load_adapter(model: Any, folder: Path, path: str, *, to_train: bool) -> Any:
         inner = folder / "adapter"
         there = (inner / "adapter_config.json").is_file()
         hint = f"; did you mean {inner}?" if there else ""
-        raise UserError(f"--model.adapter {folder}: no adapter_config.json there{hint}")
+        raise UserError(
+            f"--model.adapter {folder}: this folder has no adapter_config.json"
+            f"{hint or '; pass the folder of a PEFT adapter'}"
+        )
     recorded, here = read_identity(folder), getattr(model, IDENTITY, None)
     if recorded is not None and here is not None:
         refuse_other_base(recorded, here.weights, folder, path)
@@ -158,7 +195,10 @@ def load_adapter(model: Any, folder: Path, path: str, *, to_train: bool) -> Any:
             wrapped.add_adapter(REFERENCE, reference)
             wrapped.load_adapter(str(folder), REFERENCE, is_trainable=False)
     except (RuntimeError, ValueError, OSError, SafetensorError) as error:
-        raise UserError(f"adapter {folder} does not fit {path}: {first_line(error)}") from error
+        raise UserError(
+            f"adapter {folder} does not fit {path}: {first_line(error)}; pass the base model that "
+            "it was trained on"
+        ) from error
     if written:
         config.target_parameters = {*(config.target_parameters or ()), *written}
     wrapped.set_adapter(TRAINED)
@@ -166,11 +206,16 @@ def load_adapter(model: Any, folder: Path, path: str, *, to_train: bool) -> Any:
 
 
 def save_adapter(model: Any, folder: Path) -> None:
-    """Write the trained adapter as a PEFT folder, whole or not at all, with rlsloth.json where the
-    base's identity is known."""
+    """Write the trained adapter as a PEFT folder, whole or not at all.
+
+    rlsloth.json is added if the identity of the base model is known.
+
+    Raises:
+        UserError: the file system refuses to write.
+    """
     try:
         with replacing_folder(folder) as temporary:
-            # Embeddings are never resized here; "auto" would ask the hub whether they were.
+            # Embeddings are never resized here; the default "auto" would query the hub to find out.
             model.save_pretrained(
                 str(temporary), selected_adapters=[TRAINED], save_embedding_layers=False
             )
@@ -178,4 +223,6 @@ def save_adapter(model: Any, folder: Path) -> None:
             if (identity := getattr(model.get_base_model(), IDENTITY, None)) is not None:
                 write_identity(identity, temporary)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot write the adapter to {folder}: {first_line(error)}") from error
+        raise UserError(
+            f"cannot write the adapter to {folder}: {first_line(error)}; make room there"
+        ) from error

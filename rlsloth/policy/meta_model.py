@@ -1,4 +1,4 @@
-"""A model's modules without weights, on torch's meta device: built in a second or so."""
+"""Build a model's modules without weights, on torch's meta device, in about a second."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from rlsloth.policy.files import READ_ERRORS, locate
 
 
 def build_meta_model(config: Any, trust_remote_code: bool = False) -> Any:
-    """The causal LM of a transformers configuration, frozen, in float32, on the meta device."""
+    """Build the causal language model of a transformers configuration on the meta device.
+
+    It is frozen and in float32.
+    """
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
@@ -27,15 +30,19 @@ def build_meta_model(config: Any, trust_remote_code: bool = False) -> Any:
 
 
 def read_meta_model(cfg: ModelConfig, option: str = "--model.path") -> Any:
-    """The model of a configuration on the meta device; none of its weights are read.
+    """Read a model's configuration and build the model on the meta device, without its weights.
 
     Args:
-        option: the command-line option that named the model, for errors.
+        cfg: the model to read.
+        option: the command-line option that named the model, for messages.
 
     Raises:
-        UserError: no configuration there, or none of a causal language model.
+        UserError: the configuration cannot be read, or is not a causal language model's.
     """
     try:
         return build_meta_model(locate(cfg).read_config(), cfg.trust_remote_code)
     except READ_ERRORS as error:
-        raise UserError(f"{option} {cfg.path}: {first_line(error)}") from error
+        raise UserError(
+            f"{option} {cfg.path}: cannot read a causal language model's configuration: "
+            f"{first_line(error)}; check the path or hub id"
+        ) from error

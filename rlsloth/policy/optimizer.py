@@ -1,4 +1,4 @@
-"""The adapter's optimizer and schedule, from torch, bitsandbytes and transformers."""
+"""The adapter's optimizer and learning-rate schedule."""
 
 from __future__ import annotations
 
@@ -16,8 +16,14 @@ from rlsloth.files import flatten
 def make_optimizer(
     parameters: Iterable[Parameter], cfg: OptimConfig, device: torch.device, total_steps: int
 ) -> tuple[torch.optim.Optimizer, Any]:
-    """An optimizer over ``parameters`` and its learning-rate schedule over ``total_steps``
-    updates."""
+    """Make an optimizer (torch's or bitsandbytes') and its schedule (transformers').
+
+    Args:
+        parameters: the trained parameters.
+        cfg: the section ``optim``.
+        device: the parameters' device; "auto" means 8-bit AdamW on a GPU, AdamW on a CPU.
+        total_steps: planned updates of the whole run.
+    """
     from transformers import get_scheduler
 
     name = cfg.name
@@ -44,10 +50,13 @@ def make_optimizer(
 
 
 def flatten_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The optimizer's state as named tensors (``<parameter>.<key>``) and JSON, for a checkpoint."""
+    """Split the optimizer's state into tensors and JSON values, for a checkpoint.
+
+    Both are named ``<parameter's index>.<key>``.
+    """
     tensors: dict[str, Tensor] = {}
     scalars: dict[str, Any] = {}
-    # bitsandbytes keeps its 8-bit state one level down.
+    # Flattened, because bitsandbytes nests its 8-bit state one level deeper.
     for path, value in flatten(optimizer.state_dict()["state"]).items():
         if isinstance(value, Tensor):
             tensors[path] = value.detach()
@@ -59,22 +68,23 @@ def flatten_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], 
 def restore_state(
     optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], scalars: Mapping[str, Any]
 ) -> None:
-    """Undo ``flatten_state`` on an optimizer over the same parameters."""
+    """Load the result of ``flatten_state`` into an optimizer over the same parameters."""
     state: dict[int, Any] = {}
     for path, value in [*tensors.items(), *scalars.items()]:
         index, *keys, last = path.split(".")
         branch = state.setdefault(int(index), {})
         for key in keys:
             branch = branch.setdefault(key, {})
-        # A copy: the optimizer updates its state in place.
+        # A copy, because the optimizer updates its state in place.
         branch[last] = value.clone() if isinstance(value, Tensor) else value
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
 
 
 def resume_schedule(scheduler: Any, updates: int) -> None:
-    """Put a fresh schedule behind ``updates`` planned updates.
+    """Advance a new schedule to the state after ``updates`` planned updates.
 
-    The rate follows from the schedule as configured now, so that a resumed run may change it.
+    The learning rate is computed from the schedule as it is configured now, so that a resumed run
+    may change it.
     """
     scheduler.last_epoch = updates
     rates = [

@@ -1,4 +1,4 @@
-"""The model that is trained: a frozen base with a LoRA, scored over packed streams."""
+"""The trained model: a frozen base model with a LoRA, which scores packed micro-batches."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from rlsloth.records import LogitTransform, MicroBatch, StepStats, TokenLogprobs
 class Policy:
     """A causal language model with a trainable LoRA, its optimizer and its version.
 
-    ``version`` counts optimizer updates that took place; every sampled token carries it.
+    ``version`` counts the optimizer updates that were made; every sampled token records it.
     """
 
     def __init__(
@@ -90,7 +90,18 @@ class Policy:
         temperature: float,
         total_updates: int,
     ) -> Policy:
-        """Load the base from ``model.path`` and put the adapter on it. Raises UserError."""
+        """Load the base model from ``model.path`` and put the adapter on it.
+
+        Args:
+            model: base model and starting adapter.
+            lora: rank, alpha, dropout and targets of a new adapter.
+            optim: optimizer and schedule.
+            temperature: sampling temperature, at which tokens are scored; 0 means 1.
+            total_updates: planned updates of the whole run.
+
+        Raises:
+            UserError: the model or the adapter cannot be loaded.
+        """
         return cls(
             load_model(model),
             model,
@@ -101,10 +112,10 @@ class Policy:
         )
 
     def logprobs(self, micro: MicroBatch) -> TokenLogprobs:
-        """Log-probs [N] of a micro-batch's scored tokens at the sampling temperature,
-        differentiable.
+        """Score a micro-batch's tokens with gradients: log-probs and entropies [N] in nats.
 
-        One packed forward; the head goes through linear_logprob, so [N, V] never exists.
+        The log-probs are those at the sampling temperature. This is one packed forward, and
+        linear_logprob applies the head, so that logits [N, V] never exist.
         """
         self.model.train()
         return self._score(micro)
@@ -112,7 +123,8 @@ class Policy:
     def _score(self, micro: MicroBatch) -> TokenLogprobs:
         layout = PackedLayout(micro, self.backend)
         lora = self._head_adapter.read()
-        # linear_logprob norms the scored rows itself, unless a head's adapter needs them as well.
+        # linear_logprob applies the final norm to the scored rows itself, unless the head has an
+        # adapter, which needs normed rows too.
         with before_final_norm(self._decoder) if lora is None else nullcontext() as norm:
             hidden_TH = self._decoder(
                 input_ids=micro.token_ids[None],
@@ -121,7 +133,7 @@ class Policy:
                 packed=layout,
             ).last_hidden_state[0]
         out = linear_logprob(
-            hidden_TH[micro.score_index],  # a copy of our own
+            hidden_TH[micro.score_index],  # a copy, which may be overwritten
             self._head.weight,
             micro.target_ids,
             bias_V=self._head.bias,
@@ -136,20 +148,22 @@ class Policy:
 
     @torch.no_grad()
     def reference_logprobs(self, micro: MicroBatch) -> Tensor:
-        """Log-probs [N] under the starting policy: adapter off if it was fresh, else the frozen
-        copy."""
+        """Score a micro-batch under the policy before training: log-probs [N] in nats."""
         with self.starting_policy():
             return self.eval_logprobs(micro)
 
     @torch.no_grad()
     def eval_logprobs(self, micro: MicroBatch) -> Tensor:
-        """``logprobs`` without dropout and without gradient."""
+        """Score a micro-batch without dropout and gradients: log-probs [N] in nats."""
         self.model.eval()
         return self._score(micro).logprobs
 
     @contextmanager
     def starting_policy(self) -> Iterator[None]:
-        """The policy as it was before training: the reference of the KL term."""
+        """Use the policy as it was before training, the reference of the KL term.
+
+        A new adapter is switched off; in place of a starting adapter its frozen copy is used.
+        """
         if self._fresh:
             with self.base_model():
                 yield
@@ -162,7 +176,11 @@ class Policy:
 
     @torch.no_grad()
     def plain_logprobs(self, prompt_ids: list[int], token_ids: list[int]) -> Tensor:
-        """[len(token_ids)] log-probs by transformers' own modules: the yardstick."""
+        """Score one completion with transformers' own modules, to compare ours with.
+
+        Returns:
+            [len(token_ids)] log-probs in nats at the sampling temperature, on the CPU.
+        """
         self.model.eval()
         base = self.model.get_base_model()
         experts = getattr(base.config, "_experts_implementation", None)
@@ -179,12 +197,15 @@ class Policy:
         return logprobs.gather(-1, torch.tensor(token_ids)[:, None])[:, 0]
 
     def base_model(self) -> AbstractContextManager[None]:
-        """The base without any adapter."""
+        """Use the base model without any adapter."""
         context: AbstractContextManager[None] = self.model.disable_adapter()
         return context
 
     def step(self) -> StepStats:
-        """Clip, update and clear the gradients. A non-finite gradient updates nothing."""
+        """Clip the gradients, update the weights, and clear the gradients.
+
+        A NaN or infinite gradient updates nothing; the schedule moves on in any case.
+        """
         norm = float(torch.nn.utils.clip_grad_norm_(self._trained, self._max_grad_norm))
         lr = self.learning_rate
         skipped = not math.isfinite(norm)
@@ -196,30 +217,34 @@ class Policy:
         return StepStats(norm, lr, skipped)
 
     def idle(self) -> StepStats:
-        """An update without any gradient: only the schedule moves on."""
+        """Count an update that has no gradients: only the schedule moves on."""
         stats = StepStats(0.0, self.learning_rate, skipped=False)
         self._advance_schedule()
         return stats
 
     def _advance_schedule(self) -> None:
-        """The schedule counts planned updates, so that it ends where the run does."""
-        with warnings.catch_warnings():  # torch expects every planned update to take place
+        """Move the schedule on by one planned update, so that it ends when the run does."""
+        with warnings.catch_warnings():  # torch warns if the optimizer did not step
             warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
             self.scheduler.step()
 
     @property
     def learning_rate(self) -> float:
-        """The learning rate of the next update."""
+        """Learning rate of the next update."""
         return float(self.scheduler.get_last_lr()[0])
 
     def weights(self) -> Weights:
-        """The live trained weights under the current version."""
+        """Return the trained weights (live tensors, not copies) with the current version."""
         named = self.model.named_parameters()
         return Weights(self.version, "adapter", {n: p for n, p in named if p.requires_grad})
 
     def state(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-        """Everything a checkpoint needs, as named tensors by file (live, to be written now) and
-        JSON."""
+        """Return the state that a checkpoint stores.
+
+        Returns:
+            File name -> tensor's name -> tensor (live: write it before the next update), and
+            values for JSON.
+        """
         tensors, scalars = flatten_state(self.optimizer)
         weights = {n: p.detach() for n, p in self.weights().tensors.items()}
         json = {
@@ -230,7 +255,7 @@ class Policy:
         return {"adapter": weights, "optimizer": tensors}, json
 
     def restore(self, tensors: Mapping[str, Mapping[str, Tensor]], json: Mapping[str, Any]) -> None:
-        """Undo ``state`` on a policy made from the same configuration."""
+        """Load the result of ``state`` into a policy with the same configuration."""
         live = self.weights().tensors
         with torch.no_grad():
             for name, value in tensors["adapter"].items():
@@ -243,13 +268,14 @@ class Policy:
 def _context(model: ModelConfig, limit: int) -> int:
     if model.max_context is not None and model.max_context > limit:
         raise UserError(
-            f"--model.max-context {model.max_context} exceeds the model's own limit of {limit}"
+            f"--model.max-context {model.max_context} exceeds the {limit} tokens that "
+            f"{model.path} supports; pass at most {limit}"
         )
     return model.max_context or limit
 
 
 def _logit_transform(config: Any) -> LogitTransform:
-    """Cohere multiplies its logits, Granite divides them, Gemma 2 caps them."""
+    """Read the transform of the logits: Cohere multiplies, Granite divides, Gemma 2 caps them."""
     scale = float(getattr(config, "logit_scale", None) or 1.0)
     scale /= float(getattr(config, "logits_scaling", None) or 1.0)
     return LogitTransform(scale, getattr(config, "final_logit_softcapping", None))

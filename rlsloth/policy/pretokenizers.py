@@ -1,8 +1,7 @@
 """llama.cpp's names for the ways in which a byte-level BPE tokenizer splits text into words.
 
-A GGUF file names its split (``tokenizer.ggml.pre``); tokenizer.json spells it out in steps. The
-names are those of llama.cpp's src/llama-vocab.cpp, the patterns those of the models' own
-tokenizer.json files.
+A GGUF file contains the name (``tokenizer.ggml.pre``), tokenizer.json the splitting steps. The
+names are from llama.cpp's src/llama-vocab.cpp, the patterns from the models' own tokenizer.json.
 """
 
 from __future__ import annotations
@@ -22,19 +21,21 @@ _TEKKEN = rf"{_CASED.replace('(SUFFIX)', '')}|\p{{N}}|{_SLASHED}"
 _GPT4O = rf"{_CASED.replace('(SUFFIX)', _APOSTROPHE + '?')}|\p{{N}}{{1,3}}|{_SLASHED}"
 
 DIGITS = "one digit a word"
+"""Step that makes each digit a word of its own."""
 GPT2 = "GPT-2's words"
+"""Step that splits text by GPT-2's regular expression."""
 
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """A way to split text into words."""
+    """A way of splitting text into words."""
 
     steps: tuple[str, ...]
-    """DIGITS, GPT2, or a regular expression, one after another."""
+    """Steps in order: DIGITS, GPT2, or a regular expression."""
     ignore_merges: bool = False
-    """Whether a word that is a token is taken as it is, without merges."""
+    """Whether a word that is itself a token becomes that token, without merges."""
     readable: bool = False
-    """Whether a tokenizer read from a GGUF file with this split was tested."""
+    """Whether reading such a tokenizer from a GGUF file is tested."""
 
 
 SPLITS = {
@@ -52,4 +53,4 @@ ALIASES = {
     "llama-v3": "llama-bpe",
     "deepseek-r1-qwen": "qwen2",
 }
-"""Further names in GGUF files for the same splits."""
+"""Other name in a GGUF file -> the name in SPLITS."""

@@ -1,4 +1,4 @@
-"""The tokenizer and the context length of a model, read before its weights are loaded."""
+"""Read a model's tokenizer and context length before its weights are loaded."""
 
 from __future__ import annotations
 
@@ -10,11 +10,15 @@ from rlsloth.errors import UserError
 from rlsloth.policy.files import READ_ERRORS, locate, unreadable
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
-"""A folder without any of them holds no tokenizer."""
+"""Files of which a folder with a tokenizer contains at least one."""
 
 
 def load_tokenizer(cfg: ModelConfig) -> Any:
-    """The tokenizer of a model. Raises UserError."""
+    """Load a model's tokenizer.
+
+    Raises:
+        UserError: the model has no tokenizer, or it cannot be read.
+    """
     files = locate(cfg)
     if files.gguf is not None:
         check_gguf_exists(files.gguf)
@@ -27,7 +31,11 @@ def load_tokenizer(cfg: ModelConfig) -> Any:
 
 
 def read_context(cfg: ModelConfig) -> int:
-    """The tokens that prompt and completion may have together. Raises UserError."""
+    """Read the largest number of tokens that prompt and completion may have together.
+
+    Raises:
+        UserError: the model's configuration cannot be read.
+    """
     try:
         config = locate(cfg).read_config().get_text_config()
     except READ_ERRORS as error:
@@ -37,21 +45,28 @@ def read_context(cfg: ModelConfig) -> int:
 
 
 def check_gguf_exists(file: Path) -> None:
-    """Raises UserError where there is no such file."""
+    """Raise UserError if a GGUF file does not exist."""
     if not file.is_file():
-        raise UserError(f"--model.path: no file {file} (looked from {Path.cwd()})")
+        raise UserError(
+            f"--model.path {file}: there is no such file (current folder: {Path.cwd()}); check the "
+            "path"
+        )
 
 
 def _check_folder(cfg: ModelConfig) -> None:
     path = Path(cfg.path).expanduser()
     if cfg.path.startswith(("/", "./", "../", "~")) and not path.exists():
-        raise UserError(f"--model.path {cfg.path}: no such folder or file")
+        raise UserError(
+            f"--model.path {cfg.path}: there is no such folder or file (current folder: "
+            f"{Path.cwd()}); check the path"
+        )
     if path.exists() and not path.is_dir():
         raise UserError(
-            f"--model.path {cfg.path} is a file; pass a folder, a .gguf file or a hub id"
+            f"--model.path {cfg.path} is a file, but not a .gguf file; pass a folder, a .gguf file "
+            "or a hub id"
         )
     if path.is_dir() and not any((path / name).exists() for name in TOKENIZER_FILES):
         raise UserError(
-            f"{path} holds no tokenizer (none of {', '.join(TOKENIZER_FILES)}); copy the tokenizer "
-            "files of the base model there"
+            f"--model.path {path}: the folder has no tokenizer (none of "
+            f"{', '.join(TOKENIZER_FILES)}); copy the tokenizer's files of the base model there"
         )

@@ -171,10 +171,9 @@ def test_an_adapter_of_another_base_is_refused_in_a_line(
     change(moved, "model.norm.weight", torch.tensor(0.5))
     with pytest.raises(UserError) as caught:
         policy_on(moved, adapter=adapter)
-    assert str(caught.value) == (
-        f"adapter {adapter} was trained on {base}, whose weights differ from those of {moved}: "
-        "pass the base that it was trained on"
-    )
+    message = str(caught.value)
+    assert message.startswith(f"adapter {adapter} was trained on {base}, but {moved} has different")
+    assert "pass the base model" in message
 
 
 def test_an_adapter_without_record_is_checked_by_peft_alone(copied: Path, adapter: Path) -> None:

@@ -7,13 +7,45 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from helpers.families import FAMILIES, family_model
 from helpers.policies import VOCAB
+from rlsloth.config import LoraConfig, ModelConfig
+from rlsloth.policy.lora import add_adapter
 from rlsloth.policy.policy import Policy
+from rlsloth.policy.wrap.wrap import wrap
 from rlsloth.records import SamplingParams
 from rlsloth.rollout.embedded.engine import TransformersEngine
 
 SPREAD = {"initializer_range": 0.15}
 """Weights so large that outputs are of order 1 and errors show."""
+
+UNKNOWN = ("granite", "cohere")
+"""Families without a class in wrap/families.py."""
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    **{family: (family, {}) for family in FAMILIES},
+    "llama3_rope": (
+        "llama",
+        {
+            "rope_parameters": {
+                "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0,
+                "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 32,
+            }
+        },
+    ),
+    "llama_biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "phi4_partial_rope": (
+        "phi3",
+        {
+            "rope_parameters": {
+                "rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5
+            }
+        },
+    ),
+    "mistral_whole": ("mistral", {"sliding_window": None}),
+    "qwen3_moe_dense": ("qwen3_moe", {"mlp_only_layers": [0]}),
+}  # fmt: skip
+"""Name -> family and settings: every family, and some with other rotary positions or layers."""
 
 
 def randomize(model: Any) -> None:
@@ -55,3 +87,18 @@ def decoded(policy: Policy) -> list[list[int]]:
     prompts = [[5, 6, 7], [8] * 11, [9, 10]]
     out = engine.generate(prompts, 2, SamplingParams(max_tokens=12, temperature=1.0, seed=3))
     return [c.token_ids for completions in out for c in completions]
+
+
+def adapted(family: str, dtype: torch.dtype = torch.float32, **lora: Any) -> Any:
+    """A random model of a variant with a random adapter, not wrapped."""
+    name, settings = VARIANTS[family]
+    model = family_model(name, **SPREAD, **settings).to(dtype)
+    model.set_attn_implementation("eager")
+    model = add_adapter(model, LoraConfig(rank=4, **lora), ModelConfig())
+    randomize(model)
+    return model
+
+
+def reasons(model: Any) -> dict[str, str]:
+    """Wrap a model; class that is not wrapped -> the reason."""
+    return {left.name: left.reason for left in wrap(model).left}

@@ -1,4 +1,4 @@
-"""Fixtures of several tests of the policy."""
+"""Fixtures that several tests of the policy use."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from rlsloth.policy.attention.layout import PackedLayout
 
 
 @pytest.mark.parametrize("tokens", [40, 400, 4000])
-def test_a_call_a_segment_equals_masked_squares(tokens: int) -> None:
+def test_one_call_for_each_segment_equals_masked_squares(tokens: int) -> None:
     micros = pack(make_groups(4), tokens, mask_truncated=False, keep_zero_advantage=True)
     shared = 0
     for micro in micros.microbatches:
@@ -27,7 +27,7 @@ def test_a_call_a_segment_equals_masked_squares(tokens: int) -> None:
     assert shared > 0
 
 
-def test_every_row_has_one_place_of_its_own() -> None:
+def test_every_row_has_exactly_one_position() -> None:
     (micro, *_) = pack(make_groups(1), 4000, mask_truncated=False,
                        keep_zero_advantage=True).microbatches  # fmt: skip
     repeated = PackedLayout(micro, "cudnn").repeated

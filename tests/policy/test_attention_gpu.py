@@ -1,4 +1,4 @@
-"""Every packed attention backend on a GPU against plain SDPA in float32; decoding graphs."""
+"""Attention backends on a GPU compared with plain SDPA in float32; decoding graphs."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_backend_agrees_with_float32(backend, exact):
 
 
 def test_cudnn_reads_streams_of_every_length():
-    """Segments of one shape in streams of several lengths: torch keeps cuDNN's plans by shape."""
+    """torch caches cuDNN's plans by shape: segments of one shape, in streams of several lengths."""
     for groups in (4, 1, 2):
         same = [make_groups(0, 1)[0] for _ in range(groups)]
         (micro,) = pack(same, 4000, mask_truncated=False, keep_zero_advantage=True).microbatches

@@ -51,11 +51,11 @@ MIXED: dict[str, dict[str, Any]] = {
     "qwen2_moe": {"shared_expert_intermediate_size": 24, "moe_intermediate_size": 16},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
 }  # fmt: skip
-"""Dense layers beside layers of experts."""
+"""Families with dense layers next to layers of experts."""
 
 
 def adapted(family: str, dtype: torch.dtype = torch.float32, targets: list[str] = ATTENTION) -> Any:
-    """More experts than tokens choose."""
+    """A random adapted model with more experts than its tokens use."""
     many = {"num_experts": 128, "num_local_experts": 128, "num_experts_per_tok": 4}
     model = family_model(family, **SPREAD, **many).to(dtype)
     model.set_attn_implementation("eager")
@@ -65,7 +65,7 @@ def adapted(family: str, dtype: torch.dtype = torch.float32, targets: list[str] 
 
 
 def eager(model: Any) -> Any:
-    """A copy with the loop over experts."""
+    """A copy that loops over experts."""
     twin = copy.deepcopy(model)
     twin.get_base_model().set_experts_implementation("eager")
     return twin
@@ -102,7 +102,9 @@ def test_all_linear_leaves_experts_and_router_alone(family):
 
 def test_a_target_that_is_not_there_is_refused():
     for family, targets in (("gpt_oss", ["gate_proj"]), ("qwen3_moe", ["gate_prj", *EXPERTS])):
-        with pytest.raises(UserError, match=f"--lora.targets {targets[0]}: no module of .+ has it"):
+        with pytest.raises(
+            UserError, match=f"--lora.targets {targets[0]}: no module of .+ has this name"
+        ):
             adapted(family, targets=["q_proj", *targets])
 
 
@@ -132,7 +134,7 @@ def linears_of(model: Any) -> set[str]:
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3", "glm4_moe"])
-def test_all_linear_adapts_the_dense_mlps_beside_experts(family, tmp_path: Path):
+def test_all_linear_adapts_the_dense_mlps_next_to_experts(family, tmp_path: Path):
     want = linears_of(small_model(family))
     assert "model.layers.0.mlp.gate_proj" in want
     lora, ids = LoraConfig(rank=2), torch.tensor([[5, 6, 7, 8]])
@@ -184,7 +186,7 @@ def test_all_linear_and_experts_by_their_names(tmp_path: Path):
     ],
 )
 def test_routers_that_are_linears_are_left_alone(family, router):
-    """A convolution (Lfm2) has weights of three dimensions, too, but no router beside it."""
+    """A convolution (Lfm2) also has weights of three dimensions, but no router next to it."""
     routers = {f"model.layers.{i}.{router}" for i in range(LAYERS) if router}
     model = add_adapter(small_model(family), LoraConfig(rank=2), ModelConfig())
     assert adapted_modules(model) == linears_of(small_model(family)) - routers
@@ -217,7 +219,7 @@ def test_adapters_on_experts():
     assert_same(model, stock)
 
 
-def test_the_yardstick_leaves_everything_as_it_was_even_where_it_fails(monkeypatch):
+def test_plain_logprobs_restore_the_model_even_after_a_failure(monkeypatch):
     policy = family_policy("qwen3_moe")
     base = policy.model.get_base_model()
     base.set_experts_implementation("grouped_mm")
@@ -255,7 +257,7 @@ def test_bf16_is_as_near_to_fp32_as_the_loop(family):
 
 
 def saved(folder: Path, family: str, changes: dict[str, Any], **settings: Any) -> Any:
-    """A model's folder whose config.json says more than the model's own."""
+    """A model's folder with changes to its config.json."""
     model = family_model(family, **{**SIZES, **settings}, **SPREAD)
     model.save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
@@ -282,7 +284,7 @@ def policy_of(folder: Path) -> Policy:
 def assert_buffers_of_a_plain_load(
     packed: Path, precision: str, family: str, **settings: Any
 ) -> None:
-    """Positions in bf16 would be off by several at the end of a long answer."""
+    """In bf16, positions would be off by several at the end of a long completion."""
     saved(packed / "plain", family, {}, **settings)
     got, want = (dict(load(f, precision).model.named_buffers()) for f in (packed, packed / "plain"))
     assert got.keys() == want.keys()
@@ -294,7 +296,7 @@ def assert_buffers_of_a_plain_load(
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_training_and_decoding_run_on_grouped_products(family, tmp_path: Path):
-    """Whatever a checkpoint's own configuration asks for."""
+    """They do so whatever the checkpoint's own configuration requests."""
     saved(tmp_path, family, {"experts_implementation": "eager"})
     policy = policy_of(tmp_path)
     batch = pack(make_groups(1), 10_000, mask_truncated=False, keep_zero_advantage=True)
@@ -303,12 +305,12 @@ def test_training_and_decoding_run_on_grouped_products(family, tmp_path: Path):
     assert training.counts == {3: 2 * LAYERS}
     with GroupedProducts() as decoding:
         decoded(policy)
-    assert decoding.counts[3] > 2 * LAYERS  # after the prompts', a step's for each token
+    assert decoding.counts[3] > 2 * LAYERS  # those of the prompts, then of one step for each token
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_router_is_the_same_in_training(family, tmp_path: Path):
-    """No noise, and no loss of its own where the configuration asks for its logits."""
+    """It adds no noise, and no loss of its own even if the configuration requests its logits."""
     saved(tmp_path / "plain", family, {})
     saved(tmp_path / "logits", family, {"output_router_logits": True})
     batch = pack(make_groups(1), 10_000, mask_truncated=False, keep_zero_advantage=True)
@@ -320,7 +322,7 @@ def test_the_router_is_the_same_in_training(family, tmp_path: Path):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_nf4_does_not_reach_experts_and_says_so(family, tmp_path: Path):
+def test_nf4_is_refused_for_models_of_experts(family, tmp_path: Path):
     saved(tmp_path, family, {})
     (tmp_path / "model.safetensors").unlink()  # refused before any weight is read
     with pytest.raises(UserError, match=r"nf4: 7\d% of the weights of .* are experts, which "):
@@ -331,7 +333,7 @@ FP4 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4
 
 
 def test_mxfp4_experts_are_unpacked(tmp_path: Path):
-    """As OpenAI stores gpt-oss: numbers of 4 bits, low ones first, an exponent for each 32."""
+    """OpenAI stores gpt-oss as 4-bit numbers, low ones first, with an exponent for each 32."""
     saved(tmp_path, "gpt_oss", {"quantization_config": {"quant_method": "mxfp4"}})
     tensors, want = load_file(tmp_path / "model.safetensors"), {}
     for name in [n for n in tensors if n.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
@@ -353,7 +355,7 @@ def test_mxfp4_experts_are_unpacked(tmp_path: Path):
 
 
 def test_fp8_weights_are_unpacked(tmp_path: Path):
-    """As Qwen stores its FP8 models: a scale for each block of 128 x 128."""
+    """Qwen stores its FP8 models with a scale for each block of 128 x 128."""
     sizes = {"hidden_size": 128, "intermediate_size": 128, "moe_intermediate_size": 128}
     stored = {"quant_method": "fp8", "weight_block_size": [128, 128], "fmt": "e4m3"}
     stored["activation_scheme"] = "dynamic"

@@ -31,7 +31,7 @@ def test_training_is_that_of_the_loop(family, targets, tmp_path):
 @pytest.mark.parametrize("rows", [4, 64])
 @pytest.mark.parametrize(("family", "targets"), CASES)
 def test_graphs_follow_the_adapter(family, targets, rows, tmp_path):
-    """As trained, without the adapter, and after an update."""
+    """Decode as trained, without the adapter, and after an update."""
     policy = policy_of(tmp_path, family, targets)
     decoders = [decoder(policy, graphs, rows) for graphs in (True, False)]
     first = [decode() for decode in decoders]

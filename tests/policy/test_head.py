@@ -36,7 +36,7 @@ def micro_batch(seed: int = 1) -> MicroBatch:
 
 
 def gradients(policy: Policy, logprobs: Tensor) -> dict[str, Tensor]:
-    """Of a sum of them that tells them apart."""
+    """Gradients of a weighted sum, so that each log-prob has a different one."""
     policy.optimizer.zero_grad()
     (logprobs * torch.linspace(-1, 2, len(logprobs))).sum().backward()
     return {n: p.grad.clone() for n, p in policy.weights().tensors.items() if p.grad is not None}
@@ -87,7 +87,7 @@ def test_the_norm_is_put_back():
 
 
 @pytest.mark.parametrize("change", ["hook", "decoder hook", "trained", "unwrapped", "unknown"])
-def test_a_norm_that_others_see_or_train_stays_where_it_is(change):
+def test_a_norm_with_hooks_or_training_is_not_moved(change):
     policy, micro = family_policy("cohere") if change == "unknown" else make_policy(), micro_batch()
     want = policy.logprobs(micro).logprobs
     decoder = policy.model.get_base_model().get_decoder()
@@ -190,7 +190,7 @@ def test_all_linear_leaves_the_head_out_unless_it_is_named():
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_merged_head_is_neither_scored_nor_sampled(tied):
-    """A tied embedding would have moved with it."""
+    """Merging would have changed a tied embedding as well."""
     policy, micro = make_policy(targets=HEAD, tied=tied), micro_batch()
     engine = engine_of(policy)
     want = policy.eval_logprobs(micro)

@@ -59,7 +59,7 @@ def test_engine_equals_generate(family):
 
 @pytest.mark.parametrize("family", ["gemma2", "gpt_oss", "llama"])
 def test_long_sequences_are_exact_too(family, monkeypatch):
-    """Trees over the limit go sequence by sequence, special attention in recomputed blocks."""
+    """Trees over the limit are computed sequence by sequence, special attention in blocks."""
     monkeypatch.setattr(packed_layout, "TREE_LIMIT", 20)
     monkeypatch.setattr(plain, "BLOCK_ROWS", 3)
     policy = family_policy(family)

@@ -1,5 +1,4 @@
-"""The packed forward against the model's own one-by-one forward, and its independence of the
-split."""
+"""The packed forward compared with the model's own forward, and with other ways to cut a batch."""
 
 from __future__ import annotations
 
@@ -156,7 +155,7 @@ def test_the_schedule_counts_planned_updates():
 
 
 def test_squares_hold_little_padding():
-    """One long tree among many short ones must not pad them all to its length."""
+    """One long tree among many short ones does not pad them all to its length."""
     groups = make_groups(7, groups=20)
     long = groups[0].rollouts[0]
     long.token_ids, long.logprobs = [5] * 600, [0.0] * 600

@@ -72,7 +72,7 @@ def test_nf4_trains_and_keeps_its_base(groups):
         for i, rollout in enumerate(group.rollouts):
             rollout.advantages = [i - 1.0] * len(rollout.token_ids)
     (micro,) = pack(groups, 10_000, mask_truncated=False, keep_zero_advantage=False).microbatches
-    reference = policy.reference_logprobs(micro)  # an evaluation must not touch the weights either
+    reference = policy.reference_logprobs(micro)  # an evaluation must not change the weights either
     out = policy.logprobs(micro)
     assert (out.logprobs - reference).abs().mean() < 0.5
     (-(out.logprobs * micro.advantages).sum()).backward()

@@ -1,68 +1,38 @@
-"""Wrapped models against transformers' and PEFT's own: outputs, gradients, adapters, decoding."""
+"""Wrapped models compared with transformers' own modules: outputs, gradients, decoding, report."""
 
 from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Any
 
-import peft
 import pytest
 import torch
 from torch import Tensor, nn
 from transformers.models.llama import modeling_llama
 
 from helpers.families import FAMILIES, family_model, family_policy
-from helpers.policies import VOCAB, make_groups
-from helpers.tiny import tiny_llama
-from helpers.wrapping import SPREAD, assert_same, decoded, randomize, run
+from helpers.policies import make_groups
+from helpers.wrapping import (
+    UNKNOWN,
+    VARIANTS,
+    adapted,
+    assert_same,
+    decoded,
+    randomize,
+    reasons,
+    run,
+)
 from rlsloth.config import LoraConfig, ModelConfig
 from rlsloth.data.packing import pack
 from rlsloth.errors import UserError
 from rlsloth.policy.attention import interface as attention
-from rlsloth.policy.lora import REFERENCE, TRAINED, add_adapter, save_adapter
+from rlsloth.policy.lora import add_adapter
 from rlsloth.policy.wrap import forwards
 from rlsloth.policy.wrap.preview import preview
+from rlsloth.policy.wrap.wrap import UNKNOWN as UNKNOWN_CLASS
 from rlsloth.policy.wrap.wrap import unwrapped, wrap
 
-UNKNOWN = ("granite", "cohere")
 KNOWN = [family for family in FAMILIES if family not in UNKNOWN]
-VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
-    **{family: (family, {}) for family in FAMILIES},
-    "llama3_rope": (
-        "llama",
-        {
-            "rope_parameters": {
-                "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0,
-                "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-                "original_max_position_embeddings": 32,
-            }
-        },
-    ),
-    "llama_biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
-    "phi4_partial_rope": (
-        "phi3",
-        {
-            "rope_parameters": {
-                "rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5
-            }
-        },
-    ),
-    "mistral_whole": ("mistral", {"sliding_window": None}),
-    "qwen3_moe_dense": ("qwen3_moe", {"mlp_only_layers": [0]}),
-}  # fmt: skip
-
-
-def adapted(family: str, dtype: torch.dtype = torch.float32, **lora: Any) -> Any:
-    name, settings = VARIANTS[family]
-    model = family_model(name, **SPREAD, **settings).to(dtype)
-    model.set_attn_implementation("eager")
-    model = add_adapter(model, LoraConfig(rank=4, **lora), ModelConfig())
-    randomize(model)
-    return model
-
-
-# --- every family --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", VARIANTS)
@@ -124,7 +94,7 @@ def test_decoding_gives_the_same_tokens(family):
 
 
 @pytest.mark.parametrize("family", UNKNOWN)
-def test_an_unknown_family_is_left_alone_and_says_so(family):
+def test_an_unknown_family_is_not_wrapped_and_reported(family):
     model = adapted(family)
     report = wrap(model)
     assert not any("forward" in vars(m) for m in model.modules())
@@ -132,19 +102,16 @@ def test_an_unknown_family_is_left_alone_and_says_so(family):
     line = report.line()
     assert line.startswith("kernels: none, all layers run on transformers' own modules (")
     assert f"2 {family.title()}Attention" in line
-    assert line.count("no class that rlsloth knows") == 1
+    assert line.count(UNKNOWN_CLASS) == 1
 
 
 def test_experts_are_left_to_transformers_and_the_rest_is_wrapped():
     report = wrap(adapted("gpt_oss"))
     assert report.line() == (
         "kernels: 2 of 2 layers wrapped (add_rms_norm, lora_o, lora_qkv, rms_norm, rope); "
-        "left alone: 2 GptOssMLP: a mixture of experts, on torch's grouped products, with weights "
+        "not wrapped: 2 GptOssMLP: a mixture of experts, on torch's grouped products, with weights "
         "that are never quantised"
     )
-
-
-# --- what a wrapper is ---------------------------------------------------------------------------
 
 
 def test_the_kernels_do_run(monkeypatch):
@@ -216,14 +183,10 @@ def test_outputs_that_transformers_collects_are_there():
 
 
 class OwnMlp(modeling_llama.LlamaMLP):
-    """Not the class that is known: it may compute anything."""
+    """A subclass of a known class, which may compute anything."""
 
 
-def reasons(model: Any) -> dict[str, str]:
-    return {left.name: left.reason for left in wrap(model).left}
-
-
-def test_what_does_not_look_as_it_should_is_left_alone():
+def test_modules_that_differ_from_the_known_class_are_not_wrapped():
     model = adapted("llama")
     one, two = model.get_base_model().model.layers
     one.mlp.__class__ = OwnMlp
@@ -234,13 +197,13 @@ def test_what_does_not_look_as_it_should_is_left_alone():
     two.post_attention_layernorm = nn.LayerNorm(32)
     left = {(x.name, x.reason) for x in wrap(model).left}
     assert left == {
-        ("OwnMlp", "no class that rlsloth knows"),
-        ("LlamaMLP", "its parts are not the known ones (extra)"),
-        ("LlamaAttention", "something else has replaced its forward"),
+        ("OwnMlp", UNKNOWN_CLASS),
+        ("LlamaMLP", "its parts differ from the known class (extra)"),
+        ("LlamaAttention", "its forward was replaced already"),
         ("LlamaAttention", "it lacks scaling"),
-        ("LlamaDecoderLayer", "it has a dropout of its own"),
+        ("LlamaDecoderLayer", "it contains a dropout"),
         ("LlamaDecoderLayer", "its second norm is not wrapped"),
-        ("LayerNorm", "no class that rlsloth knows"),
+        ("LayerNorm", UNKNOWN_CLASS),
     }
 
 
@@ -253,231 +216,6 @@ def test_an_activation_without_a_kernel():
     assert_same(model, stock)
 
 
-# --- adapters ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("family", ["llama", "phi3", "gemma2"])
-def test_adapter_off(family):
-    model = adapted(family)
-    stock = copy.deepcopy(model)
-    wrap(model)
-    ids = torch.tensor([[5, 6, 7, 8]])
-    on = model(ids).logits
-    with model.disable_adapter(), stock.disable_adapter():
-        off = model(ids).logits
-        torch.testing.assert_close(off, stock(ids).logits, rtol=0, atol=1e-5)
-    assert (on - off).abs().max() > 1e-2
-    assert torch.equal(model(ids).logits, on)
-
-
-def test_an_adapter_is_saved_loaded_and_switched(tmp_path: Path):
-    model = adapted("qwen2")
-    wrap(model)
-    save_adapter(model, tmp_path / "adapter")
-    base = family_model("qwen2", **SPREAD)
-    base.load_state_dict(copy.deepcopy(model).unload().state_dict())
-    source = ModelConfig(adapter=tmp_path / "adapter")
-    both = add_adapter(base, LoraConfig(), source)
-    wrap(both)
-    ids = torch.tensor([[5, 6, 7, 8]])
-    want = model(ids).logits
-    torch.testing.assert_close(both(ids).logits, want, rtol=0, atol=1e-6)
-    with torch.no_grad():
-        for name, p in both.named_parameters():
-            if f"lora_B.{TRAINED}" in name:
-                p.zero_()
-    assert (both(ids).logits - want).abs().max() > 1e-2
-    both.set_adapter(REFERENCE)
-    torch.testing.assert_close(both(ids).logits, want, rtol=0, atol=1e-6)
-    both.set_adapter(TRAINED)
-    with both.disable_adapter():
-        off = both(ids).logits
-    assert torch.equal(both(ids).logits, off)
-
-
-def test_weights_that_are_replaced_are_followed():
-    model = adapted("llama").train()
-    stock = copy.deepcopy(model)
-    wrap(model)
-    run(model)
-    for one in (model, stock):
-        torch.manual_seed(5)
-        mlp = one.get_base_model().model.layers[0].mlp
-        mlp.gate_proj.base_layer.weight = nn.Parameter(torch.randn(48, 32) / 6, requires_grad=False)
-        mlp.up_proj.lora_A[TRAINED].weight = nn.Parameter(torch.randn(4, 32) / 6)
-        mlp.down_proj.set_scale(TRAINED, 0.3)
-    assert_same(model, stock)
-
-
-def test_adapters_that_come_and_go_are_followed():
-    """Merged, unmerged, taken away: the weights are read at each call."""
-    model = adapted("llama").eval()
-    wrap(model)
-    ids = torch.tensor([[5, 6, 7, 8]])
-    want = model(ids).logits
-    model.merge_adapter()
-    torch.testing.assert_close(model(ids).logits, want, rtol=0, atol=1e-5)
-    model.unmerge_adapter()
-    torch.testing.assert_close(model(ids).logits, want, rtol=0, atol=1e-5)
-    with model.disable_adapter():
-        off = model(ids).logits
-    model.merge_adapter()
-    with model.disable_adapter():  # PEFT takes the merged weights apart here
-        torch.testing.assert_close(model(ids).logits, off, rtol=0, atol=1e-5)
-    model.unmerge_adapter()
-    bare = model.unload()
-    assert torch.equal(bare(ids).logits, off)
-
-
-def test_hooks_are_called():
-    model = adapted("llama").eval()
-    wrap(model)
-    calls: list[str] = []
-    for name, module in model.named_modules():
-        if name.endswith(("q_proj", "down_proj.base_layer", "post_attention_layernorm")):
-            module.register_forward_hook(lambda *_, name=name: calls.append(name))
-    model(torch.tensor([[5, 6, 7, 8]]))
-    assert len(calls) == len(set(calls)) == 3 * 2
-
-
-def test_weights_that_move_are_followed():
-    model = adapted("llama").eval()
-    wrap(model)
-    ids = torch.tensor([[5, 6, 7, 8]])
-    before = model(ids).logits
-    with torch.no_grad():
-        for p in model.parameters():
-            p.data = p.data * 1.5  # the same parameter in another storage
-    after = model(ids).logits
-    assert not torch.allclose(after, before)
-    with unwrapped(model):
-        want = model(ids).logits
-    assert (after - want).abs().max() <= 1e-5 * want.abs().max()
-
-
-def test_what_the_kernels_do_not_take_is_left_alone():
-    model = adapted("llama")
-    for name, p in model.named_parameters():
-        if "lora_" in name:
-            p.data = p.data.bfloat16()
-    left = wrap(model).left
-    assert left
-    assert all("lora_a is torch.bfloat16" in one.reason for one in left), left
-
-
-def test_targets_may_be_few():
-    model = adapted("llama", targets=["q_proj", "down_proj"]).train()
-    stock = copy.deepcopy(model)
-    assert wrap(model).left == ()
-    assert_same(model, stock)
-
-
-PECULIAR = {
-    "dora": ({"use_dora": True}, "an adapter of kind DoraLinearVariant"),
-    "bias": ({"lora_bias": True}, "an adapter with a bias"),
-    "trained bias": ({"bias": "all"}, "a base that is trained, too"),
-    "dropout": ({"lora_dropout": 0.5}, "LoRA dropout"),
-    "saved": (
-        {"modules_to_save": ["down_proj"], "target_modules": ["up_proj"]},
-        "a linear of kind ModulesToSaveWrapper",
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("kind", PECULIAR)
-def test_peculiar_adapters_are_left_to_peft(kind):
-    settings, reason = PECULIAR[kind]
-    model = family_model("llama", **SPREAD, attention_bias=True, mlp_bias=True)
-    model.set_attn_implementation("eager")
-    config = peft.LoraConfig(r=4, **{"target_modules": "all-linear", **settings})
-    model = peft.get_peft_model(model, config)
-    randomize(model)
-    stock = copy.deepcopy(model)
-    assert reasons(model)["LlamaMLP"] == f"no lora_mlp, because of {reason}"
-    for mode in (True, False):
-        model.train(mode)
-        stock.train(mode)
-        torch.manual_seed(0)  # the same dropout
-        got = run(model)
-        torch.manual_seed(0)
-        want = run(stock)
-        torch.testing.assert_close(got[0], want[0], rtol=0, atol=1e-5)
-        assert got[1].keys() == want[1].keys()
-        for name, g in want[1].items():
-            assert (got[1][name] - g).abs().max() <= 1e-4 * g.abs().max(), name
-
-
-def test_rank_stabilised_adapters_are_a_scale():
-    base = tiny_llama(VOCAB)
-    config = peft.LoraConfig(r=4, use_rslora=True, target_modules="all-linear")
-    model = peft.get_peft_model(base, config).train()
-    randomize(model)
-    stock = copy.deepcopy(model)
-    assert wrap(model).left == ()
-    assert_same(model, stock)
-
-
-def test_several_adapters_at_once_are_left_to_peft():
-    model = adapted("llama")
-    model.add_adapter("second", peft.LoraConfig(r=2, target_modules=["q_proj", "gate_proj"]))
-    randomize(model)
-    model.base_model.set_adapter([TRAINED, "second"])
-    model.train()
-    stock = copy.deepcopy(model)
-    wrap(model)
-    assert_same(model, stock)
-
-
-# --- quantised bases, checkpointing --------------------------------------------------------------
-
-
-def nf4_model(family: str, folder: Path) -> Any:
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-
-    settings = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
-    family_model(family, **SPREAD, **settings).save_pretrained(folder)
-    base = AutoModelForCausalLM.from_pretrained(
-        folder,
-        dtype=torch.float32,
-        attn_implementation="eager",
-        quantization_config=BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.float32,
-        ),
-    ).requires_grad_(False)
-    for module in base.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
-    model = add_adapter(base, LoraConfig(rank=4), ModelConfig()).train()
-    randomize(model)
-    return model
-
-
-@pytest.mark.parametrize("family", ["llama", "phi3"])
-def test_nf4_bases(family, tmp_path: Path):
-    model = nf4_model(family, tmp_path)
-    stock = copy.deepcopy(model)
-    report = wrap(model)
-    assert report.left == ()
-    assert report.kernels["lora_mlp"] == 2
-    assert_same(model, stock)
-    with model.disable_adapter(), stock.disable_adapter(), torch.no_grad():
-        ids = torch.tensor([[5, 6, 7, 8]])
-        torch.testing.assert_close(model(ids).logits, stock(ids).logits, rtol=0, atol=1e-5)
-
-
-def test_nf4_of_another_dtype_is_left_to_bitsandbytes(tmp_path: Path):
-    model = nf4_model("llama", tmp_path)
-    for layer in model.get_base_model().model.layers:
-        layer.mlp.up_proj.base_layer.weight.quant_state.dtype = torch.bfloat16
-    stock = copy.deepcopy(model)
-    why = "weights in bfloat16 under inputs in float32"
-    assert reasons(model) == {"LlamaMLP": f"no lora_mlp, because of {why}"}
-    assert_same(model, stock)
-
-
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "phi3"])
 def test_checkpointed_layers(family):
     model = adapted(family).train()
@@ -485,9 +223,6 @@ def test_checkpointed_layers(family):
     wrap(model)
     model.gradient_checkpointing_enable({"use_reentrant": False})
     assert_same(model, stock)
-
-
-# --- before a run --------------------------------------------------------------------------------
 
 
 def test_preview_reads_the_configuration_only(tmp_path: Path):

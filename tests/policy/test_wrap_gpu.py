@@ -58,7 +58,7 @@ def test_training_is_that_of_transformers(folder, precision, checkpointing):
 @pytest.mark.parametrize("precision", ["bf16", "nf4"])
 @pytest.mark.parametrize("rows", [4, 40, 160])
 def test_graphs_follow_the_adapter(folder, precision, rows):
-    """At each number of rows: as trained, without the adapter, and after an update."""
+    """Decode each number of rows as trained, without the adapter, and after an update."""
     policy = policy_of(folder, precision)
     decoders = [decoder(policy, graphs, rows) for graphs in (True, False)]
     first = [decode() for decode in decoders]

@@ -217,7 +217,7 @@ def copy_model(name: str, *, without: str = "", **tokenizer: Any) -> None:
 
 def test_model_without_a_tokenizer(refused) -> None:
     copy_model("no_tokenizer", without="tokenizer")
-    refused("grpo --model.path no_tokenizer", "no_tokenizer holds no tokenizer", "copy")
+    refused("grpo --model.path no_tokenizer", "no_tokenizer: the folder has no tokenizer", "copy")
 
 
 def test_model_without_a_chat_template(refused) -> None:
@@ -234,8 +234,8 @@ def test_hub_model_offline(refused, monkeypatch) -> None:
     offline(monkeypatch)
     refused(
         "grpo --model.path some-org/some-model",
-        "cannot load model 'some-org/some-model' from the hub",
-        "offline, pass a folder or a GGUF file with --model.path",
+        "--model.path some-org/some-model: cannot load this model from the hub",
+        "pass a folder or a GGUF file when offline",
     )
 
 
@@ -245,7 +245,7 @@ def test_not_a_gguf_file(refused) -> None:
 
 
 def test_gguf_file_that_is_not_there(refused) -> None:
-    refused("grpo --model.path absent.gguf", "no file absent.gguf")
+    refused("grpo --model.path absent.gguf", "--model.path absent.gguf: there is no such file")
 
 
 def test_folder_without_weights(refused) -> None:
@@ -263,7 +263,7 @@ def test_device_that_is_not_there(refused) -> None:
 
 
 def test_targets_that_match_nothing(refused) -> None:
-    wrong = "--lora.targets q_porj: no module of model has it"
+    wrong = "--lora.targets q_porj: no module of model has this name"
     refused("grpo --lora.targets q_porj", wrong)
     refused("grpo --lora.targets all-linear q_porj", wrong)
 

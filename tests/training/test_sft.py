@@ -269,7 +269,10 @@ def test_report_shows_the_losses() -> None:
         (["--rollout.overlap"], "error: rollout has no effect without eval.generate"),
         (["--epochs", "2"], "error: steps and epochs both say how long to train"),
         (["--eval.generate", "--rollout.overlap"], "error: rollout.overlap needs rollout.engine"),
-        (["--model.adapter", "nowhere"], "error: --model.adapter nowhere: no adapter_config"),
+        (
+            ["--model.adapter", "nowhere"],
+            "error: --model.adapter nowhere: this folder has no adapter_config",
+        ),
     ],
 )
 def test_bad_input_is_one_line(

@@ -1,4 +1,4 @@
-"""One way to compute attention over a packed stream."""
+"""The interface of attention backends: implementations of attention over a packed stream."""
 
 from __future__ import annotations
 
@@ -12,25 +12,28 @@ from torch import Tensor
 from rlsloth.policy.attention.layout import PackedLayout
 
 Attend = Callable[[Tensor, Tensor, Tensor, PackedLayout, float], Tensor]
-"""(q [heads, T, D], k and v [kv_heads, T, D], layout, scale) -> [T, heads, D]."""
+"""Function (q [heads, T, D], k and v [kv_heads, T, D], layout, scale) -> output [T, heads, D]."""
 
 
 @dataclass(frozen=True, slots=True)
 class Backend:
-    """An attention implementation, and when it can be used."""
+    """An attention implementation and the conditions under which it can be used."""
 
     name: str
-    """Value of ``--model.attention``."""
+    """Value of ``--model.attention`` that selects the backend."""
     attend: Attend
+    """The implementation."""
     works: Callable[[], bool]
-    """Whether it runs on this machine, in 16 bits where that is a GPU."""
+    """Tells whether the backend runs on this machine; on a GPU, with 16-bit inputs."""
     starts_quickly: bool = False
-    """Preferred for small models, whose layers are too short to repay a slow start."""
+    """Whether "auto" prefers the backend for small models, which do not repay a slow start."""
     takes: Callable[[Any], bool] = lambda config: True
-    """Whether it takes the heads of a model with this text configuration as they are. Asked only
-    where another backend can be chosen in its place."""
+    """Tells whether the backend supports the heads of a model with this text configuration.
+
+    Only "auto" checks this.
+    """
 
 
 def has_gpu(major: int) -> bool:
-    """Whether there is a GPU of at least this major compute capability."""
+    """Tell whether there is a GPU with at least this major compute capability."""
     return torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= major

@@ -1,4 +1,4 @@
-"""The table of packed attention backends, and the choice of one for a run."""
+"""The table of attention backends, and the choice of one for a run."""
 
 from __future__ import annotations
 
@@ -14,29 +14,33 @@ from rlsloth.policy.attention.sdpa import SDPA
 from rlsloth.policy.attention.varlen import VARLEN
 
 BACKENDS = {backend.name: backend for backend in (FA4, CUDNN, VARLEN, FLEX, SDPA)}
-"""All backends by name, fastest first."""
+"""Name -> backend, fastest first."""
 SMALL = 10**9
-"""Parameters below which a model's layers are too short to repay a slow start: flash-attention 4
-takes 3 s to import and 10 s to compile, cuDNN a call for each sequence."""
+"""Number of parameters below which a model is too small to repay a slow start.
+
+flash-attention 4 takes 3 s to import and 10 s to compile; cuDNN needs a call for each sequence.
+"""
 
 
 def available_backends() -> list[str]:
-    """Names of the packed attention backends that work on this machine, fastest first."""
+    """List the names of the backends that work on this machine, fastest first."""
     return [name for name, backend in BACKENDS.items() if backend.works()]
 
 
 def choose_backend(
     wanted: str, device: torch.device, dtype: torch.dtype, config: Any, parameters: int
 ) -> str:
-    """The name of a run's attention backend.
+    """Choose a run's attention backend and return its name.
 
     Args:
-        wanted: a name, or "auto".
+        wanted: value of ``model.attention``: a backend's name, or "auto".
+        device: the model's device.
+        dtype: the model's compute type.
         config: the model's text configuration.
-        parameters: the model's size.
+        parameters: the model's number of parameters.
 
     Raises:
-        UserError: the backend named does not work here.
+        UserError: the named backend does not work on this device in this type.
     """
     half = dtype in (torch.bfloat16, torch.float16)
     usable = available_backends() if device.type == "cuda" and half else ["sdpa"]
@@ -45,7 +49,7 @@ def choose_backend(
         return quick[0] if quick and parameters < SMALL else usable[0]
     if wanted not in usable:
         raise UserError(
-            f"--model.attention {wanted} does not work on {device} in {str(dtype)[6:]}; "
-            f"here: {', '.join(usable)}"
+            f"--model.attention {wanted} does not work on {device} in {str(dtype)[6:]}; pass auto, "
+            f"{', '.join(usable)}"
         )
     return wanted

@@ -1,4 +1,4 @@
-"""flash-attention 4 (extra ``fa4``), for Hopper and Blackwell."""
+"""Attention backend ``fa4``: flash-attention 4 (extra ``fa4``), for Hopper and Blackwell GPUs."""
 
 from __future__ import annotations
 
@@ -24,28 +24,28 @@ def _works() -> bool:
         return False
     try:
         return importlib.util.find_spec("flash_attn.cute") is not None
-    except ImportError:  # no flash_attn at all
+    except ImportError:  # flash_attn is not installed
         return False
 
 
 def _cache_folder() -> Path | None:
-    """A folder in which files can be written and locked, as flash-attention 4 does; else None."""
+    """Make a folder for compiled kernels; None if files cannot be written and locked there."""
     try:
         root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         folder = root / "rlsloth" / "flash_attention_4"
         folder.mkdir(parents=True, exist_ok=True)
         with open(folder / "lock", "w") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except (OSError, RuntimeError):  # no home; a read-only or full one; one without locks
+    except (OSError, RuntimeError):  # no home folder, or a read-only, full or lockless one
         return None
     return folder
 
 
 @cache
 def _function() -> Callable[..., Any]:
-    """flash-attention 4's function, with its compiled kernels kept on disk.
+    """Import flash-attention 4's function, and let it keep compiled kernels on disk.
 
-    Without these two variables every process would compile for 10 s.
+    Without its two environment variables every process would compile for 10 s.
     """
     if _CACHE + "ENABLED" not in os.environ and (folder := _cache_folder()):
         os.environ[_CACHE + "ENABLED"] = "1"
@@ -65,7 +65,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, packed: PackedLayout, scale: float)
         max_seqlen_k=packed.max_k,
         softmax_scale=scale,
         causal=True,
-        return_lse=not q.requires_grad,  # one kernel with and without gradients
+        return_lse=not q.requires_grad,  # so that one kernel serves calls without gradients too
     )
     attended: Tensor = out[0] if isinstance(out, tuple) else out
     return attended

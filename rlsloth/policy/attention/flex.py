@@ -1,4 +1,4 @@
-"""torch's flex attention, compiled, with the tree as a block mask."""
+"""Attention backend ``flex``: torch's compiled flex attention, with a block mask for the trees."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, packed: PackedLayout, scale: float)
         block_mask=packed.block_mask,
         scale=scale,
         enable_gqa=True,
-        # Below 128 rows torch 2.11 would pick its decoding kernel and find no configuration for it.
+        # Below 128 rows torch 2.11 would choose its decoding kernel, which fails for want of a
+        # configuration.
         kernel_options={"FORCE_USE_FLEX_ATTENTION": True},
     )
     return out[0].transpose(0, 1)

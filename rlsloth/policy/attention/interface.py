@@ -1,9 +1,10 @@
-"""transformers' attention interface over a packed stream in which rollouts share prompt keys.
+"""Attention over a packed stream, in which rollouts share their prompt's keys, for transformers.
 
-One function is registered with transformers under the name ``rlsloth``. With a PackedLayout among
-the model's keyword arguments it attends over the stream; without one (prefill, decoding with a
-cache) it takes the given mask. Layers with soft caps, sinks, or a sliding window shorter than a
-sequence take the plain path, which knows all three; others take the run's backend (backends.py).
+One function is registered in transformers' attention interface under the name ``rlsloth``. If the
+model is called with a PackedLayout as the keyword ``packed``, it attends over the packed stream;
+otherwise (prefill, decoding with a cache) it uses the mask. Layers with soft caps, sinks, or a
+sliding window shorter than a sequence are computed in plain torch (plain.py), all further layers by
+the run's backend (backends.py).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from rlsloth.policy.attention.layout import PackedLayout
 from rlsloth.policy.attention.plain import plain_attention, plain_packed
 
 NAME = "rlsloth"
+"""The attention's name in transformers' interface."""
 
 
 def attend(
@@ -36,10 +38,24 @@ def attend(
     s_aux: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of query [B, heads, L, D] over key and value [B, kv_heads, L_k, D].
+    """Attend from queries over keys and values; the signature is transformers'.
 
-    Without ``packed``, ``attention_mask`` is a causal [B, 1, L, L_k] bool, True where a row may
-    look, or None for the square causal one. Returns [B, L, heads, D] and None.
+    Args:
+        module: the attention layer; not used.
+        query: [B, heads, L, D].
+        key: [B, kv_heads, L_k, D].
+        value: [B, kv_heads, L_k, D].
+        attention_mask: [B, 1, L, L_k] bool, causal: True where a row sees a column. None means the
+            square causal mask. Ignored with ``packed``.
+        scaling: factor of the scores; 1 / sqrt(D) by default.
+        dropout: ignored, so that the trained distribution is the sampled one.
+        packed: layout of a packed stream; B is 1 then.
+        sliding_window: number of positions that a row sees, including its own.
+        softcap: cap of the scores (Gemma 2).
+        s_aux: [heads] sinks (gpt-oss).
+
+    Returns:
+        The output [B, L, heads, D], and None in place of the weights.
     """
     scale = scaling if scaling is not None else query.shape[3] ** -0.5
     longest = packed.max_k if packed is not None else key.shape[2]
@@ -56,7 +72,7 @@ def attend(
             rows = torch.arange(query.shape[2], device=query.device)
             attention_mask = (rows[:, None] >= rows[None, :])[None, None]
         at = columns = None
-        if window is not None:  # in a causal mask, row i sees i + 1 columns up to its own
+        if window is not None:  # a row's position: in a causal mask, row i sees i + 1 columns
             at = attention_mask.sum(-1) - 1
             columns = torch.arange(key.shape[2], device=key.device)
         options = (scale, window, softcap, s_aux)
@@ -74,14 +90,17 @@ def attend(
 
 
 def register() -> None:
-    """Register the attention with transformers as ``rlsloth``, through its public interface."""
+    """Register the attention with transformers as ``rlsloth``, by its public interface."""
     from transformers import AttentionInterface
 
     AttentionInterface.register(NAME, attend)
 
 
 def whole_attention(model: Any) -> str:
-    """The name of an attention of transformers' own that computes all of this model: torch's
-    (``sdpa``) has no soft caps (Gemma 2) and no sinks (gpt-oss)."""
+    """Name an attention implementation of transformers that is right for this model.
+
+    That is ``eager`` for models with soft caps (Gemma 2) or sinks (gpt-oss), which torch's ``sdpa``
+    does not compute, and else ``sdpa``.
+    """
     capped = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
     return "eager" if capped or not model._supports_sdpa else "sdpa"

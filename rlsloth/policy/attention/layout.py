@@ -1,4 +1,8 @@
-"""Places of a packed stream's segments, in the forms that attention backends want."""
+"""The positions of a packed stream's segments, in the forms that attention backends need.
+
+A tree is a prompt with its completions, which all attend to that prompt. A segment is one prompt or
+one completion. T is the number of tokens in the stream.
+"""
 
 from __future__ import annotations
 
@@ -13,35 +17,35 @@ from torch import Tensor
 from rlsloth.records import MicroBatch
 
 TREE_LIMIT = 1024
-"""Tokens of the longest tree that is one masked square; longer ones go sequence by sequence."""
+"""Tokens of the longest tree computed as one masked square; longer ones go by sequences."""
 
 
 @dataclass(frozen=True, slots=True)
 class Bucket:
-    """Trees of similar length, each a masked square of width L."""
+    """Trees of similar length, each as a masked square of width L."""
 
     index: Tensor
-    """[B, L] stream rows of each tree, padded with 0."""
+    """[B, L] row of the stream at each position of each tree, padded with 0."""
     mask: Tensor
-    """[B, 1, L, L] bool: True where a row may see a column."""
+    """[B, 1, L, L] bool: True where a row sees a column."""
     places: Tensor
     """[n] positions in the flattened [B, L] that are not padding."""
 
 
 @dataclass(frozen=True, slots=True)
 class Repeated:
-    """The stream with each prompt repeated before each of its completions: T_kv places."""
+    """Indices for the stream of T_kv positions that repeats each prompt before its completions."""
 
     index: Tensor
-    """[T_kv] stream row of each place."""
+    """[T_kv] row of the packed stream at each position."""
     own: Tensor
-    """[T] place of each stream row's first occurrence, in the stream's order."""
+    """[T] position of each row's first occurrence, in the order of the packed stream."""
     again: Tensor
-    """[T_kv - T] places of the repetitions."""
+    """[T_kv - T] positions of the repetitions."""
 
 
 class PackedLayout:
-    """A micro-batch's segments, on its device; each form is computed on first use."""
+    """The segments of a micro-batch on its device; each form is computed when it is first used."""
 
     def __init__(self, micro: MicroBatch, backend: str) -> None:
         self.backend = backend
@@ -51,33 +55,34 @@ class PackedLayout:
         self.positions = micro.positions
         self._q, self._k = (cu.tolist() for cu in (self.cu_q, self.cu_k))
         self.lengths = [end - start for start, end in pairwise(self._k)]
-        """Tokens of each segment together with its prompt."""
+        """Number of tokens of each segment together with its prompt."""
         self.max_k = max(self.lengths)
         self.max_q = max(end - start for start, end in pairwise(self._q))
         self._tree_of = micro.tree_of
 
     @cached_property
     def _segment(self) -> Tensor:
-        """[T] segment of each stream row."""
+        """[T] number of each row's segment."""
         lengths = self.cu_q.diff().long()
         return torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
 
     @cached_property
     def _is_prompt(self) -> Tensor:
-        """[S] True for each tree's first segment."""
+        """[S] bool: True for each tree's first segment, its prompt."""
         first = torch.ones_like(self._tree_of, dtype=torch.bool)
         first[1:] = self._tree_of[1:] != self._tree_of[:-1]
         return first
 
     @cached_property
     def _tree_sizes(self) -> Tensor:
+        """[trees] number of tokens of each tree."""
         lengths = self.cu_q.diff().long()
         sizes = torch.zeros(int(self._tree_of[-1]) + 1, dtype=torch.long, device=lengths.device)
         return sizes.index_add_(0, self._tree_of, lengths)
 
     @cached_property
     def buckets(self) -> tuple[Bucket, ...]:
-        """Trees of up to TREE_LIMIT tokens, in buckets by the next power of two."""
+        """Trees of up to TREE_LIMIT tokens, grouped by their length's next power of two."""
         width = 2 ** torch.log2(self._tree_sizes.double().clamp(min=32)).ceil().long()
         width[self._tree_sizes > TREE_LIMIT] = 0
         widths = sorted(set(width.tolist()) - {0})
@@ -93,23 +98,27 @@ class PackedLayout:
         prompt = self._is_prompt[segment] & real
         mask = (segment[:, :, None] == segment[:, None, :]) | prompt[:, None, :]
         mask &= column[:, None] >= column[None, :]
-        # Padding sees itself: a row that sees nothing is NaN, and NaN * 0 poisons the backward.
+        # Padding sees itself: the softmax of a row that sees nothing is NaN, and NaN * 0 would
+        # spoil the backward pass.
         mask |= torch.eye(len(column), dtype=torch.bool, device=trees.device)
         return Bucket(index, mask[:, None], real.flatten().nonzero()[:, 0])
 
     @cached_property
     def repeated(self) -> Repeated:
-        """Indices that take a stream [T, ...] to [T_kv, ...] and back."""
+        """Indices that repeat prompts in a stream, from [T, ...] to [T_kv, ...] and back."""
         shift = (self.cu_k - self.cu_q)[1:].long()[self._segment]
         own = torch.arange(len(shift), device=shift.device) + shift
-        others = torch.ones_like(self.kv_index, dtype=torch.bool)
-        others[own] = False
-        return Repeated(self.kv_index, own, others.nonzero()[:, 0])
+        again = torch.ones_like(self.kv_index, dtype=torch.bool)
+        again[own] = False
+        return Repeated(self.kv_index, own, again.nonzero()[:, 0])
 
     @cached_property
     def long_sequences(self) -> tuple[tuple[Tensor, int], ...]:
-        """Segments of the trees over TREE_LIMIT, which are in no bucket: each as the stream rows
-        of its prompt and itself, and how many of the last rows to keep."""
+        """Segments of trees longer than TREE_LIMIT, which are in no bucket.
+
+        Each is a pair: the rows of its prompt and of itself, and the number of rows at their end
+        that are its own.
+        """
         long = (self._tree_sizes > TREE_LIMIT)[self._tree_of]
         q, k = self._q, self._k
         return tuple(
@@ -118,14 +127,14 @@ class PackedLayout:
 
     @cached_property
     def back(self) -> Tensor:
-        """[T] index that puts the outputs of buckets, then of long_sequences, in stream order."""
+        """[T] index that puts outputs of ``buckets``, then ``long_sequences``, in stream order."""
         rows = [b.index.flatten()[b.places] for b in self.buckets]
         rows += [square[len(square) - keep :] for square, keep in self.long_sequences]
         return torch.cat(rows).argsort()
 
     @cached_property
     def block_mask(self) -> Any:
-        """The mask for flex attention."""
+        """Block mask of the trees for flex attention."""
         from torch.nn.attention.flex_attention import create_block_mask
 
         segment = self._segment

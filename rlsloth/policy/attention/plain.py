@@ -1,6 +1,6 @@
-"""Attention written out in plain torch: it knows soft caps, sinks and sliding windows.
+"""Attention in plain torch operations, with soft caps, sinks and sliding windows.
 
-It is also the fast way to decode one token on a GPU.
+It is also the fastest way to decode one token on a GPU.
 """
 
 from __future__ import annotations
@@ -14,18 +14,25 @@ from torch.utils.checkpoint import checkpoint
 from rlsloth.policy.attention.layout import PackedLayout
 
 BLOCK_ROWS = 512
-"""Rows of a long sequence whose scores exist at the same time."""
+"""Number of rows of a long sequence whose scores are in memory at the same time."""
 
 
 def plain_packed(
     plain: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, packed: PackedLayout
 ) -> Tensor:
-    """Attend over a packed stream: small trees whole, long sequences in blocks of rows.
+    """Attend over a packed stream: small trees as squares, long sequences in blocks of rows.
 
-    Blocks are recomputed in the backward pass, so that the scores of one block exist at a time.
+    Blocks are recomputed in the backward pass, so that memory holds the scores of one at a time.
 
     Args:
         plain: ``plain_attention`` with its last four arguments bound.
+        q: [heads, T, D].
+        k: [kv_heads, T, D].
+        v: [kv_heads, T, D].
+        packed: the stream's layout.
+
+    Returns:
+        [T, heads, D].
     """
     pieces = []
     for bucket in packed.buckets:
@@ -57,11 +64,25 @@ def plain_attention(
     softcap: float | None,
     sinks: Tensor | None,
 ) -> Tensor:
-    """Attention by its definition, with scores in float32: [B, L, heads, D].
+    """Compute attention by its definition, with scores in float32.
 
-    Query heads of one key head are folded into rows, so that each product reads the cache once;
-    SDPA with a mask would first copy it out to as many heads as the queries have. This makes it
-    fast for a decoding step. A window compares the positions ``row_at`` and ``column_at``.
+    Query heads that share a key head are folded into rows, so that each product reads the cache
+    once; SDPA with a mask would first copy the cache for each query head. This makes decoding fast.
+
+    Args:
+        query: [B, heads, L, D].
+        key: [B, kv_heads, L_k, D].
+        value: [B, kv_heads, L_k, D].
+        mask: [B, 1, L, L_k] bool, broadcastable: True where a row sees a column.
+        row_at: [..., L] position of each row; needed with a window.
+        column_at: [..., L_k] position of each column; needed with a window.
+        scale: factor of the scores.
+        window: number of positions that a row sees, including its own.
+        softcap: cap of the scores: softcap * tanh(score / softcap).
+        sinks: [heads] scores that take part in the softmax and add nothing to the output.
+
+    Returns:
+        [B, L, heads, D].
     """
     batch, heads, rows, width = query.shape
     kv_heads, columns = key.shape[1], key.shape[2]
@@ -81,7 +102,7 @@ def plain_attention(
     scores = scores.masked_fill(~mask, -torch.inf)
     if sinks is None:
         weights = scores.softmax(-1)
-    else:  # a sink takes part in the sum and gives nothing (gpt-oss)
+    else:
         sink = sinks.float().view(1, heads, 1, 1).expand(batch, heads, rows, 1)
         weights = torch.cat([scores, sink], -1).softmax(-1)[..., :-1]
     folded = weights.to(value.dtype).reshape(batch * kv_heads, -1, columns)

@@ -1,6 +1,6 @@
-"""A packed stream with each prompt repeated before each of its completions, and its gradients.
+"""Repeat prompts in a packed stream, so that each completion is a causal sequence of its own.
 
-Kernels that know no trees see one causal sequence a completion.
+Kernels that do not support trees can then attend over the stream.
 """
 
 from __future__ import annotations
@@ -14,8 +14,11 @@ from rlsloth.policy.attention.layout import PackedLayout, Repeated
 
 
 class _Repeat(torch.autograd.Function):
-    """[T, ...] to [T_kv, ...]. Indexing would do it, but its gradient is summed in the type of
-    ``x`` after a sort of all rows."""
+    """Repeat prompts: [T, ...] to [T_kv, ...].
+
+    Plain indexing gives the same values, but it sums the gradient in the type of ``x`` and sorts
+    all rows for that.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, rows: Repeated, summed: bool) -> Tensor:
@@ -34,7 +37,7 @@ class _Repeat(torch.autograd.Function):
 
 
 class _Keep(torch.autograd.Function):
-    """[T_kv, ...] to [T, ...]: the repetitions of prompts are dropped."""
+    """Drop the repetitions of prompts: [T_kv, ...] to [T, ...]."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, rows: Repeated) -> Tensor:
@@ -49,21 +52,28 @@ class _Keep(torch.autograd.Function):
 
 
 def repeat(x: Tensor, packed: PackedLayout, summed: bool = True) -> Tensor:
-    """[heads, T, D] to [T_kv, heads, D] with prompts repeated.
+    """Repeat prompts: [heads, T, D] to [T_kv, heads, D].
 
     Args:
-        summed: add the gradients of the repetitions; else only the first place of a row counts.
+        x: queries, keys or values.
+        packed: the stream's layout.
+        summed: sum the gradients of a row's repetitions; otherwise only the gradient of its first
+            occurrence counts.
     """
     return _Repeat.apply(x.transpose(0, 1), packed.repeated, summed)  # type: ignore[no-untyped-call, no-any-return]
 
 
 def keep(x: Tensor, packed: PackedLayout) -> Tensor:
-    """[T_kv, heads, D] to [T, heads, D]: undo ``repeat``."""
+    """Undo ``repeat``: [T_kv, heads, D] to [T, heads, D]."""
     return _Keep.apply(x, packed.repeated)  # type: ignore[no-untyped-call, no-any-return]
 
 
 def repeated_keys(
     q: Tensor, k: Tensor, v: Tensor, packed: PackedLayout
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """[T, heads, D] queries, and [T_kv, kv_heads, D] keys and values with prompts repeated."""
+    """Bring q, k and v [heads or kv_heads, T, D] into the form of kernels for varying lengths.
+
+    Returns:
+        Queries [T, heads, D], and keys and values [T_kv, kv_heads, D] with prompts repeated.
+    """
     return q.transpose(0, 1).contiguous(), repeat(k, packed), repeat(v, packed)

@@ -1,4 +1,4 @@
-"""torch's scaled_dot_product_attention with masks: works everywhere, on a CPU and in float32."""
+"""Attention backend ``sdpa``: torch's scaled_dot_product_attention, which works on every device."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rlsloth.policy.attention.layout import PackedLayout
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, packed: PackedLayout, scale: float) -> Tensor:
-    """A masked square for each small tree, one call a sequence for the rest."""
+    """Attend over small trees as masked squares, and over longer ones sequence by sequence."""
     pieces = []
     for bucket in packed.buckets:
         square = scaled_dot_product_attention(

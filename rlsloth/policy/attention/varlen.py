@@ -1,4 +1,4 @@
-"""torch's attention over sequences of varying length."""
+"""Attention backend ``varlen``: torch's attention over sequences of varying length."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from rlsloth.policy.attention.repeated import repeated_keys
 def _attend(q: Tensor, k: Tensor, v: Tensor, packed: PackedLayout, scale: float) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    # torch 2.11 spells causality is_causal; later releases window_size. Both align at the end.
+    # A causal mask is is_causal in torch 2.11, and window_size in later releases. Both align the
+    # last query with the last key.
     known = inspect.signature(varlen_attn).parameters
     options: dict[str, Any] = (
         {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
@@ -35,10 +36,10 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, packed: PackedLayout, scale: float)
 
 
 def _takes(config: Any) -> bool:
-    """Whether all heads have one size, which torch's kernel does not pad."""
+    """Tell whether all heads have one size that torch's kernel supports without padding."""
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    others = (getattr(config, name, None) or size for name in ("v_head_dim", "global_head_dim"))
-    return size % 8 == 0 and size <= 256 and all(other == size for other in others)
+    further = (getattr(config, name, None) or size for name in ("v_head_dim", "global_head_dim"))
+    return size % 8 == 0 and size <= 256 and all(other == size for other in further)
 
 
 VARLEN = Backend("varlen", _attend, works=lambda: has_gpu(8), starts_quickly=True, takes=_takes)

@@ -1,7 +1,8 @@
-"""The classes of transformers that are known, each by its full name, and what sets them apart.
+"""The table of transformers' module classes that can run on our kernels, and their differences.
 
-A class is wrapped only if it is listed and looks as described (``mismatch``): its children, the
-attributes it is read by, and the arguments of its forward. Everything else is left alone.
+A module is wrapped only if its class is in the table and the module matches the description in its
+children, attributes and arguments of forward (``mismatch``). All further modules keep transformers'
+own forward.
 """
 
 from __future__ import annotations
@@ -18,48 +19,52 @@ class Norm:
     """RMSNorm over the last dimension: ``x / rms(x) * (offset + weight)``."""
 
     eps: str = "variance_epsilon"
-    """Attribute that holds epsilon."""
+    """Name of the module's attribute with epsilon."""
     offset: float = 0.0
+    """Number added to the weight."""
 
 
 @dataclass(frozen=True, slots=True)
 class Mlp:
-    """``down(activation(gate(x)) * up(x))``."""
+    """Gated MLP: ``down(activation(gate(x)) * up(x))``."""
 
     activation: str = "hidden_act"
-    """The config's key for the activation."""
+    """Key of the configuration that names the activation."""
     fused: bool = False
-    """Gate and up are the halves of one linear, ``gate_up_proj``."""
+    """Whether gate and up are the halves of one linear layer, ``gate_up_proj``."""
 
 
 @dataclass(frozen=True, slots=True)
 class Attention:
-    """Softmax attention with rotary positions, through transformers' attention interface."""
+    """Softmax attention with rotary positions, by transformers' attention interface."""
 
     arguments: Mapping[str, str] = field(default_factory=dict)
-    """Extra keywords of the attention function, each with the attribute it takes; ``config.x`` is
-    one of the config that may be missing."""
+    """Further keyword of the attention function -> name of the module's attribute with its value.
+
+    ``config.x`` means key x of the configuration, or None if it is missing.
+    """
     normed: bool = False
-    """RMSNorms over the head dimension of queries and keys."""
+    """Whether queries and keys have RMSNorms over the head dimension."""
     fused: bool = False
-    """Queries, keys and values are the parts of one linear, ``qkv_proj``."""
+    """Whether queries, keys and values are parts of one linear layer, ``qkv_proj``."""
     half_tables: bool = False
-    """cos and sin hold each angle once, not twice."""
+    """Whether cos and sin contain each angle once rather than twice."""
 
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """Norm, attention, residual, norm, MLP, residual."""
+    """Decoder layer: norm, attention, residual, norm, MLP, residual."""
 
     sandwich: bool = False
-    """A norm after attention and after the MLP, too, before the residual is added."""
+    """Whether there are also norms after attention and after the MLP, before the residual."""
 
 
 @dataclass(frozen=True, slots=True)
 class Unwrapped:
-    """Known, and left to transformers on purpose."""
+    """A class that is known, but left to transformers on purpose."""
 
     reason: str
+    """The reason, for the report."""
 
 
 Spec = Norm | Mlp | Attention | Layer | Unwrapped
@@ -139,32 +144,38 @@ KNOWN: dict[str, Spec] = {
         DecoderLayer=Layer(),
     ),
 }
-"""DeepSeek-R1's distilled models are of the Qwen 2 and Llama classes, Phi-4 of Phi-3's."""
+"""Full name of a class -> its description.
+
+DeepSeek-R1's distilled models have the classes of Qwen 2 and Llama, Phi-4 those of Phi-3.
+"""
 
 ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
-"""transformers' names of activations -> the kernel's."""
+"""Name of an activation in transformers -> its name in our kernels."""
 
 
 def spec_of(module: nn.Module) -> Spec | None:
-    """The description of a module's very class, None if unknown; a subclass is another class."""
+    """Return the description of a module's class, or None if the class is unknown.
+
+    A subclass of a known class is unknown, because it may compute anything.
+    """
     cls = type(module)
     return KNOWN.get(f"{cls.__module__}.{cls.__qualname__}")
 
 
 def mismatch(module: nn.Module, spec: Norm | Mlp | Attention | Layer) -> str | None:
-    """Why a module of a known class cannot be wrapped, or None if it looks as described."""
+    """Return the reason why a module of a known class cannot be wrapped, or None if it can."""
     if "forward" in vars(module):
-        return "something else has replaced its forward"
+        return "its forward was replaced already"
     children = {name for name, child in module.named_children() if type(child) is not nn.Dropout}
     if children != (wanted := _children(spec)):
-        return f"its parts are not the known ones ({', '.join(sorted(children ^ wanted))})"
+        return f"its parts differ from the known class ({', '.join(sorted(children ^ wanted))})"
     if any(type(child) is nn.Dropout and child.p > 0 for child in module.children()):
-        return "it has a dropout of its own"
+        return "it contains a dropout"
     missing = [name for name in _attributes(spec) if not hasattr(module, name)]
     if missing:
         return f"it lacks {', '.join(missing)}"
     if unknown := set(inspect.signature(type(module).forward).parameters) - _ARGUMENTS[type(spec)]:
-        return f"its forward takes what is not known ({', '.join(sorted(unknown))})"
+        return f"its forward has unknown arguments ({', '.join(sorted(unknown))})"
     if isinstance(spec, Mlp):
         activation = getattr(module.config, spec.activation)
         if activation not in ACTIVATIONS:

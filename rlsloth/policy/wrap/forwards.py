@@ -1,8 +1,8 @@
-"""Forwards that stand in for those of transformers' modules, one module each.
+"""Forwards that replace those of transformers' modules, one for each kind of module.
 
-A forward is set on the instance (``module.forward``); no class is touched, and parameters,
-children and names stay the module's own, and so do its hooks: a linear with hooks, or with a
-forward that something else replaced, is called as a module, and with it all of its kernel's.
+A forward is set on the instance (``module.forward``). No class is changed, and the module keeps its
+parameters, children, names and hooks. If one linear layer of a kernel has hooks or a replaced
+forward, all linear layers of that kernel are called as modules instead.
 """
 
 from __future__ import annotations
@@ -24,27 +24,27 @@ from rlsloth.policy.wrap.linears import Linears, has_hooks
 
 
 class Forward(ABC):
-    """Takes the place of ``module.forward``."""
+    """A replacement of one module's ``forward``."""
 
     kernels: tuple[str, ...] = ()
-    """Kernels that it runs whatever the adapters are."""
+    """Names of the kernels that it runs whatever the adapters are."""
 
     def __init__(self, module: Any) -> None:
         self._module = module
         self.linears: dict[str, Linears] = {}
-        """Kernels over linears with adapters; one linear left to PEFT leaves all of a kernel's."""
+        """Kernel's name -> its linear layers; it runs only if it supports all of them."""
 
     @abstractmethod
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's output, computed by our kernels."""
+        """Compute the module's output with our kernels."""
 
     def original(self, *args: Any) -> Any:
-        """The module's output, computed by transformers."""
+        """Compute the module's output with transformers' own forward."""
         return type(self._module).forward(self._module, *args)
 
 
 class NormForward(Forward):
-    """RMSNorm, in float32 inside and rounded once."""
+    """RMSNorm, computed in float32 and rounded once."""
 
     kernels = ("rms_norm",)
 
@@ -57,16 +57,16 @@ class NormForward(Forward):
         return rms_norm(x, self._module.weight, self._eps, self._offset)
 
     def fork(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(norm of x, x)."""
+        """Return the norm of x, and x; the backward pass adds the two gradients in one kernel."""
         return fork_rms_norm(x, self._module.weight, self._eps, self._offset)
 
     def after_adding(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        """(norm of the sum, the sum)."""
+        """Return the norm of ``x + residual``, and that sum."""
         return add_rms_norm(x, residual, self._module.weight, self._eps, self._offset)
 
 
 class MlpForward(Forward):
-    """The gated MLP with its adapters in one operation."""
+    """Gated MLP, computed together with its adapters as one operation."""
 
     def __init__(self, module: Any, spec: Mlp) -> None:
         super().__init__(module)
@@ -82,7 +82,7 @@ class MlpForward(Forward):
 
 
 class FusedMlpForward(Forward):
-    """The gated MLP whose gate and up are one linear (Phi-3)."""
+    """Gated MLP whose gate and up projections are one linear layer (Phi-3)."""
 
     def __init__(self, module: Any, spec: Mlp) -> None:
         super().__init__(module)
@@ -98,10 +98,10 @@ class FusedMlpForward(Forward):
 
 
 class AttentionForward(Forward):
-    """Projections with their adapters, norms and rotation; then transformers' attention interface.
+    """Attention: projections with adapters, norms and rotation, then transformers' interface.
 
-    Which attention that is (``rlsloth``, or ``eager`` for a comparison) is the config's to say, as
-    in transformers.
+    As in transformers, the configuration names the implementation: ``rlsloth``, or ``eager`` for a
+    comparison.
     """
 
     kernels = ("rope",)
@@ -130,7 +130,7 @@ class AttentionForward(Forward):
         query, key, value = self._project(hidden_states)
         if self._spec.normed:
             query, key = module.q_norm(query), module.k_norm(key)
-        # In place: neither the projections nor the norms read their outputs again.
+        # In place is safe, because neither projections nor norms read their outputs again.
         query, key = rope(query, key, *self._tables(position_embeddings), inplace=True)
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))
         if past_key_values is not None:
@@ -150,7 +150,7 @@ class AttentionForward(Forward):
         return self._output(attended.flatten(2)), weights
 
     def _project(self, hidden_states: Tensor) -> list[Tensor]:
-        """Queries [B, S, heads, D], keys and values [B, S, kv_heads, D]."""
+        """Compute queries [B, S, heads, D], and keys and values [B, S, kv_heads, D]."""
         linears = self.linears["lora_qkv"].read(hidden_states.dtype)
         if linears is None:
             outs = [getattr(self._module, name)(hidden_states) for name in self._names]
@@ -159,13 +159,13 @@ class AttentionForward(Forward):
         heads = [out.unflatten(-1, (-1, self._module.head_dim)) for out in outs]
         if self._spec.fused:
             queries, keys = self._heads
-            # Slices: the views that split gives may not be rotated in place.
+            # Slices, because the views that split returns must not be changed in place.
             ends = (0, queries, queries + keys, queries + 2 * keys)
             return [heads[0][..., a:b, :] for a, b in pairwise(ends)]
         return heads
 
     def _tables(self, position_embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """cos and sin [1 or B, S, R], both halves of a head rotated by the same angles."""
+        """Return cos and sin [1 or B, S, R], which contain each angle twice."""
         if not self._spec.half_tables:
             return position_embeddings
         cos, sin = position_embeddings
@@ -188,7 +188,7 @@ class AttentionForward(Forward):
 
 
 class LayerForward(Forward):
-    """A decoder layer whose residuals meet their gradients, and the first its sum, in the norms."""
+    """Decoder layer whose norms also add residuals and their gradients."""
 
     kernels = ("add_rms_norm",)
 
@@ -199,7 +199,7 @@ class LayerForward(Forward):
 
     @staticmethod
     def norm_of(module: Any, spec: Layer) -> Any:
-        """The norm of the MLP's input."""
+        """Return the norm of the MLP's input."""
         return (
             module.pre_feedforward_layernorm if spec.sandwich else module.post_attention_layernorm
         )
@@ -219,7 +219,7 @@ class LayerForward(Forward):
             total = attended + hidden_states
             normed = self._second_norm(total)
         out = layer.mlp(normed)
-        if isinstance(out, tuple):  # gpt-oss's experts also return the router's scores
+        if isinstance(out, tuple):  # the MLP of gpt-oss also returns the router's scores
             out = out[0]
         if self._sandwich:
             out = layer.post_feedforward_layernorm(out)
@@ -227,6 +227,6 @@ class LayerForward(Forward):
 
 
 def _bare_norm(module: Any) -> NormForward | None:
-    """The norm's forward, where calling the module would do no more than that."""
+    """Return a norm's forward if calling the module would do nothing else, else None."""
     forward = vars(module).get("forward")
     return forward if isinstance(forward, NormForward) and not has_hooks(module) else None

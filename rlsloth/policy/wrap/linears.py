@@ -1,7 +1,6 @@
-"""Linears, PEFT-wrapped or not, in the form of the LoRA kernels: read again at each call.
+"""Linear layers, with or without PEFT's adapters, as arguments of the LoRA kernels.
 
-Adapters are switched, disabled and replaced while a model lives: whatever PEFT may change is looked
-at each time.
+They are read again at each call, because PEFT switches, disables and replaces adapters at any time.
 """
 
 from __future__ import annotations
@@ -12,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rlsloth.errors import first_line
 from rlsloth.kernels.lora.op import LoraLinear
 from rlsloth.kernels.nf4.op import Nf4Weight
 
 
 class Linears:
-    """Some linears of a module, by their names."""
+    """Linear layers of a module, by name, that one kernel computes."""
 
     def __init__(self, owner: nn.Module, *names: str) -> None:
         self._owner = owner
@@ -25,11 +25,11 @@ class Linears:
         self._kept: dict[str, tuple[tuple[int, ...], LoraLinear]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy makes its own: what is kept are views of this one's weights."""
+        """Leave the cache out of copies: it contains views of this instance's weights."""
         return {**vars(self), "_kept": {}}
 
     def read(self, dtype: torch.dtype) -> tuple[LoraLinear, ...] | None:
-        """All of them for an input of ``dtype``, or None where one has to compute by itself."""
+        """Read all layers for an input of type ``dtype``; None if the kernel cannot take one."""
         found = []
         for name in self._names:
             linear = self._read(name, dtype, self._owner.training)
@@ -39,19 +39,19 @@ class Linears:
         return tuple(found)
 
     def left(self, dtype: torch.dtype) -> list[str]:
-        """Why training leaves some of them to their own forward; empty if it leaves none."""
+        """List the reasons for which training leaves layers to PEFT; empty if there are none."""
         found = [self._read(name, dtype, training=True) for name in self._names]
         self.forget()
         return [reason for reason in found if isinstance(reason, str)]
 
     def forget(self) -> None:
-        """Let go of weights that are kept as views: an engine may move them before the next
-        forward."""
+        """Drop the cached views of weights, so that an engine can move the weights."""
         self._kept.clear()
 
     def _read(self, name: str, dtype: torch.dtype, training: bool) -> LoraLinear | str:
-        # Modules' own dictionaries: attribute look-ups on modules would take as long as the
-        # product of one token.
+        """Read one layer; a text is the reason why the kernel cannot take it."""
+        # Modules' dictionaries are used directly: attribute look-ups on modules would take as long
+        # as the product for one token.
         linear: Any = self._owner._modules[name]
         base, lora_a, lora_b, scale = linear, None, None, 0.0
         if type(linear) in _adapted_types():
@@ -79,13 +79,13 @@ class Linears:
         if weight is None or (type(base) is not nn.Linear and not _is_nf4(base)):
             return f"a linear of kind {type(base).__name__}"
         if weight.requires_grad or (bias is not None and bias.requires_grad):
-            return "a base that is trained, too"
+            return "a base that is also trained"
         try:
             made = self._make(name, weight, bias, lora_a, lora_b, scale)
-        except (TypeError, ValueError) as error:  # what the kernels do not take
-            return str(error)
+        except (TypeError, ValueError) as error:  # the kernels refuse these types or shapes
+            return first_line(error)
         if made.weight.dtype != dtype:
-            return f"weights in {str(made.weight.dtype)[6:]} under inputs in {str(dtype)[6:]}"
+            return f"weights in {str(made.weight.dtype)[6:]} for inputs in {str(dtype)[6:]}"
         return made
 
     def _make(
@@ -97,10 +97,13 @@ class Linears:
         lora_b: Tensor | None,
         scale: float,
     ) -> LoraLinear:
-        """The one made last where it is of the very same parts: making checks them all."""
+        """Make a kernel's argument, or reuse the last one if nothing has changed.
+
+        Making one checks shapes and types, which takes time.
+        """
         plain = type(weight) is nn.Parameter
-        # By storage, not by parameter: moving a module gives the same parameter another one. And by
-        # what is stored: matrices of an NF4 weight are kept for a while (nf4/ahead.py).
+        # Compare storages, because moving a module replaces the storage of the same parameter; and
+        # versions, because dequantised NF4 matrices are cached (kernels/nf4/ahead.py).
         parts = [weight, lora_a, lora_b, bias, None if plain else weight.quant_state.absmax]  # type: ignore[attr-defined]
         versions = [part._version for part in (weight, parts[-1]) if part is not None]
         source = (*versions, *(0 if part is None else part.data_ptr() for part in parts))
@@ -116,12 +119,12 @@ class Linears:
 
 
 def is_hooked(module: Any) -> bool:
-    """Whether calling it does more than its class's forward."""
+    """Tell whether calling a module does more than its class's forward."""
     return "forward" in vars(module) or has_hooks(module)
 
 
 def has_hooks(module: Any) -> bool:
-    """Whether calling it does more than its forward."""
+    """Tell whether calling a module does more than its ``forward``."""
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     return any(vars(module)[name] for name in hooks)
 
@@ -136,7 +139,7 @@ def _is_nf4(base: Any) -> bool:
     return state is not None and state.quant_type == "nf4"
 
 
-# Types are looked up once: the imports are slow, and this runs at every call of every layer.
+# Types are looked up once, because imports are slow and every call of every layer needs them.
 
 
 @cache

@@ -1,4 +1,4 @@
-"""A preview of what ``wrap`` does to a model, from its configuration alone."""
+"""Preview which modules ``wrap`` would wrap, from a model's configuration alone."""
 
 from __future__ import annotations
 
@@ -9,10 +9,16 @@ from rlsloth.policy.wrap.wrap import wrap
 
 
 def preview(path: str) -> tuple[str, WrapReport]:
-    """The model's class and what of it would be wrapped, with a LoRA on any of its linears.
+    """Preview which modules would be wrapped, whatever linear layers the LoRA adapts.
+
+    Args:
+        path: hub id, folder or GGUF file.
+
+    Returns:
+        The name of the model's class, and the report.
 
     Raises:
-        UserError: no configuration there, or none of a causal language model.
+        UserError: the configuration cannot be read, or is not a causal language model's.
     """
     model = read_meta_model(ModelConfig(path=path), option="--model")
     return type(model).__name__, wrap(model)

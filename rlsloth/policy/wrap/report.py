@@ -1,4 +1,4 @@
-"""A report of the modules that were wrapped, of those that were not, and why."""
+"""The report of ``wrap``: modules that run on our kernels, those that do not, and the reasons."""
 
 from __future__ import annotations
 
@@ -7,27 +7,30 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Left:
-    """Modules of one class that do not run on our kernels."""
+    """Modules of one class that do not run on our kernels, for one reason."""
 
     name: str
+    """Name of the class."""
     count: int
+    """Number of modules."""
     reason: str
 
 
 @dataclass(frozen=True, slots=True)
 class WrapReport:
-    """The result of ``wrap`` on a model."""
+    """The result of wrapping a model."""
 
     layers: int
-    """Decoder layers of the model."""
+    """Number of decoder layers."""
     wrapped_layers: int
-    """Decoder layers in which something is wrapped."""
+    """Number of decoder layers in which at least one module is wrapped."""
     kernels: dict[str, int]
-    """Kernel -> modules that run on it."""
+    """Kernel's name -> number of modules that run on it."""
     left: tuple[Left, ...]
+    """Modules that do not run on our kernels."""
 
     def line(self) -> str:
-        """The report in one line, for a run's log."""
+        """Render the report in one line, for a run's log."""
         reasons: dict[str, list[str]] = {}
         for one in self.left:
             reasons.setdefault(one.reason, []).append(f"{one.count} {one.name}")
@@ -38,4 +41,4 @@ class WrapReport:
             f"kernels: {self.wrapped_layers} of {self.layers} layers wrapped "
             f"({', '.join(self.kernels)})"
         )
-        return f"{text}; left alone: {left}" if left else text
+        return f"{text}; not wrapped: {left}" if left else text

@@ -1,4 +1,4 @@
-"""Putting our kernels under a model's modules, each named and counted; and taking them away."""
+"""Replace the forwards of a model's modules by ours, report them, and put the originals back."""
 
 from __future__ import annotations
 
@@ -32,23 +32,26 @@ from rlsloth.policy.wrap.forwards import (
 )
 from rlsloth.policy.wrap.report import Left, WrapReport
 
-UNKNOWN = "no class that rlsloth knows"
+UNKNOWN = "rlsloth does not know this class"
 
 
 def wrap(model: Any) -> WrapReport:
-    """Let the known modules of a causal LM's decoder run on our kernels.
+    """Let the known modules of a causal language model's decoder run on our kernels.
 
-    Only ``forward`` of each instance is replaced: names, parameters, hooks and children stay, so
-    that PEFT's adapters can be switched, saved and loaded, and layers checkpointed, as before. An
-    adapter goes on first. Modules of other classes are left alone. A wrapped model refers to
-    itself: once dropped, it is freed when Python next collects cycles.
+    Only ``forward`` of each instance is replaced. Names, parameters, hooks and children are kept,
+    so that PEFT's adapters can still be switched, saved and loaded, and layers be checkpointed.
+    Modules of unknown classes are not changed. A wrapped model refers to itself, so that it is
+    freed only when Python next collects cycles.
+
+    Args:
+        model: transformers' or PEFT's model; adapters must be added before.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     decoder = base.get_decoder()
     left: Counter[tuple[str, str]] = Counter()
     modules = [m for m in decoder.modules() if spec_of(m) is not None]
     layers = decoder_layers(decoder)
-    # Layers last: each takes over one of its norms.
+    # Layers last, because each one calls its norm's new forward.
     for module in sorted(modules, key=lambda m: isinstance(spec_of(m), Layer)):
         spec = spec_of(module)
         assert spec is not None
@@ -69,7 +72,7 @@ def wrap(model: Any) -> WrapReport:
 
 @contextmanager
 def unwrapped(model: nn.Module) -> Iterator[None]:
-    """transformers' own modules for a while: the yardstick."""
+    """Use transformers' own forwards inside this context, for comparisons."""
     taken = list(_forwards(model))
     for module, _ in taken:
         del module.forward
@@ -81,8 +84,10 @@ def unwrapped(model: nn.Module) -> Iterator[None]:
 
 
 def forget(model: nn.Module) -> None:
-    """Let go of what forwards keep between calls: views of weights, which an engine then can move,
-    and the matrices that NF4 weights were dequantised to."""
+    """Drop everything that forwards cache between calls.
+
+    These are dequantised NF4 matrices, and views of weights, which an engine can then move.
+    """
     for _, forward in _forwards(model):
         for linears in forward.linears.values():
             linears.forget()
@@ -97,7 +102,7 @@ def _forwards(model: nn.Module) -> Iterator[tuple[Any, Forward]]:
 
 
 def _forward(module: Any, spec: Spec) -> Forward | str:
-    """The forward to put in place, or why there is none."""
+    """Make a module's new forward; a text is the reason why there is none."""
     if isinstance(spec, Unwrapped):
         return spec.reason
     if reason := mismatch(module, spec):
@@ -116,7 +121,14 @@ def _forward(module: Any, spec: Spec) -> Forward | str:
 
 
 def _count(decoder: nn.Module, dtype: torch.dtype, left: Counter[tuple[str, str]]) -> Counter[str]:
-    """Modules by kernel; adds to ``left`` those whose linears are left to their own forward."""
+    """Count the modules that run on each kernel.
+
+    Args:
+        decoder: the wrapped decoder.
+        dtype: type of its hidden states.
+        left: counts of unwrapped modules by class and reason; those whose linear layers a kernel
+            cannot take are added.
+    """
     kernels: Counter[str] = Counter()
     for module, forward in _forwards(decoder):
         kernels.update(forward.kernels)
