@@ -22,7 +22,7 @@ from rlsloth.training.grpo import train
 RISE, FALL = 1.0, 1.05  # temperatures for positive and other advantages, those of the paper
 
 
-def soft_gate(tokens: ScoredTokens, cfg: config.LossConfig) -> torch.Tensor:
+def soft_gate(tokens: ScoredTokens, _: config.LossConfig) -> torch.Tensor:
     """The loss of each token, [N]. A function like this is a loss already: ``:soft_gate``."""
     temperature_N = torch.where(tokens.advantages > 0, RISE, FALL)
     gate_N = torch.sigmoid(temperature_N * (tokens.ratio - 1)) * 4 / temperature_N

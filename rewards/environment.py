@@ -7,7 +7,7 @@ from typing import Any
 from rlsloth.scoring.example import Example
 
 
-def environment(environment_reward: list[float | None], **columns: Any) -> list[float | None]:
+def environment(environment_reward: list[float | None], **_: Any) -> list[float | None]:
     """The environment's reward; None where it gives none."""
     return environment_reward
 

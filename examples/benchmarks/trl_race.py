@@ -46,7 +46,7 @@ def reward(renderer: Any, mark: Mark) -> Callable[..., list[float | None]]:
     """The task's reward as TRL calls it."""
 
     def right_last_number(
-        completion_ids: list[Ids], task: list[str], entry: list[str], **columns: Any
+        completion_ids: list[Ids], task: list[str], entry: list[str], **_: Any
     ) -> list[float | None]:
         rows = zip(completion_ids, task, entry, strict=True)
         return [mark(renderer, {"task": t, "entry": json.loads(e)}, ids) for ids, t, e in rows]

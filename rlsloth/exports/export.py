@@ -59,7 +59,7 @@ def run_export(cfg: ExportConfig) -> None:
     print(f"wrote {out}: {card.about}")
 
 
-def _adapter(cfg: ExportConfig, source: Source, folder: Path, name: str) -> Card:
+def _adapter(_: ExportConfig, source: Source, folder: Path, name: str) -> Card:
     tensors = write_adapter(source, export_tokenizer(source), folder)
     base = source.base.path
     return Card(

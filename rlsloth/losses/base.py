@@ -53,7 +53,7 @@ class Surrogate(NamedTuple):
     """[N] bool: the ratio is clipped above. None: the loss has no upper clip."""
 
 
-def sum_of_tokens(values_N: Tensor, micro: MicroBatch) -> Tensor:
+def sum_of_tokens(values_N: Tensor, _micro: MicroBatch) -> Tensor:
     """[N] -> []: every token weighs the same."""
     return values_N.sum()
 
@@ -63,12 +63,12 @@ def sum_of_rollout_means(values_N: Tensor, micro: MicroBatch) -> Tensor:
     return rollout_mean(values_N, micro).sum()
 
 
-def rollouts(batch: PackedBatch, max_tokens: int) -> int:
+def rollouts(batch: PackedBatch, _max_tokens: int) -> int:
     """Rollouts of the step, those without loss included, as in TRL's mean over rows."""
     return batch.rollouts
 
 
-def scored_tokens(batch: PackedBatch, max_tokens: int) -> int:
+def scored_tokens(batch: PackedBatch, _max_tokens: int) -> int:
     """Tokens of the step that are not masked out (TRL's ``num_items_in_batch``)."""
     return batch.scored_tokens
 

@@ -66,7 +66,7 @@ def _reader(path: str | Path) -> Any:
 
 
 @lru_cache(maxsize=1)
-def _parsed(file: Path, changed: int, size: int) -> Any:
+def _parsed(file: Path, _changed: int, _size: int) -> Any:
     from gguf.gguf_reader import GGUFReader
 
     return GGUFReader(file)

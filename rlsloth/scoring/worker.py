@@ -94,7 +94,7 @@ def _supervise(fd: int) -> None:
     scorer_gone = select.poll()
     scorer_gone.register(fd, 0)  # POLLHUP is always reported, and no data is taken from the child
 
-    def child_changed(signum: int, frame: FrameType | None) -> None:
+    def child_changed(_signum: int, _frame: FrameType | None) -> None:
         pid, status = os.waitpid(-1, os.WNOHANG)
         if pid == 0:  # stopped or continued, not dead
             return
@@ -222,7 +222,7 @@ async def _await(result: Any) -> Any:
 
 @contextlib.contextmanager
 def _cpu_budget(seconds: float) -> Iterator[None]:
-    def exceeded(signum: int, frame: FrameType | None) -> None:
+    def exceeded(_signum: int, _frame: FrameType | None) -> None:
         raise CpuBudgetExceeded
 
     signal.signal(signal.SIGPROF, exceeded)

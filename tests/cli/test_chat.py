@@ -87,7 +87,7 @@ def test_runs_and_adapters(place: Path, capsys: Output) -> None:
         assert say(capsys, source, "--max-tokens", "3") == want
 
 
-def test_a_runs_own_system_prompt(place: Path, capsys: Output, tmp_path: Path) -> None:
+def test_a_runs_own_system_prompt(place: Path, capsys: Output) -> None:
     file = place / "run" / "config.yaml"
     before = file.read_text()
     config = yaml.safe_load(before)
@@ -186,7 +186,7 @@ def test_a_signal_ends_the_command(place: Path) -> None:
     assert "Traceback" not in err
 
 
-def test_bad_input(place: Path, capsys: Output, tmp_path: Path) -> None:
+def test_bad_input(place: Path, capsys: Output) -> None:
     for argv, words in {
         ("chat",): "name what to talk to: rlsloth chat RUN_OR_MODEL",
         ("chat", "./nowhere"): "no such folder or file",

@@ -127,7 +127,7 @@ def test_reset_must_repeat_itself(rows: str, plugin: Callable[[str], str]) -> No
         env.start(env.train[0])
 
 
-def test_own_function_returns_an_environment(rows: str, plugin: Callable[[str], str]) -> None:
+def test_own_function_returns_an_environment(plugin: Callable[[str], str]) -> None:
     body = (
         "from rlsloth.environments.protocol import SingleTurn\n"
         "def Mine(cfg, seed):\n    return SingleTurn(cfg.name, [], [], (f'seed{seed}',))\n"

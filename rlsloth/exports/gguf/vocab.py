@@ -82,7 +82,7 @@ def read_vocabulary(folder: Path, config: Any) -> Vocabulary:
         pre="default" if by_score else pretokenizer_name(folder, backend),
         tokens=tokens,
         types=types,
-        scores=_scores(tokens, types, backend, pairs) if by_score else None,
+        scores=_scores(tokens, types, pairs) if by_score else None,
         merges=None if by_score else [" ".join(pair) for pair in pairs],
         special=_special(folder, tokenizer, config, tokens),
         adds_bos=adds_bos,
@@ -158,9 +158,7 @@ def _looks_special(text: str) -> bool:
     )
 
 
-def _scores(
-    tokens: list[str], types: list[int], backend: dict[str, Any], pairs: list[list[str]]
-) -> list[float]:
+def _scores(tokens: list[str], types: list[int], pairs: list[list[str]]) -> list[float]:
     """Recover sentencepiece's scores [tokens] from the order of the merges.
 
     The first piece merged gets 0, the next -1, and so on; pieces that no merge makes come last.

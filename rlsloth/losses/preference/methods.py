@@ -133,12 +133,12 @@ Needs = Callable[[Any], bool]
 """A configuration of the method to whether the loss needs something."""
 
 
-def never(cfg: PreferenceConfig) -> bool:
+def never(_cfg: PreferenceConfig) -> bool:
     """False: the loss never needs it."""
     return False
 
 
-def always(cfg: PreferenceConfig) -> bool:
+def always(_cfg: PreferenceConfig) -> bool:
     """True: the loss always needs it."""
     return True
 

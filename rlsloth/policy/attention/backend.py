@@ -27,7 +27,7 @@ class Backend:
     """Tells whether the backend runs on this machine; on a GPU, with 16-bit inputs."""
     starts_quickly: bool = False
     """Whether "auto" prefers the backend for small models, which do not repay a slow start."""
-    takes: Callable[[Any], bool] = lambda config: True
+    takes: Callable[[Any], bool] = lambda _: True
     """Tells whether the backend supports the heads of a model with this text configuration.
 
     Only "auto" checks this.

@@ -25,13 +25,13 @@ NAME = "rlsloth"
 
 
 def attend(
-    module: torch.nn.Module,
+    module: torch.nn.Module,  # noqa: ARG001 (transformers passes it)
     query: Tensor,
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None = None,
-    dropout: float = 0.0,
+    dropout: float = 0.0,  # noqa: ARG001 (transformers passes it)
     packed: PackedLayout | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,

@@ -141,7 +141,7 @@ class PackedLayout:
         tree = self._tree_of[segment]
         prompt = self._is_prompt[segment]
 
-        def visible(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        def visible(_b: Tensor, _h: Tensor, q: Tensor, k: Tensor) -> Tensor:
             near = (segment[q] == segment[k]) | (prompt[k] & (tree[q] == tree[k]))
             return near & (q >= k)
 

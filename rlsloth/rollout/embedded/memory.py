@@ -24,7 +24,7 @@ def slots_shape(shape: ModelShape, sampling: Sampling) -> tuple[int, int]:
 
 
 def embedded_terms(
-    shape: ModelShape, sampling: Sampling, precision: Precision, context: int
+    shape: ModelShape, sampling: Sampling, precision: Precision, _context: int
 ) -> list[Term]:
     """Slots (rollout.embedded.slot_cache.SlotCache), a decoding step, a prefill, sampling. Slots
     grow with a rollout: ``context``, which tools may fill, is not allocated ahead."""

@@ -181,7 +181,7 @@ class _Shared(ABC):
 
 
 def _recorder(given: dict[Any, Tensor]) -> Callable[..., None]:
-    def record(parameter: Tensor, loaded: Tensor, shard: Any = None) -> None:
+    def record(_: Tensor, loaded: Tensor, shard: Any = None) -> None:
         given[shard] = loaded
 
     return record
