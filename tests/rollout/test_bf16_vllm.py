@@ -10,7 +10,7 @@ from helpers.vllm_engines import chat, make
 from rlsloth.data.packing import pack
 from rlsloth.records import Group, MicroBatch, Prompt, Rollout, SamplingParams
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 LIMIT = 0.035
 """Nats a token. Two forwards of this model that round to bf16 at the same places, but sum in

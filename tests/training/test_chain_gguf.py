@@ -13,7 +13,7 @@ from helpers.gguf_models import unpack_smollm2
 from rlsloth.cli import main as cli
 from rlsloth.exports.gguf.check import check_gguf
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 QUESTION = "State the final answer to the following arithmetic problem:"
 TASK = ["--env.name", "reasoning_gym:chain_sum", "--env.heldout", "20", "--env.params"]
@@ -24,7 +24,7 @@ EVAL = ["--eval.problems", "20", "--eval.samples", "2", "--rollout.max-tokens", 
 
 @pytest.fixture(scope="module")
 def merged(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """SFT on sums, GRPO from its adapter, merged in 16 bits; the two runs stand beside it."""
+    """SFT on sums, GRPO from its adapter, merged in 16 bits; the two runs are next to it."""
     folder = tmp_path_factory.mktemp("chain")
     base = unpack_smollm2(folder / "base")
     sums = [(a, b) for a in range(10) for b in range(10)]
