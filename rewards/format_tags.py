@@ -15,7 +15,7 @@ def format_tags(
 ) -> list[float | None]:
     """1 if the completion is <think>...</think><answer>...</answer> and nothing else, else 0.
 
-    Each tag occurs exactly once, in order, with some text in it; only white space stands outside.
+    Each tag occurs exactly once, in order, with some text in it; only white space is outside.
 
     Args:
         tags: The tags' names in order, separated by spaces.
@@ -37,7 +37,7 @@ def _matches(text: str, names: list[str]) -> bool:
 
 
 EXAMPLES = (
-    Example("<think>2 + 2</think>\n<answer>4</answer>", 1.0, "as it should be"),
+    Example("<think>2 + 2</think>\n<answer>4</answer>", 1.0, "correct format"),
     Example("<think>2 + 2</think>", 0.0, "no answer"),
     Example("<answer>4</answer><think>2 + 2</think>", 0.0, "wrong order"),
     Example("<think></think><answer>4</answer>", 0.0, "nothing thought"),

@@ -1,4 +1,4 @@
-"""Exact numeric answers to GSM8K and data sets like it."""
+"""Exact numeric answers to GSM8K and datasets like it."""
 
 from __future__ import annotations
 

@@ -35,15 +35,15 @@ def math_verify(
 ) -> list[float | None]:
     r"""1 if the final answer equals the gold one mathematically, else 0.
 
-    The gold is the row's ``solution``, else its ``answer``: what its last \boxed{} or ``####``
-    marks, or all of it. The answer is what the completion's last \boxed{}, <answer> tag or ``####``
-    marks, or what math-verify finds. Rational numbers are compared exactly; where an irrational one
-    meets a decimal, math-verify's six digits decide. None: the gold cannot be read.
+    The gold is the row's ``solution``, else its ``answer``: the part marked by its last \boxed{} or
+    ``####``, or all of it. The answer is the part marked by the completion's last \boxed{},
+    <answer> tag or ``####``, else the expression that math-verify finds. Rational numbers are
+    compared exactly; an irrational number and a decimal are compared to math-verify's six digits.
+    None if the gold cannot be read.
 
     Args:
-        finished_only: A completion cut off by the length limit scores 0. Without it a policy is
-        paid
-            for the numbers it passes on the way and drifts to answers that never end.
+        finished_only: A completion cut off by the length limit scores 0. Without it, a policy is
+            paid for numbers that it passes on the way and drifts to answers that never end.
 
     Raises:
         UserError: the data has neither column.
@@ -93,10 +93,10 @@ def _gold_text(gold: str) -> tuple[str, bool]:
 
 @lru_cache(maxsize=1024)
 def _parse(text: str) -> tuple[Any, ...]:
-    """The expression that math-verify finds, and its text; empty when there is none.
+    """Return the expression that math-verify finds, and its text; empty if there is none.
 
-    math-verify's own timeouts are off: they count wall-clock time, so that a busy machine would
-    turn right answers into wrong ones. The scorer's CPU budget takes their place.
+    math-verify's own timeouts are off: they count wall-clock time, so a busy machine would turn
+    right answers into wrong ones. The scorer's CPU budget replaces them.
     """
     if not _DELIMITED.search(text) and not _PROSE.search(text):
         text = f"${text}$"

@@ -22,14 +22,14 @@ def reasoning_gym(
     extract: str = "answer_tag",
     finished_only: bool = True,
 ) -> list[float | None]:
-    """What reasoning-gym's own scorer of the row's task gives the answer, from 0 to 1.
+    """The score from 0 to 1 that reasoning-gym's own scorer for the row's task gives the answer.
 
-    A completion in which no answer is found scores 0; there is no second way to look for one.
+    A completion in which no answer is found scores 0; no other way to find one is tried.
 
     Args:
-        extract: Where the answer stands. answer_tag: in the last <answer>...</answer>.
-            last_number: the last number of the text. whole: the text, stripped (many tasks give
-            part of the reward to an answer with other words around it).
+        extract: How to find the answer. answer_tag: the last <answer>...</answer>. last_number:
+            the last number of the text. whole: the text, stripped (many tasks give part of the
+            reward to an answer with other words around it).
         finished_only: A completion cut off by the length limit scores 0. Without it last_number
             pays for numbers of the question that a cut-off completion repeats.
 
@@ -51,7 +51,7 @@ def reasoning_gym(
     return scores
 
 
-# Their scorers compare tuples, which JSON has turned into lists.
+# The scorers of these tasks compare tuples, which JSON has turned into lists.
 _TUPLE_TASKS = frozenset({"arc_agi", "rearc"})
 
 

@@ -37,7 +37,6 @@ PENDING: dict[str, set[str]] = {
         "examples/benchmarks/supervised_work.py",
         "examples/benchmarks/time_to_accuracy.py",
         "examples/benchmarks/work.py",
-        "rewards/reasoning_gym.py",
         "rlsloth/cli/commands/chat.py",
         "rlsloth/cli/commands/doctor.py",
         "rlsloth/cli/config_files.py",
