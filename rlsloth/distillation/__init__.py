@@ -1,0 +1,1 @@
+"""Distillation: traces of a teacher, the verified ones as a dataset, and a student."""

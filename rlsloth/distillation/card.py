@@ -1,4 +1,4 @@
-"""README.md of a distilled data set: the hub's metadata, counts, and how to make it again."""
+"""README.md of a distilled dataset: metadata for the hub, figures, and how to reproduce it."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ _SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (10**6
 
 
 def write_card(out: Path, cfg: DistillConfig, selection: Selection, shared: int) -> None:
-    """Write README.md; ``shared`` problems were left out since they ask a held-out question."""
+    """Write README.md; ``shared`` problems were left out because they have a held-out question."""
     first = next(RawFile(out).read())
     write_atomically(out / "README.md", render_card(cfg, selection, shared, first))
 
 
 def render_card(cfg: DistillConfig, selection: Selection, shared: int, first: Problem) -> str:
-    """The card in Markdown."""
+    """Render the card in Markdown."""
     size = next((name for limit, name in _SIZES if selection.kept < limit), "1M<n<10M")
     file = f"train.{cfg.format}"
     about = {
@@ -39,8 +39,9 @@ def render_card(cfg: DistillConfig, selection: Selection, shared: int, first: Pr
     parts = [
         f"---\n{yaml.safe_dump(about, sort_keys=False)}---",
         f"# {selection.kept} verified traces of {selection.kept_problems} problems",
-        f"{_taught(first.teacher)} answered problems of {_asked(first.source)}; only traces that "
-        "the rewards verified are kept. The terms of teacher and source hold for them, too.",
+        f"Completions of problems from {_source(first.source)}, sampled from "
+        f"{_teacher(first.teacher)}; only traces that the rewards verified are kept. The licences "
+        "of teacher and source apply to them, too.",
         "## Figures",
         _table(_figures(cfg, selection, shared)),
         "## Tokens of a kept trace",
@@ -50,17 +51,17 @@ def render_card(cfg: DistillConfig, selection: Selection, shared: int, first: Pr
         "Each trace counts under the first rule that drops it.",
         "## Columns",
         "`prompt` and `completion` are messages (text where the source continues text), as "
-        "`rlsloth sft` and TRL's SFTTrainer take them. `provenance` says of each row where it "
-        "comes from: source and row, teacher, sampling, rewards, the problem's pass rate, tokens, "
-        "version and date. The other columns are the source's; one whose name is taken is called "
+        "`rlsloth sft` and TRL's SFTTrainer take them. `provenance` is the origin of each row: "
+        "source and row, teacher, sampling, rewards, the problem's pass rate, tokens, version and "
+        "date. The other columns are the source's; one whose name is taken is called "
         "`source_<name>`.",
-        "## Make it again",
-        f"```\nrlsloth distill config.yaml --out FOLDER\n```\n\n{_again(cfg)}",
+        "## Reproduce it",
+        f"```\nrlsloth distill config.yaml --out FOLDER\n```\n\n{_reproduction(cfg)}",
     ]
     return "\n\n".join([*parts, f"Made with rlsloth {__version__}."]) + "\n"
 
 
-def _taught(teacher: dict[str, Any]) -> str:
+def _teacher(teacher: dict[str, Any]) -> str:
     text = f"`{teacher['model']}`"
     if teacher["revision"]:
         text += f" at revision `{teacher['revision']}`"
@@ -71,7 +72,7 @@ def _taught(teacher: dict[str, Any]) -> str:
     return text + (f" at {teacher['endpoint']}" if teacher["endpoint"] else "")
 
 
-def _asked(source: dict[str, Any]) -> str:
+def _source(source: dict[str, Any]) -> str:
     if source["dataset"] is None:
         return f"environment `{source['environment']}`"
     return f"`{source['dataset']}`" + (f", split {source['split']}" if source["split"] else "")
@@ -82,8 +83,8 @@ def _figures(cfg: DistillConfig, s: Selection, shared: int) -> list[tuple[str, A
     name = f"{traces.reward or 'first reward'} >= {traces.correct_at:g}"
     return [
         ("problems", s.problems),
-        ("left out before: they ask a held-out question", shared),
-        ("samples a problem", traces.samples),
+        ("left out before sampling: held-out questions", shared),
+        ("samples per problem", traces.samples),
         ("samples", s.samples),
         (f"verified samples ({name})", f"{s.verified} ({s.verified / s.samples:.1%})"),
         ("problems with a verified sample", f"{s.solved} ({s.solved / s.problems:.1%})"),
@@ -97,10 +98,10 @@ def _figures(cfg: DistillConfig, s: Selection, shared: int) -> list[tuple[str, A
 
 
 def _quantiles(lengths: Sequence[int]) -> list[tuple[str, Any]]:
-    """By the nearest rank."""
+    """Nearest-rank quantiles, and the mean."""
     ranked = sorted(lengths)
     last = len(ranked) - 1
-    shares = (("least", 0.0), ("10 %", 0.1), ("median", 0.5), ("90 %", 0.9), ("most", 1.0))
+    shares = (("shortest", 0.0), ("10 %", 0.1), ("median", 0.5), ("90 %", 0.9), ("longest", 1.0))
     rows: list[tuple[str, Any]] = [(name, ranked[round(last * share)]) for name, share in shares]
     return [*rows, ("mean", f"{statistics.fmean(ranked):.1f}")]
 
@@ -109,11 +110,11 @@ def _table(rows: Sequence[tuple[str, Any]]) -> str:
     return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])
 
 
-def _again(cfg: DistillConfig) -> str:
+def _reproduction(cfg: DistillConfig) -> str:
     if cfg.endpoint.url is not None:
-        return "A server may answer otherwise; every row has the seed that its request carried."
+        return "A server may return other completions; every row has the seed of its request."
     return (
         "The same machine and versions give the same traces: random numbers depend on the seed and "
-        f"on the place of a chunk's first problem. Other filters on the same samples ({FILE}): "
-        "`--out` this folder, `--resume`."
+        "on the position of a chunk's first problem. To apply other filters to the same samples "
+        f"({FILE}): `--out` this folder and `--resume`."
     )

@@ -1,4 +1,4 @@
-"""The dataset: rows in the prompt-completion format of TRL and ``rlsloth sft``, each with its
+"""The dataset: rows in the prompt-completion format of TRL and ``rlsloth sft``, with their
 provenance."""
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ TAKEN = (
     "rejected",
     "label",
 )
-"""Column names that are used here, or that would make trainers read the rows in another format. A
-source's column of such a name is written as source_<name>."""
+"""Names of columns that are written here, or that would make trainers read the rows in another
+format. A column of the source with such a name is written as source_<name>."""
 _CALL = re.compile(r"<tool_call>.*?(?:</tool_call>|\Z)", re.DOTALL)
 
 
 def write_dataset(out: Path, cfg: DistillConfig) -> tuple[Path, Selection]:
-    """Choose from raw.jsonl and write train.jsonl or train.parquet, whole or not at all.
+    """Select from raw.jsonl and write train.jsonl or train.parquet, whole or not at all.
 
     Raises:
         UserError: nothing was kept, or parquet cannot hold the rows.
@@ -117,8 +117,8 @@ def _turn(message: Message) -> Message:
         return message
     if not all(call["function"]["name"] for call in calls):
         return {key: value for key, value in message.items() if key != "tool_calls"}
-    thought, end, words = message["content"].rpartition("</think>")
-    return {**message, "content": thought + end + _CALL.sub("", words).rstrip()}
+    thought, end, text = message["content"].rpartition("</think>")
+    return {**message, "content": thought + end + _CALL.sub("", text).rstrip()}
 
 
 def _write_jsonl(path: Path, rows: Iterable[Row]) -> None:
@@ -133,11 +133,13 @@ def _write_parquet(path: Path, rows: list[Row]) -> None:
 
     # Arrow gives every struct the keys of all: a call would get the arguments of other tools.
     if any("tools" in row for row in rows):
-        raise UserError("parquet cannot hold tool calls as they are; pass --format jsonl")
+        raise UserError(
+            "parquet cannot hold tool calls whose arguments differ; pass --format jsonl"
+        )
     try:
         parquet.write_table(pyarrow.Table.from_pylist(rows), path)
     except (pyarrow.ArrowException, OverflowError) as error:
         raise UserError(
-            f"parquet cannot hold the columns of this data ({first_line(error)}); pass "
+            f"parquet cannot hold the columns of this dataset ({first_line(error)}); pass "
             "--format jsonl"
         ) from error

@@ -43,15 +43,15 @@ _FIXED = (
     "rollout.stop",
     "traces.samples",
 )
-"""Settings, or whole sections, that determine the traces: they cannot change on resume."""
+"""Settings and sections that determine the traces, so a resume cannot change them."""
 
 
 def open_out(cfg: DistillConfig) -> Path:
-    """The folder to write to; it is made later, with the first file.
+    """Return the folder to write to; it is made later, with the first file.
 
     Raises:
-        UserError: the folder holds a distillation without --resume, none with --resume, or one that
-            was made with other settings.
+        UserError: the folder holds a distillation although --resume is not set, none although it
+            is, or one that was made with other settings.
     """
     if cfg.out is None:
         if cfg.resume:
@@ -59,15 +59,15 @@ def open_out(cfg: DistillConfig) -> Path:
         return _new_folder(cfg)
     out = cfg.out
     if out.exists() and not out.is_dir():
-        raise UserError(f"{out} is a file; give another --out")
+        raise UserError(f"--out {out} is a file; pass a folder")
     if not cfg.resume:
         if (out / FILE).exists():
             raise UserError(
-                f"{out} already holds traces; continue with --resume, or give another --out"
+                f"{out} already holds traces; continue with --resume, or pass another --out"
             )
         return out
     if not (out / CONFIG).exists():
-        raise UserError(f"no distillation in {out} to resume; leave out --resume to start one")
+        raise UserError(f"{out} holds no distillation to resume; leave out --resume to start one")
     changes = changed_settings(
         out / CONFIG, cfg, "repair it, or start another distillation with another --out"
     )
@@ -76,12 +76,12 @@ def open_out(cfg: DistillConfig) -> Path:
 
 
 def teacher_resumes(out: Path) -> bool:
-    """Whether the teacher's log exists and is continued."""
+    """Whether the teacher's log exists, so that it is continued."""
     return (out / TEACHER / METRICS).exists()
 
 
 def write_config(out: Path, cfg: DistillConfig) -> None:
-    """Save the resolved configuration without ``resume``: that has to be requested each time."""
+    """Save the resolved configuration without ``resume``, which has to be set each time."""
     save_config(out / CONFIG, cfg.model_dump(mode="json") | {"out": str(out), "resume": False})
 
 

@@ -1,4 +1,4 @@
-"""Blocking calls at the same time, given up at once when one of them fails."""
+"""Blocking calls in parallel, abandoned as soon as one of them fails."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ Result = TypeVar("Result")
 def in_parallel(
     function: Callable[[Job], Result], jobs: Sequence[Job], workers: int
 ) -> Iterator[tuple[int, Result]]:
-    """(position, result) of every job, as they are done; raises the first exception.
+    """Yield the position and result of every job as it is done; raise the first exception.
 
-    The threads are daemons: after an exception, or Ctrl-C, nobody waits for those that are still in
-    a call. They begin no further job.
+    The threads are daemons: after an exception or Ctrl-C, nothing waits for a thread that is still
+    in a call, and no thread begins another job.
     """
     waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
     done: queue.SimpleQueue[tuple[int, Result] | BaseException] = queue.SimpleQueue()

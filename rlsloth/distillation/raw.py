@@ -19,7 +19,7 @@ _THINK, _END = "<think>", "</think>"
 
 @dataclass(frozen=True, slots=True)
 class Answered:
-    """The rollouts of one problem, with the facts that only the teacher knows."""
+    """The rollouts of one problem, with facts that only the teacher knows."""
 
     group: Group
     sampling: dict[str, Any]
@@ -27,7 +27,7 @@ class Answered:
     seeds: list[int]
     """The seed of each rollout."""
     finishes: list[str]
-    """The reason why each rollout ended, in the teacher's own words."""
+    """The reason why each rollout ended, as the teacher names it."""
     served: list[str | None]
     """The model name that the server returned with each rollout; None for a local teacher."""
 
@@ -70,7 +70,7 @@ class Problem:
     samples: list[Sample]
 
     def asks(self, prompt: Prompt) -> bool:
-        """Whether this is the problem of a prompt."""
+        """Whether this is the problem of ``prompt``."""
         same = prompt.messages if isinstance(prompt.messages, str) else list(prompt.messages)
         return (self.index, self.prompt) == (prompt.index, json.loads(json.dumps(same)))
 
@@ -116,8 +116,8 @@ def _sample(rollout: Rollout, plain: bool, finish: str, seed: int, served: str |
 
 
 def opened(text: str) -> str:
-    """Put ``<think>`` in front of a text that only closes it: R1's template opens the reasoning in
-    the prompt."""
+    """Add a ``<think>`` that the text closes but does not open: R1's template opens the reasoning
+    in the prompt."""
     thought, end, _ = text.partition(_END)
     return f"{_THINK}\n{text}" if end and _THINK not in thought else text
 
@@ -133,11 +133,12 @@ class RawFile:
         truncate_torn_line(self.path)
 
     def append(self, problems: Sequence[Problem]) -> None:
-        """Add a chunk, flushed to disk. Raises OSError; then nothing of the chunk stays."""
+        """Add a chunk, flushed to disk. If it raises OSError, nothing of the chunk stays."""
         append_json_lines(self.path, map(asdict, problems))
 
     def read(self) -> Iterator[Problem]:
-        """The problems in order, without a torn last line. Raises UserError for a damaged line."""
+        """Read the problems in order, without a torn last line. Raises UserError for a damaged
+        line."""
         remedy = "repair it, or remove it and all lines after it and continue with --resume"
         return read_json_lines(self.path, _problem, remedy)
 

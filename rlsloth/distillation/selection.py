@@ -1,4 +1,4 @@
-"""Which traces are kept: verified ones, of problems neither too easy nor too hard, each once."""
+"""The choice of traces: verified ones of problems neither too easy nor too hard, each once."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ NGRAM = 5
 """Words of the shingles that near-duplicates share (Broder 1997)."""
 RULES = {
     "cut off": "raise --rollout.max-tokens",
-    "reward failed": "see the log of the teacher",
-    "not verified": "take a better teacher, more --traces.samples, or a lower --traces.correct-at",
+    "reward failed": "read teacher/log.txt",
+    "not verified": "use a better teacher, more --traces.samples, or a lower --traces.correct-at",
     "pass rate": "widen --traces.min-pass and --traces.max-pass",
     "too short": "lower --traces.min-tokens",
     "too long": "raise --traces.max-tokens",
@@ -24,12 +24,12 @@ RULES = {
     "similar": "raise --traces.similarity",
     "surplus": "raise --traces.keep",
 }
-"""Why a trace is left out, in the order of asking, and what lets more through."""
+"""Reasons to leave out a trace, in the order in which they are checked, and what keeps more."""
 
 
 @dataclass(slots=True)
 class Selection:
-    """Chooses problem by problem, and counts."""
+    """Traces chosen problem by problem, and their figures."""
 
     cfg: TracesConfig
     seed: int
@@ -41,7 +41,7 @@ class Selection:
     kept: int = 0
     kept_problems: int = 0
     tokens: int = 0
-    """Sampled, kept or not."""
+    """Sampled tokens, whether kept or not."""
     lengths: list[int] = field(default_factory=list)
     """Tokens of each kept trace."""
     dropped: Counter[str] = field(default_factory=Counter)
@@ -50,7 +50,7 @@ class Selection:
     """Hashes of the traces that were kept."""
 
     def choose(self, problem: Problem) -> list[Sample]:
-        """The traces of a problem to keep, the best first. Raises UserError."""
+        """Choose the traces of a problem to keep, best first. Raises UserError as ``verdict``."""
         samples = problem.samples
         rate = pass_rate(problem, self.cfg)
         good = [sample for sample in samples if verdict(sample, self.cfg) is None]
@@ -76,7 +76,7 @@ class Selection:
         return kept
 
     def _ranked(self, samples: list[Sample], index: int) -> list[Sample]:
-        """Highest reward first; equal ones as configured."""
+        """Sort by reward, the highest first, and equal ones by ``prefer``."""
         ranked = sorted(samples, key=lambda sample: sample.tokens)
         if self.cfg.prefer == "random":
             ranked = list(samples)
@@ -84,7 +84,7 @@ class Selection:
         return sorted(ranked, key=lambda sample: -(sample.reward or 0.0))
 
     def _rule(self, sample: Sample, rate: float, kept: list[Sample]) -> str | None:
-        """Why a verified trace is left out; None for one to keep."""
+        """The rule that leaves out a verified trace; None for one to keep."""
         cfg = self.cfg
         if not cfg.min_pass <= rate <= cfg.max_pass:
             return "pass rate"
@@ -102,8 +102,8 @@ class Selection:
 
 
 def verdict(sample: Sample, cfg: TracesConfig) -> str | None:
-    """None for a verified trace: finished, every reward answered, and the deciding one high enough;
-    else the rule.
+    """None for a verified trace: finished, scored by every reward, and high enough by the deciding
+    one; else the rule that it breaks.
 
     Raises:
         UserError: the deciding reward does not apply to the problem, or is not among the rewards.
@@ -118,19 +118,19 @@ def verdict(sample: Sample, cfg: TracesConfig) -> str | None:
     value = sample.scores[name]
     if value is None:
         raise UserError(
-            f"reward {name} does not apply to a problem, so it cannot decide what is verified; "
-            "name another with --traces.reward"
+            f"reward {name} does not apply to every problem, so it cannot decide which traces are "
+            "verified; name another one with --traces.reward"
         )
     return None if value >= cfg.correct_at else "not verified"
 
 
 def pass_rate(problem: Problem, cfg: TracesConfig) -> float:
-    """Share of a problem's samples that are verified."""
+    """The share of a problem's samples that are verified."""
     return sum(verdict(s, cfg) is None for s in problem.samples) / len(problem.samples)
 
 
 def jaccard(one: Sample, other: Sample) -> float:
-    """Shared word n-grams over all that either has, in [0, 1]."""
+    """The Jaccard index of two traces' word n-grams, in [0, 1]."""
     a, b = _shingles(one), _shingles(other)
     return len(a & b) / len(a | b)
 
@@ -141,24 +141,24 @@ def _shingles(sample: Sample) -> set[tuple[str, ...]]:
 
 
 def _words(sample: Sample) -> str:
-    """All that a trace says, white space normalised: its text, or of turns with tools every one."""
+    """The text of a trace with white space normalised; all turns as JSON if there are several."""
     value = sample.completion
     if isinstance(value, str):
         return " ".join(value.split())
-    told = [(m["role"], " ".join(m["content"].split()), m.get("tool_calls")) for m in value]
-    if len(told) == 1:
-        return told[0][1]
-    return json.dumps(told, sort_keys=True)
+    turns = [(m["role"], " ".join(m["content"].split()), m.get("tool_calls")) for m in value]
+    if len(turns) == 1:
+        return turns[0][1]
+    return json.dumps(turns, sort_keys=True)
 
 
 def refuse_nothing(selection: Selection, raw: str) -> None:
-    """Raises UserError where no trace was kept: how many each rule dropped, and the way out."""
+    """Raise UserError if no trace was kept, with the count of each rule and a remedy."""
     if selection.kept:
         return
     most = selection.dropped.most_common()
     counts = ", ".join(f"{rule} {count}" for rule, count in most)
     raise UserError(
         f"none of {selection.samples} traces of {selection.problems} problems was kept ({counts}): "
-        f"{RULES[most[0][0]]}. All are in {raw}: --resume with other filters samples nothing "
-        "again, other sampling needs another --out"
+        f"{RULES[most[0][0]]}. All are in {raw}: --resume with other filters does not sample "
+        "again; other sampling options need another --out"
     )

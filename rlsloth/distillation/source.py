@@ -1,4 +1,4 @@
-"""Where problems come from, for the provenance of traces; which of them are put to a teacher."""
+"""The source of problems: the prompts for a teacher, and their provenance."""
 
 from __future__ import annotations
 
@@ -17,21 +17,22 @@ from rlsloth.records import Prompt
 
 
 def chosen_prompts(env: Environment, cfg: DistillConfig) -> tuple[list[Prompt], int]:
-    """Training prompts to sample, and how many are left out since they ask what a held-out one
-    asks. Raises UserError when none is left."""
+    """Return the training prompts to sample, and the number left out because their question is
+    held out. Raises UserError if none is left."""
     heldout = set(questions_of(env.heldout))
     prompts = [prompt for prompt in env.train if question_text(prompt) not in heldout]
     shared = len(env.train) - len(prompts)
     if not prompts:
         raise UserError(
-            f"environment {env.name}: all {shared} training prompts ask a held-out question"
+            f"environment {env.name}: the question of every training prompt ({shared}) is held "
+            "out; use other data, or lower --env.heldout"
         )
     return prompts[: cfg.traces.problems], shared
 
 
 def describe_source(env: Environment, cfg: EnvConfig, rewards: Sequence[str]) -> dict[str, Any]:
-    """Environment, its parameters as JSON, the data set where it reads one (a file with its
-    SHA-256, else a folder or hub id with the split), and the SHA-256 of rewards that are files."""
+    """Describe the environment: its parameters as JSON, the dataset if it reads one (a file with
+    its SHA-256, else a folder or hub id with the split), and the SHA-256 of rewards in files."""
     places = {spec: Path(spec.partition(":")[0]).expanduser() for spec in rewards}
     files = {spec: sha256(file) for spec, file in places.items() if file.is_file()}
     reads = env.source != GENERATED

@@ -1,4 +1,4 @@
-"""Fixtures of the tests of an endpoint."""
+"""A server for tests of an endpoint, and a workplace with a tiny model as the local teacher."""
 
 from __future__ import annotations
 
@@ -8,9 +8,24 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
+from helpers.distillation import CONFIG, Distill
 from helpers.endpoint import REWARD, Server
-from rlsloth.distillation import chat_api
+from helpers.tiny import tiny_llama, tiny_tokenizer
+from rlsloth.cli.read_config import read_config
+from rlsloth.config.distill import DistillConfig
+from rlsloth.distillation import chat_api, pipeline
+
+LETTERS_REWARD = """
+LETTERS = range(67, 93)  # the ids of a to z
+
+def letters(completion_ids, **_):
+    return [sum(t in LETTERS for t in ids) / len(ids) for ids in completion_ids]
+
+def ended(finish_reasons, **_):
+    return [float(reason == "stop") for reason in finish_reasons]
+"""
 
 
 @pytest.fixture
@@ -28,3 +43,40 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     yield server
     server.shutdown()
     server.server_close()
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder with a model, data, rewards and a configuration; it is the working directory."""
+    folder = tmp_path_factory.mktemp("work")
+    model = tiny_llama()
+    model.lm_head.weight.data *= 4
+    # Many ends, so that completions of a random model end: they are read from the folder.
+    model.generation_config.eos_token_id = [2, *range(40, 60)]
+    model.save_pretrained(folder / "model")
+    tiny_tokenizer().save_pretrained(folder / "model")
+    rows = [{"question": f"Question {i}?", "answer": str(i), "text": "t"} for i in range(16)]
+    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "reward.py").write_text(LETTERS_REWARD)
+    (folder / "mine.yaml").write_text(yaml.safe_dump(CONFIG))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def distill(workplace: Path) -> Distill:
+    """Run the command and return the dataset's file."""
+
+    def run(out: str, *flags: str) -> Path:
+        return pipeline.distill(
+            read_config(DistillConfig, ["mine.yaml", "--out", out, *flags], "rlsloth distill")
+        )
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def whole(distill: Distill) -> Path:
+    """The folder of a distillation without interruption."""
+    return distill("whole", "--traces.keep", "2").parent

@@ -1,4 +1,4 @@
-"""What a configuration of a distillation refuses."""
+"""Configurations of a distillation that are refused."""
 
 from __future__ import annotations
 

@@ -19,20 +19,20 @@ def test_verified_answers_become_rows(server: Server) -> None:
     rows = load_rows(str(run(server, "--rollout.max-tokens", "99", "--env.system-prompt", "Add.")))
     assert len(server.requests) == 8 * 4
     assert len({body["seed"] for body in server.requests}) == 32  # or samples would repeat
-    asked = server.requests[0]
-    assert (asked["max_tokens"], asked["temperature"], asked["top_p"]) == (99, 1.0, 1.0)
-    assert "top_k" not in asked  # OpenAI's own API refuses it
+    first = server.requests[0]
+    assert (first["max_tokens"], first["temperature"], first["top_p"]) == (99, 1.0, 1.0)
+    assert "top_k" not in first  # OpenAI's own API refuses it
     assert 0 < len(rows) <= 8
     for row in rows:
         assert [m["role"] for m in row["prompt"]] == ["system", "user"]
         content = row["completion"][0]["content"]
         assert content == f"The sum is {row['answer']}"
-        told = row["provenance"]
-        assert told["teacher"]["endpoint"] == server.url
-        assert told["teacher"]["served_model"] == "adder-2"
-        assert told["finish"] == "stop"
-        assert told["tokens"] == 7 + told["sampling"]["seed"] % 5  # of this very request
-        assert told["rewards"] == {"right": 1.0}
+        origin = row["provenance"]
+        assert origin["teacher"]["endpoint"] == server.url
+        assert origin["teacher"]["served_model"] == "adder-2"
+        assert origin["finish"] == "stop"
+        assert origin["tokens"] == 7 + origin["sampling"]["seed"] % 5  # of this very request
+        assert origin["rewards"] == {"right": 1.0}
 
 
 @pytest.mark.parametrize("field", ["reasoning_content", "reasoning"])
@@ -47,8 +47,8 @@ def test_reasoning_is_put_back_in_front(server: Server, field: str) -> None:
 def test_a_reward_that_counts_tokens_gets_their_number(server: Server) -> None:
     path = run(server, "--rewards", "./reward.py:right", "./reward.py:brief")
     for row in load_rows(str(path)):
-        told = row["provenance"]
-        assert told["rewards"]["brief"] == pytest.approx(1 / told["tokens"])
+        origin = row["provenance"]
+        assert origin["rewards"]["brief"] == pytest.approx(1 / origin["tokens"])
     # The best reward is that of the shortest right answer.
     for line in Path("out/raw.jsonl").read_text().splitlines():
         problem = json.loads(line)
@@ -93,7 +93,7 @@ def test_a_lasting_failure_is_one_line_and_leaves_the_chunks_before(server: Serv
     assert len({problem["index"] for problem in problems}) == 8
     done = [problem["prompt"] for problem in problems[:3]]
     assert server.requests
-    assert not [body for body in server.requests if body["messages"] in done]  # none is asked twice
+    assert not [body for body in server.requests if body["messages"] in done]  # none is sent twice
 
 
 def test_half_of_a_surrogate_pair_spoils_no_file(server: Server) -> None:
@@ -103,12 +103,12 @@ def test_half_of_a_surrogate_pair_spoils_no_file(server: Server) -> None:
     assert all("sum \ufffd is" in r["completion"][0]["content"] for r in load_rows(str(path)))
 
 
-def test_further_fields_are_sent_and_told(server: Server) -> None:
+def test_further_fields_are_sent_and_recorded(server: Server) -> None:
     path = run(server, "--endpoint.params", "reasoning_effort", "high")
     assert {body["reasoning_effort"] for body in server.requests} == {"high"}
     rows = load_rows(str(path))
-    told = {row["provenance"]["teacher"]["params"] for row in rows}
-    assert told == {'{"reasoning_effort": "high"}'}
+    origin = {row["provenance"]["teacher"]["params"] for row in rows}
+    assert origin == {'{"reasoning_effort": "high"}'}
     with pytest.raises(UserError, match=r"endpoint.params cannot set model, temperature"):
         run(server, "--endpoint.params", "temperature", "0.2", "model", "x")
 

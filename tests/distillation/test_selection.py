@@ -86,7 +86,7 @@ def test_the_deciding_reward_is_the_first_or_the_one_named() -> None:
     assert choose(problem([a, b]), reward="form")[0] == ["b"]
     with pytest.raises(UserError, match="'foo' is not among right, form"):
         choose(problem([a, b]), reward="foo")
-    with pytest.raises(UserError, match="right does not apply to a problem"):
+    with pytest.raises(UserError, match="right does not apply to every problem"):
         choose(problem([sample("c", None)]))
 
 
@@ -154,7 +154,7 @@ def test_identical_words_are_kept_once() -> None:
 
 
 def test_a_trace_that_was_dropped_hides_no_other() -> None:
-    """What was surplus in one problem may be kept in the next."""
+    """A trace that was surplus in one problem may be kept in the next."""
     one = problem([sample("short", tokens=1), sample("long", tokens=9)])
     two = problem([sample("long", tokens=9)], 1)
     assert choose(one, two, keep=1)[0] == ["short", "long"]
@@ -187,9 +187,9 @@ CALL = {"type": "function", "function": {"name": "calculate", "arguments": {"e":
 
 def tool_problem(name: str = "calculate") -> Problem:
     call = {**CALL, "function": {**CALL["function"], "name": name}}
-    said = f'<think>\nhm <tool_call></think>I ask. <tool_call>{{"name": "{name}"}}</tool_call>'
+    text = f'<think>\nhm <tool_call></think>I ask. <tool_call>{{"name": "{name}"}}</tool_call>'
     turns = [
-        {"role": "assistant", "content": said, "tool_calls": [call]},
+        {"role": "assistant", "content": text, "tool_calls": [call]},
         {"role": "tool", "name": "calculate", "content": "2"},
         {"role": "assistant", "content": "It is 2."},
     ]
@@ -208,10 +208,10 @@ def test_a_tool_call_stands_once_in_what_the_student_learns() -> None:
     (example,) = sft_examples([row], SftDataConfig(), renderer, "rows")
     ids, mask = example.answers[0]
     assert renderer.decode(ids).count("</tool_call>") == 1
-    learnt = renderer.decode(ids[mask])
-    assert "1+1" in learnt
-    assert "It is 2." in learnt
-    assert "calculate: 2" not in learnt  # the tool's answer is none of the student's words
+    trained = renderer.decode(ids[mask])
+    assert "1+1" in trained
+    assert "It is 2." in trained
+    assert "calculate: 2" not in trained  # the student does not learn the output of tools
 
 
 def test_a_malformed_call_stays_text() -> None:
@@ -259,7 +259,7 @@ def _fields(s: Sample) -> dict[str, Any]:
 
 def test_parquet_refuses_tool_calls_in_one_line(tmp_path: Path) -> None:
     RawFile(tmp_path).append([tool_problem()])
-    with pytest.raises(UserError, match="cannot hold tool calls as they are; pass --format jsonl"):
+    with pytest.raises(UserError, match=r"cannot hold tool calls .*--format jsonl"):
         write_dataset(tmp_path, DistillConfig(format="parquet"))
     mixed = [problem([sample(str(i))], i, columns={"x": x}) for i, x in enumerate([1, "a"])]
     RawFile(tmp_path / "b").path.parent.mkdir()

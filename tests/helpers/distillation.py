@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+
+Distill = Callable[..., Path]
+"""Runs the command with an output folder and flags; returns the dataset's file."""
 
 CONFIG: dict[str, Any] = {
     "rewards": ["./reward.py:letters"],
@@ -12,3 +18,11 @@ CONFIG: dict[str, Any] = {
     "reward": {"workers": 1},
     "traces": {"samples": 4, "chunk": 4, "correct_at": 0.05},
 }
+
+
+def raw(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "raw.jsonl").read_text().splitlines()]
+
+
+def undated(problems: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{key: value for key, value in p.items() if key != "date"} for p in problems]

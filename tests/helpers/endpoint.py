@@ -15,8 +15,8 @@ from rlsloth.distillation.pipeline import distill
 KEY = "sk-very-secret-1234"
 REWARD = """
 def right(completions, answer, **_):
-    said = [c[-1]["content"] for c in completions]
-    return [float(text.endswith(right)) for text, right in zip(said, answer, strict=True)]
+    texts = [c[-1]["content"] for c in completions]
+    return [float(text.endswith(right)) for text, right in zip(texts, answer, strict=True)]
 
 def brief(completion_ids):
     return [1.0 / len(ids) for ids in completion_ids]
@@ -49,6 +49,9 @@ class Server(ThreadingHTTPServer):
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server_port}/v1"
 
+    def handle_error(self, *_: Any) -> None:
+        """Say nothing: a run that stops ends its requests."""
+
 
 class Handler(BaseHTTPRequestHandler):
     server: Server
@@ -68,8 +71,8 @@ class Handler(BaseHTTPRequestHandler):
         a, b = map(int, re.findall(r"\d+", body["messages"][-1]["content"]))
         # One sample in two is wrong, by its seed.
         seed = body["seed"] if self.server.seeds else 0
-        said = f"{a + b + seed % 2}"
-        message = {"role": "assistant", "content": f"The sum is {said}"}
+        total = f"{a + b + seed % 2}"
+        message = {"role": "assistant", "content": f"The sum is {total}"}
         if self.server.field:
             message[self.server.field] = f"{a} and {b}"
         choice = {"index": 0, "message": message, "finish_reason": self.server.finish}
