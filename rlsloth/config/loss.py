@@ -54,8 +54,8 @@ class LossConfig(Section):
     mask_truncated: bool = False
     """Leave completions cut off by the length limit out of the loss (DAPO's overlong filtering)."""
     overlong_buffer: int = Field(0, ge=0)
-    """DAPO's soft overlong punishment: over this many last tokens the reward falls linearly to -1;
-    0 is off."""
+    """DAPO's soft overlong punishment: over this many last tokens a penalty falls linearly to -1.
+    It is added to the reward for the advantage alone, and logged as overlong_penalty; 0 is off."""
 
     @model_validator(mode="after")
     def _consistent(self) -> LossConfig:

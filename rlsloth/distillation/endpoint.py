@@ -22,12 +22,12 @@ from rlsloth.seeding import derive_seed
 
 
 class EndpointTeacher:
-    """Asks for each sample in a request of its own: not every server knows ``n``, and those that
+    """A teacher that gets one request per sample: not every server supports ``n``, and those that
     cache prefixes lose nothing."""
 
     def __init__(self, cfg: DistillConfig, folder: Path, stack: ExitStack, *, resume: bool) -> None:
-        """Open environment, rewards and log, and see that the server is there; closed with
-        ``stack``. Raises UserError."""
+        """Check the server, and open environment, rewards and log; ``stack`` closes them. Raises
+        UserError."""
         self._cfg = cfg
         self._warned = False
         self.resumes = resume
@@ -37,7 +37,7 @@ class EndpointTeacher:
         self._api.check()
         problems = open_problems(cfg, cfg.seed, cfg.traces.reward, stack)
         self.env, self.scorer = problems.env, problems.scorer
-        _refuse_others(self.env)
+        _check_prompts(self.env)
         self.run = stack.enter_context(
             Run.start(cfg.teacher_config(cfg.model, folder, resume=resume))
         )
@@ -59,35 +59,43 @@ class EndpointTeacher:
         }
 
     def answer(self, prompts: Sequence[Prompt], at: int, *, step: int) -> list[Answered]:
-        """Unscored rollouts; the scorer begins with each group as soon as it is complete. Every
-        request has a seed of its own, made of the run's seed, ``at`` and its place."""
+        """Sample rollouts, unscored; the scorer begins with each group as soon as it is complete.
+
+        The seed of a request depends on the run's seed, ``at`` and its position.
+
+        Raises:
+            UserError: a request failed for good, or its response is not a chat completion.
+        """
         n = self._cfg.traces.samples
         jobs = [
-            (prompt, derive_seed(self._cfg.seed, "distill", at + p, i) >> 1)  # 31 bits, as C has
+            (
+                prompt,
+                derive_seed(self._cfg.seed, "distill", at + p, i) >> 1,
+            )  # 31 bits, as C's int has
             for p, prompt in enumerate(prompts)
             for i in range(n)
         ]
         replies: list[Reply | None] = [None] * len(jobs)
         answered: dict[int, Answered] = {}
-        for position, reply in in_parallel(self._ask, jobs, self._cfg.endpoint.parallel):
+        for position, reply in in_parallel(self._sample, jobs, self._cfg.endpoint.parallel):
             replies[position] = reply
             p = position // n
             own = [r for r in replies[p * n : (p + 1) * n] if r is not None]
             if len(own) == n:
                 answered[p] = self._answered(prompts[p], own)
                 self.scorer.submit(answered[p].group, step=step)
-        self._warn_alike([a.group for a in answered.values()])
+        self._warn_identical([a.group for a in answered.values()])
         return [answered[p] for p in range(len(prompts))]
 
-    def _warn_alike(self, groups: Sequence[Group]) -> None:
-        """Once: some servers do not sample, or have a seed of their own."""
+    def _warn_identical(self, groups: Sequence[Group]) -> None:
+        """Warn once if a server does not seem to sample, or to use the seeds of requests."""
         n = self._cfg.traces.samples
-        alike = n > 1 and all(len({r.text for r in group.rollouts}) == 1 for group in groups)
-        if alike and not self._warned:
+        identical = n > 1 and all(len({r.text for r in group.rollouts}) == 1 for group in groups)
+        if identical and not self._warned:
             self._warned = True
             self.run.warn(
-                f"all {n} samples of each problem are the same: does {self._cfg.endpoint.url} "
-                "sample, and heed temperature and seed?"
+                f"all {n} samples of each problem are the same: check that {self._url} samples and "
+                "uses temperature and seed, or pass --traces.samples 1"
             )
 
     def _answered(self, prompt: Prompt, replies: list[Reply]) -> Answered:
@@ -101,7 +109,7 @@ class EndpointTeacher:
             [reply.model for reply in replies],
         )
 
-    def _ask(self, job: tuple[Prompt, int]) -> Reply:
+    def _sample(self, job: tuple[Prompt, int]) -> Reply:
         prompt, seed = job
         try:
             return read_reply(self._api.complete(self._body(prompt, seed)), seed, self._url)
@@ -109,8 +117,8 @@ class EndpointTeacher:
             raise UserError(f"problem {prompt.index + 1}: {error}") from error
 
     def _body(self, prompt: Prompt, seed: int) -> dict[str, Any]:
-        """The request; what OpenAI's own API lacks is sent only where it is set."""
-        assert isinstance(prompt.messages, tuple)  # _refuse_others
+        """Make a request; fields that OpenAI's own API lacks are sent only if they are set."""
+        assert isinstance(prompt.messages, tuple)  # _check_prompts
         cfg, endpoint = self._cfg.rollout, self._cfg.endpoint
         template = {**self._cfg.env.chat_template_kwargs}
         template |= prompt.columns.get("chat_template_kwargs") or {}
@@ -132,22 +140,23 @@ class EndpointTeacher:
         }
 
 
-def _refuse_others(env: Environment) -> None:
-    """Raises UserError for prompts that a chat API does not answer in one turn."""
+def _check_prompts(env: Environment) -> None:
+    """Raise UserError for prompts that a chat API cannot complete in one turn."""
     prompts = env.train
     if any(prompt.tools for prompt in prompts) or not env.single_turn:
         raise UserError(
-            f"environment {env.name} has tools, which only a local teacher can use: leave out "
-            "--endpoint.url, or take an environment of single turns"
+            f"environment {env.name} has tools or several turns, which only a local teacher can "
+            "use: leave out --endpoint.url, or pass an --env.name of single turns"
         )
     for prompt in prompts:
         where = f"environment {env.name}, prompt {prompt.index + 1}"
         if isinstance(prompt.messages, str):
             raise UserError(
-                f"{where} is plain text to continue, and an endpoint answers chat messages: rename "
+                f"{where} is plain text to continue, but an endpoint needs chat messages: rename "
                 "the column prompt to question, or set --env.system-prompt"
             )
         if prompt.messages[-1]["role"] == "assistant":
             raise UserError(
-                f"{where} ends with an assistant turn to continue, which chat APIs do not do alike"
+                f"{where} ends with an assistant turn to continue, which chat APIs treat "
+                "differently: remove that turn, or use a local teacher"
             )

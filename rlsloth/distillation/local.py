@@ -1,4 +1,4 @@
-"""A teacher in this process."""
+"""A teacher that runs in this process."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ class LocalTeacher:
     """A model with or without an adapter, sampled by the engine of ``rlsloth grpo``."""
 
     def __init__(self, cfg: DistillConfig, folder: Path, stack: ExitStack, *, resume: bool) -> None:
-        """Load everything; closed with ``stack``. Raises UserError."""
+        """Load the model, the environment and the rewards; ``stack`` closes them. Raises
+        UserError."""
         model, run = _resolve(cfg)
         self.resumes = resume
         self._cfg = cfg
@@ -36,33 +37,33 @@ class LocalTeacher:
         self.about = _about(model, run, getattr(base, IDENTITY, None))
 
     def answer(self, prompts: Sequence[Prompt], at: int, *, step: int) -> list[Answered]:
-        """Unscored rollouts; random numbers depend on the seed and ``at``, the position of the
-        first prompt."""
+        """Sample rollouts, unscored; random numbers depend on the seed and ``at``, the position of
+        the first prompt."""
         sampling = self._collector.sampling("distill", at)
         n = self._cfg.traces.samples
         with advise("rollout", self._policy.model):
             groups = self._collector.collect(prompts, n, sampling, step=step)
-        told = asdict(sampling) | {"stop": list(sampling.stop)}
-        seed = told.pop("seed")
-        del told["cut_tail"]
+        params = asdict(sampling) | {"stop": list(sampling.stop)}
+        seed = params.pop("seed")
+        del params["cut_tail"]
         return [
-            Answered(group, told, [seed] * n, [r.finish for r in group.rollouts], [None] * n)
+            Answered(group, params, [seed] * n, [r.finish for r in group.rollouts], [None] * n)
             for group in groups
         ]
 
 
 def _resolve(cfg: DistillConfig) -> tuple[ModelConfig, Path | None]:
-    """The teacher's base with its adapter, and the run that trained it. Raises UserError."""
+    """Find the teacher's base with its adapter, and the run that trained it. Raises UserError."""
     if cfg.teacher is None:
         return cfg.model, None
-    asked = cfg.model.precision
-    source = find_source(cfg.teacher, precision=None if asked == "auto" else asked)
+    precision = None if cfg.model.precision == "auto" else cfg.model.precision
+    source = find_source(cfg.teacher, precision=precision)
     found = {name: getattr(source.base, name) for name in ("path", "revision", "precision")}
     return cfg.model.model_copy(update={**found, "adapter": source.adapter}), source.run
 
 
 def _about(model: ModelConfig, run: Path | None, identity: Identity | None) -> dict[str, Any]:
-    """Which weights wrote the traces."""
+    """Describe the weights that sampled the traces."""
     adapter = model.adapter
     weights = adapter / "adapter_model.safetensors" if adapter else None
     return {

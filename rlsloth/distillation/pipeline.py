@@ -1,4 +1,4 @@
-"""Distillation: a teacher answers, rewards verify, what is kept becomes a data set and a student.
+"""Distillation: sample a teacher, verify with rewards, keep a dataset, and train a student.
 
 Rejection sampling as in RFT (arXiv:2308.01825) and the distilled models of DeepSeek-R1
 (arXiv:2501.12948, section 2.4).
@@ -33,30 +33,30 @@ from rlsloth.scoring.scorer import Scorer
 
 
 class Teacher(Protocol):
-    """Who answers, with the environment and the rewards."""
+    """A source of completions, with the environment and the rewards."""
 
     resumes: bool
-    """Whether its log of an earlier start goes on."""
+    """Whether the log of an earlier start is continued."""
     env: Environment
     scorer: Scorer
     run: Run
-    """Its log."""
+    """The run that keeps its log."""
     about: dict[str, Any]
-    """Provenance: which weights, or which server."""
+    """Provenance: the weights, or the server."""
 
     def answer(self, prompts: Sequence[Prompt], at: int, *, step: int) -> list[Answered]:
-        """Unscored rollouts of each prompt; ``at`` is the position of the first one."""
+        """Sample rollouts of each prompt, unscored; ``at`` is the position of the first one."""
         ...
 
 
 def distill(cfg: DistillConfig) -> Path:
-    """``rlsloth distill``: sample, verify, choose, write, and with ``train_student`` train.
+    """Sample, verify, select and write traces, and with ``train_student`` train on them.
 
     Returns:
-        The data set's file.
+        The dataset's file.
 
     Raises:
-        UserError: bad input, a teacher that cannot be reached, or not one trace to keep.
+        UserError: bad input, a teacher that cannot be reached, or no trace to keep.
     """
     out = open_out(cfg)
     raw = RawFile(out)
@@ -66,20 +66,20 @@ def distill(cfg: DistillConfig) -> Path:
         try:
             _sample(cfg, out, raw, prompts)
         except UserError:
-            with suppress(OSError):  # refused before anything was written: leave no empty folder
+            with suppress(OSError):  # an empty folder, if nothing was written
                 out.rmdir()
             raise
         except KeyboardInterrupt:
             if raw.path.exists():
-                print(f"to go on: rlsloth distill {out / CONFIG} --resume", file=sys.stderr)
+                print(f"to continue: rlsloth distill {out / CONFIG} --resume", file=sys.stderr)
             raise
     before = dataset_hash(out, cfg)
     path, selection = write_dataset(out, cfg)
-    write_config(out, cfg)  # only now: it says how what lies there was made
+    write_config(out, cfg)  # only now, since it describes the dataset that is there
     write_card(out, cfg, selection, shared)
     print(
-        f"{path}: {selection.kept} traces of {selection.kept_problems} problems, of "
-        f"{selection.verified} verified among {selection.samples}"
+        f"{path}: kept {selection.kept} traces of {selection.kept_problems} problems; "
+        f"{selection.verified} of {selection.samples} were verified"
     )
     if cfg.train_student:
         _train_student(cfg, out, path, same=dataset_hash(out, cfg) == before)
@@ -93,29 +93,28 @@ def _replay(
     teacher: dict[str, Any] | None = None,
     source: dict[str, Any] | None = None,
 ) -> int:
-    """Count what an earlier start has sampled; returns the number of problems.
+    """Count the samples of earlier starts in ``selection``; return the number of problems.
 
     Raises:
-        UserError: the data or, where they are given, the ``teacher`` or the ``source`` is another
-            than before.
+        UserError: the dataset has changed, or else the ``teacher`` or the ``source``, if not None.
     """
     done = 0
     for problem in raw.read():
         line = f"{raw.path} line {done + 1}"
-        if done < len(prompts) and not problem.asks(prompts[done]):
+        if done < len(prompts) and not problem.is_for(prompts[done]):
             raise UserError(
-                f"{line} is about another problem than the data has there: the data has changed, "
-                "start another distillation with another --out"
+                f"{line} is another problem than the dataset has there, so the dataset has "
+                "changed: start another distillation with another --out"
             )
         if teacher is not None and problem.teacher != teacher:
             raise UserError(
-                f"{line} was written by another teacher (its weights differ): start another "
-                "distillation with another --out"
+                f"{line} was sampled from another teacher (its weights or server differ): start "
+                "another distillation with another --out"
             )
         if source is not None and problem.source != source:
             raise UserError(
-                f"{line} is of other data or rewards (a file has changed): start another "
-                "distillation with another --out"
+                f"{line} was made with another dataset or reward (a file has changed): start "
+                "another distillation with another --out"
             )
         selection.choose(problem)
         done += 1
@@ -123,13 +122,12 @@ def _replay(
 
 
 def _sample(cfg: DistillConfig, out: Path, raw: RawFile, prompts: Sequence[Prompt]) -> None:
-    """Ask the teacher for what is missing, chunk by chunk; each is on disk before the next one
-    begins."""
+    """Sample the remaining problems, chunk by chunk; each is on disk before the next begins."""
     with ExitStack() as stack:
         teacher = _open_teacher(cfg, out, stack)
         run, names = teacher.run, teacher.scorer.names
         selection = Selection(cfg.traces, cfg.seed)
-        raw.cut_torn()  # only now: the log's lock keeps others away
+        raw.cut_torn()  # only now, when the log's lock keeps other processes away
         source = describe_source(teacher.env, cfg.env, cfg.rewards)
         done = _replay(raw, prompts, selection, teacher.about, source)
         history = run.history()
@@ -146,15 +144,16 @@ def _sample(cfg: DistillConfig, out: Path, raw: RawFile, prompts: Sequence[Promp
                 answered = teacher.answer(chunk, at, step=step)
             groups = [a.group for a in answered]
             with run.timed("reward"):
-                _warn_failures(run, teacher.scorer.score(groups, step=step))
+                report = teacher.scorer.score(groups, step=step)
+            _warn_failures(run, report)
             problems = [make_problem(a, source, teacher.about) for a in answered]
-            write_config(out, cfg)  # not before: a start that fails leaves nothing behind
+            write_config(out, cfg)  # only now, so that a start that fails leaves nothing behind
             raw.append(problems)
             for problem in problems:
                 selection.choose(problem)
             written = sum(sample.tokens for problem in problems for sample in problem.samples)
             tokens += count_tokens(groups)
-            run.log(step, rollout_metrics(groups, names, num_tokens=tokens))
+            run.log(step, rollout_metrics(groups, names, num_tokens=tokens) | report.metrics)
             run.say(
                 f"problems {at + len(chunk)}/{len(prompts)}: "
                 f"{selection.verified / selection.samples:.0%} verified, {selection.kept} kept, "
@@ -177,16 +176,18 @@ def _open_teacher(cfg: DistillConfig, out: Path, stack: ExitStack) -> Teacher:
 def _warn_failures(run: Run, report: ScoringReport) -> None:
     for reward in report.rewards:
         for kind, count in reward.failures.items():
-            told = [d.detail for d in report.details if (d.reward, d.kind) == (reward.name, kind)]
-            first = f": {told[0]}" if told else ""
-            run.warn(f"reward {reward.name} failed on {count} ({kind}){first}")
+            details = (
+                d.detail for d in report.details if (d.reward, d.kind) == (reward.name, kind)
+            )
+            first = next((f"; e.g. {detail}" for detail in details), "")
+            run.warn(f"reward {reward.name} failed on {count} completions ({kind}{first})")
 
 
 def _train_student(cfg: DistillConfig, out: Path, path: Path, *, same: bool) -> None:
-    """As ``rlsloth sft`` would, on the data set; ``same``: it is what it was before this start.
+    """Train on the dataset as ``rlsloth sft`` does; ``same``: this start did not change it.
 
     Raises:
-        UserError: bad input, or the folder holds a student of another data set.
+        UserError: bad input, or the folder holds a student of another dataset.
     """
     from rlsloth.training.sft import train
 
@@ -197,16 +198,17 @@ def _train_student(cfg: DistillConfig, out: Path, path: Path, *, same: bool) -> 
         begun = (folder / METRICS).exists()
         if begun and not same:
             raise UserError(
-                f"{folder} learnt another data set: pass --student.run.dir for another student"
+                f"{folder} was trained on another dataset: pass --student.run.dir for another "
+                "student"
             )
         if (folder / SUMMARY).exists():
-            print(f"{folder}: the student is trained already")
+            print(f"{folder}: the student is already trained")
             return
         run = run.model_copy(update={"dir": folder, "resume": begun})
     gc.collect()  # the teacher's memory is the student's now
     if "torch" in sys.modules:
         sys.modules["torch"].cuda.empty_cache()
     data = student.data.model_copy(update={"train": str(path.resolve())})
-    if data.system_prompt is None:  # what the rows hold anyway; `rlsloth chat` then knows it
+    if data.system_prompt is None:  # the rows have it, and `rlsloth chat` reads it
         data = data.model_copy(update={"system_prompt": cfg.env.system_prompt})
     train(student.model_copy(update={"data": data, "run": run}))

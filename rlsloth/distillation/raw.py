@@ -69,8 +69,8 @@ class Problem:
     date: str
     samples: list[Sample]
 
-    def asks(self, prompt: Prompt) -> bool:
-        """Whether this is the problem of ``prompt``."""
+    def is_for(self, prompt: Prompt) -> bool:
+        """Whether this is the problem of a prompt."""
         same = prompt.messages if isinstance(prompt.messages, str) else list(prompt.messages)
         return (self.index, self.prompt) == (prompt.index, json.loads(json.dumps(same)))
 

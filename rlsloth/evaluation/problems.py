@@ -12,6 +12,7 @@ from rlsloth.environments.loading import load_environment
 from rlsloth.environments.protocol import Environment
 from rlsloth.errors import UserError
 from rlsloth.records import Prompt
+from rlsloth.run.metrics import TRAINER_METRICS
 from rlsloth.scoring.scorer import Scorer
 
 
@@ -44,7 +45,7 @@ def open_problems(
             f"no reward: environment {env.name} has no default one; pass --rewards NAME "
             "(`rlsloth rewards list` shows the built-in ones)"
         )
-    scorer = stack.enter_context(Scorer(rewards, cfg.reward))
+    scorer = stack.enter_context(Scorer(rewards, cfg.reward, reserved_metrics=TRAINER_METRICS))
     position = reward_position(deciding, scorer.names)
     scorer.wait_ready()
     scorer.check([*env.train, *env.heldout])

@@ -1,4 +1,4 @@
-"""Advantages from rewards, and the soft punishment of overlong completions.
+"""Advantages from rewards.
 
 ``Rollout.advantages`` holds one number a token, and packing and the losses use each one, so credit
 may differ within a rollout. ``assign_advantages`` gives all sampled tokens of a rollout the same
@@ -15,7 +15,6 @@ import statistics
 from collections.abc import Sequence
 
 from rlsloth.config import AdvantageConfig
-from rlsloth.errors import UserError
 from rlsloth.records import Group, Rollout
 
 STD_EPSILON = 1e-4
@@ -60,26 +59,6 @@ def assign_advantages(groups: Sequence[Group], cfg: AdvantageConfig) -> None:
 def _fill(rollout: Rollout, advantage: float) -> None:
     """Give every sampled token the same advantage."""
     rollout.advantages = [advantage if sampled else 0.0 for sampled in rollout.loss_mask]
-
-
-def overlong_penalty(length: int, max_tokens: int, buffer: int) -> float:
-    """Soft overlong punishment, to be added to the reward (DAPO, arXiv:2503.14476, eq. 13).
-
-    0 up to ``max_tokens - buffer`` tokens, then falling linearly to -1 at ``max_tokens``, -1
-    beyond. A buffer of 0 switches it off.
-
-    Raises:
-        UserError: the buffer is longer than the completions may be.
-    """
-    if buffer > max_tokens:
-        raise UserError(
-            f"loss.overlong_buffer ({buffer}) exceeds rollout.max_tokens ({max_tokens}): "
-            "every completion would be punished; make it smaller"
-        )
-    if buffer == 0:
-        return 0.0
-    over = length - (max_tokens - buffer)
-    return -min(max(over / buffer, 0.0), 1.0)
 
 
 def _scored(group: Group) -> list[tuple[Rollout, float]]:

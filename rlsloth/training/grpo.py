@@ -10,13 +10,13 @@ import torch
 
 from rlsloth.config import GrpoConfig, LossConfig
 from rlsloth.data.packing import pack, to_device
-from rlsloth.losses.advantages import assign_advantages, overlong_penalty
+from rlsloth.losses.advantages import assign_advantages
 from rlsloth.losses.base import PolicyLoss
 from rlsloth.losses.opening import open_loss
 from rlsloth.losses.policy_loss import normalizer, policy_loss
 from rlsloth.memory.out_of_memory import advise
 from rlsloth.policy.policy import Policy
-from rlsloth.records import Group, LossStats, PackedBatch
+from rlsloth.records import LossStats, PackedBatch
 from rlsloth.run.gap import GapGuard
 from rlsloth.run.metrics import (
     LOGP_GAP,
@@ -26,6 +26,7 @@ from rlsloth.run.metrics import (
     update_metrics,
 )
 from rlsloth.run.watch import Watch
+from rlsloth.scoring.shaping import penalize_overlong
 from rlsloth.training.opening import open_grpo
 from rlsloth.training.rollouts import Rollouts
 
@@ -52,7 +53,9 @@ def train(cfg: GrpoConfig) -> Path:
             groups = rollouts.take(step)
             with run.timed("reward"):  # the part that sampling did not hide
                 report = scorer.score(groups, step=step)
-                shape_overlong(groups, cfg)
+            penalize_overlong(
+                groups, max_tokens=cfg.rollout.max_tokens, buffer=cfg.loss.overlong_buffer
+            )
             assign_advantages(groups, cfg.advantage)
             batch = pack(
                 groups,
@@ -154,14 +157,3 @@ def _check_version(batch: PackedBatch, version: int, cfg: GrpoConfig) -> None:
 def _add(sums: LossStats, more: LossStats) -> None:
     for field in fields(LossStats):
         setattr(sums, field.name, getattr(sums, field.name) + getattr(more, field.name))
-
-
-def shape_overlong(groups: list[Group], cfg: GrpoConfig) -> None:
-    """Add DAPO's soft overlong punishment to the rewards."""
-    if not cfg.loss.overlong_buffer:
-        return
-    for rollout in (r for group in groups for r in group.rollouts):
-        if rollout.reward is not None:
-            rollout.reward += overlong_penalty(
-                rollout.length, cfg.rollout.max_tokens, cfg.loss.overlong_buffer
-            )

@@ -123,7 +123,9 @@ def test_an_interrupted_distillation_goes_on_with_the_next_problem(
     dateless = [[r | {"provenance": r["provenance"] | {"date": ""}} for r in load_rows(str(p))]
                 for p in (path, whole / "train.jsonl")]  # fmt: skip
     assert dateless[0] == dateless[1]
-    steps = [json.loads(s)["step"] for s in (folder / "teacher/metrics.jsonl").open()]
+    steps = [
+        json.loads(s)["step"] for s in (folder / "teacher/metrics.jsonl").read_text().splitlines()
+    ]
     assert steps == [1, 2, 3]
 
 
@@ -132,7 +134,7 @@ def test_changed_data_is_refused_on_resume(distill: Distill, workplace: Path) ->
     flags = ("--env.train", "moving.jsonl", "--env.heldout", "0", "--traces.correct-at", "0")
     distill("moved", *flags)
     (workplace / "moving.jsonl").write_text('{"question": "B?"}\n{"question": "A?"}\n')
-    with pytest.raises(UserError, match="line 1 is about another problem"):
+    with pytest.raises(UserError, match="line 1 is another problem"):
         distill("moved", *flags, "--resume")
 
 

@@ -48,7 +48,7 @@ def test_rows_are_taken_by_sft_grpo_and_trl(whole: Path) -> None:
         assert row["input_ids"][: len(prompt) + len(answer)] == [*prompt, *answer]
 
 
-def test_a_student_trains_on_the_data_set(
+def test_a_student_trains_on_the_dataset(
     distill: Distill, workplace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = ("--train-student", "--student.model.path", "model", "--student.steps", "2",
@@ -62,8 +62,10 @@ def test_a_student_trains_on_the_data_set(
     assert f"{len(load_rows(str(path))) - 1} examples, 1 held out" in capsys.readouterr().out
 
     distill("taught", *flags, "--resume")
-    assert "taught/student: the student is trained already" in capsys.readouterr().out
-    with pytest.raises(UserError, match=r"taught/student learnt another data set: pass --student"):
+    assert "taught/student: the student is already trained" in capsys.readouterr().out
+    with pytest.raises(
+        UserError, match=r"taught/student was trained on another dataset: pass --student"
+    ):
         distill("taught", *flags, "--resume", "--traces.keep", "1")
     with pytest.raises(UserError, match="taught is a distillation; did you mean taught/student"):
         find_source("taught")

@@ -75,7 +75,7 @@ def test_a_run_teaches_with_what_it_trained(distill: Distill, workplace: Path) -
     longer = cfg.model_copy(update={"resume": True, "env": cfg.env})
     cut = (workplace / "by_run/raw.jsonl").read_bytes().splitlines(keepends=True)[:4]
     (workplace / "by_run/raw.jsonl").write_bytes(b"".join(cut))
-    with pytest.raises(UserError, match="line 1 was written by another teacher"):
+    with pytest.raises(UserError, match="line 1 was sampled from another teacher"):
         pipeline.distill(longer)
 
 

@@ -51,7 +51,6 @@ PENDING: dict[str, set[str]] = {
         "rlsloth/data/preference.py",
         "rlsloth/data/sft.py",
         "rlsloth/data/turns.py",
-        "rlsloth/distillation/endpoint.py",
         "rlsloth/evaluation/evaluator.py",
         "rlsloth/evaluation/result.py",
         "rlsloth/losses/preference/base.py",

@@ -1,4 +1,4 @@
-"""Advantages: hand-computed numbers, TRL's own lines, and the overlong punishment."""
+"""Advantages: hand-computed numbers and TRL's own lines."""
 
 from __future__ import annotations
 
@@ -11,12 +11,10 @@ from typing import Any
 import pytest
 import torch
 from trl import GRPOTrainer
-from trl.rewards import get_soft_overlong_punishment
 from trl.trainer.utils import nanstd
 
 from rlsloth.config import AdvantageConfig
-from rlsloth.errors import UserError
-from rlsloth.losses.advantages import assign_advantages, overlong_penalty
+from rlsloth.losses.advantages import assign_advantages
 from rlsloth.records import Group, Prompt, Rollout
 
 KINDS = ["group", "batch", "none", "leave_one_out"]
@@ -130,15 +128,3 @@ def test_advantages_of_a_group_sum_to_zero(kind: str) -> None:
 
 def test_no_groups() -> None:
     assign_advantages([], AdvantageConfig())
-
-
-def test_overlong_penalty() -> None:
-    lengths = {0: 0.0, 80: 0.0, 85: -0.25, 90: -0.5, 100: -1.0, 130: -1.0}
-    for length, penalty in lengths.items():
-        assert overlong_penalty(length, 100, 20) == pytest.approx(penalty)
-    trl = get_soft_overlong_punishment(max_completion_len=100, soft_punish_cache=20)
-    wanted = trl([[0] * n for n in range(131)])
-    assert [overlong_penalty(n, 100, 20) for n in range(131)] == pytest.approx(wanted)
-    assert overlong_penalty(100, 100, 0) == 0
-    with pytest.raises(UserError, match="overlong_buffer"):
-        overlong_penalty(5, 10, 11)
