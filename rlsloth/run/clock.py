@@ -6,14 +6,14 @@ import time
 
 
 class PhaseClock:
-    """Count seconds by phase; time outside any phase is ``other``, so the sum is all the time."""
+    """Seconds by phase; time outside any phase counts as ``other``, so that the sum is complete."""
 
     def __init__(self) -> None:
         self._phases: list[str] = []
         self.restart()
 
     def restart(self) -> None:
-        """Forget all seconds so far."""
+        """Set all counts to zero."""
         self._seconds: dict[str, float] = {}
         self._mark = time.monotonic()
 
@@ -29,7 +29,7 @@ class PhaseClock:
         self._phases.append(phase)
 
     def leave(self) -> str:
-        """End the current phase and return the outer one, or an empty string."""
+        """End the current phase; return the name of the outer one, or an empty string."""
         self._settle()
         self._phases.pop()
         return self._phases[-1] if self._phases else ""
@@ -41,6 +41,6 @@ class PhaseClock:
         return taken
 
     def take_phase(self, phase: str) -> float:
-        """Return one phase's seconds and leave the rest."""
+        """Return the seconds of one phase since the last call; all other phases keep theirs."""
         self._settle()
         return self._seconds.pop(phase, 0.0)

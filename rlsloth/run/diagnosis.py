@@ -1,4 +1,4 @@
-"""Reasons why a step teaches little or nothing, in plain words."""
+"""Reasons why the gradient of a step is zero or small, in plain words."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from rlsloth.records import Group, Rollout
 from rlsloth.run.metrics import ZERO_STD, group_std
 
 CLIPPED_RATIO = 0.5
-"""More truncated completions than this are worth a warning."""
+"""Share of truncated completions above which a step gets a warning."""
 NO_ADVANTAGE = 1e-6
-"""Advantages below this come from rounding."""
+"""Advantages below this are rounding errors."""
 
 
 def diagnose(
@@ -23,13 +23,13 @@ def diagnose(
     mask_truncated: bool,
     cut_tail: float = 1.0,
 ) -> list[str]:
-    """Why this step's gradient is zero or small; empty when nothing is wrong.
+    """Return one sentence for each reason why this step's gradient is zero or small.
 
     Args:
         groups: scored, with advantages assigned.
         reward_names: in the order of each rollout's scores.
         mask_truncated: whether truncated completions carry no loss (``loss.mask_truncated``).
-        cut_tail: the share of completions that may finish (``rollout.cut_tail``).
+        cut_tail: share of completions that sampling waits for (``rollout.cut_tail``).
     """
     return list(findings(groups, reward_names, mask_truncated, cut_tail).values())
 
@@ -37,9 +37,9 @@ def diagnose(
 def findings(
     groups: Sequence[Group], reward_names: Sequence[str], mask_truncated: bool, cut_tail: float
 ) -> dict[str, str]:
-    """Return a sentence for each kind of fault in a step.
+    """Return kind of fault -> sentence for one step.
 
-    A kind's name stays the same from step to step while the figures in its sentence change.
+    The kind stays the same from step to step; the figures in the sentence change.
     """
     found = {}
     rollouts = [rollout for group in groups for rollout in group.rollouts]
@@ -60,7 +60,7 @@ def findings(
 
 
 def _clipped(rollouts: Sequence[Rollout], cut_tail: float) -> str:
-    """Truncated ones beyond those that ``rollout.cut_tail`` may have cut."""
+    """A warning of truncated completions, without those that ``rollout.cut_tail`` may have cut."""
     cut = len(rollouts) - math.ceil(cut_tail * len(rollouts))
     finished, truncated = len(rollouts) - cut, sum(r.truncated for r in rollouts) - cut
     if truncated <= CLIPPED_RATIO * finished:
@@ -68,7 +68,7 @@ def _clipped(rollouts: Sequence[Rollout], cut_tail: float) -> str:
     besides = f", besides {cut} that --rollout.cut-tail may have cut" if cut else ""
     return (
         f"{truncated} of {finished} completions hit the length limit{besides}: "
-        "raise --rollout.max-tokens, or ask for shorter answers"
+        "raise --rollout.max-tokens, or prompt for shorter completions"
     )
 
 
@@ -81,7 +81,7 @@ def _failures(rollouts: Sequence[Rollout], reward_names: Sequence[str]) -> str:
             what = ", ".join(f"{kind} {count}" for kind, count in kinds.most_common())
             detail = next((f"; e.g. {_short(s.detail)}" for s in failed if s.detail), "")
             parts.append(f"{name} on {len(failed)} of {len(rollouts)} ({what}{detail})")
-    return f"rewards failed, those completions teach nothing: {'; '.join(parts)}" if parts else ""
+    return f"rewards failed, so these completions are left out: {'; '.join(parts)}" if parts else ""
 
 
 def _no_gradient(
@@ -93,7 +93,7 @@ def _no_gradient(
     if mask_truncated and all(rollout.truncated for rollout in rollouts):
         return {
             "truncated": f"no gradient: all {len(rollouts)} completions were cut off and are "
-            "masked; raise --rollout.max-tokens, or set --loss.mask-truncated false"
+            "masked; raise --rollout.max-tokens, or pass --loss.mask-truncated false"
         }
     if all(rollout.reward is None for rollout in rollouts):
         why = _inapplicable(rollouts, reward_names)
@@ -115,11 +115,11 @@ def _inapplicable(rollouts: Sequence[Rollout], reward_names: Sequence[str]) -> s
         if all(r.scores[index].value is None and r.scores[index].failure is None for r in rollouts)
     ]
     listed = ", ".join(names)
-    return f"; {listed} applied to none (does the data have the column it needs?)" if names else ""
+    return f"; {listed} applied to none (do the rows have the column it needs?)" if names else ""
 
 
 def _cancelled(groups: Sequence[Group], reward_names: Sequence[str]) -> str:
-    """Rewards that vary within groups whose weighted sum does not."""
+    """A warning of rewards that vary within groups while their weighted sum does not."""
     varying = [
         name
         for index, name in enumerate(reward_names)
@@ -159,11 +159,11 @@ def _equal(groups: Sequence[Group]) -> str:
                 f"{start}: the task is too hard, or the answer's format is not recognised; "
                 "read the samples"
             )
-        return f"{start}: solved, or the reward cannot tell good from better; take harder prompts"
+        return f"{start}: the task is solved, or the reward is too coarse; take harder prompts"
     counts = ", ".join(f"{count} at {value:g}" for value, count in sorted(values.items()))
     return (
         f"no gradient: within each group all completions scored the same ({counts} groups); "
-        "take prompts that are solved sometimes, or a larger --group-size"
+        "take prompts that the model solves only sometimes, or raise --group-size"
     )
 
 

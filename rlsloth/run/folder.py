@@ -1,12 +1,15 @@
 """The run folder: make or reopen it, lock it, and find the files in it.
 
-config.yaml        the resolved configuration; `rlsloth grpo config.yaml --run.resume` continues
+config.yaml        the settings as the user set them; pass it with --run.resume to continue the run
+plan.json          the settings that the memory plan decided on this machine
 environment.json   versions, device and command line
 metrics.jsonl      one JSON object a step, and one an evaluation
 samples/           step_00001.parquet, ...
 log.txt            every message, with its time
 summary.json       the run's result, once it has finished
 report.html        all of it on one page
+checkpoints/       the newest ones, to resume from
+adapter/           the trained adapter, once the run has finished
 """
 
 from __future__ import annotations
@@ -38,10 +41,10 @@ LOG = "log.txt"
 
 
 def read_rows(folder: Path) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl in order; a last line that a crash tore is left out.
+    """Rows of metrics.jsonl in order, without a last line that a crash left incomplete.
 
     Raises:
-        UserError: another line is damaged.
+        UserError: a line before the last one is damaged.
     """
     return list(read_json_lines(folder / METRICS, _row, "repair or delete the line"))
 
@@ -80,7 +83,7 @@ def open_folder(run: RunConfig, model: ModelConfig, root: Path) -> tuple[Path, I
 
     Raises:
         UserError: the folder holds a run and ``resume`` is off, or holds none and it is on, or
-            another living process writes to it.
+            another process that still runs writes to it.
     """
     if run.dir is None:
         if run.resume:
@@ -89,17 +92,17 @@ def open_folder(run: RunConfig, model: ModelConfig, root: Path) -> tuple[Path, I
         return folder, _lock(folder)
     folder = run.dir
     if folder.exists() and not folder.is_dir():
-        raise UserError(f"run folder {folder} is a file; give another --run.dir")
+        raise UserError(f"--run.dir {folder} is a file: pass a folder")
     if run.resume and not (folder / CONFIG).exists():
-        raise UserError(f"no run in {folder} to resume; leave out --run.resume to start one there")
+        raise UserError(f"no run in {folder} to resume: leave out --run.resume to start one there")
     folder.mkdir(parents=True, exist_ok=True)
     held = _lock(folder)
-    # A start that failed before its first figure leaves nothing worth keeping, and may be repeated.
+    # A run that failed before it logged anything leaves nothing worth keeping: start it again.
     if not run.resume and (folder / METRICS).exists():
         held.close()
         raise UserError(
             f"{folder} already holds a run; continue it with --run.resume, "
-            "or give another folder with --run.dir"
+            "or pass another folder with --run.dir"
         )
     for place in (folder, folder / SAMPLES):
         sweep_temporary_files(place)
@@ -132,15 +135,15 @@ def _lock(folder: Path) -> IO[str]:
 
 
 def write_config(folder: Path, cfg: TrainingConfig) -> None:
-    """Save the resolved configuration, with this folder as its ``run.dir`` and without
-    ``run.resume``: a resume has to be requested each time."""
+    """Save the configuration with this folder as its ``run.dir`` and with ``run.resume`` off, which
+    each resume has to set again."""
     values = cfg.model_dump(mode="json")
     values["run"] |= {"dir": str(folder), "resume": False}
     save_config(folder / CONFIG, values)
 
 
 def config_changes(folder: Path, cfg: TrainingConfig) -> Changes:
-    """The settings that a resumed run changes, without ``run.dir`` and ``run.resume``.
+    """Settings that a resumed run changes, except ``run.dir`` and ``run.resume``.
 
     Raises:
         UserError: the saved configuration is damaged.

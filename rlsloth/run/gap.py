@@ -1,4 +1,4 @@
-"""The gap between the sampler's and the trainer's log-probs: what happens when it is too wide."""
+"""The gap between the log-probs of sampler and trainer, and what a run does about a wide one."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from rlsloth.run.watch import Episodes
 
 
 class GapGuard:
-    """Does what ``loss.gap_action`` says when the gap exceeds ``loss.gap_limit``."""
+    """Warn, correct or stop (``loss.gap_action``) when the gap exceeds ``loss.gap_limit``."""
 
     loss: LossConfig
-    """The loss of the next update: the run's own, or that with a correction switched on."""
+    """Loss section of the next update: the run's, or a copy with a correction switched on."""
 
     def __init__(self, loss: LossConfig, rollout: RolloutConfig, run: Run) -> None:
-        """A gap in the history of a resumed run switches the correction on again."""
+        """Read the history of a resumed run: an earlier gap switches its correction on again."""
         self.loss = loss
         self._rollout = rollout
         self._run = run
@@ -26,10 +26,10 @@ class GapGuard:
                 self.check(row["step"], row.get(LOGP_GAP))
 
     def check(self, step: int, gap: float | None) -> None:
-        """Look at a step's gap, the metric LOGP_GAP.
+        """Check the gap of a step, the metric LOGP_GAP.
 
         Raises:
-            UserError: it is too wide and the action is ``stop``.
+            UserError: the gap exceeds the limit and ``loss.gap_action`` is ``stop``.
         """
         text = self._finding(step, gap)
         match self.loss.gap_action:
@@ -41,28 +41,28 @@ class GapGuard:
                     )
             case "stop" if text:
                 raise UserError(
-                    f"{text}: raise it or pass --loss.gap-action correct, and go on from the last "
-                    "checkpoint with --run.resume"
+                    f"{text}: raise the limit or pass --loss.gap-action correct, and continue from "
+                    "the last checkpoint with --run.resume"
                 )
             case "correct" if text and self.loss.correction == "none":
                 self._correct(text)
 
     def _finding(self, step: int, gap: float | None) -> str:
-        """What is wrong; empty when nothing is."""
+        """A sentence about a gap above the limit; empty for one within it."""
         limit = self.loss.gap_limit
         if not is_number(gap) or gap <= limit:
             return ""
         late = ", one update late" if self._rollout.overlap else ""
         eight_bits = self._rollout.kv_cache != "auto"
-        narrower = "; --rollout.kv-cache auto narrows it" if eight_bits else ""
+        narrower = "; --rollout.kv-cache auto makes the gap smaller" if eight_bits else ""
         return (
-            f"step {step}: trainer and sampler{late} disagree by {gap:.3g} nats a token (above "
-            f"--loss.gap-limit {limit:g}{narrower})"
+            f"step {step}: log-probs of trainer and sampler{late} differ by {gap:.3g} nats a token "
+            f"(above --loss.gap-limit {limit:g}{narrower})"
         )
 
     def _correct(self, text: str) -> None:
         self.loss = self.loss.model_copy(update={"correction": "token_truncate"})
         self._run.warn(
-            f"{text}: from the next step to the end of the run tokens are weighted by exp(trainer "
-            f"- rollout log-prob), at most {self.loss.correction_max:g}"
+            f"{text}: from the next step to the end of the run each token is weighted by "
+            f"exp(trainer - sampler log-prob), at most {self.loss.correction_max:g}"
         )

@@ -34,7 +34,7 @@ _PACKAGES = [
 
 
 def write_environment(folder: Path) -> None:
-    """Save versions, device and command line; a resumed run's next to the first one's."""
+    """Save versions, device and command line; a resumed run adds a file of its own."""
     now = datetime.now().astimezone()
     path = folder / "environment.json"
     if path.exists():
@@ -56,7 +56,7 @@ def write_environment(folder: Path) -> None:
 
 def device_facts() -> dict[str, Any]:
     """Name and size of the first GPU, or of the CPU when there is none."""
-    import torch  # the command line and the report do without it
+    import torch  # lazily: the command line and the report need no torch
 
     if not torch.cuda.is_available():
         return {

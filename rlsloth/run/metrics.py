@@ -1,7 +1,7 @@
-"""Figures of a step under TRL 1.16's metric names, so that its dashboards and habits carry over.
+"""Figures of a step under TRL 1.16's metric names, so that dashboards made for TRL work.
 
-Source of names and definitions: trl/trainer/grpo_trainer.py, release 1.16.0. Differences are stated
-where they are.
+Source of names and definitions: trl/trainer/grpo_trainer.py, release 1.16.0. Each function lists
+its differences.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ NAN = float("nan")
 Floats = NDArray[np.float64]
 
 LOGP_GAP = "sampling/sampling_logp_difference/mean"
-"""Mean |trainer - sampling log-prob| per trained token, in nats; the trainer before a step's first
-update."""
+"""The gap: mean |trainer log-prob - sampling log-prob| per trained token, in nats, with the
+trainer's weights before the first update of the step."""
 
 ZERO_STD = 1e-8
-"""A group's rewards count as equal when their standard deviation is at most this (torch.isclose's
-own)."""
+"""Largest standard deviation at which the rewards of a group count as equal (the tolerance of
+torch.isclose)."""
 
 
 TRAINER_METRICS = (
@@ -41,12 +41,12 @@ TRAINER_METRICS = (
     "learning_rate", "cispo_clip_ratio", "clip_ratio/low_mean", "clip_ratio/high_mean",
     "clip_ratio/region_mean",
 )  # fmt: skip
-"""Names, as shell patterns, that a reward's ``log_metric`` may not use."""
+"""Metric names, as shell patterns, that a reward's ``log_metric`` may not use."""
 
 
 def count_tokens(groups: Sequence[Group]) -> int:
-    """Prompt tokens, once a rollout, plus sampled tokens: a step's share of ``num_tokens``, as TRL
-    counts it."""
+    """Tokens of a step, as TRL counts ``num_tokens``: sampled tokens, and each prompt once a
+    rollout."""
     return sum(
         len(group.prompt_ids) + rollout.length for group in groups for rollout in group.rollouts
     )
@@ -55,20 +55,20 @@ def count_tokens(groups: Sequence[Group]) -> int:
 def rollout_metrics(
     groups: Sequence[Group], reward_names: Sequence[str], *, num_tokens: int
 ) -> dict[str, float]:
-    """What was sampled and how it scored. Scoring must have run.
+    """Figures of the sampled completions and of their rewards; the groups must have been scored.
 
     ``reward_std`` is the standard deviation (n - 1) over all of the step's rewards, not within
     groups; ``frac_reward_zero_std`` the share of rollouts whose group has equal rewards, with the
-    overlong penalty added, always by group. Lengths are sampled tokens. A figure without any value
-    is NaN, written as null.
+    overlong penalty added. Lengths count sampled tokens. A figure without any value is NaN, and
+    null in metrics.jsonl.
 
-    Ours beyond TRL: ``rewards/<name>/failures`` and ``rewards/<name>/not_applicable``, numbers of
+    Not in TRL: ``rewards/<name>/failures`` and ``rewards/<name>/not_applicable``, numbers of
     rollouts, and ``overlong_penalty``, the mean penalty, which is not in ``reward``.
 
     Args:
         groups: the step's groups.
         reward_names: in the order of each rollout's scores.
-        num_tokens: tokens of the whole run up to and with this step (`count_tokens`, added up).
+        num_tokens: tokens of the run so far, this step included (the sum of `count_tokens`).
     """
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     rewards = _values([rollout.reward for rollout in rollouts])
@@ -153,18 +153,18 @@ class UpdateFigures:
     """One optimizer update, summed over its micro-batches. The loop fills it in."""
 
     loss: float
-    """The differentiated value: the sum of ``LossOutput.total`` over micro-batches / normalizer."""
+    """The differentiated value: sum of ``LossOutput.total`` over micro-batches / normalizer."""
     normalizer: float
-    """What the summed loss was divided by (the loss's own rule, fixed over the step)."""
+    """Divisor of the summed loss: the loss's own rule, one number for the whole step."""
     stats: LossStats
     """Summed over micro-batches; ``stats.tokens`` is the number of trained tokens."""
     entropy: float
     """Sum over the trained tokens, nats."""
     logp_gap: float
-    """Sum over the trained tokens of |trainer log-prob - sampling log-prob|, trainer before the
-    first update."""
+    """Sum of |trainer log-prob - sampling log-prob| over the trained tokens, with the trainer's
+    weights before the first update."""
     logp_gap_max: float
-    """Largest of them."""
+    """Largest of these differences."""
     scored_tokens: int
     """Tokens that count for the loss, those of rollouts with zero advantage included."""
     step: StepStats
@@ -173,19 +173,20 @@ class UpdateFigures:
 def update_metrics(
     updates: Sequence[UpdateFigures], *, clipping: Clipping, beta: float
 ) -> dict[str, float]:
-    """What the updates of one step did: the mean over them, as TRL averages its micro-batches.
+    """Figures of the updates of one step: means over the updates, as TRL averages micro-batches.
 
     ``entropy``, ``kl`` and ``sampling/*`` are means over trained tokens: rollouts whose advantage
-    is zero are never packed, so they are not in these means (in TRL they are). ``clip_ratio/*``
+    is zero are never packed, so these means leave them out (TRL's include them). ``clip_ratio/*``
     divide by all scored tokens and so equal TRL's: a rollout with zero advantage is never clipped.
-    ``grad_norm`` is before clipping.
+    ``grad_norm`` is the norm before clipping.
 
-    Ours beyond TRL: ``importance_ratio/mean``, ``sampling/corrected_ratio`` (share of tokens whose
+    Not in TRL: ``importance_ratio/mean``, ``sampling/corrected_ratio`` (share of tokens whose
     correction weight was truncated or masked) and ``skipped_updates``.
 
     Args:
         updates: at least one.
-        clipping: the sides that the loss counts; a cap alone is ``cispo_clip_ratio``, TRL's name.
+        clipping: sides on which the loss clips; a cap alone is logged under TRL's name for it,
+            ``cispo_clip_ratio``.
         beta: weight of the KL term; ``kl`` is left out at 0, when no reference pass ran.
     """
     rows = [_one_update(update, clipping, beta) for update in updates]
@@ -199,7 +200,7 @@ def update_metrics(
 
 def _one_update(update: UpdateFigures, clipping: Clipping, beta: float) -> dict[str, float]:
     stats = update.stats
-    trained = stats.tokens or NAN  # nothing trained: these figures have no value
+    trained = stats.tokens or NAN  # without trained tokens these figures have no value
     scored = update.scored_tokens or NAN
     row = {
         "loss": update.loss,
@@ -227,5 +228,5 @@ def _one_update(update: UpdateFigures, clipping: Clipping, beta: float) -> dict[
 
 
 def is_number(value: object) -> TypeGuard[float]:
-    """Whether a logged value is a finite number (a JSON null or text is not)."""
+    """Whether a logged value is a finite number, and neither null nor text."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

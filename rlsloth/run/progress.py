@@ -18,18 +18,17 @@ _SHOWN = (
     ("completions/clipped_ratio", "cut", "{:.0%}"),
     ("step_time", "step", "{:.1f}s"),
 )
-_SHOWN_OF_EXAMPLES = (
+_SHOWN_WITHOUT_REWARD = (
     ("loss", "loss", "{:.4f}"),
     ("rewards/margins", "margin", "{:.3f}"),
     ("rewards/accuracies", "accuracy", "{:.0%}"),
     ("step_time", "step", "{:.1f}s"),
 )
-"""Where nothing is sampled, and so nothing rewarded."""
+"""Metrics shown by loops that do not sample, and so have no rewards."""
 
 
 class Display:
-    """What the person at the console sees. All text is plain: markup and control characters do
-    nothing."""
+    """The console of a run. Text is printed as plain: markup and control characters do nothing."""
 
     def __init__(self, total: int, console: Console | None = None) -> None:
         self._console = console or Console(highlight=False, soft_wrap=True)
@@ -53,7 +52,7 @@ class Display:
             self._task = self._bar.add_task("", total=total, figures="", eta="", phase="")
 
     def begin(self, first: int, total: int) -> None:
-        """Steps first to total follow; the time left is estimated from these alone."""
+        """Begin the steps from first to total; the time left is estimated from these alone."""
         self._total, self._done_here, self._began = total, 0, time.monotonic()
         self._stepping = True
         if self._bar is not None:
@@ -61,20 +60,18 @@ class Display:
             self._bar.start()
 
     def phase(self, name: str) -> None:
-        """Show what is going on; an empty name when nothing is."""
+        """Show the name of the current phase; an empty name for none."""
         if self._bar is not None:
             self._bar.start()
             self._bar.update(self._task, phase=name)
-        elif (
-            name and not self._stepping
-        ):  # a long wait before or after the steps is not left in silence
+        elif name and not self._stepping:  # a long wait before or after the steps
             self._print(f"{name} ...")
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
-        """A step's figures are known."""
+        """Show the figures of a step."""
         shown = [
             f"{label} {form.format(metrics[name])}"
-            for name, label, form in (_SHOWN if "reward" in metrics else _SHOWN_OF_EXAMPLES)
+            for name, label, form in (_SHOWN if "reward" in metrics else _SHOWN_WITHOUT_REWARD)
             if is_number(metrics.get(name))
         ]
         self._figures = "  ".join(shown)
@@ -85,7 +82,7 @@ class Display:
             self._bar.update(self._task, figures=self._figures)
 
     def step_done(self, step: int) -> None:
-        """A step is over, its evaluation and checkpoint included."""
+        """Count a step as done, its evaluation and checkpoint included."""
         self._done_here += 1
         if self._bar is not None:
             eta = self._eta(step, self._done_here)
@@ -100,7 +97,7 @@ class Display:
         self._print(text, style)
 
     def stop(self) -> None:
-        """No step runs any more: the bar stays as it is."""
+        """End the steps: the bar stays on the screen and no longer changes."""
         self._stepping = False
         if self._bar is not None:
             self._bar.stop()
@@ -112,8 +109,8 @@ class Display:
 
 
 def printable(text: str) -> str:
-    """The text without control characters: sampled text must not move the cursor or recolour the
-    terminal."""
+    """The text without control characters: sampled text must not move the cursor or change
+    colours."""
     return "".join(
         c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text
     )

@@ -1,5 +1,4 @@
-"""A run: its folder, its clock, its console and its records, behind the few calls that a loop
-makes."""
+"""A run: its folder, clock, console and log files, behind the few calls that a loop makes."""
 
 from __future__ import annotations
 
@@ -22,14 +21,13 @@ from rlsloth.run.metrics import is_number
 from rlsloth.run.progress import Display
 from rlsloth.run.report.page import write_report
 from rlsloth.run.samples import as_text, completion_text, write_samples
-from rlsloth.run.trackers import Tracker, open_trackers
+from rlsloth.run.trackers import Tracker, check_trackers, open_trackers
 
 _SHOWN_CHARACTERS = 400
 
 
 class Run:
-    """One training run, a context manager: whatever happens, the report is written and the lock
-    released.
+    """One training run. A context manager: on any exit the report is written and the lock released.
 
     Example:
         with Run.start(cfg) as run:
@@ -40,14 +38,14 @@ class Run:
     """
 
     changes: dict[str, tuple[object, object]]
-    """Settings that a resumed run changes: (old, new) by dotted key, in YAML's types."""
+    """Settings that a resumed run changes: dotted key -> (old, new), in YAML's types."""
 
     def __init__(self, folder: Path, lock: IO[str], cfg: TrainingConfig, *, made: bool) -> None:
         """Use `start`."""
         self.dir = folder
         self.changes = {}
         self._lock = lock
-        self._made = made  # by this start: else what is in it may be the user's
+        self._made = made  # else the files in it may be the user's
         self._cfg = cfg
         self._display = Display(cfg.steps)
         self._clock = PhaseClock()
@@ -57,17 +55,19 @@ class Run:
     def start(cls, cfg: TrainingConfig, root: Path | None = None) -> Run:
         """Make or reopen the run folder, lock it, and write config.yaml and environment.json.
 
-        A resumed run keeps those two as they are until `accept_config`, so that a resume that is
-        refused leaves them alone; what would change is in `changes`.
+        A resumed run keeps those two files until `accept_config`, so that a refused resume leaves
+        them unchanged. `changes` lists the settings that differ.
 
         Args:
             cfg: a loop's configuration.
-            root: where new folders are made when ``run.dir`` is not given; ``runs`` by default.
+            root: folder in which a run without ``run.dir`` gets its own; default ``runs``.
 
         Raises:
             UserError: the folder holds a run and resume is off, another process writes to it, there
-                is nothing to resume, its files are damaged, or a tracker's package is missing.
+                is nothing to resume, its files are damaged, or a tracker is unknown or its package
+                missing.
         """
+        check_trackers(cfg.run.trackers)
         made = cfg.run.dir is None or not cfg.run.dir.exists()
         folder, lock = run_folder.open_folder(cfg.run, cfg.model, root or Path("runs"))
         run = cls(folder, lock, cfg, made=made)
@@ -75,7 +75,7 @@ class Run:
             if cfg.run.resume:
                 run.changes = run_folder.config_changes(folder, cfg)
                 run.history()  # refuses a damaged file before anything is loaded
-            # First, since a missing package must not leave a folder that counts as a run.
+            # Before config.yaml: a missing package must not leave a folder that counts as a run.
             run._trackers = open_trackers(cfg.run.trackers, folder, cfg.model_dump(mode="json"))
             if not cfg.run.resume:
                 run.accept_config()
@@ -88,9 +88,10 @@ class Run:
         return run
 
     def accept_config(self) -> None:
-        """Write config.yaml and environment.json, and name the changed settings.
+        """Write config.yaml and environment.json, and print the changed settings.
 
-        `start` does it for a new run; call it for a resumed one, once nothing can refuse it.
+        `start` does this for a new run. Call it for a resumed run once nothing can refuse it any
+        more.
         """
         run_folder.write_config(self.dir, self._cfg)
         write_environment(self.dir)
@@ -98,8 +99,7 @@ class Run:
             self.say(f"resumed with a changed setting, {key}: {old} -> {new}")
 
     def steps(self, first: int, total: int) -> Iterator[int]:
-        """Step numbers from first to total (steps count from 1), with progress and the time
-        left."""
+        """Yield the step numbers from first to total, counted from 1, and show the time left."""
         self._display.begin(first, total)
         self._clock.restart()
         try:
@@ -111,8 +111,8 @@ class Run:
 
     @contextlib.contextmanager
     def timed(self, phase: str) -> Iterator[None]:
-        """Name what is going on and count its seconds; a phase within a phase is taken out of the
-        outer one."""
+        """Show a phase on the console and count its seconds; a phase within a phase does not count
+        for the outer one."""
         self._clock.enter(phase)
         self._display.phase(phase)
         try:
@@ -121,10 +121,10 @@ class Run:
             self._display.phase(self._clock.leave())
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Record a step, once: its metrics, ``time/<phase>`` and ``step_time``, all in seconds.
+        """Record a step's metrics, with ``step_time`` and ``time/<phase>`` in seconds.
 
-        The times are those since the line before; what runs after this call (a checkpoint) is in
-        the next line.
+        Call it once a step. Times count from the previous call, so a checkpoint written after this
+        call counts for the next step.
         """
         seconds = self._clock.take()
         times = {f"time/{phase}": spent for phase, spent in seconds.items()}
@@ -133,11 +133,11 @@ class Run:
         self._display.step(step, row)
 
     def log_eval(self, step: int, name: str, results: Mapping[str, float]) -> None:
-        """Record an evaluation in a line of its own, as ``eval_<name>_<key>`` (``eval_<key>`` if
-        name is empty).
+        """Record an evaluation in its own line, as ``eval_<name>_<key>`` (``eval_<key>`` if name is
+        empty).
 
         The report draws ``<key>_low`` and ``<key>_high`` as the interval of ``<key>``. Seconds
-        spent in the phase ``eval`` go here, as ``eval_runtime``, and not to a step.
+        spent in the phase ``eval`` are logged here, as ``eval_runtime``, and not with a step.
         """
         prefix = f"eval_{name}_" if name else "eval_"
         row = {f"{prefix}{key}": value for key, value in results.items()}
@@ -153,12 +153,12 @@ class Run:
             except Exception as error:  # a tracker's outage must not end a training run
                 self._trackers.remove(tracker)
                 self.warn(
-                    f"{tracker.name} failed and is off from here on ({error}); "
-                    "metrics.jsonl goes on"
+                    f"tracker {tracker.name} failed and is switched off ({error}); metrics.jsonl "
+                    "is still written"
                 )
 
     def log_samples(self, step: int, groups: Sequence[Group], reward_names: Sequence[str]) -> None:
-        """Keep all of a step's rollouts as parquet, and print the first few, one a prompt."""
+        """Write all rollouts of a step as parquet, and print ``run.show_samples`` of them."""
         write_samples(run_folder.sample_file(self.dir, step), step, groups, reward_names)
         for group in groups[: self._cfg.run.show_samples]:
             rollout = group.rollouts[0]
@@ -170,16 +170,16 @@ class Run:
             )
 
     def history(self) -> list[dict[str, Any]]:
-        """The rows of metrics.jsonl so far."""
+        """All rows of metrics.jsonl so far."""
         return run_folder.read_rows(self.dir)
 
     def say(self, text: str) -> None:
-        """Tell the user one line, above the progress bar, and keep it in log.txt."""
+        """Print one line above the progress bar, and append it to log.txt."""
         self._display.say(_line(text))
         self._keep("", text)
 
     def warn(self, text: str) -> None:
-        """As `say`, for what needs attention."""
+        """Print and keep a warning, as `say` does a message."""
         self._display.say(f"warning: {_line(text)}", "yellow")
         self._keep("warning: ", text)
 
@@ -191,10 +191,10 @@ class Run:
             file.write(line)
 
     def truncate_after(self, step: int) -> None:
-        """Forget what came after a checkpoint's step, so that a resumed run has each step once.
+        """Delete metrics and samples of later steps, so that a resumed run has each step once.
 
-        Call it on every resume, with 0 when there is no checkpoint: it also drops a line that a
-        crash tore.
+        Call it on every resume, with -1 when there is no checkpoint: it also drops an incomplete
+        last line, as a crash leaves it.
         """
         rows = [row for row in self.history() if row["step"] <= step]
         run_folder.rewrite_rows(self.dir, rows)
@@ -204,7 +204,7 @@ class Run:
                 path.unlink()
 
     def finish(self, summary: Mapping[str, Any]) -> None:
-        """Write summary.json and report.html, close the trackers and give the folder free."""
+        """Write summary.json and report.html, close the trackers and release the lock."""
         try:
             write_json(self.dir / run_folder.SUMMARY, summary)
             report = write_report(self.dir)
@@ -218,7 +218,7 @@ class Run:
             try:
                 tracker.close()
             except Exception as error:
-                self.warn(f"{tracker.name} did not close ({error})")
+                self.warn(f"tracker {tracker.name} could not be closed ({error})")
         self._trackers = []
         self._lock.close()
 
@@ -237,13 +237,13 @@ class Run:
         refused = kind is not None and issubclass(kind, UserError) and self._made and not began
         try:
             if kind is not None:
-                # Not printed: whoever catches the exception does that.
+                # Not printed: the command line prints the exception.
                 self._keep(
                     "warning: ", f"stopped by {kind.__name__}{f': {error}' if str(error) else ''}"
                 )
             if not refused:
                 write_report(self.dir)
-        except Exception as fault:  # a full disk, for one: log.txt cannot be written either
+        except Exception as fault:  # a full disk, for example: log.txt cannot be written either
             self._display.say(
                 _line(f"warning: could not write the report ({type(fault).__name__}: {fault})"),
                 "yellow",

@@ -1,7 +1,7 @@
-"""Samples of a step as a parquet file with TRL's columns: step, prompt, completion, one a reward,
-advantage.
+"""Samples of a step as a parquet file with TRL's columns: step, prompt, completion, one column a
+reward, advantage.
 
-Ours after them: ``weighted_reward``, ``overlong_penalty`` (where one is configured), ``finish``,
+More columns follow: ``weighted_reward``, ``overlong_penalty`` (if one is configured), ``finish``,
 ``tokens`` (sampled), ``prompt_index``, ``failure``, and the columns that rewards logged with
 ``log_extra``.
 """
@@ -32,7 +32,7 @@ _AFTER = (
     ("failure", pa.large_string()),
 )
 FIXED_COLUMNS = tuple(name for name, _ in _BEFORE + _AFTER)
-"""Every column that is neither a reward's nor logged by one."""
+"""Columns of every file; the others are rewards, or logged by rewards."""
 EXTRA = {b"rlsloth": b"log_extra"}
 """Metadata of a column that a reward logged."""
 
@@ -40,11 +40,12 @@ EXTRA = {b"rlsloth": b"log_extra"}
 def write_samples(
     path: Path, step: int, groups: Sequence[Group], reward_names: Sequence[str]
 ) -> None:
-    """Write all of a step's rollouts, one a row, atomically.
+    """Write all rollouts of a step, one a row, atomically.
 
-    A reward that does not apply or failed is null; ``failure`` then says what happened, else it is
-    empty. A reward with the name of one of the other columns is found under ``rewards/<name>``, and
-    a logged column with the name of any under ``extra/<name>``. Chat turns are joined in one text.
+    A reward that does not apply or failed is null. ``failure`` describes the failures of a rollout,
+    and is empty without any. A reward named like a fixed column is in ``rewards/<name>``, and a
+    logged column named like any other column in ``extra/<name>``. Chat turns are joined in one
+    text.
 
     Raises:
         OSError: the file could not be written; an old one stays.
@@ -83,12 +84,12 @@ def write_samples(
 
 
 def column_of(reward_name: str) -> str:
-    """The column a reward is found in."""
+    """Name of a reward's column."""
     return f"rewards/{reward_name}" if reward_name in FIXED_COLUMNS else reward_name
 
 
 def _extras(rollouts: Sequence[Rollout], taken: Container[str]) -> dict[str, pa.Array]:
-    """The columns that rewards logged, in the order of their first value."""
+    """Columns that rewards logged, in the order of their first value."""
     names = dict.fromkeys(name for rollout in rollouts for name in rollout.extras)
     return {
         f"extra/{name}" if name in taken else name: _array([r.extras.get(name) for r in rollouts])
@@ -97,8 +98,7 @@ def _extras(rollouts: Sequence[Rollout], taken: Container[str]) -> dict[str, pa.
 
 
 def _array(values: Sequence[Any]) -> pa.Array:
-    """Logged values as numbers, booleans or text; as JSON text if they are of several kinds, or of
-    none of these."""
+    """Logged values as numbers, booleans or text; values of mixed or other types as JSON text."""
     kinds = {type(value) for value in values if value is not None}
     for types, arrow in (({bool}, pa.bool_()), ({int}, pa.int64()), ({int, float}, pa.float64())):
         if kinds and kinds <= types:
@@ -110,8 +110,8 @@ def _array(values: Sequence[Any]) -> pa.Array:
 
 
 def as_text(messages: str | Sequence[Message]) -> str:
-    """A prompt or conversation as one text: a single message is its content, more are headed by
-    their roles."""
+    """A prompt or conversation as one text: the content of a single message; of several, each under
+    its role."""
     if isinstance(messages, str):
         return messages
     if len(messages) == 1:
@@ -129,7 +129,7 @@ def _content(message: Message) -> str:
 
 
 def completion_text(rollout: Rollout) -> str:
-    """The text after the prompt: the sampled one, or all turns if there were several."""
+    """The text after the prompt: the completion, or all turns if there were several."""
     return as_text(rollout.messages) if len(rollout.messages) > 1 else rollout.text
 
 
@@ -143,7 +143,7 @@ def mean_advantage(rollout: Rollout) -> float:
 
 
 def failure_text(rollout: Rollout) -> str:
-    """Failures of a rollout's rewards in words; empty when there are none."""
+    """Description of the failed rewards of a rollout; empty when none failed."""
     return "\n".join(
         f"{score.name}: {score.failure} {score.detail}".rstrip()
         for score in rollout.scores
@@ -152,6 +152,6 @@ def failure_text(rollout: Rollout) -> str:
 
 
 def clean(text: str) -> str:
-    """Text that UTF-8 can hold: lone surrogates, which a tokenizer or a dataset may bring, are
-    spelt out."""
+    """Text that UTF-8 can encode: lone surrogates, which a tokenizer or a dataset may produce, are
+    written as escapes."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8")

@@ -14,7 +14,7 @@ from rlsloth.errors import UserError, first_line
 from rlsloth.files import flatten, write_atomically
 
 Changes = dict[str, tuple[object, object]]
-"""(old, new) by dotted key, in YAML's types; None where a mapping lacks the key."""
+"""Dotted key -> (old, new), in YAML's types; None where a mapping lacks the key."""
 
 
 def save_config(path: Path, values: Mapping[str, Any]) -> None:
@@ -24,7 +24,7 @@ def save_config(path: Path, values: Mapping[str, Any]) -> None:
 
 
 def changed_settings(path: Path, cfg: Section, remedy: str) -> Changes:
-    """The settings in which ``cfg`` differs from the configuration saved at ``path``.
+    """Settings in which ``cfg`` differs from the configuration saved at ``path``.
 
     Args:
         remedy: what the user can do about a damaged file.
@@ -58,7 +58,7 @@ def refuse_changed(folder: Path, changes: Changes, fixed: Iterable[str], remedy:
     """Refuse a resume that changes a fixed setting.
 
     Args:
-        fixed: settings, or whole sections, that cannot change.
+        fixed: dotted keys of settings, or names of whole sections, that cannot change.
         remedy: what the user can do instead.
 
     Raises:

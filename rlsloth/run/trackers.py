@@ -1,5 +1,8 @@
-"""Optional trackers by name. Each package is loaded only when asked for; metrics.jsonl is written
-in any case."""
+"""Experiment trackers by name: TensorBoard, W&B, MLflow, Trackio.
+
+A tracker is one class with an entry in `TRACKERS`. Its package is imported only when
+``run.trackers`` names it. metrics.jsonl is written whether or not there are trackers.
+"""
 
 from __future__ import annotations
 
@@ -7,58 +10,46 @@ import hashlib
 import importlib
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
-from rlsloth.errors import UserError
+from rlsloth.errors import UserError, nearest
 from rlsloth.files import flatten
+
+Config = Mapping[str, Any]
+"""A run's configuration as nested plain values."""
 
 
 class Tracker(Protocol):
-    """Where metrics go besides the run folder."""
+    """A service or folder that gets a run's metrics besides metrics.jsonl."""
 
-    name: str
+    name: ClassVar[str]
+    """Name of the tracker in ``run.trackers``, and of the Python package that it needs."""
+
+    def __init__(self, folder: Path, config: Config) -> None:
+        """Start, or go on where a resumed run stopped; ``folder`` is the run folder.
+
+        Project names come from each tool's own environment variables, else ``rlsloth``.
+
+        Raises:
+            ImportError: the package is not installed.
+        """
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Record finite values of one step."""
+        """Record the metrics of a step, all of them finite."""
 
     def close(self) -> None:
-        """Flush and end."""
+        """Flush and close."""
 
 
-Config = Mapping[str, Any]
-
-
-def open_trackers(names: Sequence[str], folder: Path, config: Config) -> list[Tracker]:
-    """Start the trackers, in the order of their names; a resumed run goes on in the same place.
-
-    Project names come from each tool's own environment variables, else ``rlsloth``.
-
-    Raises:
-        UserError: a package is missing; the message has the command that installs it.
-    """
-    return [_KINDS[name](folder, config) for name in names]
-
-
-def _require(module: str, tracker: str, package: str) -> ModuleType:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise UserError(
-            f"--run.trackers {tracker} needs a package that is not installed ({error}); "
-            f"run: pip install {package}"
-        ) from error
-
-
-class TensorBoard:
+class TensorBoard(Tracker):
     """Event files in the run folder: ``tensorboard --logdir runs``."""
 
     name = "tensorboard"
 
     def __init__(self, folder: Path, config: Config) -> None:
-        _require("tensorboard", self.name, "tensorboard")
+        importlib.import_module("tensorboard")
         writer = importlib.import_module("torch.utils.tensorboard").SummaryWriter
         self._writer = writer(str(folder / "tensorboard"))
         text = "\n".join(f"    {key}: {value}" for key, value in flatten(config).items())
@@ -72,17 +63,17 @@ class TensorBoard:
         self._writer.close()
 
 
-class Wandb:
-    """Weights & Biases. Its own settings (WANDB_MODE=offline, ...) hold."""
+class Wandb(Tracker):
+    """Weights & Biases, with its own environment variables (WANDB_MODE=offline, ...)."""
 
     name = "wandb"
 
     def __init__(self, folder: Path, config: Config) -> None:
-        wandb = _require("wandb", self.name, "wandb")
+        wandb = importlib.import_module("wandb")
         self._run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", "rlsloth"),
             name=folder.name,
-            # The same folder is the same run, also after a resume.
+            # One folder is one run, also after a resume.
             id=hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16],
             resume="allow",
             dir=str(folder),
@@ -96,13 +87,13 @@ class Wandb:
         self._run.finish()
 
 
-class MLflow:
-    """MLflow. MLFLOW_TRACKING_URI and MLFLOW_EXPERIMENT_NAME hold."""
+class MLflow(Tracker):
+    """MLflow, with its own variables MLFLOW_TRACKING_URI and MLFLOW_EXPERIMENT_NAME."""
 
     name = "mlflow"
 
     def __init__(self, folder: Path, config: Config) -> None:
-        self._mlflow = _require("mlflow", self.name, "mlflow")
+        self._mlflow = importlib.import_module("mlflow")
         if "MLFLOW_EXPERIMENT_NAME" not in os.environ:
             self._mlflow.set_experiment("rlsloth")
         memo = folder / "mlflow_run_id.txt"
@@ -114,7 +105,7 @@ class MLflow:
             self._mlflow.log_params(flatten(config))
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        # MLflow allows letters, digits and _-./ and blanks: pass@8 becomes pass_8.
+        # MLflow allows letters, digits, spaces and _-./ in names: pass@8 becomes pass_8.
         named = {re.sub(r"[^\w\-./ ]", "_", name): value for name, value in metrics.items()}
         self._mlflow.log_metrics(named, step=step)
 
@@ -122,13 +113,13 @@ class MLflow:
         self._mlflow.end_run()
 
 
-class Trackio:
-    """Trackio, local unless TRACKIO_SPACE_ID says otherwise."""
+class Trackio(Tracker):
+    """Trackio, which stays on this machine unless TRACKIO_SPACE_ID is set."""
 
     name = "trackio"
 
     def __init__(self, folder: Path, config: Config) -> None:
-        self._trackio = _require("trackio", self.name, "trackio")
+        self._trackio = importlib.import_module("trackio")
         self._trackio.init(
             project=os.environ.get("TRACKIO_PROJECT", "rlsloth"),
             name=folder.name,
@@ -143,6 +134,40 @@ class Trackio:
         self._trackio.finish()
 
 
-_KINDS: dict[str, Callable[[Path, Config], Tracker]] = {
-    kind.name: kind for kind in (TensorBoard, Wandb, MLflow, Trackio)
+TRACKERS: dict[str, type[Tracker]] = {
+    tracker.name: tracker for tracker in (TensorBoard, Wandb, MLflow, Trackio)
 }
+"""Name in ``run.trackers`` -> tracker."""
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Check the names in ``run.trackers``.
+
+    Raises:
+        UserError: there is no tracker of that name; the message has the nearest one.
+    """
+    for name in names:
+        if name not in TRACKERS:
+            raise UserError(
+                f"--run.trackers {name}: no such tracker{nearest(name, TRACKERS)} "
+                f"(known: {', '.join(TRACKERS)})"
+            )
+
+
+def open_trackers(names: Sequence[str], folder: Path, config: Config) -> list[Tracker]:
+    """Start the trackers of a run, in the order of their names.
+
+    Raises:
+        UserError: a tracker's package is missing; the message has the command that installs it.
+    """
+    return [_open(name, folder, config) for name in names]
+
+
+def _open(name: str, folder: Path, config: Config) -> Tracker:
+    try:
+        return TRACKERS[name](folder, config)
+    except ImportError as error:
+        raise UserError(
+            f"--run.trackers {name} needs a package that is not installed ({error}); "
+            f"run: pip install {name}"
+        ) from error

@@ -1,4 +1,4 @@
-"""Warnings of a run as it goes: faults of a step, and figures that drift the wrong way."""
+"""Warnings while a run trains: faults of a step, and metrics that drift the wrong way."""
 
 from __future__ import annotations
 
@@ -12,26 +12,27 @@ from rlsloth.run.diagnosis import findings
 from rlsloth.run.metrics import LOGP_GAP, is_number
 
 NEAR_ZERO_LOSS = 0.05
+"""Losses below this are explained, once a run."""
 WINDOW = 10
-"""Steps in a trend's beginning and in its present; nothing is said before there are two windows."""
+"""Steps in the first and in the last window of a trend; a trend needs both to be full."""
 ENTROPY_LEFT = 0.1
-"""Entropy has collapsed below this share of its beginning, unless the reward rose as well."""
+"""Entropy below this share of its first window has collapsed, unless the reward rose."""
 LENGTH_GROWTH = 2.0
-"""Length runs away above this multiple of its beginning, unless the reward rose as well."""
+"""Mean length above this multiple of its first window runs away, unless the reward rose."""
 GAP_GROWTH = 2.0
+"""The gap has risen above this multiple of its first window."""
 GAP_WORTH_WATCHING = 0.005
-"""A rising log-prob gap is not mentioned below this (nats)."""
+"""A rising gap below this many nats gets no warning."""
 
 
 class Episodes:
-    """Give each warning when it begins to hold, and again only after it has been clear for
-    `WINDOW` steps."""
+    """Pass a warning on when its fault appears, and again only after `WINDOW` steps without it."""
 
     def __init__(self) -> None:
         self._quiet: dict[str, int] = {}  # steps for which a kind of warning is not repeated
 
     def new(self, found: Mapping[str, str]) -> list[str]:
-        """Return those of a step's warnings (by kind) that are due now."""
+        """Return the new ones of a step's warnings, which are given by kind."""
         new = [text for kind, text in found.items() if kind not in self._quiet]
         self._quiet = {kind: left - 1 for kind, left in self._quiet.items() if left > 1}
         self._quiet |= dict.fromkeys(found, WINDOW)
@@ -39,11 +40,11 @@ class Episodes:
 
 
 class Watch:
-    """Follow a run and give its warnings, each once an episode.
+    """Warnings of a run, each once an episode.
 
     Trends compare the mean of the last `WINDOW` steps with that of the first `WINDOW`: entropy
-    below `ENTROPY_LEFT` of its beginning, and length above `LENGTH_GROWTH` times it, each only
-    while the reward has not risen; the log-prob gap above `GAP_GROWTH` times its beginning.
+    (`ENTROPY_LEFT`) and length (`LENGTH_GROWTH`), both only while the reward has not risen, and the
+    gap (`GAP_GROWTH`).
     """
 
     def __init__(
@@ -53,8 +54,8 @@ class Watch:
         history: Iterable[Mapping[str, float | None]] = (),
         cut_tail: float = 1.0,
     ) -> None:
-        """``history``: rows of the steps before a resume (``Run.history``), so that trends keep
-        their beginning. The remaining arguments are those of ``diagnose``."""
+        """Args: history: rows of the steps before a resume (``Run.history``), so that trends keep
+        their first window. For all other arguments see ``diagnose``."""
         self._names = list(reward_names)
         self._mask_truncated = mask_truncated
         self._cut_tail = cut_tail
@@ -73,14 +74,14 @@ class Watch:
         warn: Callable[[str], None],
         say: Callable[[str], None],
     ) -> None:
-        """Warn of new findings about a step, and explain figures that puzzle."""
+        """Warn of new faults of a step, and explain a loss near 0."""
         for sentence in self.step(groups, metrics):
             warn(sentence)
         for sentence in self.explain(metrics):
             say(sentence)
 
     def step(self, groups: Sequence[Group], metrics: Mapping[str, float]) -> list[str]:
-        """Warnings that are new after a step; ``metrics`` are the step's own, updates included."""
+        """Return the new warnings after a step; ``metrics`` include those of its updates."""
         self._follow(metrics)
         found = findings(groups, self._names, self._mask_truncated, self._cut_tail)
         return self._episodes.new(found | self._drifts())
@@ -98,23 +99,24 @@ class Watch:
         if entropy.ready and not improving and entropy.now < ENTROPY_LEFT * entropy.beginning:
             found["entropy"] = (
                 f"entropy fell from {entropy.beginning:.3g} to {entropy.now:.3g} and the reward "
-                "did not rise: completions are becoming alike; lower --optim.lr, or raise "
-                "--loss.epsilon-high (0.28)"
+                "did not rise: completions become alike; lower --optim.lr, or raise "
+                "--loss.epsilon-high, for example to 0.28"
             )
         if length.ready and not improving and length.now > LENGTH_GROWTH * length.beginning:
             found["length"] = (
                 f"completions grew from {length.beginning:.0f} to {length.now:.0f} tokens and "
-                "the reward did not rise: check what the reward pays for in the samples"
+                "the reward did not rise: read the samples to see what the reward favours"
             )
         if gap.ready and gap.now > max(GAP_GROWTH * gap.beginning, GAP_WORTH_WATCHING):
             found["gap trend"] = (
-                f"the gap between trainer and sampler rises ({gap.beginning:.4f} to {gap.now:.4f} "
-                "nats a token): a sign of stale weights or of numbers drifting apart"
+                f"the gap between trainer and sampler rose from {gap.beginning:.4f} to "
+                f"{gap.now:.4f} nats a token: the sampler's weights may be stale, or rounding "
+                "errors grow"
             )
         return found
 
     def explain(self, metrics: Mapping[str, float]) -> list[str]:
-        """Explain, once in a run, why the loss is near 0 although the run is sound."""
+        """Explain, once a run, why the loss is near 0 although nothing is wrong."""
         loss, grad_norm = metrics.get("loss"), metrics.get("grad_norm")
         if self._explained or not is_number(loss) or not is_number(grad_norm):
             return []
@@ -122,14 +124,14 @@ class Watch:
             return []
         self._explained = True
         return [
-            f"the loss is near 0 ({loss:.1e}) by construction, not by fault: a group's "
-            "advantages sum to 0 and the ratio is 1 on-policy; its gradient is not "
-            f"(norm {grad_norm:.3g}). Watch the reward instead"
+            f"the loss is near 0 ({loss:.1e}) by construction, which is no fault: the advantages "
+            "of a group sum to 0 and the ratio is 1 on-policy. The gradient is not 0 (norm "
+            f"{grad_norm:.3g}); watch the reward instead"
         ]
 
 
 class _Trend:
-    """Mean of the first and of the last WINDOW values."""
+    """Means of the first and of the last WINDOW values."""
 
     def __init__(self) -> None:
         self._first: list[float] = []

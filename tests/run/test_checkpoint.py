@@ -293,7 +293,7 @@ def test_damaged_pointer_does_not_matter(tmp_path: Path) -> None:
 
 def test_a_renamed_checkpoint_is_refused(tmp_path: Path) -> None:
     save_step(tmp_path, 1).rename(tmp_path / "step_00009")
-    with pytest.raises(UserError, match=r"no checkpoint in .*\n.*step_00009 is damaged"):
+    with pytest.raises(UserError, match=r"all checkpoints in .*damaged.*\n.*step_00009 is damaged"):
         load_latest(tmp_path)
 
 

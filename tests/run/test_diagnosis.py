@@ -1,4 +1,4 @@
-"""What a step is said to suffer from, in each case that it can."""
+"""The diagnosis of a step, for each fault that it can name."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ ONES = make_group([(1.0, 0.0), (1.0, 0.0)])
 
 
 def only(groups, **kwargs):
-    """The one thing that is said."""
+    """The only sentence of a diagnosis."""
     (text,) = diagnose(groups, NAMES, kwargs.pop("mask_truncated", False), **kwargs)
     return text
 
@@ -61,7 +61,7 @@ def test_all_zero_is_too_hard():
 
 
 def test_all_one_is_solved():
-    assert "every completion scored 1: solved" in only([ONES, ONES])
+    assert "every completion scored 1: the task is solved" in only([ONES, ONES])
 
 
 def test_equal_within_groups_only():

@@ -64,7 +64,7 @@ def test_a_warning_is_given_once_an_episode():
     assert len(run.warned) == 2
 
 
-def test_a_correction_stays_on_and_is_said_once():
+def test_a_correction_stays_on_and_is_printed_once():
     run = FakeRun()
     guard = make("correct", run)
     for step, gap in enumerate([0.05, 0.25, 0.3, 0.01], 1):
@@ -72,7 +72,7 @@ def test_a_correction_stays_on_and_is_said_once():
         guard.check(step, gap)
         assert before == ("token_truncate" if step > 2 else "none")
     (text,) = run.warned
-    assert text.startswith("step 2: trainer and sampler disagree by 0.25 nats")
+    assert text.startswith("step 2: log-probs of trainer and sampler differ by 0.25 nats")
     assert text.endswith("at most 3")
     assert guard.loss.correction == "token_truncate"
 
@@ -84,7 +84,7 @@ def test_a_resumed_run_stays_corrected():
 
 
 def test_a_stop_names_gap_limit_and_way_out():
-    guard = make("stop", FakeRun(0.5))  # of a time when the run was told to go on
+    guard = make("stop", FakeRun(0.5))  # a gap from before the run was resumed
     with pytest.raises(UserError, match=r"^step 4: .* 0\.2 nats .* 0\.1\): .*--run\.resume$"):
         guard.check(4, 0.2)
 
@@ -93,6 +93,6 @@ def test_an_8_bit_cache_is_named_as_the_cause():
     run = FakeRun()
     make("warn", run, "fp8").check(1, 0.2)
     make("correct", run, "fp8_per_token_head").check(1, 0.2)
-    assert ["; --rollout.kv-cache auto narrows it)" in text for text in run.warned] == [True] * 2
+    assert ["--rollout.kv-cache auto" in text for text in run.warned] == [True] * 2
     with pytest.raises(UserError, match=r"--rollout\.kv-cache auto"):
         make("stop", run, "fp8").check(1, 0.2)

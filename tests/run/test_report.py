@@ -190,7 +190,7 @@ def test_headline_has_accuracy_and_intervals(finished):
     assert "20\N{NARROW NO-BREAK SPACE}%" in text
     assert "70\N{NARROW NO-BREAK SPACE}%" in text
     assert "95 % intervals do not overlap" in text
-    assert "Accuracy on 100 held-out questions" in text
+    assert "Accuracy on 100 held-out problems" in text
 
 
 def test_an_empty_and_a_half_run_have_reports(tmp_path):

@@ -7,59 +7,18 @@ import json
 import math
 import subprocess
 import sys
-import types
-from pathlib import Path
-from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 import yaml
 from rich.console import Console
 
+from helpers.run_folders import NAMES, config, make_group, make_rollout, rows
 from rlsloth.config import GrpoConfig
 from rlsloth.errors import UserError
-from rlsloth.records import Group, LossStats, Prompt, Rollout, Score, StepStats
 from rlsloth.run import folder as run_folder
-from rlsloth.run.metrics import UpdateFigures, count_tokens, rollout_metrics, update_metrics
 from rlsloth.run.progress import Display, printable
 from rlsloth.run.run import Run
-
-NAMES = ["correct", "tags"]
-
-
-def make_rollout(correct, tags, *, length=3, finish="stop", failure=None, text="4", tools=()):
-    scores = (
-        Score("correct", correct, failure, "over budget" if failure else ""),
-        Score("tags", tags),
-    )
-    reward = None if failure else sum(value or 0.0 for value in (correct, tags))
-    return Rollout(
-        token_ids=[1] * (length + 1),
-        loss_mask=[True] * length + [False],
-        logprobs=[-0.5] * (length + 1),
-        policy_version=[0] * length + [-1],
-        finish=finish,
-        text=text,
-        messages=[{"role": "assistant", "content": text}],
-        tool_calls=tools[0] if tools else 0,
-        tool_failures=tools[1] if tools else 0,
-        scores=scores,
-        reward=reward,
-        advantages=[0.5] * length + [0.0],
-    )
-
-
-def make_group(*rollouts, index=0, messages="2 + 2 =", tools=()):
-    return Group(Prompt(index, messages, {}, tools), [7, 8], list(rollouts))
-
-
-def config(folder: Path | None, **run):
-    return GrpoConfig(steps=3, rewards=NAMES, run={"dir": folder, "show_samples": 0, **run})
-
-
-def rows(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
 
 # --- starting
 
@@ -213,7 +172,7 @@ def test_each_step_is_one_json_line_with_its_times(tmp_path, capsys):
 def test_phases_are_exclusive_and_sum_to_the_step(monkeypatch, tmp_path):
     run = Run.start(config(tmp_path / "run"))
     now = [100.0]
-    monkeypatch.setattr("rlsloth.run.run.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("rlsloth.run.clock.time.monotonic", lambda: now[0])
     for step in run.steps(1, 1):
         with run.timed("rollout"):
             now[0] += 5
@@ -339,209 +298,3 @@ def test_a_reward_named_like_a_column_gets_its_own(tmp_path):
         run.log_samples(1, [make_group(make_rollout(1.0, 0.5))], ["finish", "length"])
     (row,) = pq.read_table(run_folder.sample_file(run.dir, 1)).to_pylist()
     assert (row["finish"], row["rewards/finish"], row["length"]) == ("stop", 1.0, 0.5)
-
-
-# --- metrics
-
-
-def test_rollout_metrics_equal_hand_computed_figures():
-    groups = [
-        make_group(
-            make_rollout(1.0, 0.5, length=2),
-            make_rollout(0.0, 0.5, length=4),
-            make_rollout(0.0, None, length=9, finish="length"),
-            make_rollout(None, 1.0, failure="timeout", length=5),
-        ),
-        make_group(*(make_rollout(1.0, 0.0, length=4) for _ in range(4))),
-    ]
-    metrics = rollout_metrics(groups, NAMES, num_tokens=count_tokens(groups))
-    # rewards: 1.5 0.5 0 - 1 1 1 1; correct: 1 0 0 - 1 1 1 1; tags: 0.5 0.5 - 1 0 0 0 0
-    assert metrics["reward"] == pytest.approx(6 / 7)
-    squares = sum((reward - 6 / 7) ** 2 for reward in (1.5, 0.5, 0, 1, 1, 1, 1))
-    assert metrics["reward_std"] == pytest.approx(math.sqrt(squares / 6))
-    assert metrics["frac_reward_zero_std"] == 0.5
-    assert metrics["rewards/correct/mean"] == pytest.approx(5 / 7)
-    assert metrics["rewards/correct/failures"] == 1
-    assert metrics["rewards/correct/not_applicable"] == 0
-    assert metrics["rewards/tags/mean"] == pytest.approx(2 / 7)
-    assert metrics["rewards/tags/not_applicable"] == 1
-    assert metrics["completions/mean_length"] == (2 + 4 + 9 + 5 + 16) / 8
-    assert metrics["completions/max_length"] == 9
-    assert metrics["completions/max_terminated_length"] == 5
-    assert metrics["completions/mean_terminated_length"] == pytest.approx(27 / 7)
-    assert metrics["completions/clipped_ratio"] == 1 / 8
-    assert metrics["num_tokens"] == 8 * 2 + 36
-    assert "tools/call_frequency" not in metrics
-
-
-def test_reward_figures_agree_with_trl():
-    torch = pytest.importorskip("torch")
-    utils = pytest.importorskip("trl.trainer.utils")
-    groups = [
-        make_group(make_rollout(1.0, 0.25), make_rollout(0.0, None), make_rollout(0.5, 1.0)),
-        make_group(make_rollout(1.0, 0.0), make_rollout(1.0, 0.0), make_rollout(None, None)),
-    ]
-    metrics = rollout_metrics(groups, NAMES, num_tokens=0)
-    per_reward = torch.tensor(
-        [
-            [math.nan if score.value is None else score.value for score in rollout.scores]
-            for group in groups
-            for rollout in group.rollouts
-        ],
-        dtype=torch.float64,
-    )
-    assert metrics["rewards/tags/std"] == pytest.approx(utils.nanstd(per_reward[:, 1]).item())
-    assert metrics["reward_std"] == pytest.approx(utils.nanstd(per_reward.nansum(1)).item())
-    assert metrics["frac_reward_zero_std"] == 0.0  # 1, 1 and an inapplicable 0 differ
-
-
-def test_nothing_scored_and_nothing_terminated():
-    groups = [make_group(*(make_rollout(None, None, failure="crashed", finish="length"),) * 2)]
-    metrics = rollout_metrics(groups, NAMES, num_tokens=1)
-    assert math.isnan(metrics["reward"])
-    assert math.isnan(metrics["rewards/correct/mean"])
-    assert metrics["completions/mean_terminated_length"] == 0  # as TRL logs it
-    assert metrics["completions/clipped_ratio"] == 1
-
-
-def test_tool_figures():
-    tool = ({"type": "function"},)
-    group = make_group(
-        make_rollout(1.0, 0.0, tools=(3, 1)), make_rollout(0.0, 0.0, tools=(1, 0)), tools=tool
-    )
-    metrics = rollout_metrics([group], NAMES, num_tokens=0)
-    assert metrics["tools/call_frequency"] == 2
-    assert metrics["tools/failure_frequency"] == 0.25
-
-
-def figures(**changes):
-    stats = LossStats(
-        tokens=100,
-        policy=-20.0,
-        kl=4.0,
-        clipped_low=5.0,
-        clipped_high=10.0,
-        ratio=101.0,
-        correction=99.0,
-        corrected=2,
-    )
-    values: dict[str, Any] = {
-        "loss": -0.1,
-        "normalizer": 200.0,
-        "stats": stats,
-        "entropy": 50.0,
-        "logp_gap": 0.7,
-        "logp_gap_max": 0.3,
-        "scored_tokens": 125,
-        "step": StepStats(2.0, 1e-5, False),
-    }
-    return UpdateFigures(**(values | changes))
-
-
-def test_update_metrics_equal_hand_computed_figures():
-    metrics = update_metrics([figures()], clipping="both", beta=0.1)
-    assert metrics == pytest.approx(
-        {
-            "loss": -0.1,
-            "policy_loss": -0.1,
-            "kl": 0.04,
-            "entropy": 0.5,
-            "clip_ratio/low_mean": 0.04,
-            "clip_ratio/high_mean": 0.08,
-            "clip_ratio/region_mean": 0.12,
-            "importance_ratio/mean": 1.01,
-            "sampling/sampling_logp_difference/mean": 0.007,
-            "sampling/sampling_logp_difference/max": 0.3,
-            "sampling/importance_sampling_ratio/mean": 0.99,
-            "sampling/corrected_ratio": 0.02,
-            "grad_norm": 2.0,
-            "learning_rate": 1e-5,
-            "skipped_updates": 0.0,
-        }
-    )
-
-
-def test_updates_are_averaged_and_skips_counted():
-    skipped = figures(logp_gap_max=0.9, loss=0.3, step=StepStats(math.nan, 1e-5, True))
-    metrics = update_metrics([figures(), skipped], clipping="high", beta=0.0)
-    assert metrics["loss"] == pytest.approx(0.1)
-    assert metrics["sampling/sampling_logp_difference/max"] == 0.9
-    assert metrics["skipped_updates"] == 1
-    assert math.isnan(metrics["grad_norm"])
-    assert metrics["cispo_clip_ratio"] == 0.08
-    assert "kl" not in metrics
-    assert "clip_ratio/low_mean" not in metrics
-
-
-def test_an_update_without_tokens_has_no_means():
-    nothing = figures(stats=LossStats(), entropy=0.0, logp_gap=0.0)
-    metrics = update_metrics([nothing], clipping="both", beta=0.0)
-    assert math.isnan(metrics["entropy"])
-    assert metrics["clip_ratio/low_mean"] == 0
-
-
-# --- trackers
-
-
-def test_a_missing_tracker_says_how_to_install_it(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(UserError, match="pip install wandb"):
-        Run.start(config(tmp_path / "run", trackers=["wandb"]))
-    # The failed start gave the lock back and left no run behind.
-    Run.start(config(tmp_path / "run")).finish({})
-
-
-def test_trackers_get_finite_values_and_may_fail(tmp_path, monkeypatch):
-    logged: list[Any] = []
-
-    class FakeRun:
-        def log(self, metrics, step):
-            if step == 2:
-                raise ConnectionError("no route")
-            logged.append((step, metrics))
-
-        def finish(self):
-            logged.append("finished")
-
-    fake: Any = types.ModuleType("wandb")
-    fake.init = lambda **kwargs: FakeRun()
-    monkeypatch.setitem(sys.modules, "wandb", fake)
-    run = Run.start(config(tmp_path / "run", trackers=["wandb"]))
-    for step in run.steps(1, 3):
-        run.log(step, {"reward": 0.5, "grad_norm": math.nan})
-    run.finish({})
-    assert len(logged) == 1
-    assert logged[0][0] == 1
-    assert logged[0][1]["reward"] == 0.5
-    assert "grad_norm" not in logged[0][1]
-    assert "wandb failed and is off from here on (no route)" in (run.dir / "log.txt").read_text()
-    assert len(rows(run.dir)) == 3
-
-
-def test_mlflow_resumes_its_run_and_renames_metrics(tmp_path, monkeypatch):
-    calls: list[Any] = []
-    fake: Any = types.ModuleType("mlflow")
-    fake.set_experiment = lambda name: calls.append(("experiment", name))
-    fake.log_params = lambda params: calls.append(("params", params["loss.name"]))
-    fake.log_metrics = lambda metrics, step: calls.append((step, metrics["eval_pass_8"]))
-    fake.end_run = lambda: calls.append("end")
-
-    def start_run(run_id, run_name):
-        calls.append(("start", run_id, run_name))
-        return types.SimpleNamespace(info=types.SimpleNamespace(run_id="abc"))
-
-    fake.start_run = start_run
-    monkeypatch.setitem(sys.modules, "mlflow", fake)
-    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "mine")
-    run = Run.start(config(tmp_path / "run", trackers=["mlflow"]))
-    run.log_eval(0, "", {"pass@8": 0.25})
-    run.finish({})
-    Run.start(config(tmp_path / "run", trackers=["mlflow"], resume=True)).finish({})
-    assert calls == [
-        ("start", None, "run"),
-        ("params", "dapo"),
-        (0, 0.25),
-        "end",
-        ("start", "abc", None),
-        "end",
-    ]

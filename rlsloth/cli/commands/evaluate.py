@@ -7,31 +7,29 @@ from contextlib import ExitStack
 
 import yaml
 
-from rlsloth.cli.loops import refuse_other_loops
-from rlsloth.cli.read_config import read_config
+from rlsloth.cli.loops import read_loop
 from rlsloth.config import GrpoConfig
 from rlsloth.errors import UserError
 from rlsloth.evaluation.intervals import difference_estimate
 from rlsloth.run.folder import CONFIG
 
-ABOUT = """Measure avg@k, pass@k and maj@k of a model, and of the adapter of a run, on held-out
-problems. Writes eval.json into a run folder of its own.
+ABOUT = """Measure avg@k, pass@k and maj@k of a model, with and without an adapter, on held-out
+problems. Writes eval.json into a new run folder.
 
-The options are those of rlsloth grpo: pass the config.yaml of a run to evaluate what it trained."""
+The options are those of rlsloth grpo: pass the config.yaml of a run to evaluate its adapter."""
 
 
 def run(name: str, argv: list[str]) -> int:
     """Evaluate. Returns the exit status."""
-    refuse_other_loops(argv, name, "grpo")
-    run_eval(read_config(GrpoConfig, argv, f"rlsloth {name}", ABOUT))
+    run_eval(read_loop(name, GrpoConfig, argv, loop="grpo", about=ABOUT))
     return 0
 
 
 def run_eval(cfg: GrpoConfig) -> None:
     """Evaluate the base model and, if there is one, the adapter, on the same problems.
 
-    Given the configuration of a training run, the adapter is the one it trained. Writes eval.json
-    into a run folder of its own.
+    With the configuration of a training run, the adapter is the one that the run trained. Writes
+    eval.json into a new run folder.
 
     Raises:
         UserError: bad input, a run without an adapter, or a folder that holds an evaluation.
@@ -63,9 +61,9 @@ def run_eval(cfg: GrpoConfig) -> None:
 
 
 def _with_trained_adapter(cfg: GrpoConfig) -> GrpoConfig:
-    """The configuration of a training run, changed to evaluate its adapter in another folder.
+    """The configuration of a training run, changed to evaluate its adapter in a new folder.
 
-    An adapter other than the one from which the run started is the user's choice, and stays.
+    If model.adapter is not the adapter that the run started from, the user has set it: it is kept.
 
     Raises:
         UserError: the folder holds an evaluation, or the run has no adapter yet.
@@ -74,7 +72,7 @@ def _with_trained_adapter(cfg: GrpoConfig) -> GrpoConfig:
     if folder is None or not (folder / CONFIG).is_file():
         return cfg
     if (folder / "eval.json").exists():
-        raise UserError(f"{folder} holds an evaluation; pass another folder with --run.dir")
+        raise UserError(f"--run.dir {folder} holds an evaluation: pass another folder")
     run = cfg.run.model_copy(update={"dir": None, "resume": False})
     started_from = yaml.safe_load((folder / CONFIG).read_text())["model"]["adapter"]
     model = cfg.model
@@ -82,7 +80,7 @@ def _with_trained_adapter(cfg: GrpoConfig) -> GrpoConfig:
         if not (folder / "adapter").is_dir():
             raise UserError(
                 f"{folder} has no adapter yet: let the run finish (rlsloth grpo {folder / CONFIG} "
-                "--run.resume), or name an adapter with --model.adapter"
+                "--run.resume), or pass an adapter with --model.adapter"
             )
         model = model.model_copy(update={"adapter": folder / "adapter"})
     return cfg.model_copy(update={"model": model, "run": run})

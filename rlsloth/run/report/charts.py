@@ -1,6 +1,8 @@
-"""Curves as inline SVG. Shapes are drawn in a 1000 × 1000 box that the page stretches; labels are
-HTML beside it, so that text keeps its size on every screen and no script is needed to see a
-curve."""
+"""Curves as inline SVG, visible without a script.
+
+Shapes are drawn in a 1000 × 1000 box that the page stretches. Labels are HTML next to it, so that
+text keeps its size on every screen.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +14,9 @@ from typing import Any, Literal
 Points = Sequence[tuple[float, float]]
 BOX = 1000
 MAX_POINTS = 400
-"""Longer curves are averaged down to this many points."""
+"""Longer curves are averaged to at most this many points."""
 _SMOOTH_FROM = 12
-"""Shorter curves are drawn point to point."""
+"""Shorter curves are not smoothed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,11 +63,11 @@ class Drawing:
     label: str
     """The chart in words, for screen readers."""
     data: dict[str, Any] = field(repr=False)
-    """What the hover shows: steps, their places in per cent, values by curve as text."""
+    """Data of the tooltip: steps, their positions in per cent, values of each curve as text."""
 
 
 def draw(chart: Chart) -> Drawing:
-    """Lay a chart out. Every line needs a point."""
+    """Lay a chart out. Each line needs at least one point."""
     lines = [_thin(line) for line in chart.lines]
     steps = sorted({step for line in lines for step, _ in line.points})
     tops = _stack(lines) if chart.kind == "stack" else None
@@ -124,7 +126,7 @@ def figure(value: float, percent: bool = False) -> str:
 def smooth(values: Sequence[float]) -> list[float]:
     """Gaussian average around each point, about a tenth of the curve wide.
 
-    Centred, so that it does not lag behind; at the ends it averages what is there.
+    Centred, so that it does not lag behind; at the ends it averages the points that exist.
     """
     sigma = max(1.5, len(values) / 30)
     reach = math.ceil(3 * sigma)
@@ -148,12 +150,12 @@ class _Scale:
 
 
 def _thin(line: Line) -> Line:
-    """Average runs of neighbouring points where there are too many to see."""
+    """Average runs of neighbouring points of a curve longer than MAX_POINTS."""
     size = math.ceil(len(line.points) / MAX_POINTS)
     if size == 1:
         return line
     runs = [line.points[start : start + size] for start in range(0, len(line.points), size)]
-    # A run is shown at its last step, so that the curve ends where the training did.
+    # Averages are drawn at the last step of their run, so that the curve ends where training did.
     points = [(run[-1][0], sum(value for _, value in run) / len(run)) for run in runs]
     return Line(line.name, points, _thin_bound(line.low, size), _thin_bound(line.high, size))
 
@@ -251,7 +253,7 @@ def _polyline(x: _Scale, y: _Scale, steps: Sequence[float], values: Sequence[flo
 
 
 def _dots(x: _Scale, y: _Scale, steps: Sequence[float], values: Sequence[float]) -> str:
-    # Strokes without length and with round ends: circles that stay round when the box is stretched.
+    # Strokes of no length with round ends: circles that stay round when the box is stretched.
     pairs = zip(steps, values, strict=True)
     return "".join(f"M{x.at(step):.1f} {BOX - y.at(value):.1f}h0" for step, value in pairs)
 

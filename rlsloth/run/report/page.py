@@ -1,4 +1,4 @@
-"""report.html: a run on one self-contained page, made from the files of its folder alone."""
+"""report.html: a run on one self-contained page, made only from the files of its folder."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ from rlsloth.run.report.sections import Rows, chart_sections, values_of
 REPORT = "report.html"
 _HERE = Path(__file__).parent
 _ENDS = 5
-"""Steps averaged for a figure at the start and at the end."""
+"""Steps averaged for the figures of the start and of the end."""
 _WARNINGS = 30
+"""Warnings shown, the last ones."""
 
 
 def write_report(folder: Path) -> Path:
     """Write report.html into a run folder, atomically.
 
-    It needs nothing but metrics.jsonl, samples, config.yaml, environment.json, log.txt and
-    summary.json, each of which may be missing. Text from models and data is shown, never run:
-    markup is escaped, and the page's content policy allows its own script alone and no connection.
+    Each file of the run folder may be missing. Text from models and data is shown and never run:
+    markup is escaped, and the page's content policy allows only its own script and no connection.
 
     Returns:
         The page's path.
@@ -92,8 +92,7 @@ def _environment() -> jinja2.Environment:
 
 
 def _json(value: object) -> Markup:
-    """JSON that can stand in a script element: it holds no character with which the element could
-    end."""
+    """JSON that is safe within a script element: it has no character that could end the element."""
     text = json.dumps(finite(value), allow_nan=False, separators=(",", ":"))
     return Markup(text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e"))
 
@@ -108,13 +107,13 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _warnings(folder: Path) -> list[tuple[str, str]]:
-    """(time, text) of the last warnings."""
+    """The last warnings in log.txt, as (time, text)."""
     lines = [line.split(" warning: ", 1) for line in _read(folder / run_folder.LOG).splitlines()]
     return [(line[0], line[1]) for line in lines if len(line) == 2][-_WARNINGS:]
 
 
 def merged_rows(rows: Rows) -> Rows:
-    """One row a step, by step; of a value that was logged twice the later one."""
+    """One row a step, in order; a value that was logged twice is the later one."""
     merged: dict[int, dict[str, Any]] = {}
     for row in rows:
         merged.setdefault(int(row["step"]), {}).update(row)
@@ -122,7 +121,7 @@ def merged_rows(rows: Rows) -> Rows:
 
 
 def _subtitle(config: Mapping[str, Any], environment: Mapping[str, Any]) -> list[str]:
-    """What was trained, with what, where and when."""
+    """Model, rewards, device and start of the run, as far as they are known."""
     device = environment.get("device", {}).get("name", "")
     started = str(environment.get("started", ""))[:16].replace("T", " ")
     model = str(config.get("model", {}).get("path", ""))
@@ -151,7 +150,7 @@ def _result(summary: Mapping[str, Any]) -> dict[str, Any] | None:
 def _facts(
     rows: Rows, config: Mapping[str, Any], summary: Mapping[str, Any]
 ) -> list[tuple[str, str]]:
-    """(label, value) of the figures at the top."""
+    """Figures at the top of the page, as (label, value)."""
     steps = [row for row in rows if "step_time" in row]
     facts = []
     if rewards := values_of(steps, "reward"):

@@ -82,7 +82,7 @@ for (const figure of figures) {
   });
 }
 
-// Samples. Their text comes from models and data sets: it is only ever set as text, never as markup.
+// Samples. Their text comes from models and datasets: it is set as text, never as markup.
 const samples = read("samples-data");
 const control = (id) => document.getElementById(id);
 const number = (value) => {
@@ -121,7 +121,7 @@ function card(row, names) {
   marks.append(marked("tokens", String(row.tokens)));
   if (row.finish === "length") marks.append(element("span", "cut", "cut off"));
   if (row.finish === "error") marks.append(element("span", "cut", "environment error"));
-  marks.append(element("span", "", "question " + row.index));
+  marks.append(element("span", "", "prompt " + row.index));
   made.append(marks, element("div", "text prompt", row.prompt), element("div", "text", row.completion));
   row.extras.forEach((text) => made.append(element("div", "text", text)));
   if (row.failure) made.append(element("div", "failure", row.failure));

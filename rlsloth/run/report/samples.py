@@ -1,5 +1,4 @@
-"""The samples that a report carries with it: a part of them, evenly chosen, since the page has to
-open on a phone."""
+"""Samples in a report: an evenly spaced part of them, since the page has to open on a phone."""
 
 from __future__ import annotations
 
@@ -14,15 +13,16 @@ from rlsloth.run.folder import sample_files
 from rlsloth.run.samples import EXTRA, FIXED_COLUMNS
 
 MAX_STEPS = 60
+"""Steps with samples."""
 MAX_ROWS = 8
 """Samples a step."""
 MAX_CHARACTERS = 4000
-"""Of a prompt and of a completion; the middle is left out, since the answer tends to stand at the
-end."""
+"""Characters of a prompt or a completion. The middle of a longer text is left out, since the answer
+tends to be at the end."""
 
 
 def embedded_samples(folder: Path) -> dict[str, Any]:
-    """Evenly spaced steps and rows, whatever their rewards, for the page's script.
+    """Samples for the page's script: evenly spaced steps and rows, whatever their rewards.
 
     Returns:
         ``steps_total``, ``max_steps``, ``max_rows`` and ``steps``: step, total, reward names and
@@ -39,15 +39,14 @@ def embedded_samples(folder: Path) -> dict[str, Any]:
 
 
 def evenly(count: int, limit: int) -> list[int]:
-    """At most ``limit`` indices below ``count``, evenly spaced, the first and the last among
-    them."""
+    """At most ``limit`` evenly spaced indices below ``count``, including the first and the last."""
     if count <= limit:
         return list(range(count))
     return [round(i * (count - 1) / (limit - 1)) for i in range(limit)]
 
 
 def _step(step: int, path: Path) -> dict[str, Any] | None:
-    """None for a damaged file."""
+    """Samples of one step; None for a damaged file."""
     try:
         table = pq.read_table(path)
     except pa.ArrowInvalid:

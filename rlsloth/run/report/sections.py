@@ -1,4 +1,4 @@
-"""Which diagrams a report shows, made from the rows of metrics.jsonl."""
+"""Sections of a report: its charts, made from the rows of metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from rlsloth.run.report.charts import Chart, Line
 
 Rows = list[dict[str, Any]]
 _NO_SHARES = ("loss", "rewards/", "logps/", "log_odds", "kl")
-"""Evaluated figures with these in their names may lie between 0 and 1 without being shares."""
+"""Parts of names of evaluation metrics that are no shares, even between 0 and 1."""
 
 
 def values_of(rows: Rows, key: str) -> list[float]:
-    """A metric's finite values in order."""
+    """Finite values of a metric, in order."""
     return [row[key] for row in rows if is_number(row.get(key))]
 
 
 def chart_sections(rows: Rows) -> list[tuple[str, list[Chart]]]:
-    """The page's diagrams by section; those without a value are left out."""
+    """Charts of the page by section; a chart without values is left out."""
     line = partial(_line_chart, rows)
     sections: list[tuple[str, list[Chart | None]]] = [
         ("Learning", [_reward_chart(rows), *_reward_charts(rows), *_signal_charts(rows)]),
         ("Preferences", _preference_charts(rows)),
-        ("Held-out questions", [*_eval_charts(rows)]),
+        ("Held-out problems", [*_eval_charts(rows)]),
         (
             "Completions",
             [
@@ -79,17 +79,17 @@ def chart_sections(rows: Rows) -> list[tuple[str, list[Chart]]]:
 
 def _loss_note(rows: Rows) -> str:
     sampled = any("reward" in row for row in rows)
-    return "near 0 by construction when on-policy" if sampled else "of the step's examples"
+    return "near 0 by construction when on-policy" if sampled else "mean over the step's examples"
 
 
 def _preference_charts(rows: Rows) -> list[Chart | None]:
-    """Of training on pairs or marked answers; nothing of other runs."""
+    """Charts of preference training; None for metrics that the run does not have."""
     line = partial(_line_chart, rows)
     return [
-        line("Margin", "rewards/margins", "reward of chosen less that of rejected"),
+        line("Margin", "rewards/margins", "reward of chosen minus rejected"),
         line("Chosen preferred", "rewards/accuracies", "share of pairs", percent=True),
         _both(rows, "Implicit rewards", "rewards", "mean"),
-        _both(rows, "Log-probs", "logps", "of answers, nats"),
+        _both(rows, "Log-probs", "logps", "of completions, nats"),
         line("Likelihood term", "nll_loss", "nats a token"),
     ]
 
@@ -114,8 +114,8 @@ def _line_chart(
     from_zero: bool = True,
     dull: float | None = float("nan"),
 ) -> Chart | None:
-    """A chart of one metric, or None: without values, always at ``dull``, or always the same if
-    ``dull`` is None."""
+    """A chart of one metric; None without values, or when nothing is to be seen: all values equal
+    ``dull``, or each other if ``dull`` is None."""
     points = _points(rows, key)
     values = {value for _, value in points}
     boring = values == {dull} or (dull is None and len(values) == 1)
@@ -141,7 +141,7 @@ def _with_band(title: str, note: str, rows: Rows, mean: str, std: str) -> Chart:
 
 
 def _reward_charts(rows: Rows) -> list[Chart]:
-    """One a reward; none when there is just one, which the weighted sum shows already."""
+    """One chart a reward; none for a single reward, which the weighted sum shows already."""
     names = _names(rows, lambda key: key.startswith("rewards/") and key.endswith("/mean"))
     if len(names) < 2:
         return []
@@ -156,7 +156,7 @@ def _reward_charts(rows: Rows) -> list[Chart]:
 
 
 def _signal_charts(rows: Rows) -> list[Chart | None]:
-    """Whether there was anything to learn from."""
+    """Charts of groups without a gradient and of failed rewards."""
     failed = [
         key
         for key in _names(rows, lambda key: key.endswith("/failures"))
@@ -186,7 +186,7 @@ def _eval_charts(rows: Rows) -> list[Chart]:
         low, high = _bound(known, f"{key}_low"), _bound(known, f"{key}_high")
         title = key.removeprefix("eval_").replace("_", " ").replace("/", ": ")
         line = Line(title, [(row["step"], row[key]) for row in known], low, high)
-        # Shares and accuracies, which is most of what is evaluated, read best in per cent.
+        # Most evaluation metrics are shares and accuracies, which read best in per cent.
         is_share = not any(word in key for word in _NO_SHARES) or key.endswith("accuracies")
         percent = is_share and all(0 <= row[key] <= 1 for row in known)
         note = "95 % interval" if low and high else ""
@@ -201,7 +201,7 @@ def _bound(rows: Rows, key: str) -> list[float] | None:
 
 
 def _names(rows: Rows, wanted: Callable[[str], bool]) -> list[str]:
-    """Metric names in the order they first appear."""
+    """Metric names in the order in which they first appear."""
     return list(dict.fromkeys(key for row in rows for key in row if wanted(key)))
 
 
