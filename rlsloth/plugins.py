@@ -3,6 +3,7 @@
 math_verify              rlsloth/rewards/math_verify.py, attribute math_verify
 my_pkg.rewards:tidy      an importable module
 ./mine.py:reward         a file, relative to the working directory
+python:tidy#3f2a9c015b7e an object that was passed from Python, see ``passing``
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ import importlib
 import importlib.util
 import pkgutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from inspect import ismodule
 from pathlib import Path
 from typing import Any
@@ -20,6 +23,51 @@ from rlsloth.errors import UserError, describe_exception, nearest
 
 KINDS = {"rewards": "reward", "envs": "environment"}
 """Package to the word for its plugins in messages."""
+PASSED = "python:"
+"""Beginning of a name for an object that was passed from Python; its hash follows ``#``."""
+_passed: ContextVar[Mapping[str, Any] | None] = ContextVar("_passed", default=None)
+
+
+@contextmanager
+def passing(objects: Mapping[str, Any]) -> Iterator[None]:
+    """Let names that begin with PASSED refer to objects, in this context (thread) alone.
+
+    So a configuration stays plain text: it names what was passed, and a later start without the
+    object is refused.
+    """
+    token = _passed.set(objects)
+    try:
+        yield
+    finally:
+        _passed.reset(token)
+
+
+def is_passed(spec: str) -> bool:
+    """Whether a name refers to an object that was passed from Python."""
+    return spec.startswith(PASSED)
+
+
+def passed_name(spec: str) -> str:
+    """Name of a passed object without its hash: ``tidy`` for ``python:tidy#3f2a9c015b7e``."""
+    return spec.removeprefix(PASSED).partition("#")[0]
+
+
+def passed(spec: str, what: str) -> Any:
+    """Return the object that was passed from Python under ``spec``.
+
+    Args:
+        what: the object's kind in messages, such as reward.
+
+    Raises:
+        UserError: it was not passed to this run, as when a run is resumed by the command line.
+    """
+    objects = _passed.get() or {}
+    if spec not in objects:
+        raise UserError(
+            f"{what} {spec} is a Python object, which no configuration file holds: resume from "
+            "Python, with the same object and run=RunConfig(dir=..., resume=True)"
+        )
+    return objects[spec]
 
 
 def builtin_names(package: str) -> list[str]:
@@ -35,7 +83,10 @@ def load(spec: str, package: str) -> Any:
     Raises:
         UserError: no such plugin, file, module or attribute; the message says where it looked.
     """
-    what = f"{KINDS[package.rsplit('.', 1)[-1]]} {spec!r}"
+    kind = KINDS[package.rsplit(".", 1)[-1]]
+    if is_passed(spec):
+        return passed(spec, kind)
+    what = f"{kind} {spec!r}"
     place, _, attribute = spec.partition(":")
     names = builtin_names(package)
     if place not in names:

@@ -58,7 +58,7 @@ class ProblemsConfig(Section):
     @model_validator(mode="after")
     def _one_weight_a_reward(self) -> Any:
         weights = self.reward.weights
-        if weights is not None and len(weights) != len(self.rewards):
+        if weights is not None and self.rewards and len(weights) != len(self.rewards):
             raise ValueError(
                 f"reward.weights has {len(weights)} numbers for {len(self.rewards)} rewards"
             )

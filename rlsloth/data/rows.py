@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rlsloth.errors import UserError, nearest
+from rlsloth.plugins import is_passed, passed
 
 Row = dict[str, Any]
 FILES = (".jsonl", ".json", ".parquet")
@@ -24,7 +25,8 @@ def load_rows(source: str, split: str = "train", limit: int | None = None) -> li
     """Rows of a dataset.
 
     Args:
-        source: a .jsonl, .json or .parquet file, a folder of them, or a hub id, ``id[:config]``.
+        source: a .jsonl, .json or .parquet file, a folder of them, a hub id, ``id[:config]``, or
+            the name of rows passed from Python.
         split: for hub datasets, and for folders whose files are named after splits (train.jsonl).
         limit: stop after this many rows.
 
@@ -33,7 +35,9 @@ def load_rows(source: str, split: str = "train", limit: int | None = None) -> li
     """
     path = Path(source).expanduser()
     rows: Iterator[Row]
-    if path.is_dir():
+    if is_passed(source):
+        rows = iter(passed(source, "dataset"))
+    elif path.is_dir():
         rows = itertools.chain.from_iterable(map(_read_file, _files_of(path, split)))
     elif path.suffix in FILES + OTHER_FILES or source.startswith((".", "/", "~")) or path.is_file():
         rows = _read_file(path)

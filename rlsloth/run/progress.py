@@ -27,11 +27,23 @@ _SHOWN_WITHOUT_REWARD = (
 """Metrics shown by loops that do not sample, and so have no rewards."""
 
 
+def open_console() -> Console:
+    """Open the console on stdout; in a notebook it writes plain lines.
+
+    There rich would print each line as a block of HTML, or, where FORCE_COLOR is set (Jupyter sets
+    it for its kernels), move the cursor of a terminal that is none.
+    """
+    console = Console(highlight=False, soft_wrap=True)
+    if console.is_jupyter:
+        return Console(highlight=False, soft_wrap=True, force_jupyter=False, force_terminal=False)
+    return console
+
+
 class Display:
     """The console of a run. Text is printed as plain: markup and control characters do nothing."""
 
     def __init__(self, total: int, console: Console | None = None) -> None:
-        self._console = console or Console(highlight=False, soft_wrap=True)
+        self._console = console or open_console()
         self._total = total
         self._done_here = 0
         self._began = 0.0

@@ -16,6 +16,8 @@ class RewardSetup(TypedDict):
     spec: str
     name: str
     params: dict[str, Any]
+    pickled: str | None
+    """The function itself as base64, if it was passed from Python; else ``spec`` finds it."""
 
 
 class Setup(TypedDict):

@@ -17,8 +17,9 @@ from types import TracebackType
 
 from rlsloth.config import RewardConfig
 from rlsloth.errors import UserError, nearest
-from rlsloth.plugins import builtin_names
+from rlsloth.plugins import builtin_names, is_passed, passed, passed_name
 from rlsloth.records import Group, Prompt, Rollout
+from rlsloth.scoring.passed import pickle_reward
 from rlsloth.scoring.process import WorkerProcess
 from rlsloth.scoring.protocol import Call, Reply, RewardSetup, Setup
 from rlsloth.scoring.report import Outcome, ScoringReport, assign_scores
@@ -46,7 +47,7 @@ class Scorer:
         self._weights = cfg.weights if cfg.weights is not None else [1.0] * len(self.names)
         setup = Setup(
             rewards=[
-                RewardSetup(spec=spec, name=name, params=dict(cfg.params.get(name, {})))
+                _reward_setup(spec, name, cfg)
                 for spec, name in zip(rewards, self.names, strict=True)
             ],
             memory_bytes=int(cfg.memory_gb * 2**30),
@@ -175,12 +176,19 @@ def _empty_rollout() -> Rollout:
     return Rollout([], [], [], [], finish="stop", text="", messages=[message])
 
 
+def _reward_setup(spec: str, name: str, cfg: RewardConfig) -> RewardSetup:
+    pickled = pickle_reward(passed(spec, "reward"), name) if is_passed(spec) else None
+    return RewardSetup(spec=spec, name=name, params=dict(cfg.params.get(name, {})), pickled=pickled)
+
+
 def _name(spec: str) -> str:
     """A reward's name in metrics and configuration, which is that of its function.
 
     Raises:
         UserError: no such built-in reward or file. Modules are looked up by the workers.
     """
+    if is_passed(spec):
+        return passed_name(spec)
     place, _, attribute = spec.partition(":")
     if place.endswith(".py"):
         if not attribute:

@@ -129,7 +129,12 @@ def _send(fd: int, message: Ready | Reply) -> None:
 
 def _load(setup: RewardSetup) -> Reward:
     name = setup["name"]
-    function = plugins.load(setup["spec"], "rlsloth.rewards")
+    if setup["pickled"] is None:
+        function = plugins.load(setup["spec"], "rlsloth.rewards")
+    else:
+        from rlsloth.scoring.passed import unpickle_reward  # loads cloudpickle
+
+        function = unpickle_reward(setup["pickled"], name)
     if not callable(function):
         raise UserError(
             f"reward {name!r} is {type(function).__name__}, not a function: name a function with "

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 
 from rlsloth import __version__
 from rlsloth.cli import main as cli
-from rlsloth.cli.commands import evaluate, rewards
+from rlsloth.cli.commands import rewards
 from rlsloth.cli.table import COMMANDS
 from rlsloth.config import GrpoConfig
 from rlsloth.errors import UserError
@@ -105,7 +105,7 @@ def test_grpo_and_eval_hand_over_the_config(
 ) -> None:
     seen: list[GrpoConfig] = []
     module("rlsloth.training.grpo", train=seen.append)
-    monkeypatch.setattr(evaluate, "run_eval", seen.append)
+    module("rlsloth.api.evaluate", evaluate=seen.append)
     assert cli.main(["grpo", "--steps", "3"]) == 0
     assert cli.main(["eval", "--eval.samples", "2"]) == 0
     assert [seen[0].steps, seen[1].eval.samples] == [3, 2]
@@ -188,7 +188,7 @@ def test_interrupted_training_says_how_to_resume(
         raise KeyboardInterrupt
 
     module("rlsloth.training.grpo", train=interrupted)
-    monkeypatch.setattr(evaluate, "run_eval", interrupted)
+    module("rlsloth.api.evaluate", evaluate=interrupted)
     assert cli.main(["grpo", "--run.dir", "runs/x"]) == 130
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1

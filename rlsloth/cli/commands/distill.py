@@ -13,7 +13,7 @@ def run(name: str, argv: list[str]) -> int:
     refuse_other_loops(argv, name)
     config = read_config(DistillConfig, argv, f"rlsloth {name}")
     check_trackers(config.student.run.trackers)
-    from rlsloth.distillation.pipeline import distill
+    from rlsloth.api.models import distill
 
     distill(config)
     return 0

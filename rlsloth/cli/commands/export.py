@@ -11,7 +11,7 @@ def run(name: str, argv: list[str]) -> int:
     """Export. Returns the exit status."""
     words = with_first_word(argv, "--source")
     config = read_config(ExportConfig, words, f"rlsloth {name} SOURCE")
-    from rlsloth.exports.export import run_export
+    from rlsloth.api.models import export
 
-    run_export(config)
+    export(config)
     return 0

@@ -11,6 +11,6 @@ def run(name: str, argv: list[str]) -> int:
     """Train. Returns the exit status."""
     config = read_loop(name, GrpoConfig, argv)
     open_loss(config.loss)  # refuses a mistake at once, before an import that takes seconds
-    from rlsloth.training.grpo import train
+    from rlsloth.api.loops import grpo
 
-    return run_loop(name, train, config)
+    return run_loop(name, grpo, config)

@@ -9,6 +9,6 @@ from rlsloth.losses.preference.methods import METHODS
 def run(name: str, argv: list[str]) -> int:
     """Train with the method of that name. Returns the exit status."""
     config = read_loop(name, METHODS[name].config, argv)
-    from rlsloth.training.preference import train
+    from rlsloth.api.loops import prefer
 
-    return run_loop(name, train, config)
+    return run_loop(name, prefer, config)

@@ -9,6 +9,6 @@ from rlsloth.config.sft import SftConfig
 def run(name: str, argv: list[str]) -> int:
     """Train. Returns the exit status."""
     config = read_loop(name, SftConfig, argv)
-    from rlsloth.training.sft import train
+    from rlsloth.api.loops import sft
 
-    return run_loop(name, train, config)
+    return run_loop(name, sft, config)
