@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rlsloth.kernels.adapted_glu.triton_tiles import dot, load, store
 from rlsloth.kernels.glu.triton import _share_and_slope, interpreted
 
 LEAST_RANK = 16  # the least rank of a factor that tensor cores take
@@ -145,74 +146,16 @@ def _padded(*ranks: int) -> int:
     return max(LEAST_RANK, int(triton.next_power_of_2(max(ranks))))
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _dot(
-    left: tl.tensor, right: tl.tensor, total: tl.tensor, INTERPRETED: tl.constexpr
-) -> tl.tensor:
-    if INTERPRETED:  # Triton's interpreter multiplies the bits of bfloat16 as integers
-        left = left.to(tl.float32)
-        right = right.to(tl.float32)
-    return tl.dot(left, right, total)
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _load(
-    pointer: tl.tensor,
-    stride: tl.tensor,
-    first: tl.tensor,
-    rows: tl.tensor,
-    first_column: tl.tensor,
-    columns: tl.tensor,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-) -> tl.tensor:
-    """Load a tile of a matrix, with zeros past its end.
-
-    Offsets within a tile are the same for every tile: only its corner takes 64 bits.
-    """
-    row, column = tl.arange(0, ROWS)[:, None], tl.arange(0, COLUMNS)[None, :]
-    inside = (row < rows - first) & (column < columns - first_column)
-    pointer += tl.cast(first, tl.int64) * stride + first_column
-    return tl.load(pointer + (row * stride + column), mask=inside, other=0.0)
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _store(
-    pointer: tl.tensor,
-    stride: tl.tensor,
-    first: tl.tensor,
-    rows: tl.tensor,
-    first_column: tl.tensor,
-    columns: tl.tensor,
-    tile: tl.tensor,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-) -> None:
-    """Store a tile at the address that ``_load`` reads."""
-    row, column = tl.arange(0, ROWS)[:, None], tl.arange(0, COLUMNS)[None, :]
-    inside = (row < rows - first) & (column < columns - first_column)
-    pointer += tl.cast(first, tl.int64) * stride + first_column
-    tl.store(pointer + (row * stride + column), tile, mask=inside)
-
-
 @triton.jit(do_not_specialize=["tokens", "steps"])  # type: ignore[untyped-decorator]
 def _forward_kernel(
-    gate_ptr: tl.tensor,
-    gate_stride: tl.tensor,
-    up_ptr: tl.tensor,
-    up_stride: tl.tensor,
-    gate_low_ptr: tl.tensor,
-    gate_low_stride: tl.tensor,
-    up_low_ptr: tl.tensor,
-    up_low_stride: tl.tensor,
-    gate_b_ptr: tl.tensor,
-    gate_rank: tl.tensor,
-    up_b_ptr: tl.tensor,
-    up_rank: tl.tensor,
-    down_a_ptr: tl.tensor,
-    down_rank: tl.tensor,
-    out_ptr: tl.tensor,
-    out_stride: tl.tensor,
+    gate_ptr: tl.tensor, gate_stride: tl.tensor,
+    up_ptr: tl.tensor, up_stride: tl.tensor,
+    gate_low_ptr: tl.tensor, gate_low_stride: tl.tensor,
+    up_low_ptr: tl.tensor, up_low_stride: tl.tensor,
+    gate_b_ptr: tl.tensor, gate_rank: tl.tensor,
+    up_b_ptr: tl.tensor, up_rank: tl.tensor,
+    down_a_ptr: tl.tensor, down_rank: tl.tensor,
+    out_ptr: tl.tensor, out_stride: tl.tensor,
     partial_ptr: tl.tensor,
     tokens: tl.tensor,
     width: tl.tensor,
@@ -224,28 +167,28 @@ def _forward_kernel(
     STAGES: tl.constexpr,
     ACTIVATION: tl.constexpr,
     INTERPRETED: tl.constexpr,
-) -> None:
+) -> None:  # fmt: skip
     """Process a tile of tokens, tile after tile of columns; h A^T stays in registers."""
     split = tl.program_id(1)
     token = tl.program_id(0) * TOKENS
-    gate_low = _load(gate_low_ptr, gate_low_stride, token, tokens, 0, gate_rank, TOKENS, RANK)
-    up_low = _load(up_low_ptr, up_low_stride, token, tokens, 0, up_rank, TOKENS, RANK)
+    gate_low = load(gate_low_ptr, gate_low_stride, token, tokens, 0, gate_rank, TOKENS, RANK)
+    up_low = load(up_low_ptr, up_low_stride, token, tokens, 0, up_rank, TOKENS, RANK)
     low = tl.zeros((TOKENS, DOWN_RANK), tl.float32)
     for step in tl.range(0, steps, num_stages=STAGES):
         column = (split * steps + step) * COLUMNS
-        gate = _load(gate_ptr, gate_stride, token, tokens, column, width, TOKENS, COLUMNS)
-        up = _load(up_ptr, up_stride, token, tokens, column, width, TOKENS, COLUMNS)
-        gate_b = _load(gate_b_ptr, gate_rank, column, width, 0, gate_rank, COLUMNS, RANK)
-        up_b = _load(up_b_ptr, up_rank, column, width, 0, up_rank, COLUMNS, RANK)
-        down_a = _load(down_a_ptr, width, 0, down_rank, column, width, DOWN_RANK, COLUMNS)
-        wide_gate = _dot(gate_low, gate_b.T, gate.to(tl.float32), INTERPRETED)
-        wide_up = _dot(up_low, up_b.T, up.to(tl.float32), INTERPRETED)
+        gate = load(gate_ptr, gate_stride, token, tokens, column, width, TOKENS, COLUMNS)
+        up = load(up_ptr, up_stride, token, tokens, column, width, TOKENS, COLUMNS)
+        gate_b = load(gate_b_ptr, gate_rank, column, width, 0, gate_rank, COLUMNS, RANK)
+        up_b = load(up_b_ptr, up_rank, column, width, 0, up_rank, COLUMNS, RANK)
+        down_a = load(down_a_ptr, width, 0, down_rank, column, width, DOWN_RANK, COLUMNS)
+        wide_gate = dot(gate_low, gate_b.T, gate.to(tl.float32), INTERPRETED)
+        wide_up = dot(up_low, up_b.T, up.to(tl.float32), INTERPRETED)
         share, _ = _share_and_slope(wide_gate, ACTIVATION, INTERPRETED)
         h = (wide_gate * share * wide_up).to(gate.dtype)
-        _store(out_ptr, out_stride, token, tokens, column, width, h, TOKENS, COLUMNS)
-        low = _dot(h, down_a.T, low, INTERPRETED)
+        store(out_ptr, out_stride, token, tokens, column, width, h, TOKENS, COLUMNS)
+        low = dot(h, down_a.T, low, INTERPRETED)
     first = split * tl.cast(tokens, tl.int64)
-    _store(
+    store(
         partial_ptr + first * down_rank, down_rank, token, tokens, 0, down_rank, low, TOKENS,
         DOWN_RANK,
     )  # fmt: skip
@@ -253,26 +196,16 @@ def _forward_kernel(
 
 @triton.jit(do_not_specialize=["tokens", "steps"])  # type: ignore[untyped-decorator]
 def _backward_kernel(
-    d_out_ptr: tl.tensor,
-    d_out_stride: tl.tensor,
-    gate_ptr: tl.tensor,
-    gate_stride: tl.tensor,
-    up_ptr: tl.tensor,
-    up_stride: tl.tensor,
-    d_low_ptr: tl.tensor,
-    d_low_stride: tl.tensor,
-    gate_low_ptr: tl.tensor,
-    gate_low_stride: tl.tensor,
-    up_low_ptr: tl.tensor,
-    up_low_stride: tl.tensor,
-    gate_b_ptr: tl.tensor,
-    gate_rank: tl.tensor,
-    up_b_ptr: tl.tensor,
-    up_rank: tl.tensor,
-    down_a_ptr: tl.tensor,
-    down_rank: tl.tensor,
-    partial_ptr: tl.tensor,
-    most: tl.tensor,
+    d_out_ptr: tl.tensor, d_out_stride: tl.tensor,
+    gate_ptr: tl.tensor, gate_stride: tl.tensor,
+    up_ptr: tl.tensor, up_stride: tl.tensor,
+    d_low_ptr: tl.tensor, d_low_stride: tl.tensor,
+    gate_low_ptr: tl.tensor, gate_low_stride: tl.tensor,
+    up_low_ptr: tl.tensor, up_low_stride: tl.tensor,
+    gate_b_ptr: tl.tensor, gate_rank: tl.tensor,
+    up_b_ptr: tl.tensor, up_rank: tl.tensor,
+    down_a_ptr: tl.tensor, down_rank: tl.tensor,
+    partial_ptr: tl.tensor, most: tl.tensor,
     tokens: tl.tensor,
     width: tl.tensor,
     steps: tl.tensor,
@@ -282,27 +215,27 @@ def _backward_kernel(
     STAGES: tl.constexpr,
     ACTIVATION: tl.constexpr,
     INTERPRETED: tl.constexpr,
-) -> None:
+) -> None:  # fmt: skip
     """Process a tile of columns, tile after tile of tokens; sums over tokens stay in registers."""
     split = tl.program_id(1)
     column = tl.program_id(0) * COLUMNS
-    gate_b = _load(gate_b_ptr, gate_rank, column, width, 0, gate_rank, COLUMNS, RANK)
-    up_b = _load(up_b_ptr, up_rank, column, width, 0, up_rank, COLUMNS, RANK)
-    down_a = _load(down_a_ptr, width, 0, down_rank, column, width, RANK, COLUMNS)
+    gate_b = load(gate_b_ptr, gate_rank, column, width, 0, gate_rank, COLUMNS, RANK)
+    up_b = load(up_b_ptr, up_rank, column, width, 0, up_rank, COLUMNS, RANK)
+    down_a = load(down_a_ptr, width, 0, down_rank, column, width, RANK, COLUMNS)
     down_sum = tl.zeros((COLUMNS, RANK), tl.float32)
     gate_sum = tl.zeros((COLUMNS, RANK), tl.float32)
     up_sum = tl.zeros((COLUMNS, RANK), tl.float32)
     for step in tl.range(0, steps, num_stages=STAGES):
         token = (split * steps + step) * TOKENS
-        d_out = _load(d_out_ptr, d_out_stride, token, tokens, column, width, TOKENS, COLUMNS)
-        gate = _load(gate_ptr, gate_stride, token, tokens, column, width, TOKENS, COLUMNS)
-        up = _load(up_ptr, up_stride, token, tokens, column, width, TOKENS, COLUMNS)
-        d_low = _load(d_low_ptr, d_low_stride, token, tokens, 0, down_rank, TOKENS, RANK)
-        gate_low = _load(gate_low_ptr, gate_low_stride, token, tokens, 0, gate_rank, TOKENS, RANK)
-        up_low = _load(up_low_ptr, up_low_stride, token, tokens, 0, up_rank, TOKENS, RANK)
-        d_h = _dot(d_low, down_a, d_out.to(tl.float32), INTERPRETED)
-        wide_gate = _dot(gate_low, gate_b.T, gate.to(tl.float32), INTERPRETED)
-        wide_up = _dot(up_low, up_b.T, up.to(tl.float32), INTERPRETED)
+        d_out = load(d_out_ptr, d_out_stride, token, tokens, column, width, TOKENS, COLUMNS)
+        gate = load(gate_ptr, gate_stride, token, tokens, column, width, TOKENS, COLUMNS)
+        up = load(up_ptr, up_stride, token, tokens, column, width, TOKENS, COLUMNS)
+        d_low = load(d_low_ptr, d_low_stride, token, tokens, 0, down_rank, TOKENS, RANK)
+        gate_low = load(gate_low_ptr, gate_low_stride, token, tokens, 0, gate_rank, TOKENS, RANK)
+        up_low = load(up_low_ptr, up_low_stride, token, tokens, 0, up_rank, TOKENS, RANK)
+        d_h = dot(d_low, down_a, d_out.to(tl.float32), INTERPRETED)
+        wide_gate = dot(gate_low, gate_b.T, gate.to(tl.float32), INTERPRETED)
+        wide_up = dot(up_low, up_b.T, up.to(tl.float32), INTERPRETED)
         share, slope = _share_and_slope(wide_gate, ACTIVATION, INTERPRETED)
         activated = wide_gate * share
         h = (activated * wide_up).to(gate.dtype)
@@ -311,13 +244,13 @@ def _backward_kernel(
         # Writing in place is safe: the whole tile is in shared memory by now, or is stored by the
         # threads that loaded it (a tile has 8 elements or more for each). A barrier would keep the
         # compiler from loading tiles ahead.
-        _store(gate_ptr, gate_stride, token, tokens, column, width, d_gate, TOKENS, COLUMNS)
-        _store(up_ptr, up_stride, token, tokens, column, width, d_up, TOKENS, COLUMNS)
-        down_sum = _dot(h.T, d_low, down_sum, INTERPRETED)
-        gate_sum = _dot(d_gate.T, gate_low, gate_sum, INTERPRETED)
-        up_sum = _dot(d_up.T, up_low, up_sum, INTERPRETED)
+        store(gate_ptr, gate_stride, token, tokens, column, width, d_gate, TOKENS, COLUMNS)
+        store(up_ptr, up_stride, token, tokens, column, width, d_up, TOKENS, COLUMNS)
+        down_sum = dot(h.T, d_low, down_sum, INTERPRETED)
+        gate_sum = dot(d_gate.T, gate_low, gate_sum, INTERPRETED)
+        up_sum = dot(d_up.T, up_low, up_sum, INTERPRETED)
     plane = tl.cast(width, tl.int64) * most
     partial_ptr += split * 3 * plane
-    _store(partial_ptr, most, column, width, 0, most, down_sum, COLUMNS, RANK)
-    _store(partial_ptr + plane, most, column, width, 0, most, gate_sum, COLUMNS, RANK)
-    _store(partial_ptr + 2 * plane, most, column, width, 0, most, up_sum, COLUMNS, RANK)
+    store(partial_ptr, most, column, width, 0, most, down_sum, COLUMNS, RANK)
+    store(partial_ptr + plane, most, column, width, 0, most, gate_sum, COLUMNS, RANK)
+    store(partial_ptr + 2 * plane, most, column, width, 0, most, up_sum, COLUMNS, RANK)

@@ -233,9 +233,9 @@ def _finish(
     """
     direct_RH = out_RH if head.norm is None else sum_RH
     if head.fused:
-        from rlsloth.kernels.linear_logprob import triton
+        from rlsloth.kernels.linear_logprob import triton_gradient
 
-        triton.finish(sum_RH, head.weight_VH, target_R, stats_4R, head.ceiling, direct_RH)
+        triton_gradient.finish(sum_RH, head.weight_VH, target_R, stats_4R, head.ceiling, direct_RH)
     else:
         target_RH = head.weight_VH[target_R].float()
         sum_RH.div_(stats_4R[1, :, None])
@@ -246,9 +246,9 @@ def _finish(
 
 def _scale_rows(head: Head, tensor_RH: Tensor, scale_R: Tensor) -> None:
     if head.fused:
-        from rlsloth.kernels.linear_logprob import triton
+        from rlsloth.kernels.linear_logprob import triton_gradient
 
-        triton.scale_rows(tensor_RH, scale_R)
+        triton_gradient.scale_rows(tensor_RH, scale_R)
     else:
         tensor_RH.mul_(scale_R[:, None])
 
@@ -264,9 +264,9 @@ def _scaled_rows(head: Head, tensor_RK: Tensor, scale_R: Tensor) -> Tensor:
 def _scale(head: Head, tensor: Tensor, factor: Tensor) -> None:
     """Multiply a tensor in place by a number, rounded once."""
     if head.fused:
-        from rlsloth.kernels.linear_logprob import triton
+        from rlsloth.kernels.linear_logprob import triton_gradient
 
-        triton.scale(tensor, factor)
+        triton_gradient.scale(tensor, factor)
         increment_version(tensor)
     else:
         # A vector of one entry: a scalar would be rounded to the gradient's 16 bits first.

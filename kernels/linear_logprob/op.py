@@ -108,20 +108,7 @@ def linear_logprob(
     with torch.autocast(hidden_NH.device.type, enabled=False):
         inputs = _prepare(hidden_NH, weight_VH, target_N, bias_V, lora, norm, transform, chunk_rows)
         hidden_NH, trained_VK, target_N, head = inputs
-        trainable = trained_VK.requires_grad or (bias_V is not None and bias_V.requires_grad)
-        if not torch.is_grad_enabled() or not (trainable or hidden_NH.requires_grad):
-            stats_4N = empty_stats(hidden_NH)
-            for _ in chunks(head, hidden_NH.detach(), target_N, stats_4N):
-                pass
-            result = outputs(stats_4N)
-        elif trainable:
-            result = TrainableHead.apply(  # type: ignore[no-untyped-call]
-                hidden_NH, trained_VK, bias_V, target_N, head
-            )
-        else:
-            result = FrozenHead.apply(  # type: ignore[no-untyped-call]
-                hidden_NH, target_N, head, overwrite_hidden
-            )
+        result = _outputs(hidden_NH, trained_VK, bias_V, target_N, head, overwrite_hidden)
     return LinearLogprob(*result)
 
 
@@ -160,6 +147,33 @@ def weighted_logprob_sum(
             hidden_NH, trained_VK, bias_V, target_N, row_weight_N, head, torch.is_grad_enabled()
         )
     return total, LinearLogprob(*result)
+
+
+def _outputs(
+    hidden_NH: Tensor,
+    trained_VK: Tensor,
+    bias_V: Tensor | None,
+    target_N: Tensor,
+    head: Head,
+    overwrite_hidden: bool,
+) -> tuple[Tensor, ...]:
+    """Return the statistics, with the backward that the tensors' gradients need."""
+    trainable = trained_VK.requires_grad or (bias_V is not None and bias_V.requires_grad)
+    if not torch.is_grad_enabled() or not (trainable or hidden_NH.requires_grad):
+        stats_4N = empty_stats(hidden_NH)
+        for _ in chunks(head, hidden_NH.detach(), target_N, stats_4N):
+            pass
+        return outputs(stats_4N)
+    made: tuple[Tensor, ...]
+    if trainable:
+        made = TrainableHead.apply(  # type: ignore[no-untyped-call]
+            hidden_NH, trained_VK, bias_V, target_N, head
+        )
+    else:
+        made = FrozenHead.apply(  # type: ignore[no-untyped-call]
+            hidden_NH, target_N, head, overwrite_hidden
+        )
+    return made
 
 
 class _Transform(NamedTuple):

@@ -7,6 +7,9 @@ from functools import cache
 
 import torch
 
+HIDDEN_BLOCK = 1024
+"""Columns of hidden states that a program holds at a time, outside the fused product."""
+
 
 @dataclass(frozen=True, slots=True)
 class Tile:

@@ -111,9 +111,9 @@ def dequantize(weight: Nf4Weight, out_OI: Tensor | None = None) -> Tensor:
         return out_OI.copy_(_dequantize_torch(weight))
     if weight.shape[1] % 8 and not out_OI.is_contiguous():
         return out_OI.copy_(dequantize(weight))  # a thread writes its 8 values to one row
-    from rlsloth.kernels.nf4 import triton
+    from rlsloth.kernels.nf4 import triton_dequantize
 
-    triton.dequantize(weight, _table(weight.device), out_OI)
+    triton_dequantize.dequantize(weight, _table(weight.device), out_OI)
     return out_OI
 
 

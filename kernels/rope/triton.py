@@ -61,22 +61,12 @@ def _token_strides(table_BSR: Tensor) -> tuple[int, int]:
 
 @triton.jit(do_not_specialize=["length"])  # type: ignore[untyped-decorator]
 def _rope_kernel(
-    q_ptr: tl.tensor,
-    q_batch_stride: tl.tensor,
-    q_token_stride: tl.tensor,
-    q_head_stride: tl.tensor,
-    q_out_ptr: tl.tensor,
-    k_ptr: tl.tensor,
-    k_batch_stride: tl.tensor,
-    k_token_stride: tl.tensor,
-    k_head_stride: tl.tensor,
-    k_out_ptr: tl.tensor,
-    cos_ptr: tl.tensor,
-    cos_batch_stride: tl.tensor,
-    cos_token_stride: tl.tensor,
-    sin_ptr: tl.tensor,
-    sin_batch_stride: tl.tensor,
-    sin_token_stride: tl.tensor,
+    q_ptr: tl.tensor, q_batch_stride: tl.tensor, q_token_stride: tl.tensor,
+    q_head_stride: tl.tensor, q_out_ptr: tl.tensor,
+    k_ptr: tl.tensor, k_batch_stride: tl.tensor, k_token_stride: tl.tensor,
+    k_head_stride: tl.tensor, k_out_ptr: tl.tensor,
+    cos_ptr: tl.tensor, cos_batch_stride: tl.tensor, cos_token_stride: tl.tensor,
+    sin_ptr: tl.tensor, sin_batch_stride: tl.tensor, sin_token_stride: tl.tensor,
     length: tl.tensor,
     Q_HEADS: tl.constexpr,
     Q_BLOCK: tl.constexpr,
@@ -88,7 +78,7 @@ def _rope_kernel(
     REST_BLOCK: tl.constexpr,
     INPLACE: tl.constexpr,
     BACKWARD: tl.constexpr,
-) -> None:
+) -> None:  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     sequence = token // length
     position = token % length

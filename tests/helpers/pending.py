@@ -6,25 +6,12 @@ from collections.abc import Iterable
 
 PENDING: dict[str, set[str]] = {
     "file": {
-        "kernels/adapted_glu/triton.py",
-        "kernels/linear_logprob/triton.py",
-        "kernels/nf4/triton.py",
         "rlsloth/cli/commands/doctor.py",
         "rlsloth/rollout/vllm/engine.py",
         "tests/data/test_examples.py",
-        "tests/kernels/test_linear_logprob.py",
-        "tests/kernels/test_lora_kernels.py",
-        "tests/kernels/test_nf4.py",
         "tests/rollout/test_collect.py",
         "tests/rollout/test_rollout.py",
         "tests/training/test_grpo.py",
-    },
-    "function": {
-        "kernels/adapted_glu/triton.py:_backward_kernel",
-        "kernels/linear_logprob/op.py:linear_logprob",
-        "kernels/linear_logprob/triton.py:_odds_kernel",
-        "kernels/linear_logprob/triton.py:odds",
-        "kernels/rope/triton.py:_rope_kernel",
     },
     "docstring": {
         "examples/benchmarks/full_step.py",

@@ -135,14 +135,14 @@ def check_row_groups():
 
 def check_scale():
     """Scale by 1, by another number and by NaN; more elements than all programs hold at once."""
-    from rlsloth.kernels.linear_logprob import triton
+    from rlsloth.kernels.linear_logprob import triton_gradient
 
     for dtype in (torch.bfloat16, torch.float32):
         for count in (0, 1, 70001):
             for factor in (1.0, -0.37, math.nan):
                 x = torch.randn(count).to(dtype)
                 wanted = (x.float() * factor).to(dtype)
-                triton.scale(x, torch.tensor(factor))
+                triton_gradient.scale(x, torch.tensor(factor))
                 # Triton's interpreter truncates to 16 bits instead of rounding.
                 ulp = 0.0 if factor == 1.0 else torch.finfo(dtype).eps
                 torch.testing.assert_close(x, wanted, rtol=ulp, atol=0, equal_nan=True)
@@ -201,7 +201,7 @@ def test_triton_kernels_compile_for_a_gpu(capability, tmp_path, monkeypatch):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
-    from rlsloth.kernels.linear_logprob import triton
+    from rlsloth.kernels.linear_logprob import triton, triton_gradient, triton_rows
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     tile = TILES.get(capability // 10, PLAIN_TILE)
@@ -223,10 +223,10 @@ def test_triton_kernels_compile_for_a_gpu(capability, tmp_path, monkeypatch):
     for kernel, warps, stages in (
         (triton._target_kernel, 4, 3),
         (triton._odds_kernel, tile.warps, tile.stages),
-        (triton._rows_kernel, 4, 3),
-        (triton._finish_kernel, 4, 3),
-        (triton._scale_kernel, 4, 3),
-        (triton._scale_all_kernel, 8, 3),
+        (triton_rows._rows_kernel, 4, 3),
+        (triton_gradient._finish_kernel, 4, 3),
+        (triton_gradient._scale_kernel, 4, 3),
+        (triton_gradient._scale_all_kernel, 8, 3),
     ):
         signature = {
             name: "constexpr" if name in constants else types.get(name, "i32")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import sys
 from collections.abc import Iterable
 
@@ -33,7 +34,7 @@ ORDER = (
 
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
 LIBRARIES: dict[str, str] = {
-    "triton": "kernels/*/triton.py",
+    "triton": "kernels/*/triton*.py",
     "vllm": "rlsloth/rollout/vllm/*.py",
     "flash_attn": "rlsloth/policy/attention/*.py",
     "flash_attn_interface": "rlsloth/policy/attention/*.py",
@@ -138,9 +139,9 @@ def test_triton_is_loaded_only_when_a_kernel_is_chosen() -> None:
         (
             (module.name, f"{module.place}:{found.line}: import {other} where it is needed")
             for module in MODULES
-            if module.path.name != "triton.py" and not is_bench(module)
+            if not module.path.name.startswith("triton") and not is_bench(module)
             for other, found in imported_modules(module)
-            if other.startswith("rlsloth.kernels.") and other.endswith(".triton") and not found.lazy
+            if re.fullmatch(r"rlsloth\.kernels\.\w+\.triton\w*", other) and not found.lazy
         ),
     )
 
