@@ -3,7 +3,7 @@
 Hidden siblings of the file or folder ``x`` while it is written:
 
     .x.tmp             the new file
-    .x.partial-<hex>   the new folder; locked by its writer, so that the next one can tell what a
+    .x.partial-<hex>   the new folder; locked by its writer, so that the next one recognises what a
                        killed process left
     .x.replaced        the old folder, between the two renames that swap them
 """
