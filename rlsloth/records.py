@@ -1,8 +1,8 @@
-"""The types that flow: Prompt -> Rollout -> Group -> PackedBatch -> per-token log-probs -> loss.
+"""The types that pass between rooms: Prompt, Rollout, Group, PackedBatch, log-probs, loss.
 
-Shape letters: T tokens of a packed stream, N scored tokens (those that carry loss), R rollouts of a
-micro-batch, S attention segments, V vocabulary, H hidden size. Log-probs are natural logarithms,
-float32.
+Shape letters: T tokens of a packed stream, N scored tokens (those in the loss), R rollouts of a
+micro-batch, S attention segments, V vocabulary, H hidden size. Log-probs are natural logarithms
+(nats) in float32.
 """
 
 from __future__ import annotations
@@ -11,15 +11,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-if TYPE_CHECKING:  # records are imported by everybody, rewards included, which must not load torch
+if TYPE_CHECKING:  # rewards import this file and must not load torch
     from torch import Tensor
 
 Message = dict[str, Any]
-"""One chat message: ``role``, ``content`` and, where tools are used, ``tool_calls`` (TRL's
-format)."""
+"""One chat message in TRL's format: ``role``, ``content``, and ``tool_calls`` if it has calls."""
 
 FinishReason = Literal["stop", "length"]
-"""Why a rollout ended: an end-of-sequence token or stop string, or a limit of length or turns."""
+"""Reason why a completion ended.
+
+stop: an end-of-sequence token or a stop string. length: a limit of tokens or turns.
+"""
 
 Clipping = Literal["both", "high", "none"]
 """The sides on which a policy loss counts tokens whose ratio it clips."""
@@ -27,103 +29,107 @@ Clipping = Literal["both", "high", "none"]
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """One task put to the policy."""
+    """One task for the policy."""
 
     index: int
-    """Row in the environment's own order; stable between runs. Messages count it from 1."""
+    """Number of the row in the environment, from 0 (messages count from 1); stable across runs."""
     messages: str | tuple[Message, ...]
-    """A plain string (standard format) or chat messages (conversational format), without the
-    answer."""
+    """Plain text (TRL's standard format) or chat messages (conversational), without the answer."""
     columns: Mapping[str, Any]
-    """The row's other columns (gold answer, metadata), passed to rewards by name.
-    JSON-serialisable."""
+    """The row's remaining columns (such as the answer), JSON-serialisable, for rewards."""
     tools: tuple[Any, ...] = ()
-    """JSON schemas of the tools offered to the model; empty for single-turn tasks."""
+    """JSON schemas of the tools that the model may call; empty without tools."""
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How completions are drawn."""
+    """The settings with which completions are sampled."""
 
     max_tokens: int
-    """Upper bound on sampled tokens per completion (per turn and in total over turns)."""
+    """Largest number of sampled tokens of a completion, in each turn and over all turns."""
     temperature: float = 1.0
-    """0 is greedy; log-probs are then those of the untempered distribution."""
+    """Sampling temperature. 0 means greedy, with the log-probs of temperature 1."""
     top_p: float = 1.0
+    """Share of probability from which tokens are sampled (nucleus sampling); 1 keeps all tokens."""
     top_k: int = 0
-    """0 keeps the whole vocabulary."""
+    """Number of most likely tokens from which is sampled; 0 keeps all tokens."""
     min_p: float = 0.0
+    """Smallest probability of a token, relative to the most likely one; 0 keeps all tokens."""
     stop: tuple[str, ...] = ()
-    """Strings that end a completion; the matching tokens are kept, as vLLM does with
-    include_stop_str."""
+    """Texts that end a completion; they are kept, as with vLLM's include_stop_str."""
     seed: int = 0
-    """Seed of the engine's private generator for this call: same seed, same prompts, same
-    samples."""
+    """Seed of the engine's generator in this call: with the same prompts, it gives the same
+    completions."""
     cut_tail: float = 1.0
-    """Once this share of a call's completions has finished, the others end where they are, as
-    ``length``; 1 cuts none."""
+    """Share of a call's completions after which all unfinished ones are cut, with ``finish``
+    length; 1 cuts none."""
 
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """One continuation of one token prefix, as an engine returns it."""
+    """One sampled continuation of a token prefix, as an engine returns it."""
 
     token_ids: list[int]
-    """Sampled tokens, the end-of-sequence token included when one was drawn."""
+    """Sampled tokens, including the end-of-sequence token if one was sampled."""
     logprobs: list[float]
-    """[len(token_ids)] log-probability of each token under the distribution it was drawn from
-    (after temperature and truncation: vLLM's ``processed_logprobs``)."""
+    """[len(token_ids)] log-prob of each token under the distribution it was sampled from.
+
+    That is the distribution after temperature and truncation (vLLM's ``processed_logprobs``).
+    """
     finish: FinishReason
     policy_version: int
-    """Version of the adapter that sampled it."""
+    """Version of the weights that sampled it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """What one reward function said of one rollout."""
+    """The result of one reward function for one rollout."""
 
     name: str
+    """The reward's name."""
     value: float | None
-    """None: the reward does not apply to this row, or it failed."""
+    """The reward; None if it does not apply to this row or the function failed."""
     failure: str | None = None
-    """None, or the kind of failure: ``raised``, ``timeout``, ``crashed``, ``not finite``, ``wrong
-    length``, ``wrong type``. A failure is never a zero."""
+    """Kind of failure: ``raised``, ``timeout``, ``crashed``, ``not finite``, ``wrong length`` or
+    ``wrong type``; None without failure. A failure never counts as zero."""
     detail: str = ""
-    """The failure in words (exception text, budget), for the log."""
+    """Description of the failure (exception's text, time limit), for the log."""
 
 
 @dataclass(slots=True)
 class Rollout:
-    """One sampled answer to a prompt: every token after the prompt, tool output included."""
+    """One sampled answer to a prompt, over all its turns."""
 
     token_ids: list[int]
+    """Every token after the prompt, including tool output."""
     loss_mask: list[bool]
-    """[len(token_ids)] True for tokens the policy sampled, False for tool output and template
-    glue."""
+    """[len(token_ids)] True for sampled tokens, False for tool output and the template's text."""
     logprobs: list[float]
-    """[len(token_ids)] sampling log-probs; 0.0 where loss_mask is False."""
+    """[len(token_ids)] log-prob of each token when it was sampled; 0.0 where loss_mask is False."""
     policy_version: list[int]
-    """[len(token_ids)] adapter version each token was sampled from; -1 where loss_mask is False."""
+    """[len(token_ids)] version of the weights that sampled it; -1 where loss_mask is False."""
     finish: FinishReason
     text: str
-    """The sampled text of the last turn, special tokens removed."""
+    """Sampled text of the last turn, without special tokens."""
     messages: list[Message]
-    """All turns after the prompt: one assistant message, or assistant and tool messages in turn."""
+    """All messages after the prompt, the assistant's and the environment's."""
     tool_calls: int = 0
     tool_failures: int = 0
     turn_rewards: list[float] = field(default_factory=list)
-    """Rewards the environment gave, one an assistant turn; empty where it gives none."""
+    """Rewards of the environment, one for each assistant turn; empty if it gives none."""
     scores: tuple[Score, ...] = ()
-    """One per configured reward, in the configured order. Filled by scoring."""
+    """Result of each configured reward, in the configured order; scoring fills it."""
     reward: float | None = None
-    """Weighted sum of the scores that apply; None when none applies or one failed."""
+    """Weighted sum of the scores that apply; None if none applies or one failed."""
     extras: dict[str, Any] = field(default_factory=dict)
-    """Values by column that rewards passed to ``log_extra``; saved with the samples."""
+    """Column -> value that rewards passed to ``log_extra``; saved with the samples."""
     overlong_penalty: float | None = None
-    """In [-1, 0], added to the reward for the advantage; None where no penalty is configured."""
+    """Penalty in [-1, 0] that is added to the reward for advantages; None if it is off."""
     advantages: list[float] = field(default_factory=list)
-    """[len(token_ids)] credit of each token; 0.0 where loss_mask is False. Empty until
-    assign_advantages fills it; all zero when reward is None."""
+    """[len(token_ids)] advantage of each token; 0.0 where loss_mask is False.
+
+    Empty until ``assign_advantages`` fills it; all zeros if ``reward`` is None.
+    """
 
     @property
     def shaped_reward(self) -> float | None:
@@ -134,155 +140,156 @@ class Rollout:
 
     @property
     def length(self) -> int:
-        """Number of sampled tokens."""
+        """Number of sampled tokens, over all turns."""
         return sum(self.loss_mask)
 
     @property
     def environment_reward(self) -> float | None:
-        """Sum of the environment's rewards; None where it gives none."""
+        """Sum of the environment's rewards; None if it gives none."""
         return sum(self.turn_rewards) if self.turn_rewards else None
 
     @property
     def truncated(self) -> bool:
-        """Whether the length limit cut it off."""
+        """Whether a limit of tokens or turns cut the rollout off."""
         return self.finish == "length"
 
 
 @dataclass(slots=True)
 class Group:
-    """The rollouts of one prompt, scored against each other."""
+    """The rollouts of one prompt, whose rewards are compared with each other."""
 
     prompt: Prompt
     prompt_ids: list[int]
+    """Token ids of the rendered prompt."""
     rollouts: list[Rollout]
 
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """A padding-free stream of whole rollouts that fits the token budget.
+    """A stream of whole rollouts without padding, within the budget of tokens.
 
-    A prompt shared by a group stands once, followed by its rollouts. Each piece is an attention
-    segment; a rollout's segment also sees its prompt's keys, so every token's context is the one it
-    was sampled in.
+    A prompt shared by several rollouts occurs once, before them. Prompt and rollouts are attention
+    segments. A rollout's segment also sees its prompt's keys, so that every token has the context
+    in which it was sampled.
     """
 
     token_ids: Tensor
-    """[T] int64."""
+    """[T] int64: tokens of the stream."""
     positions: Tensor
-    """[T] int64: restart at 0 with each prompt; a rollout continues from its prompt's length."""
+    """[T] int64: position of each token, from 0 at the start of its prompt."""
     cu_seqlens_q: Tensor
-    """[S + 1] int32: segment boundaries in the stream."""
+    """[S + 1] int32: boundaries of the segments in the stream."""
     kv_index: Tensor
-    """[T_kv] int64: stream positions of each segment's keys, segment after segment (prompt, then
-    own)."""
+    """[T_kv] int64: stream index of each key, segment by segment (its prompt, then itself)."""
     cu_seqlens_k: Tensor
-    """[S + 1] int32: segment boundaries in kv_index. Causal masks align at the end of q and k."""
+    """[S + 1] int32: boundaries of the segments in kv_index.
+
+    Causal masks align a segment's last query with its last key.
+    """
     tree_of: Tensor
-    """[S] int64: which prompt tree a segment belongs to (a prompt and its rollouts are one
-    tree)."""
+    """[S] int64: number of each segment's tree; a prompt and its rollouts are one tree."""
     score_index: Tensor
-    """[N] int64: stream position whose hidden state predicts scored token n."""
+    """[N] int64: stream index of the hidden state that predicts each scored token."""
     target_ids: Tensor
     """[N] int64: the scored tokens."""
     rollout_of: Tensor
-    """[N] int64 in [0, R): the rollout a scored token belongs to; rollouts are contiguous and
-    whole."""
+    """[N] int64 in [0, R): rollout of each scored token; rollouts are contiguous and whole."""
     advantages: Tensor
-    """[N] float32: the advantage of each scored token."""
+    """[N] float32: advantage of each scored token."""
     rollout_logprobs: Tensor
-    """[N] float32: log-probs at sampling time."""
+    """[N] float32: log-prob of each scored token when it was sampled."""
     policy_version: Tensor
-    """[N] int64."""
+    """[N] int64: version of the weights that sampled each scored token."""
     rollout_count: int
-    """R: rollouts with at least one scored token."""
+    """R, the number of rollouts with at least one scored token."""
     source: tuple[tuple[int, int], ...]
-    """[R] (group, rollout) indices in the step, to carry figures back."""
+    """[R] indices (group, rollout) of each rollout in the step."""
 
 
 @dataclass(frozen=True, slots=True)
 class PackedBatch:
-    """All of a step's micro-batches and the counts that fix the loss's normaliser over the whole
-    step."""
+    """The micro-batches of one step, with the counts by which its loss is normalised."""
 
     microbatches: tuple[MicroBatch, ...]
     rollouts: int
-    """Rollouts in the step, those without loss (masked, zero advantage) included."""
+    """Number of all rollouts in the step, including those that are not packed."""
     scored_tokens: int
-    """Sampled tokens of all rollouts that are not masked out, those with zero advantage
-    included."""
+    """Number of sampled tokens of the step, without masked rollouts, with zero advantages."""
     trained_tokens: int
-    """Tokens in the streams' N summed: rollouts whose gradient is zero by construction are not
-    packed."""
+    """Sum of N over the micro-batches, that is, tokens of the packed rollouts."""
 
 
 @dataclass(slots=True)
 class TokenLogprobs:
-    """What the policy says of the scored tokens of a micro-batch."""
+    """The policy's log-probs and entropies for the scored tokens of a micro-batch."""
 
     logprobs: Tensor
-    """[N] float32, differentiable."""
+    """[N] float32, differentiable: log-prob of each token, in nats."""
     entropy: Tensor
-    """[N] float32, detached: entropy of the distribution each token was drawn from, in nats."""
+    """[N] float32, detached: entropy of the distribution over the vocabulary, in nats."""
 
 
 @dataclass(slots=True)
 class LossOutput:
-    """A policy loss summed over a micro-batch. ``total / normalizer`` is what is differentiated."""
+    """A policy loss summed over a micro-batch; the training loop divides it by the normaliser."""
 
     total: Tensor
-    """[] differentiable sum over the micro-batch's tokens or sequences, before normalisation."""
+    """[] differentiable sum over the micro-batch's tokens or sequences, not normalised."""
     stats: LossStats
 
 
 @dataclass(slots=True)
 class LossStats:
-    """Detached sums over a micro-batch; the loop adds them up and divides by the counts."""
+    """Detached sums over a micro-batch, which the training loop adds and divides by the counts."""
 
     tokens: int = 0
+    """Number of scored tokens."""
     policy: float = 0.0
-    """Sum of the policy term, in the loss's own weighting (before the normaliser)."""
+    """Sum of the policy term as the loss weights it, not normalised."""
     kl: float = 0.0
-    """Sum over tokens of the KL estimate to the starting policy."""
+    """Sum over tokens of the estimated KL divergence from the starting policy, in nats."""
     clipped_low: float = 0.0
-    """Tokens (or sequences' tokens) whose ratio is clipped below, with negative advantage."""
+    """Number of tokens with negative advantage whose ratio is clipped from below."""
     clipped_high: float = 0.0
+    """Number of tokens with positive advantage whose ratio is clipped from above."""
     ratio: float = 0.0
-    """Sum over tokens of the importance ratio."""
+    """Sum over tokens of the importance ratio between trained and sampling policy."""
     correction: float = 0.0
-    """Sum over tokens of the rollout-trainer correction weight; equals ``tokens`` when it is
-    off."""
+    """Sum over tokens of the weight that corrects for the sampler; ``tokens`` if it is off."""
     corrected: int = 0
-    """Tokens whose correction was truncated or masked."""
+    """Number of tokens whose correction weight was truncated or masked."""
 
 
 @dataclass(frozen=True, slots=True)
 class StepStats:
-    """What one optimizer update did."""
+    """The figures of one optimizer update."""
 
     grad_norm: float
-    """Global L2 norm before clipping; nan or inf when the step was skipped, 0 without gradient."""
+    """L2 norm of all gradients before clipping; NaN or infinite if skipped, 0 without gradient."""
     learning_rate: float
+    """Learning rate of the update."""
     skipped: bool
-    """True when the gradient was not finite: nothing was updated."""
+    """Whether the gradient was NaN or infinite, so that nothing was updated."""
 
 
 @dataclass(frozen=True, slots=True)
 class LogitTransform:
-    """What a model does to its logits: ``softcap * tanh(scale * logits / softcap)``."""
+    """The transform of a model's logits: ``softcap * tanh(scale * logits / softcap)``."""
 
     scale: float = 1.0
+    """Factor of the logits."""
     softcap: float | None = None
-    """None: no tanh."""
+    """Limit of the logits' absolute value; None: they are only scaled."""
 
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """Trained weights under a version, as handed to a rollout engine."""
+    """Trained weights with their version, as a rollout engine gets them."""
 
     version: int
-    """Optimizer updates that made them."""
+    """Number of optimizer updates that made them."""
     kind: Literal["adapter", "all"]
-    """adapter: the LoRA alone, under PEFT's names. all: every parameter of the model, under the
-    names it has without an adapter."""
+    """adapter: the LoRA alone, with PEFT's names. all: every parameter of the model, with its name
+    in a model without adapter."""
     tensors: Mapping[str, Tensor] = field(repr=False)
-    """Names to the live parameters: references, not copies."""
+    """Name -> live parameter, not a copy."""

@@ -1,4 +1,4 @@
-"""Examples of a supervised run: read, split and checked for length."""
+"""Read the examples of a supervised or preference run, check their length, and split them."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from rlsloth.errors import UserError
 from rlsloth.records import Prompt
 
 MANY = 2000
-"""Rows that take seconds to tokenise, at a millisecond or two each: a line says so."""
+"""Number of rows from which a line announces tokenising, which takes 1 to 2 ms a row."""
 Reader = Callable[[Sequence[Row], Any, Renderer, str], list[Example]]
-"""(rows, data configuration, renderer, what to call the rows) -> examples."""
+"""Function (rows, data configuration, renderer, name of the dataset) -> examples."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,32 +28,36 @@ class Examples:
     train: list[Example]
     heldout: list[Example]
     left_out: int
-    """Examples longer than allowed."""
+    """Number of examples that were dropped because they are longer than ``limit``."""
     limit: int
-    """Tokens an example may have."""
+    """Largest number of tokens of a prompt with one completion."""
 
     @property
     def longest(self) -> Example:
-        """The one whose stream is the longest."""
+        """Example with the most tokens when it is packed."""
         return max([*self.train, *self.heldout], key=lambda example: example.packed)
 
 
 def load_examples(cfg: SupervisedConfig, read: Reader, tokenizer: Any, context: int) -> Examples:
-    """Read, tokenise and split the data.
+    """Read, tokenise and split the data of a run.
 
     Args:
-        read: makes examples of rows.
-        tokenizer: the model's.
-        context: the tokens that the model is used with, at most.
+        cfg: the run's configuration.
+        read: function that makes examples from rows.
+        tokenizer: the model's tokenizer.
+        context: largest number of tokens that the model may see.
 
     Raises:
-        UserError: no such data, a malformed row, nothing held out though the
-            evaluation is on, or nothing left to train on.
+        UserError: the dataset is missing, a row is malformed, all examples are too long, or
+            evaluation is on and nothing is held out.
     """
     data = cfg.data
     renderer = Renderer(tokenizer, data)
     if not renderer.stop_ids:
-        raise UserError("the tokenizer has no end-of-sequence token: answers would not end")
+        raise UserError(
+            f"--model.path {cfg.model.path}: the tokenizer has no end-of-sequence token, so that "
+            "completions would never end; set eos_token in its tokenizer_config.json"
+        )
 
     def examples(source: str, split: str, limit: int | None = None) -> list[Example]:
         rows = load_rows(source, split, limit)
@@ -67,8 +71,8 @@ def load_examples(cfg: SupervisedConfig, read: Reader, tokenizer: Any, context: 
     left_out = len(train) - len(kept)
     if not kept:
         raise UserError(
-            f"all {len(train)} examples of {data.train} have more than {limit} tokens; raise "
-            "--data.max-tokens or --model.max-context"
+            f"--data.train {data.train}: all {len(train)} examples have more than {limit} tokens; "
+            "raise --data.max-tokens or --model.max-context"
         )
     if data.validation is None:
         kept, heldout = _split(kept, data, cfg.seed)
@@ -78,8 +82,9 @@ def load_examples(cfg: SupervisedConfig, read: Reader, tokenizer: Any, context: 
         left_out += len(held) - len(heldout)
     if not heldout and (cfg.eval.at_start or cfg.eval.every or cfg.eval.at_end):
         raise UserError(
-            "no held-out examples to evaluate on: pass --data.validation FILE, raise "
-            "--data.heldout, or switch evaluation off: --eval.at-start false --eval.at-end false"
+            "there are no held-out examples to evaluate: pass --data.validation FILE, raise "
+            "--data.heldout, or switch evaluation off with --eval.at-start false --eval.at-end "
+            "false"
         )
     return Examples(kept, heldout, left_out, limit)
 
@@ -87,7 +92,7 @@ def load_examples(cfg: SupervisedConfig, read: Reader, tokenizer: Any, context: 
 def _split(
     examples: list[Example], data: ExamplesConfig, seed: int
 ) -> tuple[list[Example], list[Example]]:
-    """All answers to a withheld question are held out."""
+    """Split examples into training and held-out ones: questions are withheld with all answers."""
     prompts = [Prompt(i, example.question, {}) for i, example in enumerate(examples)]
     train, heldout = split_heldout(prompts, data.heldout, seed, data.SECTION)
     withheld = {examples[p.index].question for p in heldout}

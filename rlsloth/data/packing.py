@@ -1,4 +1,4 @@
-"""From scored groups to padding-free micro-batches under a token budget."""
+"""Pack scored groups into micro-batches without padding, under a budget of tokens."""
 
 from __future__ import annotations
 
@@ -17,11 +17,14 @@ Array = np.ndarray[Any, Any]
 
 @dataclass(frozen=True, slots=True)
 class _Tree:
-    """A prompt and some of its rollouts: the unit that is packed whole."""
+    """A prompt with some of its rollouts, which are packed into one micro-batch."""
 
     group: int
+    """Index of the group in the step."""
     rollouts: tuple[int, ...]
+    """Indices of the rollouts in the group."""
     tokens: int
+    """Number of tokens in the stream."""
 
 
 def pack(
@@ -32,15 +35,20 @@ def pack(
     keep_zero_advantage: bool,
     whole_groups: bool = False,
 ) -> PackedBatch:
-    """Cut a step's rollouts into micro-batches of at most ``tokens_per_microbatch`` stream tokens.
+    """Divide a step's rollouts into micro-batches.
 
-    A group's prompt stands once per micro-batch that holds some of its rollouts. Rollouts whose
-    loss is zero by construction are counted but not packed: those masked out (``mask_truncated``)
-    and, unless ``keep_zero_advantage`` (a KL term has gradient at advantage 0 too), those whose
-    advantages are all 0.
+    A group's prompt occurs once in each micro-batch that contains some of its rollouts. Rollouts
+    without gradient are counted but not packed. A rollout that exceeds the budget alone gets a
+    micro-batch of its own.
 
-    A rollout that exceeds the budget even alone gets a micro-batch of its own; with
-    ``whole_groups``, which preference pairs need, so does a group.
+    Args:
+        groups: the step's groups, with advantages.
+        tokens_per_microbatch: largest number of tokens in a micro-batch's stream.
+        mask_truncated: leave out rollouts that the length limit cut off.
+        keep_zero_advantage: also pack rollouts whose advantages are all 0; a KL term has a gradient
+            for them.
+        whole_groups: never divide a group, as preference pairs need it; a group that exceeds the
+            budget then gets a micro-batch of its own.
     """
     trees: list[_Tree] = []
     rollouts = scored = 0
@@ -60,13 +68,19 @@ def pack(
 
 
 def _stream_length(rollout: Rollout) -> int:
-    """Tokens of a rollout that are fed to the model: all before its last scored one."""
+    """Count the tokens of a rollout that the model reads: all before its last scored token."""
     return len(rollout.loss_mask) - 1 - rollout.loss_mask[::-1].index(True)
 
 
 def _split(g: int, group: Group, packed: list[int], budget: int | None) -> list[_Tree]:
-    """Cut a group's rollouts into runs that fit the budget together with the prompt; None: one
-    run."""
+    """Divide a group's rollouts into trees that fit the budget together with the prompt.
+
+    Args:
+        g: index of the group in the step.
+        group: the group.
+        packed: indices of the rollouts to pack.
+        budget: largest number of tokens of a tree; None for a single tree.
+    """
     trees: list[_Tree] = []
     prompt = len(group.prompt_ids)
     run: list[int] = []
@@ -84,7 +98,10 @@ def _split(g: int, group: Group, packed: list[int], budget: int | None) -> list[
 
 
 def _first_fit(trees: list[_Tree], budget: int) -> list[list[_Tree]]:
-    """First-fit decreasing: at most 22 % more bins than the optimum (Johnson 1973)."""
+    """Distribute trees over micro-batches by first-fit decreasing.
+
+    This needs at most 22 % more micro-batches than the optimum (Johnson 1973).
+    """
     bins: list[list[_Tree]] = []
     room: list[int] = []
     for tree in sorted(trees, key=lambda t: -t.tokens):
@@ -107,7 +124,7 @@ def _microbatch(groups: Sequence[Group], trees: list[_Tree]) -> MicroBatch:
         ids = np.array(group.prompt_ids, np.int64)
         rollouts = [group.rollouts[r] for r in tree.rollouts]
         if len(rollouts) == 1:
-            # A prompt that nobody shares needs no segment of its own: no keys are gathered.
+            # A prompt with one rollout needs no segment of its own, so that no keys are gathered.
             counts.append(stream.alone(rollouts[0], ids, t))
         else:
             prompt = stream.prompt(ids, t)
@@ -133,7 +150,10 @@ def _microbatch(groups: Sequence[Group], trees: list[_Tree]) -> MicroBatch:
 
 
 class _Stream:
-    """A micro-batch that grows, as arrays to be joined: a step may have half a million tokens."""
+    """A micro-batch under construction, as lists of arrays that are joined at the end.
+
+    Lists of numbers would be slow: a step may have half a million tokens.
+    """
 
     def __init__(self) -> None:
         self.tokens: list[Array] = []
@@ -148,11 +168,11 @@ class _Stream:
         self.versions: list[Array] = []
 
     def prompt(self, ids: Array, tree: int) -> Array:
-        """A segment of its own. Returns its places in the stream, as `rollout` takes them."""
+        """Add a prompt as a segment of its own; return its positions, which ``rollout`` takes."""
         return self._segment(ids, 0, np.arange(0), tree)
 
     def rollout(self, rollout: Rollout, prompt: Array, tree: int) -> int:
-        """A segment that also sees its prompt. Returns the number of its scored tokens."""
+        """Add a rollout as a segment that also sees its prompt; return its scored tokens' count."""
         ids, fed = np.array(rollout.token_ids, np.int64), _stream_length(rollout)
         start = self.cu_q[-1]
         if fed:
@@ -164,7 +184,7 @@ class _Stream:
         return len(scored)
 
     def alone(self, rollout: Rollout, prompt_ids: Array, tree: int) -> int:
-        """A prompt and its only rollout as one segment. Returns the number of scored tokens."""
+        """Add a prompt and its only rollout as one segment; return its count of scored tokens."""
         ids = np.array(rollout.token_ids, np.int64)
         fed = np.concatenate([prompt_ids, ids[: _stream_length(rollout)]])
         start = self.cu_q[-1] + len(prompt_ids)
@@ -193,7 +213,7 @@ class _Stream:
 
 
 def _advantages(rollout: Rollout) -> Array:
-    """One a token; all zero where none are assigned, as for supervised examples."""
+    """Return the advantages [tokens]; zeros if none are assigned, as in supervised examples."""
     if not rollout.advantages:
         return np.zeros(len(rollout.token_ids), np.float32)
     return np.array(rollout.advantages, np.float32)
@@ -204,7 +224,7 @@ def _joined(parts: list[Array]) -> Tensor:
 
 
 def to_device(micro: MicroBatch, device: torch.device) -> MicroBatch:
-    """The same micro-batch with its tensors on ``device``."""
+    """Copy a micro-batch's tensors to ``device``."""
     if device.type == "cpu":
         return micro
     moved: dict[str, Any] = {

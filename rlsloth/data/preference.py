@@ -1,5 +1,4 @@
-"""Rows of preferences, in TRL's formats: pairs with the prompt apart or within, and labelled
-completions."""
+"""Preference rows in TRL's formats: pairs with or without a prompt column, labelled completions."""
 
 from __future__ import annotations
 
@@ -26,7 +25,7 @@ SIDES = ("chosen", "rejected")
 
 
 def reader(cfg: SupervisedConfig) -> Reader:
-    """The function that reads the rows of a command's data into examples."""
+    """Choose the function that makes examples from the rows of a run's dataset."""
     method = method_of(cfg)
     return READERS[method.examples] if method else sft_examples
 
@@ -34,21 +33,28 @@ def reader(cfg: SupervisedConfig) -> Reader:
 def pair_examples(
     rows: Sequence[Row], cfg: PreferenceDataConfig, renderer: Renderer, source: str
 ) -> list[Example]:
-    """One pair a row, chosen before rejected, in the rows' order.
+    """Make one example from each row: the chosen completion, then the rejected one.
 
-    Where ``chosen`` and ``rejected`` are whole conversations, or there is no prompt column, the
-    prompt is what both begin with.
+    If ``chosen`` and ``rejected`` are whole conversations, or there is no prompt column, the prompt
+    is the common beginning of both.
+
+    Args:
+        rows: the rows.
+        cfg: the section ``data``.
+        renderer: renders conversations to tokens.
+        source: name of the dataset, for messages.
 
     Raises:
-        UserError: no such columns, or a row that is empty or malformed, or prefers nothing: its
-            chosen answer equals the rejected one.
+        UserError: a column is missing, or a row is empty or malformed, or its two completions are
+            equal.
     """
     columns = list(dict.fromkeys(itertools.chain.from_iterable(rows)))
     for side in SIDES:
         if side not in columns:
             raise UserError(
-                f"{source} has no column {side!r} (columns: {', '.join(columns)}): a preference "
-                "row has chosen and rejected, and prompt unless both contain it"
+                f"{source} has no column {side!r} (columns: {', '.join(columns)}): preference rows "
+                "need the columns chosen and rejected, and prompt unless both contain it; rename "
+                "the columns"
             )
     column = prompt_column(columns, cfg)
     split = [_split(row, column, f"{source} row {i}") for i, row in enumerate(rows, 1)]
@@ -64,10 +70,16 @@ def pair_examples(
 def labelled_examples(
     rows: Sequence[Row], cfg: KtoDataConfig, renderer: Renderer, source: str
 ) -> list[Example]:
-    """One labelled completion a row, or two a row of pairs.
+    """Make one example from each labelled row, or two from each row of a pair.
+
+    Args:
+        rows: the rows.
+        cfg: the section ``data``.
+        renderer: renders conversations to tokens.
+        source: name of the dataset, for messages.
 
     Raises:
-        UserError: no such columns, or a row that is empty or malformed or has no label.
+        UserError: a column is missing, or a row is empty or malformed or has no label.
     """
     columns = list(dict.fromkeys(itertools.chain.from_iterable(rows)))
     if "chosen" in columns and "label" not in columns:
@@ -79,8 +91,8 @@ def labelled_examples(
         ]
     if "label" not in columns:
         raise UserError(
-            f"{source} has no column 'label' (columns: {', '.join(columns)}): a row has prompt, "
-            "completion and label, or chosen and rejected"
+            f"{source} has no column 'label' (columns: {', '.join(columns)}): rows need prompt, "
+            "completion and label, or chosen and rejected; rename the columns"
         )
     column = completion_column(columns, cfg.completion_column, source)
     found = []
@@ -90,7 +102,9 @@ def labelled_examples(
         where = f"{source} row {prompt.index + 1}"
         label = row.get("label")
         if label not in (True, False):
-            raise UserError(f"{where}, column 'label': true (good) or false, this is {label!r}")
+            raise UserError(
+                f"{where}, column 'label': expected true (desirable) or false, this is {label!r}"
+            )
         answer = _one(completed(renderer, prompt, row.get(column), f"{where}, {column}"), where)
         found.append(make_example(prompt.index, question_text(prompt), [answer], label=bool(label)))
     return found
@@ -102,86 +116,117 @@ def _pair(renderer: Renderer, prompt: Prompt, row: Row, where: str) -> Example:
         for side in SIDES
     )
     if chosen.prompt_ids != rejected.prompt_ids:
-        raise UserError(f"{where}: chosen and rejected are shown after different prompts")
+        raise UserError(
+            f"{where}: the chat template renders different prompts for chosen and rejected; give "
+            "both the same prompt, or drop the row"
+        )
     if chosen.token_ids == rejected.token_ids:
-        raise UserError(f"{where}: the chosen answer equals the rejected one; drop the row")
+        raise UserError(f"{where}: chosen and rejected are equal; drop the row")
     return make_example(prompt.index, question_text(prompt), [chosen, rejected])
 
 
 def _one(answers: list[Answer], where: str) -> Answer:
-    """Several turns whose prompts the template shows differently are no one completion."""
+    """Refuse a completion of several turns that the chat template cannot render as one text."""
     if len(answers) > 1:
         raise UserError(
-            f"{where}: the chat template shows an assistant turn otherwise once it is past, so the "
-            "answer must be one turn; move the earlier ones to the prompt"
+            f"{where}: the chat template renders earlier assistant turns differently, so the "
+            "completion must be one turn; move the earlier turns to the prompt"
         )
     return answers[0]
 
 
 def prompt_column(columns: Sequence[str], cfg: PreferenceDataConfig) -> str:
-    """Where prompts stand, or are put if both sides contain them."""
+    """Name the column of prompts, to which a common beginning is moved if there is none."""
     known = ("prompt", "question", "problem")
     return cfg.prompt_column or next((c for c in known if c in columns), "prompt")
 
 
 def _conversational(rows: Sequence[Row], column: str, source: str) -> bool:
-    """Whether answers are messages. Raises UserError where some are plain text after plain text."""
+    """Tell whether completions are messages.
+
+    Raises:
+        UserError: some rows are messages, but another is plain text.
+    """
     chat = any(isinstance(row[side], list) for row in rows for side in SIDES)
     for i, row in enumerate(rows, 1):
         plain = isinstance(row["chosen"], str) and isinstance(row[column], str)
         if chat and plain and column == "prompt":
-            raise UserError(f"{source} row {i} is plain text, other rows are messages: make it one")
+            raise UserError(
+                f"{source} row {i} is plain text, but some rows are messages: convert the row to "
+                "messages"
+            )
     return chat
 
 
 def _split(row: Row, column: str, where: str) -> Row:
-    """The row with its prompt apart, in ``column``."""
+    """Move a row's prompt to ``column``, if it is part of chosen and rejected."""
     has_prompt = row.get(column) is not None
     sides: list[Any] = [row.get(side) for side in SIDES]
     for side, value in zip(SIDES, sides, strict=True):
         if not isinstance(value, str | list) or not value:
-            raise UserError(f"{where}, column {side!r}: expected text or a list of messages")
+            raise UserError(
+                f"{where}, column {side!r}: expected text or a list of messages, this is "
+                f"{'empty' if isinstance(value, str | list) else type(value).__name__}; fill it or "
+                "drop the row"
+            )
     texts = [isinstance(value, str) for value in sides]
     if any(texts) and not all(texts) and not has_prompt:
-        raise UserError(f"{where}: chosen and rejected are of two kinds, text and messages")
+        raise UserError(
+            f"{where}: one of chosen and rejected is text, the other one messages; make both the "
+            "same"
+        )
     if all(texts):
         return row if has_prompt else _split_text(row, column, sides, where)
     turns = [read_turns(v, f"{where}, {side}") for side, v in zip(SIDES, sides, strict=True)]
     if has_prompt and all(side[0]["role"] == "assistant" for side in turns):
         return row
     if {side[0]["role"] == "assistant" for side in turns} == {True, False}:
-        raise UserError(f"{where}: one of chosen and rejected holds the prompt, the other does not")
+        raise UserError(
+            f"{where}: only one of chosen and rejected contains the prompt; remove it there, or "
+            "add it to the other one"
+        )
     same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(*turns, strict=False))
     shared = [first for first, _ in same]
     while shared and shared[-1]["role"] == "assistant":
         shared.pop()
     if not shared:
-        raise UserError(f"{where}: chosen and rejected share no prompt, and there is no prompt")
+        raise UserError(
+            f"{where}: chosen and rejected have no common beginning, and there is no prompt; add a "
+            f"column {column}"
+        )
     apart = {side: t[len(shared) :] for side, t in zip(SIDES, turns, strict=True)}
     if not all(apart.values()):
-        raise UserError(f"{where}: the chosen answer equals the rejected one; drop the row")
+        raise UserError(f"{where}: chosen or rejected has no completion; drop the row")
     for side, own in apart.items():
         if own[0]["role"] != "assistant":
-            raise UserError(f"{where}: chosen and rejected answer different prompts ({side})")
+            raise UserError(
+                f"{where}: chosen and rejected have different prompts: after their common "
+                f"beginning, {side} continues with role {own[0]['role']!r}; make them equal, or "
+                "drop the row"
+            )
     return {**row, column: shared, **apart}
 
 
 def _split_text(row: Row, column: str, sides: list[str], where: str) -> Row:
-    """As TRL: what both begin with, up to a space, which belongs to the answers."""
+    """Move the common beginning of two texts to ``column``, as TRL does.
+
+    A space at its end belongs to the completions.
+    """
     check_text(sides[0], f"{where}, chosen")
     if sides[0] == sides[1]:
-        raise UserError(f"{where}: the chosen answer equals the rejected one; drop the row")
+        raise UserError(f"{where}: chosen and rejected are equal; drop the row")
     same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(*sides, strict=False))
     shared = sum(1 for _ in same)
     if shared and sides[0][shared - 1] == " ":
         shared -= 1
     if not shared or not all(side[shared:].strip() for side in sides):
         raise UserError(
-            f"{where}: chosen and rejected share no prompt or one is all of it; add a column prompt"
+            f"{where}: chosen and rejected have no common beginning, or one of them is nothing "
+            f"else; add a column {column}"
         )
     apart = {name: side[shared:] for name, side in zip(SIDES, sides, strict=True)}
     return {**row, column: sides[0][:shared], **apart}
 
 
 READERS: dict[str, Reader] = {"pairs": pair_examples, "labelled": labelled_examples}
-"""``PreferenceMethod.examples`` to the reader of such rows."""
+"""Value of ``PreferenceMethod.examples`` -> the function that reads such rows."""

@@ -1,4 +1,4 @@
-"""Chat rendering: prompts to token ids, token ids to text, and the turns after tool calls."""
+"""Render conversations to token ids by the chat template, and decode token ids to text."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from transformers import PreTrainedTokenizerBase
 
 from rlsloth.config import DatasetConfig
 from rlsloth.data.tool_calls import ToolCall, call_message, parse_tool_calls, tools_as_text
-from rlsloth.errors import UserError
+from rlsloth.errors import UserError, first_line
 from rlsloth.records import Message, Prompt
 
 _MARK = "placeholder7391"
-"""A placeholder for text whose place in a rendering is looked for; no template holds it."""
+"""Placeholder that is searched for in rendered text; no chat template contains this word."""
 RESERVED = {"add_generation_prompt", "continue_final_message", "tokenize", "tools"}
-"""Arguments of the chat template that are not a row's to choose."""
+"""Arguments of the chat template that a row may not set."""
 
 
 class Renderer:
-    """Conversion of conversations to token ids and back, by the tokenizer's chat template.
+    """A converter between conversations and token ids, by the tokenizer's chat template.
 
-    If the tokenizer begins plain text with a begin-of-sequence token, conversations begin with
-    exactly one. Padding plays no part: ids are lists, and the pad token may be the end token.
+    If the tokenizer adds a begin-of-sequence token to plain text, conversations begin with exactly
+    one. There is no padding: ids are lists, and the pad token may equal an end token.
     """
 
     stop_ids: tuple[int, ...]
-    """Every id that ends an assistant turn: end of sequence, and the template's end of turn."""
+    """Ids that end an assistant turn: end of sequence, and the template's end of turn."""
     turn_end: int | None
-    """The template's end of turn, None where it writes none."""
+    """Id of the template's end of turn; None if it writes none."""
 
     def __init__(
         self,
@@ -39,7 +39,13 @@ class Renderer:
         cfg: DatasetConfig,
         eos_token_ids: Iterable[int] = (),
     ) -> None:
-        """``eos_token_ids``: further end tokens, those of the model's generation config."""
+        """Find out how the chat template ends a turn.
+
+        Args:
+            tokenizer: the model's tokenizer.
+            cfg: configuration with the chat template's arguments.
+            eos_token_ids: further end tokens, from the model's generation config.
+        """
         self.tokenizer = tokenizer
         self._kwargs: dict[str, Any] = dict(cfg.chat_template_kwargs)
         bos = tokenizer.bos_token_id
@@ -53,11 +59,15 @@ class Renderer:
         """Check before training that prompts and tokenizer fit together.
 
         Raises:
-            UserError: chat messages without a chat template, a template that refuses the first
-                prompt, or no token that could end a completion.
+            UserError: prompts are chat messages and there is no chat template, the template refuses
+                the first prompt, or no token could end a completion.
         """
         if not self.stop_ids:
-            raise UserError("the tokenizer has no end-of-sequence token: answers would not end")
+            raise UserError(
+                f"the tokenizer of {self.tokenizer.name_or_path or 'this model'} has no "
+                "end-of-sequence token, so that completions would never end; set eos_token in its "
+                "tokenizer_config.json"
+            )
         chats = [prompt for prompt in prompts if not isinstance(prompt.messages, str)]
         if chats:
             self._need_template()
@@ -65,9 +75,9 @@ class Renderer:
             self.prompt_ids(prompt)
 
     def prompt_ids(self, prompt: Prompt) -> list[int]:
-        """Token ids of a prompt up to where the answer begins.
+        """Tokenise a prompt, up to the position where the completion begins.
 
-        A string is tokenised unchanged. A last assistant turn is continued.
+        A string is tokenised unchanged. If the last message is the assistant's, it is continued.
 
         Raises:
             UserError: the chat template refuses the conversation.
@@ -88,8 +98,18 @@ class Renderer:
         *,
         whole: bool = False,
     ) -> str:
-        """The text of a conversation up to where the answer begins, a last assistant turn being
-        one to continue; ``whole``: with its end. Raises UserError, which names ``where``."""
+        """Render a conversation to text, up to the position where the completion begins.
+
+        Args:
+            messages: the conversation. If its last message is the assistant's, it is continued.
+            tools: JSON schemas of the tools.
+            where: place of the conversation, for messages.
+            kwargs: further arguments of the chat template.
+            whole: the conversation is complete: render it to its end.
+
+        Raises:
+            UserError: the chat template refuses the conversation.
+        """
         self._need_template()
         uses_tools = tools or any(m["role"] == "tool" or m.get("tool_calls") for m in messages)
         if uses_tools and not self._template_takes_tools:
@@ -108,33 +128,38 @@ class Renderer:
         if not self.tokenizer.chat_template:
             raise UserError(
                 f"the tokenizer of {self.tokenizer.name_or_path or 'this model'} has no chat "
-                "template, and the prompts are chat messages: use an instruct model, or rename the "
-                "column to `prompt`, whose text is continued unchanged"
+                "template, but the prompts are chat messages: pass an instruct model, or rename "
+                "the column to `prompt`, whose text is continued unchanged"
             )
 
     def ids(self, text: str, *, begins: bool = False) -> list[int]:
-        """Token ids of a text whose special tokens are kept as tokens.
+        """Tokenise a text, in which special tokens are recognised.
 
         Args:
-            begins: put the begin token first, once, if plain text has one.
+            text: the text.
+            begins: the text begins a sequence: add the begin-of-sequence token, unless the text
+                has it already or the tokenizer does not use one.
         """
         ids: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         start = self._bos if begins and ids[:1] != self._bos else []
         return [*start, *ids]
 
     def next_ids(self, before: str, before_ids: list[int], text: str) -> list[int]:
-        """Token ids of a text that continues ``before``: those of both together where they begin
-        with ``before_ids``, which is what sampling continues, else of the text apart."""
+        """Tokenise a text that continues ``before``.
+
+        If both texts together begin with ``before_ids``, from which sampling would continue, the
+        remaining ids are returned; otherwise the text is tokenised separately.
+        """
         whole = self.ids(before + text, begins=True)
         if whole[: len(before_ids)] == before_ids:
             return whole[len(before_ids) :]
-        # A tokenizer of SentencePiece's kind puts a space before a text of its own.
+        # SentencePiece adds a space before a separate text, so it is tokenised after a line break.
         line = self.ids("\n")
         apart = self.ids("\n" + text)
         return apart[len(line) :] if apart[: len(line)] == line else self.ids(text)
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """The text of sampled tokens, special tokens removed."""
+        """Decode sampled tokens to text, without special tokens."""
         text: str = self.tokenizer.decode(
             token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
@@ -143,20 +168,21 @@ class Renderer:
     parse_tool_calls = staticmethod(parse_tool_calls)
 
     def reply_ids(self, turn_ids: Sequence[int], messages: Sequence[Message]) -> list[int]:
-        """The tokens between an assistant turn and the next one.
+        """Tokenise the text between an assistant turn and the next one.
 
-        The end of the assistant's turn (without the end token if ``turn_ids`` has sampled it), the
-        messages, and the header of the next assistant turn, as the template writes them.
+        It consists of the end of the assistant's turn (without the end token if ``turn_ids`` ends
+        with it), the messages, and the header of the next assistant turn, as the template writes
+        them.
 
         Args:
             turn_ids: the sampled tokens of the assistant turn.
-            messages: of role ``user``, or of role ``tool`` with a ``name``, one a call.
+            messages: messages of role ``user``, or of role ``tool`` with a ``name``, one a call.
 
         Raises:
-            UserError: the template refuses the messages, or marks no end of a turn.
+            UserError: the template refuses the messages, or does not mark the end of a turn.
         """
         tools = [m for m in messages if m["role"] == "tool"]
-        # Some templates want nine-character ids, and results to have that of a call before them.
+        # Some templates want ids of nine characters, the same ones for a call and its result.
         ids = iter(f"{i:09d}" for i in range(len(tools)))
         calls = [
             call_message(f"{i:09d}", ToolCall(m["name"], {"value": _MARK}))
@@ -171,12 +197,16 @@ class Renderer:
         ends = [after_turn.find(self.tokenizer.convert_ids_to_tokens(i)) for i in self.stop_ids]
         at = min((end for end in ends if end >= 0), default=-1)
         if at < 0 or text.count(_MARK) < marks:
-            raise UserError("the chat template does not show where an assistant turn ends")
+            raise UserError(
+                f"the chat template of {self.tokenizer.name_or_path or 'this model'} does not mark "
+                "where an assistant turn ends, which environments of several turns need; pass "
+                "another model"
+            )
         glue = self.ids(after_turn[at:])
         return glue[1:] if turn_ids and turn_ids[-1] in self.stop_ids else glue
 
     def _turn_end(self) -> int | None:
-        """The special token that the template puts right after an assistant's words, if it does."""
+        """Find the special token that the template writes right after an assistant's text."""
         messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": _MARK}]
         text = self._apply(messages, (), "a user and an assistant turn")
         ids = self.ids(text.rpartition(_MARK)[2].lstrip())
@@ -185,7 +215,7 @@ class Renderer:
 
     @cached_property
     def _template_takes_tools(self) -> bool:
-        """Whether the template shows tools and writes calls in the form that is parsed."""
+        """Whether the template renders tools, and writes calls in the form that we parse."""
         function = {"name": "f", "description": _MARK, "parameters": {"type": "object"}}
         call = ToolCall("f", {"value": _MARK})
         messages: list[Message] = [
@@ -208,16 +238,25 @@ class Renderer:
                 messages, tools=list(tools) or None, tokenize=False, **self._kwargs | kwargs
             )
         except (TemplateError, TypeError, KeyError, ValueError) as error:
-            raise UserError(f"the chat template refuses {where}: {error}") from error
+            raise UserError(
+                f"the chat template refuses {where}: {first_line(error)}; change the messages, or "
+                "pass another model"
+            ) from error
         return text
 
 
 def template_kwargs(value: Any, where: str) -> dict[str, Any]:
-    """A row's own arguments for the chat template. Raises UserError."""
+    """Read a row's own arguments of the chat template.
+
+    Raises:
+        UserError: the value is not a mapping, or sets a reserved argument.
+    """
     if value is None:
         return {}
     if not isinstance(value, Mapping) or RESERVED & set(value):
         raise UserError(
-            f"{where}: chat_template_kwargs is a mapping without {', '.join(sorted(RESERVED))}"
+            f"{where}: chat_template_kwargs must be a mapping without the keys "
+            f"{', '.join(sorted(RESERVED))}, this is {value!r}"
         )
-    return {key: item for key, item in value.items() if item is not None}  # Arrow fills with null
+    # Arrow adds the keys of all rows to each row, as null.
+    return {key: item for key, item in value.items() if item is not None}

@@ -1,4 +1,4 @@
-"""Items in shuffled epochs, resumable."""
+"""Draw items in shuffled epochs, in an order that a resumed run continues."""
 
 from __future__ import annotations
 
@@ -12,29 +12,39 @@ Item = TypeVar("Item")
 
 
 class SamplerState(TypedDict):
-    """The position of an EpochSampler; JSON-serialisable."""
+    """The position of an EpochSampler, JSON-serialisable."""
 
     seed: int
+    """Seed of the shuffles."""
     size: int
+    """Number of items."""
     epoch: int
+    """Number of the epoch, from 0."""
     position: int
+    """Number of items taken in the epoch."""
     digest: str
-    """Hash of the items; "" where the sampler was given none."""
+    """Hash of the items; empty if the sampler has none."""
 
 
 class EpochSampler(Generic[Item]):
-    """Items in shuffled epochs, from a generator of its own: in an epoch each item comes once."""
+    """A sampler that returns each item once an epoch, in an order that seed and epoch determine."""
 
     def __init__(
         self, items: Sequence[Item], seed: int, what: str = "prompts", digest: str = ""
     ) -> None:
-        """
+        """Start the first epoch.
+
         Args:
-            what: the word for the items in errors.
-            digest: hash of their contents, so that ``restore`` refuses different ones.
+            items: the items.
+            seed: seed of the shuffles.
+            what: name of the items, for messages.
+            digest: hash of the items' contents, by which ``restore`` refuses different ones.
+
+        Raises:
+            UserError: there are no items.
         """
         if not items:
-            raise UserError(f"there are no {what} to train on")
+            raise UserError(f"there are no {what} to train on; check the dataset and its limits")
         self.items = items
         self._what = what
         self._digest = digest
@@ -42,7 +52,7 @@ class EpochSampler(Generic[Item]):
         self._start_epoch(0)
 
     def take(self, k: int) -> list[Item]:
-        """The next k items, over as many epochs as that needs."""
+        """Return the next k items, over as many epochs as necessary."""
         taken: list[Item] = []
         while len(taken) < k:
             if self._position == len(self._order):
@@ -53,7 +63,7 @@ class EpochSampler(Generic[Item]):
         return taken
 
     def state(self) -> SamplerState:
-        """The state from which ``restore`` goes on."""
+        """Return the state from which ``restore`` continues."""
         return SamplerState(
             seed=self._seed,
             size=len(self.items),
@@ -63,21 +73,22 @@ class EpochSampler(Generic[Item]):
         )
 
     def restore(self, state: SamplerState) -> None:
-        """Continue where ``state`` was taken.
+        """Continue from a state.
 
         Raises:
-            UserError: the state belongs to different items, to fewer or more, or to another seed.
+            UserError: the state belongs to other items or another seed.
         """
         here = (self._seed, len(self.items))
         if (state["seed"], state["size"]) != here:
             raise UserError(
-                f"cannot resume: the run had {state['size']} {self._what} and seed "
-                f"{state['seed']}, now there are {here[1]} and seed {here[0]}"
+                f"cannot resume: the run began with {state['size']} {self._what} and seed "
+                f"{state['seed']}, but now there are {here[1]} and seed {here[0]}; restore the "
+                "data and --seed, or start a new run"
             )
         if state.get("digest", "") != self._digest:
             raise UserError(
-                f"cannot resume: the {self._what} differ from those before (a file has changed, or "
-                "the tokenizer); start another run"
+                f"cannot resume: the {self._what} have changed since the run began (through the "
+                "dataset or the tokenizer); restore them, or start a new run"
             )
         self._start_epoch(state["epoch"])
         self._position = state["position"]

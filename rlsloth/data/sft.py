@@ -1,4 +1,4 @@
-"""Rows for supervised fine-tuning, in TRL's formats: text, prompt and completion, or messages."""
+"""Rows for supervised fine-tuning in TRL's formats: text, prompt and completion, or messages."""
 
 from __future__ import annotations
 
@@ -28,15 +28,21 @@ COMPLETION_COLUMNS = ("completion", "answer", "solution", "response", "output")
 def sft_examples(
     rows: Sequence[Row], cfg: SftDataConfig, renderer: Renderer, source: str
 ) -> list[Example]:
-    """At least one example a row, in the rows' order.
+    """Make at least one example from each row, in the rows' order.
 
-    A prompt column with a completion column counts first, then ``messages``, then ``text``.
-    A completion is a string or messages; a string continues a string prompt of TRL's standard
-    format, and is the assistant's turn after any other prompt. Of ``messages`` the assistant's
-    turns are learnt. ``text`` is learnt whole, an end token after it.
+    If rows have several formats, prompt and completion come first, then ``messages``, then
+    ``text``. A completion is a string or messages: a string continues a prompt that is a plain
+    string, and is an assistant turn after messages. In ``messages``, the loss is on the assistant's
+    turns; in ``text``, on everything, with an end token.
+
+    Args:
+        rows: the rows.
+        cfg: the section ``data``.
+        renderer: renders conversations to tokens.
+        source: name of the dataset, for messages.
 
     Raises:
-        UserError: no such columns, or a row that is empty, malformed or has nothing to learn.
+        UserError: columns are missing, or a row is empty, malformed or has no token for the loss.
     """
     columns = list(dict.fromkeys(c for row in rows for c, v in row.items() if v is not None))
     kind = _kind(columns, cfg)
@@ -60,7 +66,7 @@ def sft_examples(
 
 
 def _kind(columns: list[str], cfg: SftDataConfig) -> Literal["completion", "messages", "text"]:
-    """The format of the rows."""
+    """Choose the rows' format by their columns."""
     if cfg.prompt_column == "messages":
         return "messages"
     has_prompt = any(column in columns for column in PROMPT_COLUMNS if column != "messages")
@@ -73,7 +79,16 @@ def _kind(columns: list[str], cfg: SftDataConfig) -> Literal["completion", "mess
 
 
 def completion_column(columns: list[str], wanted: str | None, source: str) -> str:
-    """The column with answers. Raises UserError where there is none."""
+    """Name the column with completions.
+
+    Args:
+        columns: columns of the dataset.
+        wanted: value of ``data.completion_column``.
+        source: name of the dataset, for messages.
+
+    Raises:
+        UserError: there is no such column.
+    """
     have = f"(columns: {', '.join(columns)})"
     if wanted is not None:
         return named_column(columns, wanted, source)
@@ -81,16 +96,23 @@ def completion_column(columns: list[str], wanted: str | None, source: str) -> st
         if column in columns:
             return column
     raise UserError(
-        f"{source} has none of the columns {', '.join(COMPLETION_COLUMNS)}, messages, text: name "
-        f"the one with answers with --data.completion-column {have}"
+        f"{source} has none of the columns {', '.join(COMPLETION_COLUMNS)}, messages, text: pass "
+        f"the column of completions with --data.completion-column {have}"
     )
 
 
 def completed(renderer: Renderer, prompt: Prompt, value: Any, where: str) -> list[Answer]:
-    """A prompt with its completion, a string or messages. Raises UserError."""
+    """Tokenise a prompt with its completion, which is a string or messages.
+
+    Raises:
+        UserError: the completion is malformed, or the chat template refuses it.
+    """
     if isinstance(prompt.messages, str):
         if not isinstance(value, str):
-            raise UserError(f"{where}: the prompt is text, so the completion must be text")
+            raise UserError(
+                f"{where}: the prompt is text, so the completion must be text, but this is "
+                f"{type(value).__name__}; make both text, or both messages"
+            )
         check_text(value, where)
         return [continued(renderer, prompt.messages, value)]
     messages = list(prompt.messages)
@@ -104,7 +126,11 @@ def completed(renderer: Renderer, prompt: Prompt, value: Any, where: str) -> lis
 
 
 def read_turns(value: Any, where: str) -> list[Message]:
-    """Messages, or the text of one assistant turn. Raises UserError."""
+    """Read messages; a text means one assistant turn.
+
+    Raises:
+        UserError: the value is neither, or empty.
+    """
     if isinstance(value, str):
         check_text(value, where)
         return [{"role": "assistant", "content": value}]
@@ -125,13 +151,19 @@ def continued(renderer: Renderer, prompt: str, completion: str) -> Answer:
 def _text(row: Row, index: int, renderer: Renderer, where: str) -> Example:
     text = row.get("text")
     if not isinstance(text, str):
-        raise UserError(f"{where}, column 'text': expected text, this is a {type(text).__name__}")
+        raise UserError(
+            f"{where}, column 'text': expected text, this is {type(text).__name__}; fill it or "
+            "drop the row"
+        )
     check_text(text, f"{where}, column 'text'")
     ids = renderer.ids(text, begins=True)
     if ids[-1] not in renderer.stop_ids:
         ids.append(end_id(renderer))
     if len(ids) < 2:
-        raise UserError(f"{where}, column 'text': nothing to learn after its first token")
+        raise UserError(
+            f"{where}, column 'text': {text!r} has a single token, after which nothing can be "
+            "predicted; drop the row"
+        )
     return make_example(index, text, [Answer(ids[:1], ids[1:], [True] * (len(ids) - 1))])
 
 
@@ -151,7 +183,7 @@ def _conversation(
 
 
 def _loss_on(answer: Answer, cfg: SftDataConfig) -> Answer:
-    """With the prompt learnt too, all but its first token, where the configuration says so."""
+    """Extend the loss to the prompt, except its first token, if ``data.loss_on`` says so."""
     if cfg.loss_on == "answers":
         return answer
     ids = answer.prompt_ids + answer.token_ids

@@ -1,6 +1,7 @@
-"""Tool calls in the form of Hermes: parsed from answers, and shown to models without tools.
+"""Tool calls in the Hermes format: parsing them, and rendering them for templates without tools.
 
-``<tool_call>{"name": "f", "arguments": {}}</tool_call>``
+The format is ``<tool_call>{"name": "f", "arguments": {}}</tool_call>``. Texts in this file are read
+by the model: changing them changes what it is trained on.
 """
 
 from __future__ import annotations
@@ -18,16 +19,19 @@ _TOOL_CALL = re.compile(r"<tool_call>(.*?)(</tool_call>|\Z)", re.DOTALL)
 
 @dataclass(frozen=True, slots=True)
 class ToolCall:
-    """A call the model wrote."""
+    """A tool call that the model wrote."""
 
     name: str
     arguments: dict[str, Any]
     error: str | None = None
-    """Why the call cannot be made, in words for the model; None for a well-formed call."""
+    """Reason why the call cannot be made, written for the model; None for a well-formed call."""
 
 
 def parse_tool_calls(text: str) -> list[ToolCall]:
-    """Calls in an answer, after its reasoning (``</think>``). A malformed call has an error."""
+    """Parse the calls in a completion, after its reasoning (``</think>``).
+
+    A malformed call has an ``error``.
+    """
     answer = text.rpartition("</think>")[2]
     return [_parse(m[1], closed=bool(m[2])) for m in _TOOL_CALL.finditer(answer)]
 
@@ -48,13 +52,18 @@ def _parse(text: str, closed: bool) -> ToolCall:
 
 
 def call_message(call_id: str, call: ToolCall) -> dict[str, Any]:
-    """A call as an entry of a message's ``tool_calls``."""
+    """Convert a call to an entry of a message's ``tool_calls``."""
     function = {"name": call.name, "arguments": call.arguments}
     return {"id": call_id, "type": "function", "function": function}
 
 
 def tools_as_text(messages: list[Message], tools: Sequence[Any]) -> list[Message]:
-    """The conversation, with tools and calls as text, for a template that does not show tools."""
+    """Write tools and calls into a conversation as text, for a template that does not render them.
+
+    Args:
+        messages: the conversation.
+        tools: JSON schemas of the tools.
+    """
     turns = [_turn_as_text(message) for message in messages]
     if not tools:
         return turns

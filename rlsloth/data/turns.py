@@ -1,8 +1,8 @@
-"""Conversations as token ids, with a mask of the assistant's words.
+"""Tokenise conversations, with a mask of the tokens that the assistant wrote.
 
-No generation markers ({% generation %}) are needed in the template: each assistant turn is what the
-template writes after the prompt that it would be sampled from. So the tokens that are learnt are
-those that sampling would have to produce, the end of the turn among them; what the template puts
+The template needs no generation markers ({% generation %}): an assistant turn is the text that the
+template writes after the prompt from which the turn would be sampled. So the loss is on the tokens
+that sampling would have to produce, including the end of the turn. Text that the template writes
 after that end is context only.
 """
 
@@ -22,22 +22,24 @@ _OPEN, _CLOSED = "<think>", "</think>"
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """Tokens that follow a prompt, and the mask of those to learn."""
+    """The tokens that follow a prompt, with a mask of those in the loss."""
 
     prompt_ids: list[int]
     token_ids: list[int]
     loss_mask: list[bool]
-    """[len(token_ids)] True for what is learnt."""
+    """[len(token_ids)] True for tokens in the loss."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Turn:
-    """An assistant turn as the template writes it after what was before."""
+    """An assistant turn as the template renders it after its prompt."""
 
     before: str
+    """Rendered text before the turn."""
     words: str
-    """Up to and with the token that ends the turn; without one where ``ended`` is False."""
+    """Rendered text of the turn, including its end token if ``ended``."""
     ended: bool
+    """Whether the template writes an end token."""
 
 
 def spoken(
@@ -48,20 +50,33 @@ def spoken(
     tools: Sequence[Any] = (),
     kwargs: Mapping[str, Any] | None = None,
 ) -> list[Answer]:
-    """The assistant's turns from position ``first`` of the conversation on.
+    """Tokenise the assistant's turns of a conversation.
 
-    One answer that holds them all, or one a turn where the template shows an earlier turn otherwise
-    once it is past (Qwen3 drops its reasoning): each then follows the conversation as the model
-    would see it.
+    All turns become one answer, unless the template renders earlier turns differently (Qwen3 drops
+    their reasoning). Then each turn becomes an answer of its own, after the conversation as the
+    model would see it at that point.
+
+    Args:
+        renderer: renders conversations.
+        messages: the conversation.
+        first: index of the first message whose tokens may be in the loss.
+        where: place of the conversation, for messages.
+        tools: JSON schemas of the tools.
+        kwargs: further arguments of the chat template.
 
     Raises:
-        UserError: no such turn, or the template refuses or does not show one.
+        UserError: there is no assistant turn, or the template refuses or drops one.
     """
     at = [i for i in range(first, len(messages)) if messages[i]["role"] == "assistant"]
     if not at:
-        raise UserError(f"{where}: no assistant turn to learn from")
+        raise UserError(
+            f"{where}: the conversation has no assistant turn to learn from; drop the row"
+        )
     if at[0] == 0:
-        raise UserError(f"{where}: begins with the assistant's turn, which answers nothing")
+        raise UserError(
+            f"{where}: the conversation begins with an assistant turn, which has no prompt; put a "
+            "user turn before it"
+        )
     turns = [_turn(renderer, messages[: i + 1], tools, where, kwargs) for i in at]
     joined = all(
         turn.ended and later.before.startswith(turn.before + turn.words)
@@ -71,7 +86,7 @@ def spoken(
 
 
 def _answer(renderer: Renderer, turns: Sequence[_Turn]) -> Answer:
-    """Consecutive turns after the first one's prompt."""
+    """Make one answer from consecutive turns, after the prompt of the first one."""
     shown = turns[0].before
     prompt_ids = renderer.ids(shown, begins=True)
     ids, loss_mask = list(prompt_ids), []
@@ -87,7 +102,7 @@ def _answer(renderer: Renderer, turns: Sequence[_Turn]) -> Answer:
 
 
 def end_id(renderer: Renderer) -> int:
-    """The token that ends an answer where the template writes none."""
+    """Return the token that ends a completion if the template writes none."""
     eos: int | None = renderer.tokenizer.eos_token_id
     return renderer.stop_ids[0] if eos is None else eos
 
@@ -99,7 +114,7 @@ def _turn(
     where: str,
     kwargs: Mapping[str, Any] | None,
 ) -> _Turn:
-    """The last of ``messages``."""
+    """Render the last of ``messages`` as a turn."""
     before = renderer.render(list(messages[:-1]), tools, where, kwargs)
     whole = renderer.render(list(messages), tools, where, kwargs, whole=True)
     written = whole.removeprefix(before) if whole.startswith(before) else ""
@@ -112,7 +127,10 @@ def _turn(
 
 
 def _end(written: str, renderer: Renderer) -> int:
-    """The end of the turn's last end token, -1 without one. An answer may mention end tokens."""
+    """Find the position after the turn's last end token, or -1 if there is none.
+
+    It is the last one because a turn may mention end tokens.
+    """
     ids = renderer.stop_ids if renderer.turn_end is None else (renderer.turn_end,)
     tokens = [str(token) for token in renderer.tokenizer.convert_ids_to_tokens(ids)]
     ends = [at + len(token) for token in tokens if (at := written.rfind(token)) >= 0]
@@ -120,24 +138,31 @@ def _end(written: str, renderer: Renderer) -> int:
 
 
 def _shows(written: str, message: Message) -> bool:
-    """Whether the template wrote all of the turn: some drop reasoning, or begin otherwise than
-    their own prompt for an answer."""
+    """Tell whether the template wrote the whole turn.
+
+    Some templates drop reasoning, or begin a turn differently from their own generation prompt.
+    """
     content = "".join(f"{message.get('reasoning_content') or ''}{message['content']}".split())
-    if message.get("reasoning_content"):  # with the template's own marks between the two
+    if message.get("reasoning_content"):  # the template puts its own mark between the two
         written = written.replace("</think>", "")
     return bool(written.strip()) and content in "".join(written.split())
 
 
 def _as_sampled(before: str, message: Message, renderer: Renderer, where: str) -> _Turn:
-    """The turn's own text right after the prompt for it, as a model would write it. Reasoning that
-    the prompt opens is closed at once where the turn has none (as Qwen3 does), since the model must
-    not learn to leave it open."""
+    """Put the turn's text right after its prompt, as a model would write it.
+
+    If the prompt opens reasoning and the turn has none, the reasoning is closed at once, as Qwen3
+    does: the model must not learn to leave it open.
+    """
     if message.get("tool_calls"):
-        raise UserError(f"{where}: the chat template does not show the assistant's tool calls")
+        raise UserError(
+            f"{where}: the chat template does not render the assistant's tool calls; drop the row, "
+            "or pass a model whose template does"
+        )
     words = message["content"]
     if message.get("reasoning_content") and _CLOSED not in words:
         words = f"{_OPEN}\n{message['reasoning_content']}\n{_CLOSED}\n\n{words}"
-    # Where the prompt already opens the reasoning (R1), the answer goes on within it.
+    # If the prompt opens the reasoning already (R1), the turn continues inside it.
     if before.rstrip().endswith(_OPEN):
         if words.startswith(_OPEN):
             words = words.removeprefix(_OPEN).removeprefix(before.rpartition(_OPEN)[2])

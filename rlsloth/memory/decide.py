@@ -1,4 +1,4 @@
-"""Decide by the memory plan what a run's configuration leaves open; ``rlsloth plan`` prints it."""
+"""Decide settings that a configuration leaves open by the memory plan, or print that plan."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 from rlsloth.config import ModelConfig
 from rlsloth.config.training import TrainingConfig
-from rlsloth.errors import UserError
+from rlsloth.errors import UserError, first_line
 from rlsloth.memory.plan import decide_update, largest_sequences, largest_tokens, make_plan
 from rlsloth.memory.planned_model import model_shape
 from rlsloth.memory.report import SEQUENCES, TOKENS, Source, print_json, print_table, report_line
@@ -20,7 +20,7 @@ from rlsloth.memory.terms import GIB, Plan
 from rlsloth.memory.workload import Request
 
 DEFAULT_PROMPT = 512
-"""Tokens of the longest prompt where the prompts are not known."""
+"""Number of tokens of the longest prompt that is assumed if the prompts are unknown."""
 
 Training = TypeVar("Training", bound=TrainingConfig)
 
@@ -30,12 +30,12 @@ class Decided:
     """The settings of the update that a run uses."""
 
     tokens_per_microbatch: int | None
-    """None: nothing was planned, and the user named no number."""
+    """None if nothing was planned and the configuration has no number."""
     gradient_checkpointing: bool | Literal["auto"]
-    """auto: nothing was planned."""
+    """``auto`` if nothing was planned."""
 
     def applied(self, cfg: Training) -> Training:
-        """A copy of the configuration with these settings."""
+        """Copy a configuration with these settings."""
         checkpointing = {"gradient_checkpointing": self.gradient_checkpointing}
         model = cfg.model.model_copy(update=checkpointing)
         tokens = self.tokens_per_microbatch
@@ -48,41 +48,57 @@ def decide(
     say: Callable[[str], None],
     warn: Callable[[str], None],
 ) -> Decided:
-    """Decide what the configuration leaves to the plan, say the plan in one line, and warn where it
-    does not fit. Without a GPU nothing is planned.
+    """Decide the settings of the update, report the plan in one line, and warn if it does not fit.
+
+    Without a GPU nothing is planned.
 
     Args:
-        request: makes the request; called only where there is a GPU. Whatever goes wrong in it or
-            in the plan is said, and left for loading to report: an estimate must not stop a run.
+        cfg: the run's configuration.
+        request: function that makes the request; it is called only if there is a GPU. Errors in it
+            and in the plan are reported by ``say`` and otherwise ignored, because an estimate must
+            not stop a run, and loading reports them again.
+        say: prints a line.
+        warn: prints a warning.
     """
-    asked = Decided(cfg.tokens_per_microbatch, cfg.model.gradient_checkpointing)
+    configured = Decided(cfg.tokens_per_microbatch, cfg.model.gradient_checkpointing)
     total = gpu_bytes(cfg.model)
     if total is None:
-        return asked
+        return configured
     try:
-        asks = request()
-        plan_of, chosen = _decided(model_shape(asks.model, asks.lora), asks, total)
+        wanted = request()
+        plan_of, chosen = _decided(model_shape(wanted.model, wanted.lora), wanted, total)
         plan = plan_of(chosen)
-    except Exception as error:  # see above
-        say(f"memory is not planned ({type(error).__name__}: {str(error)[:100]})")
-        return asked
+    except Exception as error:
+        say(f"memory is not planned ({type(error).__name__}: {first_line(error, 100)})")
+        return configured
     say(report_line(plan, chosen))
     if not plan.fits:
         advice = (
             "lower --tokens-per-microbatch or --data.max-tokens, or pass --model.precision nf4"
-            if asks.sampling is None
-            else "`rlsloth plan` with the same arguments says which settings fit"
+            if wanted.sampling is None
+            else "run `rlsloth plan` with the same arguments for settings that fit"
         )
-        warn(f"by estimate {-plan.left / GIB:.1f} GiB too much for this GPU; {advice}")
+        warn(
+            f"the run needs an estimated {-plan.left / GIB:.1f} GiB more memory than this GPU has; "
+            f"{advice}"
+        )
     return Decided(chosen.tokens_per_microbatch, chosen.model.gradient_checkpointing)
 
 
 def plan_run(request: Request, total: int, source: Source, *, as_json: bool) -> int:
-    """Print the plan of a run on a GPU of ``total`` bytes. Returns the exit status: 0 where the run
-    fits, 1 where it does not.
+    """Plan a run and print the plan.
+
+    Args:
+        request: the run.
+        total: bytes of the GPU.
+        source: origin of the inputs, for the table.
+        as_json: print JSON in place of a table.
+
+    Returns:
+        The exit status: 0 if the run fits, 1 if it does not.
 
     Raises:
-        UserError: a model or an adapter that cannot be read.
+        UserError: the model or the adapter cannot be read.
     """
     shape = model_shape(request.model, request.lora)
     plan_of, chosen = _decided(shape, request, total)
@@ -93,19 +109,22 @@ def plan_run(request: Request, total: int, source: Source, *, as_json: bool) -> 
 
 
 def planned_bytes(model: ModelConfig, memory_gb: float | None) -> int:
-    """Memory of the GPU to plan for: ``memory_gb`` GiB, or this machine's.
+    """Return the bytes of the GPU to plan for: ``memory_gb`` GiB, or this machine's GPU.
 
     Raises:
-        UserError: neither is there.
+        UserError: ``memory_gb`` is None and this machine has no GPU.
     """
     total = gpu_bytes(model) if memory_gb is None else int(memory_gb * GIB)
     if total is None:
-        raise UserError("this machine has no GPU: pass --memory-gb 24, the size of the one meant")
+        raise UserError(
+            "this machine has no GPU to plan for: pass the size of one in GiB, such as "
+            "--memory-gb 24"
+        )
     return total
 
 
 def gpu_bytes(model: ModelConfig) -> int | None:
-    """Memory of the run's GPU; None where it would run on a CPU."""
+    """Return the bytes of the run's GPU, or None if it runs on a CPU."""
     device = model.device
     if device == "cpu" or not torch.cuda.is_available():
         return None
@@ -116,10 +135,14 @@ def gpu_bytes(model: ModelConfig) -> int | None:
 def _decided(
     shape: ModelShape, request: Request, total: int
 ) -> tuple[Callable[[Request], Plan], Request]:
-    """The function that plans a request, and the request with everything decided."""
+    """Decide the settings of the update.
+
+    Returns:
+        The function that plans a request, and the request with these settings.
+    """
     plan_of = partial(_plan, shape, total)
-    # Where a fallback may end up sampling, its memory counts: the embedded engine's slots stay
-    # during the update.
+    # The fallback engine may end up sampling, and the embedded engine keeps its cache during the
+    # update, so its memory must fit.
     update = decide_update(plan_of, request.with_fallback(), request.least_tokens(shape))
     tokens, checkpointing = update.microbatch, update.model.gradient_checkpointing
     return plan_of, request.with_update(tokens, bool(checkpointing))
@@ -132,7 +155,7 @@ def _plan(shape: ModelShape, total: int, request: Request) -> Plan:
 def _largest_settings(
     plan_of: Callable[[Request], Plan], request: Request, shape: ModelShape
 ) -> dict[str, int]:
-    """The largest value of each setting that fits while the other stays; 0 where none does."""
+    """Find the largest value of each setting that fits, with the other one unchanged; 0 if none."""
     largest = {TOKENS: largest_tokens(plan_of, request, request.least_tokens(shape))}
     if request.sampling is not None:
         largest[SEQUENCES] = largest_sequences(plan_of, request)

@@ -1,4 +1,4 @@
-"""Out of GPU memory: say in one line which setting to turn."""
+"""Turn out-of-memory errors of a GPU into advice on settings."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from rlsloth.errors import UserError
 
 ADVICE = {
-    "trial": "the weights alone nearly fill it: take a smaller model",
+    "trial": "the weights alone nearly fill it: pass a smaller model",
     "rollout": "lower --rollout.max-sequences or --rollout.max-tokens",
     "update": "lower --tokens-per-microbatch (the gradient stays the same) or "
     "--rollout.max-sequences (engine transformers keeps its key-value cache), pass "
@@ -19,15 +19,21 @@ ADVICE = {
     "examples": "lower --tokens-per-microbatch (the gradient stays the same) or --data.max-tokens, "
     "pass --model.gradient-checkpointing true",
 }
-
-
-FOUR_BITS = "load the base in 4 bits with --model.precision nf4"
+"""Phase of a run -> advice."""
+FOUR_BITS = "load the base model in 4 bits with --model.precision nf4"
 
 
 @contextmanager
 def advise(phase: str, model: Any = None) -> Iterator[None]:
-    """Turn torch's out-of-memory error in a phase (a key of ADVICE) into a UserError with
-    advice, on 4 bits only where they would help ``model``."""
+    """Turn torch's out-of-memory error inside this context into a UserError with advice.
+
+    Args:
+        phase: key of ADVICE.
+        model: the loaded model; 4 bits are advised only if they would make it smaller.
+
+    Raises:
+        UserError: the GPU's memory ran out.
+    """
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -40,9 +46,9 @@ def advise(phase: str, model: Any = None) -> Iterator[None]:
 
 def _four_bits(model: Any) -> str:
     if model is None:
-        return f", or {FOUR_BITS} if it is not yet and has no experts"
+        return f", or {FOUR_BITS} unless it has experts"
     if getattr(model, "is_loaded_in_4bit", False):
         return ""
     sizes = [(p.numel(), p.dim()) for p in model.parameters()]
-    experts = sum(size for size, dim in sizes if dim == 3)  # stacked; bitsandbytes leaves them
+    experts = sum(size for size, dim in sizes if dim == 3)  # stacked: bitsandbytes skips them
     return "" if 2 * experts > sum(size for size, _ in sizes) else f", or {FOUR_BITS}"

@@ -1,11 +1,11 @@
-"""The memory plan of a run on one GPU, made before anything is loaded: sizes of tensors, by phase.
+"""The memory plan of a run on one GPU: sizes of tensors by phase, computed before loading.
 
-Weights, adapters, optimizer states and key-value slots are counted exactly. Activations are an
-estimate (memory/activations.py): on a CPU it is within ACTIVATION_TOLERANCE of the measured peak,
-token by token. Workspaces of attention and matrix libraries on a GPU were not measured.
+Weights, adapters, optimizer states and the embedded engine's cache are counted exactly. Activations
+are an estimate (activations.py), within ACTIVATION_TOLERANCE of the measured peak on a CPU.
+Workspaces of attention and matrix libraries on a GPU were not measured.
 
-An engine's own key-value cache is as large as the plan says. Only the cache is freed for the update
-and taken back for rollouts; everything else is counted first.
+vLLM's key-value cache gets the room that everything else leaves. It is the only memory that is
+freed for the update and allocated again for rollouts.
 """
 
 from __future__ import annotations
@@ -29,19 +29,22 @@ ACTIVATION_TOLERANCE = 0.12
 MICROBATCHES = range(16384, 0, -512)
 """Sizes of a micro-batch in tokens to choose from, largest first."""
 WORTH_KEEPING = 4096
-"""Smallest micro-batch, in tokens, that is preferred without gradient checkpointing: with fewer
-tokens a prompt is computed for fewer of its completions at once, and the base dequantised for fewer
-tokens."""
+"""Smallest micro-batch, in tokens, that is preferred without gradient checkpointing.
+
+In smaller ones, fewer completions share the computation of a prompt, and dequantising the base
+model serves fewer tokens.
+"""
 KEPT_FREE = 0.1
-"""Share of a GPU that the choice leaves to errors of the estimate and to fragmentation."""
+"""Share of a GPU that the decision leaves free for errors of the estimate and fragmentation."""
 CONTEXT = int(0.6 * GIB)
-"""CUDA context, loaded kernels and cuBLAS workspaces: an allowance for memory that torch does not
-count."""
+"""Allowance in bytes for the CUDA context, kernels and cuBLAS, which torch does not count."""
 SPARE = 32
-"""One part in SPARE of a GPU is not given to the cache: allocators lose some memory to gaps."""
+"""1 / SPARE of a GPU is not given to the cache, because allocators lose memory to gaps."""
 SMALL_CACHE = 20
-"""A cache of at most one part in SMALL_CACHE of a GPU stays during the update where both fit. To
-free and reallocate a cache costs 30 ms a step, and empties torch's own cache of blocks."""
+"""A cache of at most 1 / SMALL_CACHE of a GPU is kept during the update if both fit.
+
+Freeing and allocating a cache takes 30 ms a step, and empties torch's own cache of blocks.
+"""
 
 
 def make_plan(
@@ -53,14 +56,16 @@ def make_plan(
     context: int | None = None,
     free: int | None = None,
 ) -> Plan:
-    """The plan of a run on a GPU of ``total`` bytes.
+    """Plan the memory of a run.
 
     Args:
-        engine: the engine that samples; default: the request's.
-        context: tokens of the longest prompt and completion that the engine is started for;
-            default: by the workload.
-        free: bytes of the GPU that are free once the model is loaded, for the key-value cache;
-            default: as planned.
+        shape: the model's sizes.
+        request: the run.
+        total: bytes of the GPU.
+        engine: the engine that samples; the request's by default.
+        context: number of tokens of the longest prompt with its completion; the workload's by
+            default.
+        free: bytes that are free on the GPU once the model is loaded; as planned by default.
     """
     precision, sampling = precision_of(request.model), request.sampling
     terms = _static(shape, request, precision)
@@ -74,7 +79,7 @@ def make_plan(
         return Plan(None, tuple(terms), total)
     if engine.completion_bytes is None:
         return Plan(engine.name, tuple(terms), total)
-    # Nothing but this is left free where the cache takes all the room that there is.
+    # The cache may take all remaining room except this.
     spare = total // SPARE
     name = f"{engine.title}: allocators' gaps (allowance)"
     terms.append(Term(name, spare, spare if request.overlap else 0))
@@ -85,15 +90,18 @@ def make_plan(
 
 
 def precision_of(model: ModelConfig) -> Precision:
-    """Precision of the base's weights on a GPU."""
+    """Return the precision of the base model's weights on a GPU."""
     return "bf16" if model.precision == "auto" else model.precision
 
 
 def _with_cache(
     plan: Plan, title: str, one: int, sampling: Sampling, context: int, free: int | None
 ) -> Plan:
-    """Give the engine's cache the room that the phases leave in which it is held. A small cache is
-    held in both."""
+    """Add the engine's cache to a plan, in the room that other terms leave.
+
+    A small cache is kept in both phases, a larger one only for rollouts, unless they overlap with
+    the update.
+    """
     overlap = sampling.rollout.overlap
     phases: tuple[Phase, ...] = ("rollout", "update") if overlap else ("rollout",)
     room = min(plan.total - plan.peak(phase) for phase in phases)
@@ -111,8 +119,16 @@ def _with_cache(
 
 
 def fit_cache(one: int, asked: int, context: int, room: int) -> Cache:
-    """A cache for ``asked`` completions of ``one`` bytes each, or for as many as ``room`` bytes
-    hold: the engine lets the rest wait, or starts one again when it runs out of room."""
+    """Size a key-value cache.
+
+    Completions that do not fit wait, or are started again if the cache runs out of room.
+
+    Args:
+        one: bytes of one completion.
+        asked: number of completions to decode at once.
+        context: number of tokens of the longest prompt with its completion.
+        room: bytes that are available.
+    """
     if room < one:
         return Cache(one, asked, 0, context)
     size = min(asked * one, room)
@@ -120,21 +136,28 @@ def fit_cache(one: int, asked: int, context: int, room: int) -> Cache:
 
 
 def largest_tokens(plan: Callable[[Request], Plan], request: Request, least: int) -> int:
-    """The largest ``tokens_per_microbatch`` that fits; 0 where ``least`` does not."""
+    """Find the largest ``tokens_per_microbatch`` that fits; 0 if ``least`` tokens do not fit."""
     return _largest(lambda n: plan(replace(request, tokens_per_microbatch=n)).fits, least)
 
 
 def decide_update(plan: Callable[[Request], Plan], request: Request, least: int) -> Request:
-    """The request with ``tokens_per_microbatch`` and ``model.gradient_checkpointing`` decided where
-    it leaves them open: an update that leaves a share KEPT_FREE of the GPU, without checkpointing
-    rather than with it, with the largest of MICROBATCHES rather than a smaller one; ``least``
-    tokens, checkpointed, where none does."""
+    """Decide ``tokens_per_microbatch`` and ``model.gradient_checkpointing`` if they are open.
+
+    The update must leave a share KEPT_FREE of the GPU. No checkpointing is preferred (with at least
+    WORTH_KEEPING tokens), then the largest of MICROBATCHES. If nothing fits, the result is
+    ``least`` tokens with checkpointing.
+
+    Args:
+        plan: function that plans a request.
+        request: the run.
+        least: smallest possible number of tokens in a micro-batch.
+    """
     named, checkpointing = request.tokens_per_microbatch, request.model.gradient_checkpointing
 
     def choice(tokens: int, checkpointed: bool) -> Request:
         return request.with_update(named or max(tokens, least), checkpointed)
 
-    if request.overlap:  # the cache then takes whatever an update leaves
+    if request.overlap:  # the cache then takes all the room that the update leaves
         return choice(MICROBATCH, bool(checkpointing))
     choices = [choice(tokens, bool(checkpointing)) for tokens in MICROBATCHES]
     if checkpointing == "auto":
@@ -147,15 +170,17 @@ def decide_update(plan: Callable[[Request], Plan], request: Request, least: int)
 
 
 def largest_sequences(plan: Callable[[Request], Plan], request: Request) -> int:
-    """The largest ``rollout.max_sequences`` that fits, 0 where 1 does not; at most what a step or
-    an evaluation wants at once."""
+    """Find the largest ``rollout.max_sequences`` that fits; 0 if not even 1 does.
+
+    It is at most the number of completions of a step or an evaluation.
+    """
     assert request.sampling is not None
     most = request.sampling.workload.sequences
     return min(_largest(lambda rows: plan(request.with_sequences(rows)).fits, 1), most)
 
 
 def _largest(fits: Callable[[int], bool], least: int, most: int = 1 << 20) -> int:
-    """The largest number from ``least`` to ``most`` that fits; memory grows with the number."""
+    """Find the largest number between ``least`` and ``most`` that fits, 0 if none, by bisection."""
     if not fits(least):
         return 0
     low, high = least, most
@@ -169,22 +194,32 @@ def _largest(fits: Callable[[int], bool], least: int, most: int = 1 << 20) -> in
 
 
 def weight_bytes(weight: Weight, precision: Precision) -> int:
-    """A parameter of the base as policy.load loads it."""
+    """Return the bytes of a parameter of the base model, as policy/load.py loads it."""
     if precision == "nf4" and weight.quantised:
         return nf4_bytes(weight.count)
     return weight.count * element_size(precision)
 
 
 def nf4_bytes(count: int) -> int:
-    """Bytes of bitsandbytes' NF4 with double quantisation: two codes a byte; for each 64 weights an
-    8-bit scale; for each 256 scales a float32 one; tables of 16 and 256 float32, and an offset."""
+    """Return the bytes of ``count`` weights in bitsandbytes' NF4 with double quantisation.
+
+    (QLoRA, Dettmers et al. 2023.) Two codes take a byte; 64 weights share an 8-bit scale, and 256
+    scales a float32 one; there are tables of 16 and 256 float32 numbers, and an offset.
+    """
     scales = -(-count // 64)
     return -(-count // 2) + scales + 4 * -(-scales // 256) + 4 * (16 + 256 + 1)
 
 
 def optimizer_bytes(trained: tuple[int, ...], name: str) -> int:
-    """States of policy.optimizer on a GPU. AdamW: two float32 moments and a step count a tensor.
-    8-bit: bytes, and two float32 for each 256; tensors under 4096 elements keep float32."""
+    """Return the bytes of the optimizer's states on a GPU.
+
+    AdamW has two float32 moments, and a step count for each tensor. 8-bit AdamW has two bytes for
+    each element and two float32 numbers for each 256; tensors under 4096 elements stay in float32.
+
+    Args:
+        trained: number of elements of each trained tensor.
+        name: ``adamw`` or ``adamw_8bit``.
+    """
     if name == "adamw":
         return sum(8 * n + 4 for n in trained)
     tables = 2 * 256 * 4 if any(n >= 4096 for n in trained) else 0
@@ -200,7 +235,7 @@ def _static(shape: ModelShape, request: Request, precision: Precision) -> list[T
         name = f"base: {weight.group}, {label}"
         sizes[name] = sizes.get(name, 0) + weight_bytes(weight, precision)
     terms += [Term(name, size, size, loaded=True) for name, size in sizes.items()]
-    # PEFT keeps adapters in float32, policy.lora.add_adapter.
+    # PEFT keeps adapters in float32 (policy/lora.py).
     adapters = 4 * (sum(shape.trained) + shape.reference)
     terms.append(Term("LoRA: weights, fp32", adapters, adapters, loaded=True))
     terms.append(Term("LoRA: gradients, fp32", 0, 4 * sum(shape.trained)))
@@ -208,7 +243,7 @@ def _static(shape: ModelShape, request: Request, precision: Precision) -> list[T
     states = optimizer_bytes(shape.trained, name)
     terms.append(Term(f"LoRA: optimizer states, {name}", states, states))
     if precision == "nf4":
-        # nf4.ahead shares three; bitsandbytes' own products make one at a time.
+        # kernels/nf4/ahead.py has BUFFERS of them; bitsandbytes' own products make one at a time.
         count = BUFFERS if any(layer.on_kernels for layer in shape.layers) else 1
         buffers = count * shape.largest_matrix * 2
         terms.append(Term(f"dequantised matrices, {count} of the largest", buffers, buffers))
@@ -222,7 +257,7 @@ def _activations(shape: ModelShape, request: Request, precision: Precision) -> l
     size, tokens = element_size(precision), request.microbatch
     stream = request.micro_batch_stream()
     layers = [layer_memory(layer, shape.hidden, size, stream) for layer in shape.layers]
-    # Under checkpointing only each layer's input is kept; its activations are computed again.
+    # With checkpointing only each layer's input is kept, and its activations are recomputed.
     inputs = len(layers) * shape.hidden * size
     if request.model.gradient_checkpointing:
         kept, work, copies = float(inputs), max(layer.at_work for layer in layers), 0
@@ -230,7 +265,7 @@ def _activations(shape: ModelShape, request: Request, precision: Precision) -> l
     else:
         kept = inputs + sum(layer.kept for layer in layers)
         work = max(layer.at_work - layer.kept for layer in layers)
-        # lora.autograd.Adapters, lora.mlp.Parts
+        # The kernels' padded copies of adapters (kernels/lora: autograd.Adapters, mlp.Parts).
         rank = request.lora.rank
         padded = (rank + -rank % ALIGNMENT) / rank
         on_kernels = shape.layers[0].on_kernels
@@ -245,16 +280,16 @@ def _activations(shape: ModelShape, request: Request, precision: Precision) -> l
 
 
 def head_bytes(shape: ModelShape, tokens: int, precision: Precision) -> int:
-    """linear_logprob where every token is scored, the hidden states before it included."""
+    """Estimate the bytes of linear_logprob and the hidden states before it, if all tokens count."""
     size, fused = element_size(precision), precision != "fp32"
     rows = min(tokens, most_rows(shape.vocabulary, torch.device("cuda"), fused))
-    # The decoder's output and the scored copy, over which the gradient is written.
+    # The decoder's output and the scored copy, which the gradient overwrites.
     hidden = 2 * tokens * shape.hidden * size
-    # odds.chunks: odds in the compute type, or float32 logits and odds; then their product with the
-    # head in float32, and the normed rows.
+    # A chunk has odds in the compute type, or float32 logits and odds; their product with the head
+    # in float32; and the normed rows.
     chunk = rows * (shape.vocabulary * (size if fused else 8) + shape.hidden * (4 + size))
     if shape.head_rank:
-        # An adapted head is copied whole with its adapter; the hidden states are, too.
+        # An adapted head is copied together with its adapter, and so are the hidden states.
         copied = (shape.vocabulary + tokens) * (shape.hidden + shape.head_rank) * size
         hidden += copied + 4 * shape.vocabulary * shape.head_rank + tokens * shape.hidden * size
     return hidden + chunk

@@ -1,4 +1,4 @@
-"""The shape of a model that is not loaded, and its longest prompt, from its configuration alone."""
+"""Read a model's shape and the length of its longest prompt without loading its weights."""
 
 from __future__ import annotations
 
@@ -8,29 +8,30 @@ from collections.abc import Sequence
 import torch
 
 from rlsloth.config import EnvConfig, LoraConfig, ModelConfig
-from rlsloth.errors import UserError
+from rlsloth.errors import UserError, first_line
 from rlsloth.memory.shape import ModelShape, read_shape
 from rlsloth.policy.files import READ_ERRORS, locate
 from rlsloth.policy.meta_model import read_meta_model
 from rlsloth.records import Prompt
 
 TOKENIZED = 64
-"""Prompts of the most characters that are tokenised to find the longest."""
+"""Number of prompts, those with the most characters, that are tokenised to find the longest."""
 
 
 def model_shape(model: ModelConfig, lora: LoraConfig) -> ModelShape:
-    """Build the model on meta with its adapter and kernels, as Policy makes it, and read its shape.
-    It takes some seconds.
+    """Build a model with its adapter and kernels on the meta device, and read its shape.
+
+    The model is built as Policy builds it; this takes some seconds.
 
     Raises:
-        UserError: no configuration there, or targets or an adapter that do not fit it.
+        UserError: the configuration cannot be read, or the targets or the adapter do not fit it.
     """
     from rlsloth.policy.lora import add_adapter
     from rlsloth.policy.wrap.wrap import wrap
 
     built = read_meta_model(model)
     with torch.device("meta"), warnings.catch_warnings():
-        # Only the shapes of a starting adapter arrive on meta, and torch warns for each tensor.
+        # torch warns for each tensor of a starting adapter that its values are not loaded.
         warnings.filterwarnings("ignore", message=".*meta parameter in the current model")
         built = add_adapter(built, lora, model)
     if model.fused_kernels:
@@ -39,15 +40,19 @@ def model_shape(model: ModelConfig, lora: LoraConfig) -> ModelShape:
         shape = read_shape(built)
     except (AttributeError, TypeError, ValueError) as error:
         raise UserError(
-            f"--model.path {model.path}: the memory of {type(built.get_base_model()).__name__} "
-            f"is not known ({str(error)[:100]})"
+            f"--model.path {model.path}: cannot plan the memory of "
+            f"{type(built.get_base_model()).__name__} ({first_line(error, 100)}); pass "
+            "--tokens-per-microbatch and --model.gradient-checkpointing instead of a plan"
         ) from error
     _refuse_nf4_experts(model, shape)
     return shape
 
 
 def _refuse_nf4_experts(model: ModelConfig, shape: ModelShape) -> None:
-    """Refuse what loading refuses (policy.load). Raises UserError."""
+    """Raise UserError if most weights are experts, which NF4 would not make smaller.
+
+    Loading refuses the same (policy/load.py).
+    """
     every = sum(weight.count for weight in shape.weights)
     experts = sum(weight.count for weight in shape.weights if weight.group == "experts")
     if model.precision == "nf4" and 2 * experts > every:
@@ -58,8 +63,10 @@ def _refuse_nf4_experts(model: ModelConfig, shape: ModelShape) -> None:
 
 
 def longest_prompt(model: ModelConfig, env: EnvConfig, prompts: Sequence[Prompt]) -> int:
-    """Tokens of the longest prompt, among the TOKENIZED of most characters; 0 without a
-    tokenizer."""
+    """Count the tokens of the longest of the TOKENIZED prompts with the most characters.
+
+    Returns 0 if the model's tokenizer cannot be read.
+    """
     from rlsloth.data.renderer import Renderer
 
     def characters(prompt: Prompt) -> int:

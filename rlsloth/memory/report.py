@@ -1,4 +1,4 @@
-"""A memory plan as one line, a table or JSON."""
+"""Print a memory plan as one line, a table or JSON."""
 
 from __future__ import annotations
 
@@ -18,17 +18,20 @@ SEQUENCES = "rollout.max_sequences"
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Origin of a plan's inputs, for the table."""
+    """The origin of a plan's inputs, for the table."""
 
     longest: str = "from the data"
     """Origin of the longest prompt's length."""
     engine: str = ""
-    """The engine that is planned, with the reason where it was chosen."""
+    """Name of the planned engine, with the reason if it was chosen automatically."""
 
 
 def report_line(plan: Plan, request: Request) -> str:
-    """``memory: update 9.1 GiB, rollout 7.4 GiB of 24 GiB (estimate, engine transformers);
-    micro-batches of 8192 tokens, no gradient checkpointing``."""
+    """Render a plan in one line, for a run's log.
+
+    An example: ``memory: update 9.1 GiB, rollout 7.4 GiB of 24 GiB (estimate, engine transformers);
+    micro-batches of 8192 tokens, no gradient checkpointing``.
+    """
     return f"{_summary(plan)}; {_describe_update(request)}"
 
 
@@ -50,10 +53,10 @@ def _describe_update(request: Request) -> str:
 
 
 def describe(cache: Cache) -> str:
-    """``key-value cache 8.10 GiB holds 128 completions of 812 tokens at once (of 256)``."""
+    """Describe a key-value cache: its size, and how many completions it holds at once."""
     size = f"key-value cache {cache.size / GIB:.2f} GiB"
     if cache.holds == 0:
-        return f"{size} for one completion of {cache.context} tokens finds no room"
+        return f"{size} for one completion of {cache.context} tokens does not fit"
     more = "all" if cache.holds == cache.asked else f"of {cache.asked}"
     return f"{size} holds {cache.holds} completions of {cache.context} tokens at once ({more})"
 
@@ -61,7 +64,10 @@ def describe(cache: Cache) -> str:
 def print_json(
     plan: Plan, request: Request, model: str, source: Source, largest: Mapping[str, int]
 ) -> None:
-    """Print a plan as JSON, sizes in bytes; without the rollout where nothing is sampled."""
+    """Print a plan as JSON, with sizes in bytes.
+
+    Keys of the rollout are left out if nothing is sampled.
+    """
     samples = request.sampling is not None
     update = plan.peak("update")
     row: dict[str, Any] = {
@@ -96,7 +102,7 @@ def _term(term: Term, samples: bool) -> dict[str, Any]:
 def print_table(
     plan: Plan, request: Request, model: str, source: Source, largest: Mapping[str, int]
 ) -> None:
-    """Print a plan as a table, the verdict, and the settings to change."""
+    """Print a plan as a table, the verdict, and advice on settings."""
     from rich.console import Console
     from rich.table import Table
 
@@ -119,8 +125,9 @@ def print_table(
     console.print(f"update: {_describe_update(request)}", markup=False)
     console.print(table)
     console.print(
-        "(In brackets): at different moments, the largest counts. Activations are an estimate: on "
-        f"a CPU within {ACTIVATION_TOLERANCE:.0%} of the measured peak, not measured on a GPU."
+        "Sizes in brackets are needed at different moments: only the largest counts. Activations "
+        f"are an estimate: within {ACTIVATION_TOLERANCE:.0%} of the measured peak on a CPU, not "
+        "measured on a GPU."
     )
     verdict = "fits" if plan.fits else f"does not fit: {-plan.left / GIB:.2f} GiB too much"
     console.print(verdict, style="bold green" if plan.fits else "bold red")
@@ -141,7 +148,7 @@ def _longest(request: Request, source: Source) -> str:
 
 
 def _advice(plan: Plan, request: Request, largest: Mapping[str, int]) -> list[str]:
-    """Sentences on which settings to change."""
+    """List sentences about settings to change."""
     lines = []
     if plan.cache is not None:
         waits = 0 < plan.cache.holds < plan.cache.asked
@@ -154,27 +161,27 @@ def _advice(plan: Plan, request: Request, largest: Mapping[str, int]) -> list[st
     if request.sampling is None:
         if not tokens:
             lines.append(
-                "not even the longest example fits: lower --data.max-tokens, or take a smaller "
+                "not even the longest example fits: lower --data.max-tokens, or pass a smaller "
                 "model"
             )
         return lines
-    # An engine with a cache of its own makes do with less than all: no mistake.
+    # An engine that waits for room in its cache works with fewer sequences: no advice is needed.
     if sequences and (plan.cache is None or plan.cache.holds == 0):
         every = sequences == request.sampling.workload.sequences
-        most = " (all that are wanted at once)" if every else ""
+        most = " (all of a step or an evaluation)" if every else ""
         lines.append(f"largest --rollout.max-sequences that fits: {sequences}{most}"
                      f" (now {request.sampling.rollout.max_sequences})")  # fmt: skip
     if not tokens and not sequences:
         lines.append(
             "neither setting alone makes it fit: lower both --tokens-per-microbatch and "
-            f"--rollout.max-sequences, or take {_smaller(plan, request)}a smaller "
-            "--rollout.max-tokens or model"
+            f"--rollout.max-sequences, or pass {_smaller(plan, request)}a smaller "
+            "--rollout.max-tokens or a smaller model"
         )
     return lines
 
 
 def _smaller(plan: Plan, request: Request) -> str:
-    """Options with which a run takes less memory, each followed by a comma."""
-    experts = any("experts" in term.name for term in plan.terms)  # they are not quantised
+    """List options with which a run needs less memory, each followed by a comma."""
+    experts = any("experts" in term.name for term in plan.terms)  # NF4 does not quantise them
     nf4 = "" if experts or request.model.precision == "nf4" else "--model.precision nf4, "
     return nf4 + ("--rollout.engine transformers, " if plan.cache is not None else "")

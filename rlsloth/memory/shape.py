@@ -1,4 +1,4 @@
-"""What of a model decides its memory, read from its modules: they may lie on the meta device."""
+"""The sizes of a model that decide its memory, read from its modules, even on the meta device."""
 
 from __future__ import annotations
 
@@ -14,98 +14,106 @@ from rlsloth.policy.layers import decoder_layers
 
 Group = Literal["linears", "experts", "embeddings", "head", "norms and biases"]
 SIBLINGS = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
-"""Linears of one input: nf4.ahead stacks their adapters, vLLM fuses them."""
+"""Linear layers with a common input: nf4.ahead stacks their adapters, and vLLM fuses them."""
 
 
 @dataclass(frozen=True, slots=True)
 class Weight:
-    """A parameter of the base model; tied ones are counted once, as embeddings."""
+    """A parameter of the base model; tied ones count once, as embeddings."""
 
     group: Group
     count: int
-    """Elements."""
+    """Number of elements."""
     quantised: bool
-    """Whether ``--model.precision nf4`` packs it."""
+    """Whether ``--model.precision nf4`` quantises it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """Widths of a decoder layer, in elements a token."""
+    """The widths of a decoder layer, in elements a token."""
 
     on_kernels: bool
-    """Norms, attention and MLP (or all but its experts) run on rlsloth's kernels."""
+    """Whether norms, attention and MLP (except experts) run on rlsloth's kernels."""
     queries: int
-    """Heads times their size."""
+    """Width of the queries: heads times their size."""
     keys: int
-    """Key heads times their size; 0 where the layer keeps no keys. Values are as wide."""
+    """Width of the keys, and of the values; 0 for a layer without keys."""
     heads: int
+    """Number of query heads."""
     normed: bool
-    """Norms on queries and keys."""
+    """Whether queries and keys have norms."""
     sandwich: bool
-    """Norms behind attention and MLP, too."""
+    """Whether there are also norms after attention and after the MLP."""
     scores: bool
-    """Its attention has a softcap or sinks: scores are written out (attention._plain)."""
+    """Whether attention has a softcap or sinks, so that its scores are stored (plain_attention)."""
     window: int | None
-    """Sliding window in tokens: longer sequences write scores out, too."""
+    """Sliding window in tokens; scores of longer sequences are stored as well."""
     width: int
-    """Of the MLP's gate, or of one expert's."""
+    """Width of the MLP's gate, or of one expert's."""
     chosen: int
-    """Experts a token is sent to; 0 for a dense MLP."""
+    """Number of experts that compute a token; 0 for a dense MLP."""
     fused_mlp: bool
-    """Gate and up are one linear (Phi-3), whose halves are not combined with their adapters."""
+    """Whether gate and up are one linear layer (Phi-3), which the MLP's kernel does not take."""
     ranks: int
-    """Columns of all adapters' ``x A^T``, in the kernels' multiples."""
+    """Sum of the adapters' ranks, each rounded up to the kernels' ALIGNMENT."""
     rank: int
-    """Of the widest adapter."""
+    """Largest of these rounded ranks."""
     adapted_inputs: int
-    """Inputs of the adapted linears summed: what PEFT's own modules copy to float32."""
+    """Sum of the adapted layers' input widths, which PEFT's own modules copy to float32."""
 
     @property
     def key_heads(self) -> int:
-        """Heads of keys, and of values."""
+        """Number of key heads, and of value heads."""
         return self.keys * self.heads // self.queries
 
 
 @dataclass(frozen=True, slots=True)
 class Fused:
-    """A linear of vLLM's: one of the model's, or siblings beside each other."""
+    """A linear layer as vLLM has it: one of the model's, or several SIBLINGS in one."""
 
     out: int
+    """Number of outputs."""
     into: int
+    """Number of inputs."""
     rank: int
-    """Of all adapters on it."""
+    """Sum of the ranks of its adapters."""
     quantised: bool
+    """Whether ``--model.precision nf4`` quantises it."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
-    """A causal LM with its adapters."""
+    """The sizes of a causal language model with its adapters."""
 
     name: str
+    """Name of the model's class."""
     hidden: int
+    """Hidden size."""
     vocabulary: int
+    """Number of rows of the output head."""
     context: int
+    """Largest number of tokens that the model supports."""
     weights: tuple[Weight, ...]
     layers: tuple[Layer, ...]
     largest_matrix: int
-    """Elements of the largest linear with its adapters beside it (nf4.ahead.Job)."""
+    """Number of elements of the largest linear layer stacked with its adapters (nf4.ahead.Job)."""
     trained: tuple[int, ...]
-    """Elements of each trained tensor."""
+    """Number of elements of each trained tensor."""
     reference: int
-    """Elements of the frozen copy of a starting adapter."""
+    """Number of elements of the frozen copy of a starting adapter."""
     head_rank: int
-    """Columns of the adapter on the output head, 0 without one."""
+    """Rank of the adapter on the output head, rounded up to ALIGNMENT; 0 without one."""
     fused: tuple[Fused, ...]
-    """All of them; the output head only if it is adapted."""
+    """The linear layers as vLLM has them; the output head only if it is adapted."""
 
     @property
     def kv_width(self) -> int:
-        """Elements of a token's keys and values."""
+        """Number of elements of one token's keys and values, over all layers."""
         return sum(2 * layer.keys for layer in self.layers)
 
 
 def read_shape(model: Any) -> ModelShape:
-    """Shapes of a PEFT-wrapped causal LM, wrapped by rlsloth's kernels or not, quantised or not."""
+    """Read the sizes of PEFT's causal language model, wrapped or not, quantised or not."""
     base = model.get_base_model()
     config, decoder = base.config.get_text_config(), base.get_decoder()
     head, embeddings = base.get_output_embeddings(), base.get_input_embeddings()
@@ -144,7 +152,7 @@ def read_shape(model: Any) -> ModelShape:
 
 
 def _not_quantised(base: Any) -> list[str]:
-    """What transformers' bitsandbytes loader leaves alone: the head, tied and fp32 modules."""
+    """List modules that transformers does not quantise: the head, tied and float32 modules."""
     from transformers.quantizers.base import get_keys_to_not_convert
 
     kept = [*get_keys_to_not_convert(base), *(base._keep_in_fp32_modules or ())]
@@ -167,7 +175,7 @@ def _is_packed(weight: torch.Tensor) -> bool:
 
 
 def _shape_of(weight: Any) -> torch.Size:
-    """Of a parameter as it was before NF4 packed it."""
+    """Return a parameter's shape, without regard to NF4's packing."""
     shape: torch.Size = weight.quant_state.shape if _is_packed(weight) else weight.shape
     return shape
 
@@ -183,7 +191,7 @@ def _group(p: torch.Tensor, head: torch.Tensor, embeddings: torch.Tensor) -> Gro
 
 
 def _linears(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Names and linears, PEFT-wrapped or not."""
+    """Yield the linear layers of a module with their names, wrapped by PEFT or not."""
     for name, child in module.named_modules():
         if hasattr(child, "base_layer") or (
             isinstance(child, nn.Linear) and ".lora_" not in f".{name}" and "base_layer" not in name
@@ -192,18 +200,18 @@ def _linears(module: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def _lora_rank(linear: Any) -> int:
-    """Of a linear's adapter; 0 without one."""
+    """Return the rank of a linear layer's adapter, 0 without one."""
     adapters = getattr(linear, "lora_A", None)
     return next(iter(adapters.values())).weight.shape[0] if adapters else 0
 
 
 def _rank(linear: Any) -> int:
-    """The same in the kernels' multiples."""
+    """Return the rank of a layer's adapter, rounded up to the kernels' ALIGNMENT."""
     return -(-_lora_rank(linear) // ALIGNMENT) * ALIGNMENT
 
 
 def _with_adapters(layer: nn.Module, skipped: list[str]) -> int:
-    """Elements of a layer's largest matrix with its siblings' adapters below or behind it."""
+    """Count the elements of a layer's largest matrix, stacked with its siblings' adapters."""
     found = [
         (name, *_shape_of(_weight_of(linear)), _rank(linear)) for name, linear in _linears(layer)
     ]
@@ -218,7 +226,7 @@ def _with_adapters(layer: nn.Module, skipped: list[str]) -> int:
 
 
 def _fused(layer: nn.Module, skipped: list[str]) -> list[Fused]:
-    """A layer's linears as vLLM has them."""
+    """List a decoder layer's linear layers as vLLM has them."""
     groups: dict[str, list[tuple[str, Any]]] = {}
     for name, linear in _linears(layer):
         parent, _, last = name.rpartition(".")
@@ -236,7 +244,7 @@ def _fused(layer: nn.Module, skipped: list[str]) -> list[Fused]:
 
 
 def _kernels(module: Any, dtype: torch.dtype) -> set[str]:
-    """The kernels that a module's replaced forward runs on (policy.wrap.forwards.Forward)."""
+    """Name the kernels on which a module's replaced forward runs (policy.wrap.forwards)."""
     forward = vars(module).get("forward")
     if not hasattr(forward, "linears"):
         return set()

@@ -1,4 +1,4 @@
-"""The rows of a memory plan, their sums, and the key-value cache."""
+"""The parts of a memory plan: its rows, their sums by phase, and the key-value cache."""
 
 from __future__ import annotations
 
@@ -13,33 +13,33 @@ Phase = Literal["rollout", "update"]
 
 @dataclass(frozen=True, slots=True)
 class Term:
-    """One row of the table; bytes in each phase, 0 where it is not held then."""
+    """One row of the table."""
 
     name: str
     rollout: int
+    """Bytes while rollouts are sampled."""
     update: int
+    """Bytes while the policy is updated."""
     moment: bool = False
-    """Whether it is held for a moment only: a phase needs the largest of these terms, not their
-    sum."""
+    """Whether the memory is needed for a moment only: of such rows the largest counts."""
     loaded: bool = False
-    """Whether it is allocated as soon as the model and its adapter are loaded."""
+    """Whether the memory is allocated once the model and its adapter are loaded."""
 
 
 @dataclass(frozen=True, slots=True)
 class Cache:
-    """The key-value cache that an engine is started with."""
+    """The key-value cache with which an engine is started."""
 
     size: int
-    """Bytes."""
+    """Bytes of the cache; of one completion if not even one fits."""
     asked: int
-    """Completions to decode at once if they fit."""
+    """Number of completions to decode at once if they fit."""
     holds: int
-    """Completions of the longest length that fit; 0 where the GPU has no room for one: ``size`` is
-    then that of one."""
+    """Number of completions of the longest length that fit at once; 0 if none fits."""
     context: int
-    """Tokens of the longest prompt and completion."""
+    """Number of tokens of the longest prompt with its completion."""
     stays: bool = False
-    """Whether it is also held while the policy is updated."""
+    """Whether the cache is kept while the policy is updated."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,16 +47,23 @@ class Plan:
     """The memory of a run on one GPU."""
 
     engine: str | None
-    """Value of ``rollout.engine``; None where nothing is sampled."""
+    """Value of ``rollout.engine``; None if nothing is sampled."""
     terms: tuple[Term, ...]
     total: int
     """Bytes of the GPU."""
     cache: Cache | None = None
-    """None where the engine has no cache that the plan sizes; the embedded engine's slots are a
-    term."""
+    """Cache whose size the plan decides; None for engines without one.
+
+    The embedded engine's cache is a term.
+    """
 
     def peak(self, phase: Phase, *, to_come: bool = False) -> int:
-        """Bytes at the phase's fullest moment; with ``to_come`` without the terms ``loaded``."""
+        """Sum the bytes at the peak of a phase.
+
+        Args:
+            phase: rollout or update.
+            to_come: leave out rows that are ``loaded``.
+        """
         sizes = [
             (t.update if phase == "update" else t.rollout, t.moment)
             for t in self.terms
@@ -67,7 +74,7 @@ class Plan:
 
     @property
     def left(self) -> int:
-        """Bytes free at the run's fullest moment; negative where it does not fit."""
+        """Bytes that are free at the run's peak; negative if the run does not fit."""
         return self.total - max(self.peak("rollout"), self.peak("update"))
 
     @property
@@ -77,5 +84,5 @@ class Plan:
 
 
 def element_size(precision: Precision) -> int:
-    """Bytes an element of the compute type."""
+    """Return the bytes of an element of the compute type."""
     return 4 if precision == "fp32" else 2

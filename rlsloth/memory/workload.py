@@ -1,4 +1,4 @@
-"""A run as its memory plan sees it: model, adapter, optimizer, and the sampling if it samples."""
+"""The inputs of a memory plan: model, adapter, optimizer, and sampling if the run samples."""
 
 from __future__ import annotations
 
@@ -14,33 +14,36 @@ from rlsloth.memory.terms import Precision, Term
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """The sampling that a run needs memory for."""
+    """The amount of sampling for which a run needs memory."""
 
     prompts: int
-    """Prompts of a training step."""
+    """Number of prompts in a training step."""
     group_size: int
-    """Completions of each prompt in a training step."""
+    """Number of completions of each prompt in a training step."""
     sequences: int
-    """Completions wanted at once by a step or an evaluation, whichever wants more."""
+    """Number of completions of a step or an evaluation, whichever is larger."""
     max_tokens: int
-    """Longest completion of training or evaluation."""
+    """Largest number of tokens of a completion in training or evaluation."""
     longest_prompt: int
-    """Tokens."""
+    """Number of tokens of the longest prompt."""
     single_turn: bool = True
-    """Whether one completion ends a rollout. Tools may fill the context."""
+    """Whether one completion ends a rollout; further turns may fill the context."""
     max_context: int | None = None
-    """``model.max_context``: tokens of prompt and completion at most; None: the model's own."""
+    """Value of ``model.max_context``; None for the model's own limit."""
 
     def context_limit(self, shape: ModelShape) -> int:
-        """Tokens of prompt and completion that the model is used with."""
+        """Return the largest number of tokens of a prompt with its rollout."""
         return min(self.max_context or shape.context, shape.context)
 
     def one_turn(self, shape: ModelShape) -> int:
-        """Tokens of the longest prompt with the longest completion."""
+        """Return the number of tokens of the longest prompt with the longest completion."""
         return min(self.longest_prompt + self.max_tokens, self.context_limit(shape))
 
     def longest_sequence(self, shape: ModelShape) -> int:
-        """Tokens of the longest rollout: one turn, or with tools up to the context limit."""
+        """Return the number of tokens of the longest prompt with the longest rollout.
+
+        Rollouts of several turns may fill the context.
+        """
         return self.one_turn(shape) if self.single_turn else self.context_limit(shape)
 
 
@@ -54,7 +57,17 @@ def make_workload(
     longest_prompt: int,
     single_turn: bool,
 ) -> Workload:
-    """The workload of steps of ``prompts`` times ``group_size`` completions, and of evaluations."""
+    """Make the workload of a run from its configuration.
+
+    Args:
+        model: the section ``model``.
+        rollout: the section ``rollout``.
+        evaluation: the section ``eval``.
+        prompts: number of prompts in a training step.
+        group_size: number of completions of each prompt.
+        longest_prompt: number of tokens of the longest prompt.
+        single_turn: whether one completion ends a rollout.
+    """
     evaluates = evaluation.at_start or evaluation.every or evaluation.at_end
     evaluated = evaluation.problems * evaluation.samples if evaluates else 0
     return Workload(
@@ -70,18 +83,23 @@ def make_workload(
 
 @dataclass(frozen=True, slots=True)
 class EngineMemory:
-    """The memory of a rollout engine, by its own formulas."""
+    """The formulas for a rollout engine's memory."""
 
     name: str
     """Value of ``rollout.engine``."""
     title: str
-    """Its name in the plan's table."""
+    """The engine's name in the plan's table."""
     terms: Callable[[ModelShape, Sampling, Precision, int], list[Term]]
-    """Rows of the plan, a key-value cache that the plan sizes aside. The last argument: tokens of
-    the longest prompt and completion."""
+    """Function that makes the engine's rows, without a cache whose size the plan decides.
+
+    Its last argument is the number of tokens of the longest prompt with its completion.
+    """
     completion_bytes: Callable[[ModelShape, str, int, int], int] | None = None
-    """Keys and values of one completion, from the shape, ``rollout.kv_cache``, tokens and bytes an
-    element. None: the engine has no cache for the plan to size."""
+    """Function that gives the bytes of one completion's keys and values.
+
+    Its arguments are the shape, ``rollout.kv_cache``, tokens, and bytes of an element. None: the
+    engine has no cache whose size the plan decides.
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,15 +110,15 @@ class Sampling:
     workload: Workload
     engine: EngineMemory
     fallback: EngineMemory | None = None
-    """The engine that samples instead where ``engine`` turns out not to work (auto)."""
+    """The engine that samples instead if ``engine`` turns out not to work (engine auto)."""
 
     @property
     def at_once(self) -> int:
-        """Completions decoded at once."""
+        """Largest number of completions that are decoded at once."""
         return min(self.rollout.max_sequences, self.workload.sequences)
 
     def one_completion(self, shape: ModelShape) -> int:
-        """Tokens of the longest training completion with its prompt, which an update packs."""
+        """Return the number of tokens of the longest prompt with a training completion."""
         tokens = self.workload.longest_prompt + self.rollout.max_tokens
         return min(tokens, self.workload.context_limit(shape))
 
@@ -114,15 +132,15 @@ class Request:
     optim: OptimConfig
     tokens_per_microbatch: int | None
     sampling: Sampling | None = None
-    """None: nothing is sampled."""
+    """None if nothing is sampled."""
     stream: Stream | None = None
-    """Composition of micro-batches. None: that of the sampled rollouts."""
+    """Composition of micro-batches; None to derive it from the sampled rollouts."""
     longest_example: int | None = None
-    """Tokens of the longest example with all its answers, where nothing is sampled."""
+    """Number of tokens of the longest example with all its completions; None if it samples."""
 
     @property
     def microbatch(self) -> int:
-        """``tokens_per_microbatch``, or MICROBATCH where it is not decided."""
+        """Value of ``tokens_per_microbatch``, or MICROBATCH as long as it is not decided."""
         return self.tokens_per_microbatch or MICROBATCH
 
     @property
@@ -131,33 +149,35 @@ class Request:
         return self.sampling is not None and self.sampling.rollout.overlap
 
     def with_update(self, tokens: int, checkpointing: bool) -> Request:
-        """A copy with these micro-batches and gradient checkpointing on or off."""
+        """Copy the request with other micro-batches, and gradient checkpointing on or off."""
         model = self.model.model_copy(update={"gradient_checkpointing": checkpointing})
         return replace(self, model=model, tokens_per_microbatch=tokens)
 
     def with_sequences(self, rows: int) -> Request:
-        """A copy that decodes up to ``rows`` completions at once."""
+        """Copy the request with ``rollout.max_sequences`` set to ``rows``."""
         assert self.sampling is not None
         rollout = self.sampling.rollout.model_copy(update={"max_sequences": rows})
         return replace(self, sampling=replace(self.sampling, rollout=rollout))
 
     def with_fallback(self) -> Request:
-        """A copy that samples with the fallback engine, where there is one."""
+        """Copy the request with the fallback engine, if there is one."""
         sampling = self.sampling
         if sampling is None or sampling.fallback is None:
             return self
         return replace(self, sampling=replace(sampling, engine=sampling.fallback, fallback=None))
 
     def least_tokens(self, shape: ModelShape) -> int:
-        """Tokens that a micro-batch must have room for: one completion or one example."""
+        """Return the number of tokens that a micro-batch must hold: one completion or example."""
         if self.sampling is not None:
             return self.sampling.one_completion(shape)
         return self.longest_example or 1
 
     def micro_batch_stream(self) -> Stream:
-        """The composition that a micro-batch is planned for. Of rollouts: the longest prompt,
-        completions of half the limit (short ones repeat the prompt in attention more often) and as
-        many of a group as fit."""
+        """Return the composition for which a micro-batch is planned.
+
+        Sampled rollouts are assumed to have the longest prompt and completions of half the limit
+        (short completions make attention repeat the prompt more often), as many of a group as fit.
+        """
         if self.stream is not None:
             return self.stream
         assert self.sampling is not None, "a run without sampling has a stream of its own"

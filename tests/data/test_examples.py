@@ -1,9 +1,8 @@
-"""Rows to token ids and masks: what is learnt of each format, under templates of all manners."""
+"""SFT rows as token ids and masks, in every format and under very different templates."""
 
 from __future__ import annotations
 
 import re
-from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -11,10 +10,10 @@ from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
+from helpers.examples import renderer, shown
 from helpers.tiny import CHATML, SPECIAL, tiny_tokenizer
-from rlsloth.config.data import KtoDataConfig, PreferenceDataConfig, SftDataConfig
+from rlsloth.config.data import SftDataConfig
 from rlsloth.data.example import Example
-from rlsloth.data.preference import labelled_examples, pair_examples
 from rlsloth.data.renderer import Renderer
 from rlsloth.data.sft import sft_examples
 from rlsloth.errors import UserError
@@ -30,14 +29,14 @@ QWEN3 = (
     "{{- content + '<|im_end|>\n' }}{%- endfor %}"
     "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"
 )
-"""Reasoning is shown in the last turn only."""
+"""A template that renders reasoning in the last turn only."""
 R1 = (
     "{%- for m in messages %}{%- if m.role == 'user' %}{{- '<|im_start|>' + m.content }}"
     "{%- else %}{{- '<|endoftext|>' + m.content.split('</think>')[-1] + '<|im_end|>' }}"
     "{%- endif %}{%- endfor %}"
     "{%- if add_generation_prompt %}{{- '<|endoftext|><think>\n' }}{%- endif %}"
 )
-"""Reasoning is never shown, and the prompt for an answer opens it."""
+"""A template that never renders reasoning, but opens it in the generation prompt."""
 NO_END = (
     "{% for m in messages %}{{ '### ' + m.role + ':\n' + m.content + '\n\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '### assistant:\n' }}{% endif %}"
@@ -58,34 +57,15 @@ TWO_TURNS = [
 ]
 
 
-def renderer(template: str | None = CHATML, bos: bool = False, **cfg: Any) -> Renderer:
-    return Renderer(tiny_tokenizer(template, bos), SftDataConfig(**cfg))
-
-
 def sft(rows: list[dict[str, Any]], template: str | None = CHATML, **cfg: Any) -> list[Example]:
     return sft_examples(rows, SftDataConfig(**cfg), renderer(template), "d.jsonl")
 
 
-def shown(example: Example, answer: int = 0) -> str:
-    """The example's text, what is learnt in brackets."""
-    tokenizer = tiny_tokenizer()
-    ids, mask = example.answers[answer]
-    out = tokenizer.decode(example.prompt_ids.tolist()) + " | "
-    edges = [0, *(i for i in range(1, len(mask)) if mask[i] != mask[i - 1]), len(mask)]
-    for start, end in pairwise(edges):
-        text = tokenizer.decode(ids[start:end].tolist())
-        out += f"[{text}]" if mask[start] else text
-    return out
-
-
-# --- supervised ----------------------------------------------------------------------------------
-
-
-def test_text_is_learnt_whole_and_ended() -> None:
+def test_all_of_text_is_in_the_loss_with_an_end_token() -> None:
     assert shown(sft([{"text": "abc"}])[0]) == "a | [bc<|im_end|>]"
 
 
-def test_begin_token_is_no_target() -> None:
+def test_begin_token_is_not_in_the_loss() -> None:
     (example,) = sft_examples(
         [{"text": "ab"}], SftDataConfig(), renderer(None, bos=True), "d.jsonl"
     )
@@ -170,13 +150,13 @@ def test_reasoning_in_a_field_of_its_own() -> None:
 
 
 def test_an_end_token_after_the_last_turn_alone_splits_nothing() -> None:
-    """Phi-3's template."""
+    """Phi-3's template writes one."""
     template = CHATML + "{% if not add_generation_prompt %}{{ '<|endoftext|>' }}{% endif %}"
     assert len(sft([{"messages": TWO_TURNS}], template)) == 1
 
 
 def test_tokens_are_those_of_the_whole_text_with_a_sentencepiece_tokenizer() -> None:
-    """Which puts a space before a text of its own, but not before what continues another."""
+    """It adds a space before a separate text, but not before one that continues another."""
     tokenizer = metaspace_tokenizer()
     made = Renderer(tokenizer, SftDataConfig())
     messages = [TWO_TURNS[1], {"role": "assistant", "content": "hello you"}] * 2
@@ -192,7 +172,7 @@ def test_tokens_are_those_of_the_whole_text_with_a_sentencepiece_tokenizer() -> 
 
 
 def metaspace_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a character, as SentencePiece's: spaces are marked, one is put in front."""
+    """A tokenizer of characters that marks spaces and adds one in front, as SentencePiece does."""
     letters = [*SPECIAL, "\u2581", *map(chr, range(33, 127)), "\n"]
     backend = Tokenizer(BPE(vocab={t: i for i, t in enumerate(letters)}, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
@@ -205,7 +185,7 @@ def metaspace_tokenizer() -> PreTrainedTokenizerFast:
     return made
 
 
-def test_which_columns_count() -> None:
+def test_precedence_of_columns() -> None:
     both = {"prompt": "2+2=", "completion": "4", "text": None, "messages": None}
     assert shown(sft([both])[0]) == "2+2= | [4<|im_end|>]"
     chat = {"messages": TWO_TURNS, "text": "flat", "prompt": "hi"}
@@ -241,161 +221,32 @@ def test_completion_may_have_tool_turns_which_are_not_learnt() -> None:
 
 
 @pytest.mark.parametrize(
-    ("rows", "said"),
+    ("rows", "words"),
     [
         ([{"a": "x"}], "has none of the columns completion, answer"),
         ([{"prompt": "x", "completion": " "}], "d.jsonl row 1, completion: empty"),
         ([{"text": ""}], "d.jsonl row 1, column 'text': empty"),
-        ([{"text": 3}], "expected text, this is a int"),
-        ([{"messages": TWO_TURNS[:2]}], "row 1: no assistant turn to learn from"),
-        ([{"messages": TWO_TURNS[2:]}], "begins with the assistant's turn"),
+        ([{"text": 3}], "expected text, this is int"),
+        ([{"messages": TWO_TURNS[:2]}], "row 1: the conversation has no assistant turn"),
+        ([{"messages": TWO_TURNS[2:]}], "begins with an assistant turn"),
         (
             [{"prompt": TWO_TURNS[1:3], "completion": "x"}],
             "the prompt ends with an assistant turn",
         ),
         ([{"prompt": "x", "completion": 3}], "the completion must be text"),
         ([{"question": "x", "answer": []}], "expected text or a list of messages"),
-        ([{"text": "<|im_end|>"}], "nothing to learn after its first token"),
+        ([{"text": "<|im_end|>"}], "has a single token"),
         (
             [{"messages": [{"role": "system", "content": "\ud800"}, *TWO_TURNS[1:]]}],
             "half of a surrogate pair",
         ),
         (
             [{"messages": TWO_TURNS, "chat_template_kwargs": {"tokenize": True}}],
-            "chat_template_kwargs is a mapping without add_generation_prompt",
+            "chat_template_kwargs must be a mapping without the keys add_generation_prompt",
         ),
     ],
 )
-def test_rows_that_are_refused(rows: list[dict[str, Any]], said: str) -> None:
-    with pytest.raises(UserError, match=re.escape(said)) as refused:
+def test_rows_that_are_refused(rows: list[dict[str, Any]], words: str) -> None:
+    with pytest.raises(UserError, match=re.escape(words)) as refused:
         sft(rows)
     assert "\n" not in str(refused.value)
-
-
-# --- preferences ---------------------------------------------------------------------------------
-
-
-def pairs(rows: list[dict[str, Any]], **cfg: Any) -> list[Example]:
-    return pair_examples(rows, PreferenceDataConfig(**cfg), renderer(), "p.jsonl")
-
-
-SYSTEM = {"role": "system", "content": "s"}
-USER = {"role": "user", "content": "q"}
-GOOD, BAD = ({"role": "assistant", "content": text} for text in ("yes", "no"))
-PAIR = "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n | "
-
-
-@pytest.mark.parametrize(
-    "row",
-    [
-        {"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]},
-        {"prompt": [USER], "chosen": "yes", "rejected": "no"},
-        {"prompt": "q", "chosen": [GOOD], "rejected": [BAD]},
-        {"chosen": [USER, GOOD], "rejected": [USER, BAD]},
-        {"prompt": "q", "chosen": [USER, GOOD], "rejected": [USER, BAD]},
-        {"question": "q", "chosen": "yes", "rejected": "no"},
-    ],
-)
-def test_pairs_in_all_formats(row: dict[str, Any]) -> None:
-    (pair,) = pairs([row])
-    assert shown(pair, 0) == f"{PAIR}[yes<|im_end|>]"
-    assert shown(pair, 1) == f"{PAIR}[no<|im_end|>]"
-
-
-def test_a_named_prompt_column_of_pairs() -> None:
-    """Its answers keep what they have in common."""
-    row = {"instruction": "q", "chosen": "it is yes", "rejected": "it is no"}
-    (pair,) = pairs([row], prompt_column="instruction")
-    assert shown(pair, 0) == f"{PAIR}[it is yes<|im_end|>]"
-    assert shown(pair, 1) == f"{PAIR}[it is no<|im_end|>]"
-
-
-def test_rows_with_and_without_a_prompt_column() -> None:
-    first = {"question": "q", "chosen": [GOOD], "rejected": [BAD]}
-    for pair in pairs([first, {"chosen": [USER, GOOD], "rejected": [USER, BAD]}]):
-        assert shown(pair, 0) == f"{PAIR}[yes<|im_end|>]"
-
-
-def test_plain_text_beside_messages_is_refused() -> None:
-    rows = [{"prompt": "q", "chosen": "a", "rejected": "b"}]
-    with pytest.raises(UserError, match="row 1 is plain text, other rows are messages"):
-        pairs([*rows, {"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]}])
-
-
-def test_pairs_of_plain_text() -> None:
-    apart = {"prompt": "the sky is", "chosen": " blue", "rejected": " green"}
-    within = {"chosen": "the sky is blue", "rejected": "the sky is green"}
-    for row in (apart, within):
-        (pair,) = pairs([row])
-        assert shown(pair, 0) == "the sky is | [ blue<|im_end|>]"
-        assert shown(pair, 1) == "the sky is | [ green<|im_end|>]"
-
-
-def test_a_shared_earlier_turn_belongs_to_the_prompt() -> None:
-    (pair,) = pairs([{"chosen": [USER, BAD, USER, GOOD], "rejected": [USER, BAD, USER, BAD]}])
-    assert shown(pair) == (
-        "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\nno<|im_end|>\n"
-        "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n | [yes<|im_end|>]"
-    )
-
-
-SAME = "p.jsonl row 2: the chosen answer equals the rejected one; drop the row"
-
-
-@pytest.mark.parametrize(
-    ("row", "said"),
-    [
-        ({"prompt": [USER], "chosen": [GOOD], "rejected": [GOOD]}, SAME),
-        ({"prompt": "q", "chosen": "a", "rejected": "a"}, SAME),
-        ({"chosen": [USER, GOOD], "rejected": [USER, GOOD]}, SAME),
-        ({"chosen": "the sky", "rejected": "the sky"}, SAME),
-        ({"prompt": "q", "chosen": "a", "rejected": None}, "row 2, column 'rejected': expected"),
-        ({"prompt": "q", "chosen": "a", "rejected": " "}, "row 2, rejected: empty"),
-        ({"chosen": [GOOD], "rejected": [BAD]}, "share no prompt"),
-        (
-            {"chosen": [USER, GOOD], "rejected": [BAD]},
-            "one of chosen and rejected holds the prompt",
-        ),
-        (
-            {
-                "chosen": [SYSTEM, USER, GOOD],
-                "rejected": [SYSTEM, {"role": "user", "content": "other"}, BAD],
-            },
-            "p.jsonl row 2: chosen and rejected answer different prompts",
-        ),
-        ({"chosen": "x", "rejected": "y"}, "share no prompt"),
-    ],
-)
-def test_pairs_that_are_refused(row: dict[str, Any], said: str) -> None:
-    sound = {"prompt": "q", "chosen": "yes", "rejected": "no"}
-    if isinstance(row["chosen"], list):
-        sound = {"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]}
-    with pytest.raises(UserError, match=re.escape(said)) as refused:
-        pairs([sound, row])
-    assert "\n" not in str(refused.value)
-
-
-def test_missing_columns_of_pairs() -> None:
-    with pytest.raises(UserError, match=r"has no column 'rejected' \(columns: prompt, chosen\)"):
-        pairs([{"prompt": "q", "chosen": "a"}])
-
-
-def labelled(rows: list[dict[str, Any]]) -> list[Example]:
-    return labelled_examples(rows, KtoDataConfig(), renderer(), "k.jsonl")
-
-
-def test_labelled_completions_and_pairs_taken_apart() -> None:
-    marked = labelled([
-        {"prompt": [USER], "completion": [GOOD], "label": True},
-        {"prompt": [USER], "completion": "no", "label": False},
-    ])  # fmt: skip
-    apart = labelled([{"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]}])
-    for examples in (marked, apart):
-        assert [shown(e) for e in examples] == [f"{PAIR}[yes<|im_end|>]", f"{PAIR}[no<|im_end|>]"]
-        assert [e.label for e in examples] == [True, False]
-
-
-@pytest.mark.parametrize("label", [None, "yes", 2])
-def test_labels_are_true_or_false(label: Any) -> None:
-    with pytest.raises(UserError, match=r"k\.jsonl row 1, column 'label': true"):
-        labelled([{"prompt": "q", "completion": "a", "label": label}])

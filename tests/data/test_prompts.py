@@ -60,7 +60,7 @@ def test_folder_is_read_whole_or_by_split(tmp_path: Path) -> None:
     lines(tmp_path / "test.jsonl", [{"q": 4}])
     assert load_rows(str(tmp_path)) == [{"q": 3}]
     assert load_rows(str(tmp_path), "test") == [{"q": 4}]
-    with pytest.raises(UserError, match=r"no file for split 'tset' .*did you mean 'test'"):
+    with pytest.raises(UserError, match=r"no file of split 'tset'.*.*did you mean 'test'"):
         load_rows(str(tmp_path), "tset")
 
 
@@ -68,7 +68,7 @@ def test_folder_is_read_whole_or_by_split(tmp_path: Path) -> None:
     ("content", "said"),
     [
         (b'{"q": 1}\n{"q": }\n', r"bad\.jsonl line 2: not JSON \(Expecting value, column 7\)"),
-        (b'{"q": 1}\n\n[1]\n', r"bad\.jsonl line 3: a row is a JSON object, this is a list"),
+        (b'{"q": 1}\n\n[1]\n', r"bad\.jsonl line 3: a row must be a JSON object, this is a list"),
         (b'{"q": "\xff"}\n', r"bad\.jsonl line 1: not UTF-8 at byte 7"),
         (b"[" * 100_000, r"bad\.jsonl line 1: .*recursion"),
         (b"\n \n", r"has no rows"),
@@ -83,13 +83,13 @@ def test_malformed_files_name_the_line(tmp_path: Path, content: bytes, said: str
 
 def test_malformed_json_array_and_parquet(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text('[{"q": 1}, 2]')
-    with pytest.raises(UserError, match=r"a\.json row 2: a row is a JSON object"):
+    with pytest.raises(UserError, match=r"a\.json row 2: a row must be a JSON object"):
         load_rows(str(tmp_path / "a.json"))
     (tmp_path / "a.json").write_text('[\n{"q": 1,}\n]')
     with pytest.raises(UserError, match=r"a\.json: not JSON .*line 2"):
         load_rows(str(tmp_path / "a.json"))
     (tmp_path / "a.parquet").write_bytes(b"PAR1 no such thing")
-    with pytest.raises(UserError, match=r"a\.parquet: not a readable parquet file"):
+    with pytest.raises(UserError, match=r"a\.parquet: cannot read this parquet file"):
         load_rows(str(tmp_path / "a.parquet"))
 
 
@@ -112,7 +112,7 @@ def test_shapes_of_json(tmp_path: Path, text: str, rows: list[Row]) -> None:
     ("text", "said"),
     [
         ('{\n  "q": 1\n}', r'a\.json: expected an array of rows, {"data": \[\.\.\.\]}'),
-        ('{"data": [\n 1]}', r"a\.json row 1: a row is a JSON object"),
+        ('{"data": [\n 1]}', r"a\.json row 1: a row must be a JSON object"),
         ('{"q": 1}\n{"q": }', r"a\.json line 2: not JSON"),
         ("", "has no rows"),
     ],
@@ -127,24 +127,24 @@ def test_unknown_file_types_are_no_hub_ids(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.chdir(tmp_path)
     Path("rows.data").write_text("q\n1\n")
     for name in ("x.csv", "rows.data"):
-        with pytest.raises(UserError, match=rf"{name}: expected .* \.jsonl, \.json, \.parquet"):
+        with pytest.raises(UserError, match=rf"{name}: .*convert it to \.jsonl, \.json, \.parquet"):
             load_rows(name)
 
 
 def test_missing_file_and_folder_without_data(tmp_path: Path) -> None:
     lines(tmp_path / "train.jsonl", [{"q": 1}])
-    with pytest.raises(UserError, match=r"no data file .*did you mean 'train.jsonl'"):
+    with pytest.raises(UserError, match=r"there is no data file .*did you mean 'train.jsonl'"):
         load_rows(str(tmp_path / "trian.jsonl"))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="file in folder"):
+    with pytest.raises(UserError, match=r"folder .* has no \.jsonl"):
         load_rows(str(tmp_path / "empty"))
     (tmp_path / "a.csv").write_text("q\n1\n")
-    with pytest.raises(UserError, match="expected a file that ends in"):
+    with pytest.raises(UserError, match="convert it to"):
         load_rows(str(tmp_path / "a.csv"))
 
 
 class FakeHub:
-    """Stands in for HfApi: ``dataset_info`` raises what it is told."""
+    """A replacement of HfApi whose ``dataset_info`` raises ``error``."""
 
     error: Exception
 
@@ -169,7 +169,7 @@ def test_unknown_hub_id(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.HfApi", FakeHub)
     # Made without its HTTP response, whose type depends on the version of the hub's library.
     FakeHub.error = RepositoryNotFoundError.__new__(RepositoryNotFoundError)
-    with pytest.raises(UserError, match=r"no dataset 'openai/gsm9k' on the hub .*: pass a \.jsonl"):
+    with pytest.raises(UserError, match=r"the hub has no dataset 'openai/gsm9k'.*pass a \.jsonl"):
         load_rows("openai/gsm9k")
 
 
@@ -357,7 +357,7 @@ def test_sampler_shuffles_each_epoch_anew() -> None:
 
 def test_sampler_refuses_what_does_not_fit() -> None:
     sampler = EpochSampler(questions("a", "b"), 0)
-    with pytest.raises(UserError, match="had 2 prompts and seed 0, now there are 1"):
+    with pytest.raises(UserError, match="began with 2 prompts and seed 0, but now there are 1"):
         EpochSampler(questions("a"), 0).restore(sampler.state())
     with pytest.raises(UserError, match="no prompts"):
         EpochSampler([], 0)

@@ -109,7 +109,7 @@ def test_check_refuses_what_cannot_work() -> None:
     renderer().check([prompt()])
     bare = renderer(tiny_tokenizer(None))
     bare.check([Prompt(0, "raw text", {})])
-    with pytest.raises(UserError, match=r"no chat template.*use an instruct model"):
+    with pytest.raises(UserError, match=r"no chat template.*pass an instruct model"):
         bare.check([Prompt(0, "raw text", {}), prompt()])
     picky = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
     system = {"role": "system", "content": "s"}
@@ -196,7 +196,7 @@ def test_tool_turn_of_another_turn_end() -> None:
 
 def test_tool_turn_needs_an_end_of_turn() -> None:
     endless = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
-    with pytest.raises(UserError, match="does not show where an assistant turn ends"):
+    with pytest.raises(UserError, match="does not mark where an assistant turn ends"):
         renderer(tiny_tokenizer(endless)).reply_ids([99], [result("2")])
 
 

@@ -74,7 +74,7 @@ def test_overlap_of_validation_and_training_is_reported(rows: str, tmp_path: Pat
     other.write_text('{"question": " q1"}\n{"question": "new"}\n')
     warning = overlap(load("dataset", train=rows, validation=str(other)))
     assert warning is not None
-    assert warning.startswith("1 of 5 training prompts ask a held-out question")
+    assert warning.startswith("1 of 5 training prompts contain a held-out question")
     assert overlap(load("dataset", train=rows, heldout=2)) is None
 
 

@@ -1,4 +1,4 @@
-"""Fixtures of the memory plan's tests."""
+"""Fixtures for tests of the memory plan."""
 
 from helpers.plans import llama_folder
 

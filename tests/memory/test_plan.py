@@ -1,4 +1,4 @@
-"""The memory plan against real tensors: weights, adapters, states, slots, and measured peaks."""
+"""The memory plan compared with real tensors: weights, adapters, states, and measured peaks."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_an_adapted_head_is_counted_once():
 
 
 def test_nf4_weights(llama_folder):
-    """Packed codes, scales, scales of scales, tables; the rest stays at 16 bits."""
+    """NF4 has codes, scales, scales of scales and tables; other weights keep 16 bits."""
     real = load_model(ModelConfig(path=str(llama_folder), precision="nf4", device="cpu")).model
     packed = other = 0
     for p in real.parameters():
@@ -171,7 +171,7 @@ def test_numbers_that_other_modules_own():
 @pytest.mark.parametrize("checkpointing", [True, False])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_activations_follow_the_measured_peak(family, checkpointing, monkeypatch):
-    """The slope over two sizes is that of the estimate."""
+    """The slope between two sizes equals the estimate's."""
     stand_in(monkeypatch)
     if family not in ("gemma2", "gpt_oss"):  # those write scores out, tree by tree
         monkeypatch.setattr(packed_layout, "TREE_LIMIT", 0)  # by sequence, as on a GPU
@@ -196,7 +196,7 @@ def test_activations_of_transformers_own_modules_in_bf16(family, monkeypatch):
 
 
 def estimate(policy: Policy, checkpointing: bool) -> float:
-    """Bytes a token."""
+    """Measure the bytes that a token adds to the peak."""
     shape, size = read_shape(policy.model), policy.dtype.itemsize
     layers = [layer_memory(x, shape.hidden, size, Stream(40, 40, 3)) for x in shape.layers]
     inputs = len(layers) * shape.hidden * size
@@ -278,16 +278,15 @@ def test_nf4_experts_are_refused_as_loading_does(tmp_path, capsys):
     assert run(tmp_path, "--memory-gb", "0.5", "--rollout.engine", "vllm") == 1
     printed = capsys.readouterr().out
     assert (
-        "or take --rollout.engine transformers, a smaller --rollout.max-tokens or model" in printed
+        "--rollout.engine transformers, a smaller --rollout.max-tokens or a smaller model"
+        in printed
     )
 
 
 def test_without_a_gpu_its_size_is_asked_for(llama_folder, capsys, monkeypatch):
     monkeypatch.setattr(planning, "gpu_bytes", lambda model: None)
     assert run(llama_folder) == 2
-    assert capsys.readouterr().err == (
-        "error: this machine has no GPU: pass --memory-gb 24, the size of the one meant\n"
-    )
+    assert "--memory-gb 24" in capsys.readouterr().err
 
 
 def test_the_plan_decides_of_the_update_what_the_user_does_not(tmp_path):
@@ -311,7 +310,7 @@ def test_the_plan_decides_of_the_update_what_the_user_does_not(tmp_path):
     for gib in range(4, 48):
         chosen = decided(gib * GIB, 600)
         found.add((chosen.model.gradient_checkpointing, chosen.microbatch))
-    # Without checkpointing as long as that leaves batches of some size, then with it.
+    # Without checkpointing as long as micro-batches are large enough, then with it.
     kept = [n for on, n in found if not on]
     again = [n for on, n in found if on]
     assert (min(kept) >= 4096, max(kept)) == (True, 16384)

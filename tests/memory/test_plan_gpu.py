@@ -1,4 +1,4 @@
-"""The plan beside what a CUDA GPU allocates: of the update, and of both phases with vLLM."""
+"""The plan compared with a GPU's allocations: the update alone, and both phases with vLLM."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from rlsloth.training.memory import grpo_request
 
 TOKENS, PROMPT = 16384, 200
 NOT_HERE = ("key-value slots", "logits, decoding step", "CUDA context")
-"""Terms of the engine, which does not run here, and of what torch does not count."""
+"""Rows of an engine that does not run here, and of memory that torch does not count."""
 NEW = 184
-"""Tokens of each completion with vLLM."""
+"""Number of tokens of each completion with vLLM."""
 
 
 def saved(path, vocabulary: int, hidden: int, width: int):
@@ -55,14 +55,14 @@ def wide_folder(tmp_path_factory):
 
 
 def clear() -> None:
-    """Free what other tests have left."""
+    """Free memory that earlier tests have left."""
     ahead._POOL.clear()
     gc.collect()
     torch.cuda.empty_cache()
 
 
 def used() -> int:
-    """Bytes of the GPU that somebody holds; torch's allocator holds on to a phase's peak."""
+    """Return the bytes in use on the GPU, including torch's cache, which keeps a phase's peak."""
     torch.cuda.synchronize()
     free, total = torch.cuda.mem_get_info()
     return total - free
@@ -104,14 +104,13 @@ def test_update_peak(folder, precision, checkpointing):
     print(f"{precision} {tokens} tokens: plan {planned / GIB:.3f}, took {measured / GIB:.3f} GiB")
     for term in here.terms:
         print(f"  {term.update / GIB:.3f} {'at a moment' if term.moment else ''} {term.name}")
-    # Queries repeat their prompt in the estimate, as on a CPU and with cuDNN; not so elsewhere.
+    # The estimate repeats prompts in queries, which only cuDNN and the CPU do.
     assert 0.95 * measured < planned < 1.25 * measured
 
 
 @pytest.mark.parametrize("precision", ["nf4", "bf16"])
 def test_phases_with_vllm(wide_folder, precision, monkeypatch):
-    """Rollouts of as many sequences as are decoded at once, and an update of full micro-batches
-    after the cache was released."""
+    """Sample as many sequences as are decoded at once, release the cache, and update the policy."""
     pytest.importorskip("vllm")
     monkeypatch.setattr(plan_module, "SMALL_CACHE", 1_000_000)  # no cache is small
     clear()
@@ -147,7 +146,7 @@ def test_phases_with_vllm(wide_folder, precision, monkeypatch):
     cfg = cfg.model_copy(update={"tokens_per_microbatch": len(micro.token_ids)})
     total = torch.cuda.mem_get_info()[1]
     plan = make_plan(model_shape(cfg.model, cfg.lora), grpo_request(cfg, PROMPT), total)
-    # The context was there before; gaps are what may come on top.
+    # The CUDA context existed before; the allowance for gaps covers the rest.
     terms = tuple(t for t in plan.terms if "context" not in t.name and "gaps" not in t.name)
     here = Plan(plan.engine, terms, plan.total)
     for phase, took in measured.items():

@@ -1,4 +1,4 @@
-"""The memory plan of runs with --rollout.engine vllm: what decides the size of its cache."""
+"""The memory plan of runs with --rollout.engine vllm: the size of its cache."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def cache_of(plan: Plan) -> Cache:
 
 
 def tight(shape: ModelShape, completions: float) -> int:
-    """Bytes of a GPU whose rollouts leave room for this many completions."""
+    """The bytes of a GPU whose rollouts leave room for this many completions."""
     plan = make_plan(shape, config(), 0)
     beside = plan.peak("rollout") - cache_of(plan).size
     one = completion_bytes(shape, "auto", 612, 2)
@@ -206,7 +206,7 @@ def test_the_table_says_how_many_completions_it_holds(llama_folder, capsys):
     assert run(llama_folder, "--memory-gb", "1", *vllm) == 1
     printed = capsys.readouterr().out
     assert "does not fit: " in printed
-    assert "for one completion of 512 tokens finds no room" in printed
+    assert "for one completion of 512 tokens does not fit" in printed
     assert run(llama_folder, "--memory-gb", "8", "--json", *vllm) == 0
     row = json.loads(capsys.readouterr().out)
     assert row["engine"] == "vllm"

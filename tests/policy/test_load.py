@@ -186,13 +186,13 @@ def test_4_bits_are_advised_where_they_help_in_training(folder, monkeypatch):
             out_of_memory()
         return str(caught.value)
 
-    hint = "or load the base in 4 bits with --model.precision nf4"
+    hint = "or load the base model in 4 bits with --model.precision nf4"
     assert advice(tiny_llama()).endswith(hint)
     packed = load_model(ModelConfig(path=str(folder), precision="nf4", device="cpu")).model
     assert "nf4" not in advice(packed)
     assert "nf4" not in advice(adapted(packed))
     assert "nf4" not in advice(family_model("qwen3_moe", moe_intermediate_size=128))
-    assert advice(None).endswith(f"{hint} if it is not yet and has no experts")
+    assert advice(None).endswith(f"{hint} unless it has experts")
 
 
 # --- what is adapted -----------------------------------------------------------------------------

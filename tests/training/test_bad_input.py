@@ -110,11 +110,15 @@ def test_column_that_a_reward_needs_is_missing(refused) -> None:
 
 def test_empty_dataset(refused) -> None:
     Path("empty.jsonl").write_text("")
-    refused("grpo --env.train empty.jsonl", "dataset 'empty.jsonl' has no rows")
+    refused("grpo --env.train empty.jsonl", "dataset 'empty.jsonl' (split 'train') has no rows")
 
 
 def test_dataset_that_is_not_there(refused) -> None:
-    refused("grpo --env.train dat.jsonl", "no data file dat.jsonl", "did you mean 'data.jsonl'?")
+    refused(
+        "grpo --env.train dat.jsonl",
+        "there is no data file dat.jsonl",
+        "did you mean 'data.jsonl'?",
+    )
 
 
 def test_malformed_row(refused) -> None:
@@ -166,7 +170,9 @@ def test_nothing_to_evaluate_on(refused) -> None:
 
 
 def test_more_held_out_than_there_is(refused) -> None:
-    refused("grpo --env.heldout 8", "--env.heldout 8 leaves nothing to train on", "8 distinct")
+    refused(
+        "grpo --env.heldout 8", "--env.heldout 8 leaves nothing to train on", "8 distinct questions"
+    )
 
 
 # Rewards and environments

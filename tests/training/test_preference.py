@@ -241,9 +241,9 @@ def test_sft_term_and_smoothing_are_checked(capsys: pytest.CaptureFixture[str]) 
 @pytest.mark.parametrize(
     ("kind", "row", "said"),
     [
-        ("dpo", {"question": "a", "chosen": "x", "rejected": "x"}, "the chosen answer equals"),
+        ("dpo", {"question": "a", "chosen": "x", "rejected": "x"}, "chosen and rejected are equal"),
         ("orpo", {"question": "a", "chosen": "x"}, "column 'rejected': expected text"),
-        ("kto", {"question": "a", "completion": "x"}, "column 'label': true (good) or false"),
+        ("kto", {"question": "a", "completion": "x"}, "column 'label': expected true (desirable)"),
     ],
 )
 def test_bad_row_is_one_line(

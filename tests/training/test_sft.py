@@ -196,7 +196,7 @@ def test_held_out_problems_are_answered_too(capsys: pytest.CaptureFixture[str]) 
     summary = json.loads(Path("run/summary.json").read_text())
     assert summary["accuracy_before"] == 0
     assert summary["accuracy_after"] > 0.5
-    assert "15 of 15 examples ask a held-out question" in capsys.readouterr().out
+    assert "15 of 15 examples contain a held-out question" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["grpo", "eval", "plan"])
@@ -257,10 +257,16 @@ def test_report_shows_the_losses() -> None:
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        (["--data.train", "none.jsonl"], "error: no data file none.jsonl"),
+        (["--data.train", "none.jsonl"], "error: there is no data file none.jsonl"),
         (["--data.heldout", "16"], "error: --data.heldout 16 leaves nothing to train on"),
-        (["--data.heldout", "0"], "error: no held-out examples to evaluate on: pass --data.val"),
-        (["--data.max-tokens", "5"], "error: all 16 examples of d.jsonl have more than 5 tokens"),
+        (
+            ["--data.heldout", "0"],
+            "error: there are no held-out examples to evaluate: pass --data.val",
+        ),
+        (
+            ["--data.max-tokens", "5"],
+            "error: --data.train d.jsonl: all 16 examples have more",
+        ),
         (["--tokens-per-microbatch", "20"], "error: an example of "),
         (["--rewards", "math_verify"], "error: rewards has no effect without eval.generate"),
         (["--data.completion-column", "anser"], "error: d.jsonl has no column 'anser'; did you"),
@@ -296,5 +302,5 @@ def test_data_cannot_change_on_resume(capsys: pytest.CaptureFixture[str]) -> Non
     write_rows(Path("d.jsonl"), SFT[::-1])  # as many, under the same name
     more[-1] = "12"
     assert cli.main(["sft", "run/config.yaml", *more]) == 2
-    assert "the examples differ from those before" in capsys.readouterr().err
+    assert "the examples have changed since the run began" in capsys.readouterr().err
     assert len(steps()) == 9

@@ -38,18 +38,16 @@ def attend(
     s_aux: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Attend from queries over keys and values; the signature is transformers'.
+    """Attend from queries over keys and values (the signature is transformers').
 
     Args:
         module: the attention layer; not used.
         query: [B, heads, L, D].
-        key: [B, kv_heads, L_k, D].
-        value: [B, kv_heads, L_k, D].
-        attention_mask: [B, 1, L, L_k] bool, causal: True where a row sees a column. None means the
-            square causal mask. Ignored with ``packed``.
+        key, value: [B, kv_heads, L_k, D].
+        attention_mask: causal [B, 1, L, L_k] bool: True where a row sees a column. None: square.
         scaling: factor of the scores; 1 / sqrt(D) by default.
         dropout: ignored, so that the trained distribution is the sampled one.
-        packed: layout of a packed stream; B is 1 then.
+        packed: layout of a packed stream, used in place of the mask; B is 1 then.
         sliding_window: number of positions that a row sees, including its own.
         softcap: cap of the scores (Gemma 2).
         s_aux: [heads] sinks (gpt-oss).
