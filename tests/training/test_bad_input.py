@@ -114,11 +114,7 @@ def test_empty_dataset(refused) -> None:
 
 
 def test_dataset_that_is_not_there(refused) -> None:
-    refused(
-        "grpo --env.train dat.jsonl",
-        "there is no data file dat.jsonl",
-        "did you mean 'data.jsonl'?",
-    )
+    refused("grpo --env.train dat.jsonl", "no data file dat.jsonl", "did you mean 'data.jsonl'?")
 
 
 def test_malformed_row(refused) -> None:
@@ -170,9 +166,7 @@ def test_nothing_to_evaluate_on(refused) -> None:
 
 
 def test_more_held_out_than_there_is(refused) -> None:
-    refused(
-        "grpo --env.heldout 8", "--env.heldout 8 leaves nothing to train on", "8 distinct questions"
-    )
+    refused("grpo --env.heldout 8", "--env.heldout 8 leaves nothing to train on", "8 distinct")
 
 
 # Rewards and environments

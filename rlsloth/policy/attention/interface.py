@@ -41,7 +41,7 @@ def attend(
     """Attend from queries over keys and values (the signature is transformers').
 
     Args:
-        module: the attention layer; not used.
+        module: ignored.
         query: [B, heads, L, D].
         key, value: [B, kv_heads, L_k, D].
         attention_mask: causal [B, 1, L, L_k] bool: True where a row sees a column. None: square.
@@ -49,8 +49,7 @@ def attend(
         dropout: ignored, so that the trained distribution is the sampled one.
         packed: layout of a packed stream, used in place of the mask; B is 1 then.
         sliding_window: number of positions that a row sees, including its own.
-        softcap: cap of the scores (Gemma 2).
-        s_aux: [heads] sinks (gpt-oss).
+        softcap, s_aux: cap of the scores (Gemma 2), and [heads] sinks (gpt-oss).
 
     Returns:
         The output [B, L, heads, D], and None in place of the weights.
