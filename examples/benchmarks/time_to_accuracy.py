@@ -44,7 +44,9 @@ EXTRACT = "last_number"
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     if args.summary:
-        print(summary([json.loads(line) for f in args.summary for line in f.open()]))
+        print(
+            summary([json.loads(line) for f in args.summary for line in f.read_text().splitlines()])
+        )
         return
     set_environment()
     need("torch", "transformers", "psutil", "rlsloth", "reasoning_gym")

@@ -38,7 +38,7 @@ def questions(*texts: str) -> list[Prompt]:
 
 
 def test_every_file_format_gives_the_same_rows(tmp_path: Path) -> None:
-    rows = [{"question": "a", "answer": 1}, {"question": "é", "answer": 2}]
+    rows: list[object] = [{"question": "a", "answer": 1}, {"question": "é", "answer": 2}]
     (tmp_path / "a.json").write_text(json.dumps(rows))
     (tmp_path / "lines.json").write_text("\n\n".join(map(json.dumps, rows)))
     (tmp_path / "bom.jsonl").write_bytes(b"\xef\xbb\xbf" + json.dumps(rows[0]).encode())

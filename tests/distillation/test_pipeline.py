@@ -15,6 +15,7 @@ from rlsloth.cli.read_config import read_config
 from rlsloth.config.distill import DistillConfig
 from rlsloth.data.rows import load_rows
 from rlsloth.distillation import pipeline
+from rlsloth.distillation.raw import make_problem
 from rlsloth.errors import UserError
 from rlsloth.policy.identity import hash_weights
 
@@ -98,13 +99,13 @@ def test_other_filters_need_no_teacher(
 def test_an_interrupted_distillation_goes_on_with_the_next_problem(
     distill: Distill, whole: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, calls = pipeline.make_problem, []
+    calls: list[Any] = []
 
     def dies(*args: Any) -> Any:
         calls.append(args)
         if len(calls) > 6:
             raise MemoryError  # in the second chunk of four
-        return real(*args)
+        return make_problem(*args)
 
     monkeypatch.setattr(pipeline, "make_problem", dies)
     with pytest.raises(MemoryError):
@@ -113,7 +114,7 @@ def test_an_interrupted_distillation_goes_on_with_the_next_problem(
     assert len(raw(folder)) == 4  # nothing of the chunk that was not finished
     with open(folder / "raw.jsonl", "a") as file:
         file.write('{"index": 4, "pro')  # as if the machine had died while it wrote
-    monkeypatch.setattr(pipeline, "make_problem", real)
+    monkeypatch.setattr(pipeline, "make_problem", make_problem)
     with pytest.raises(UserError, match="already holds traces; continue with --resume"):
         distill("cut")
     with pytest.raises(UserError, match=r"rollout.temperature 0.9, which cannot become 0.5"):

@@ -26,7 +26,7 @@ LONG = "we add the first number to the second number and then we carry the one t
 
 
 def sample(text: str = "fine", right: float | None = 1.0, tokens: int = 5, **more: Any) -> Sample:
-    usual = {
+    usual: dict[str, Any] = {
         "completion": [{"role": "assistant", "content": text}],
         "tokens": tokens,
         "finish": "stop",
@@ -40,8 +40,14 @@ def sample(text: str = "fine", right: float | None = 1.0, tokens: int = 5, **mor
     return Sample(**usual | more)
 
 
+def text_of(sample: Sample) -> str:
+    message = sample.completion[0]
+    assert isinstance(message, dict)
+    return str(message["content"])
+
+
 def problem(samples: Sequence[Sample], index: int = 0, **more: Any) -> Problem:
-    usual = {
+    usual: dict[str, Any] = {
         "index": index,
         "prompt": [{"role": "user", "content": f"question {index}"}],
         "columns": {"answer": "1"},
@@ -59,7 +65,7 @@ def choose(*problems: Problem, seed: int = 0, **cfg: Any) -> tuple[list[str], di
     """Texts kept, and counts of what each rule dropped."""
     most = max(len(p.samples) for p in problems)
     selection = Selection(TracesConfig(samples=most, **{"keep": most} | cfg), seed)
-    kept = [s.completion[0]["content"] for p in problems for s in selection.choose(p)]
+    kept = [text_of(s) for p in problems for s in selection.choose(p)]
     total = sum(len(p.samples) for p in problems)
     assert len(kept) + sum(selection.dropped.values()) == total  # each is kept or counted once
     return kept, dict(selection.dropped)
@@ -127,7 +133,7 @@ def test_random_choice_depends_on_seed_and_problem_alone() -> None:
     ],
 )
 def test_problems_outside_the_band_are_left_out(
-    right: int, band: dict[str, float], kept: int
+    right: int, band: dict[str, Any], kept: int
 ) -> None:
     samples = [sample(f"text {i}", float(i < right)) for i in range(4)]
     texts, dropped = choose(problem(samples), **band)
@@ -165,11 +171,9 @@ def test_similar_traces_of_a_problem_are_kept_once() -> None:
     samples = [sample(LONG), sample(near), sample("something else altogether, in a few words")]
     shared = jaccard(samples[0], samples[1])
     assert shared == 13 / 15  # of 14 shingles each the last differs
-    assert choose(problem(samples), similarity=0.9)[0] == [
-        s.completion[0]["content"] for s in samples
-    ]
+    assert choose(problem(samples), similarity=0.9)[0] == [text_of(s) for s in samples]
     kept, dropped = choose(problem(samples), similarity=0.8)
-    assert kept == [LONG, samples[2].completion[0]["content"]]
+    assert kept == [LONG, text_of(samples[2])]
     assert dropped == {"similar": 1}
     apart = (problem([samples[0]]), problem([samples[1]], 1))
     assert len(choose(*apart, similarity=0.1)[0]) == 2  # within a problem only
@@ -182,7 +186,10 @@ def test_an_opened_thought_is_written_with_its_beginning() -> None:
     assert opened("a </think> b <think> c") == "<think>\na </think> b <think> c"
 
 
-CALL = {"type": "function", "function": {"name": "calculate", "arguments": {"e": "1+1"}}}
+CALL: dict[str, Any] = {
+    "type": "function",
+    "function": {"name": "calculate", "arguments": {"e": "1+1"}},
+}
 
 
 def tool_problem(name: str = "calculate") -> Problem:
@@ -207,8 +214,8 @@ def test_a_tool_call_stands_once_in_what_the_student_learns() -> None:
     renderer = Renderer(tiny_tokenizer(HERMES), EnvConfig())
     (example,) = sft_examples([row], SftDataConfig(), renderer, "rows")
     ids, mask = example.answers[0]
-    assert renderer.decode(ids).count("</tool_call>") == 1
-    trained = renderer.decode(ids[mask])
+    assert renderer.decode(ids.tolist()).count("</tool_call>") == 1
+    trained = renderer.decode(ids[mask].tolist())
     assert "1+1" in trained
     assert "It is 2." in trained
     assert "calculate: 2" not in trained  # the student does not learn the output of tools
@@ -243,7 +250,7 @@ def test_taken_names_of_source_columns_are_changed() -> None:
 def test_both_formats_load_back_alike(tmp_path: Path, format: str) -> None:
     samples = [sample("naïve \u2028 text"), sample("other")]
     task = problem(samples, prompt="plain text", columns={"answer": None, "n": [1, 2]})
-    plain = [Sample(**{**_fields(s), "completion": s.completion[0]["content"]}) for s in samples]
+    plain = [Sample(**{**_fields(s), "completion": text_of(s)}) for s in samples]
     task = problem(plain, prompt=task.prompt, columns=task.columns)
     RawFile(tmp_path).append([task])
     cfg = DistillConfig(format=format, traces={"keep": 2, "samples": 2}, rewards=["r"])

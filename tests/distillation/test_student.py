@@ -34,7 +34,9 @@ def test_rows_are_taken_by_sft_grpo_and_trl(whole: Path) -> None:
     assert len(examples) == len(rows)
     for example, row in zip(examples, rows, strict=True):
         ids, mask = example.answers[0]
-        assert renderer.decode(ids[mask]).strip() == row["completion"][0]["content"].strip()
+        assert (
+            renderer.decode(ids[mask].tolist()).strip() == row["completion"][0]["content"].strip()
+        )
     assert make_prompts(rows, EnvConfig(), path)[0].columns["answer"] == rows[0]["answer"]
     trainer = SFTTrainer(
         "model",

@@ -141,4 +141,4 @@ def test_turns_with_tools_become_completions(
     renderer = Renderer(tiny_tokenizer(HERMES), EnvConfig())
     (example, *_) = sft_examples(rows, SftDataConfig(), renderer, str(path))
     ids, mask = example.answers[0]
-    assert renderer.decode(ids[mask]).count("<tool_call>") == 1
+    assert renderer.decode(ids[mask].tolist()).count("<tool_call>") == 1

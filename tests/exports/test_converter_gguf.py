@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -105,7 +105,7 @@ BYTE_LEVEL = [f for f, (_, pre, _) in FAMILIES.items() if "sentencepiece" not in
 @pytest.mark.parametrize("family", BYTE_LEVEL)
 def test_as_the_converter_writes_them(family, tmp_path):
     folder = make_folder(tmp_path / "model", family)
-    kind = "q8_0" if family in ("llama3", "qwen3") else "bf16"
+    kind: Literal["q8_0", "bf16"] = "q8_0" if family in ("llama3", "qwen3") else "bf16"
     write_gguf(folder, tmp_path / "ours.gguf", kind)
     convert(folder, tmp_path / "theirs.gguf", kind, FAMILIES[family][1])
     compare(tmp_path / "ours.gguf", tmp_path / "theirs.gguf")

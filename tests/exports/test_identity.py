@@ -166,7 +166,7 @@ def test_an_adapter_of_another_base_is_refused_in_a_line(
     base: Path, copied: Path, adapter: Path
 ) -> None:
     assert policy_on(base, adapter=adapter).model is not None
-    moved = shutil.move(copied, copied.with_name("moved"))
+    moved = Path(shutil.move(copied, copied.with_name("moved")))
     assert policy_on(moved, adapter=adapter).model is not None  # the same weights elsewhere
     change(moved, "model.norm.weight", torch.tensor(0.5))
     with pytest.raises(UserError) as caught:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
@@ -48,7 +49,7 @@ def test_families(family, tmp_path):
     checked(folder, tmp_path / "model.gguf", 0.005)
 
 
-WRONG = {
+WRONG: dict[str, dict[str, Any]] = {
     "llama3": {"permuted": False},
     "qwen3": {"permuted": True},
     "gemma2": {"norm_shift": 0.0},
@@ -89,7 +90,7 @@ def test_k_quants_of_rows_that_256_divides(tmp_path):
     errors = []
     for kind, stored in K_QUANTS.items():
         path = tmp_path / f"{kind}.gguf"
-        quantize(source, path, kind)
+        quantize(source, path, cast(Any, kind))
         checked(folder, path, gguf_check.LIMITS[f"MOSTLY_{kind.upper()}"][0])
         tensors = {t.name: t for t in GGUFReader(path).tensors}
         gate = tensors["blk.1.ffn_gate.weight"]

@@ -21,6 +21,7 @@ from rlsloth.exports.gguf import quantize as gguf_quantize
 from rlsloth.exports.gguf.check import check_gguf
 from rlsloth.exports.gguf.families import read_config, rope_tensors
 from rlsloth.exports.gguf.pretokenizer import NAMES, pretokenizer_name
+from rlsloth.exports.gguf.tensors import plan
 from rlsloth.exports.gguf.vocab import read_vocabulary
 from rlsloth.exports.gguf.write import write_gguf
 from rlsloth.policy.gguf import restore_pretokenizer
@@ -271,7 +272,7 @@ def written(tmp_path) -> tuple[Path, Path]:
 
 @pytest.fixture
 def without_llama_cpp(monkeypatch) -> None:
-    monkeypatch.setattr(gguf_check.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("rlsloth.exports.gguf.check.importlib.util.find_spec", lambda _: None)
 
 
 def test_a_sound_file(written, without_llama_cpp):
@@ -304,7 +305,7 @@ def test_another_template(written, without_llama_cpp):
 
 
 def test_a_missing_tensor(written, without_llama_cpp, monkeypatch):
-    whole = gguf_check.plan
+    whole = plan
     monkeypatch.setattr("rlsloth.exports.gguf.write.plan", lambda *a: whole(*a)[:-1])
     write_gguf(written[0], written[1], "bf16")
     with pytest.raises(UserError, match=r"tensor .* has shape none, but "):

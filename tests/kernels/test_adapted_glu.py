@@ -166,8 +166,8 @@ def check_triton_in_interpreter():
     for activation in ACTIVATIONS:
         check(*SIZES[1], activation, torch.bfloat16)
     check(0, 40, (16, 16, 16), "silu", torch.bfloat16)
-    for sizes in ((70, 200, 48), (1, 8, 16), (130, 129, 5), (0, 8, 16)):
-        check_addition(*sizes, torch.bfloat16)
+    for added in ((70, 200, 48), (1, 8, 16), (130, 129, 5), (0, 8, 16)):
+        check_addition(*added, torch.bfloat16)
     print(AGREED)
 
 

@@ -173,9 +173,9 @@ def test_more_than_two_to_the_31_elements():
     assert torch.equal(grad[-64:], wanted)
     x = x.detach()
     del leaf, grad
-    wanted = glu_backward(few.clone(), few.clone(), few.clone(), "silu")
+    wanted_3 = glu_backward(few.clone(), few.clone(), few.clone(), "silu")
     results = glu_backward(x.clone(), x.clone(), x.clone(), "silu")
-    for actual, expected in zip(results, wanted, strict=True):
+    for actual, expected in zip(results, wanted_3, strict=True):
         assert torch.equal(actual[-64:], expected)
     del results
     q, k = x.view(1, rows, 32, 128), x[:, :128].view(1, rows, 1, 128)

@@ -85,7 +85,7 @@ def check_fused_not_finite():
 
 
 def check_fused_known_weights():
-    import test_linear_logprob  # beside this file, which runs as a script
+    import test_linear_logprob  # type: ignore[import-not-found]  # in the folder of this script
 
     test_linear_logprob.test_adapter_on_the_head(False, torch.bfloat16)
     test_linear_logprob.test_adapter_on_the_head(True, torch.bfloat16)
@@ -102,7 +102,7 @@ def check_fused_known_weights():
 
 
 def check_fused_norm():
-    import test_linear_logprob_norm  # beside this file, which runs as a script
+    import test_linear_logprob_norm  # type: ignore[import-not-found]  # in the folder of this script
 
     test_linear_logprob_norm.test_logprobs_are_bitwise_those_of_normed_hidden_states(
         8, 1.0, torch.bfloat16

@@ -48,7 +48,7 @@ def advantages(rewards: list[list[float | None]], kind: Any) -> list[list[float]
 def test_by_hand() -> None:
     rewards: list[list[float | None]] = [[0, 0, 0, 1], [1, 3, None, 2]]
     # Second group: mean 2, std 1. First: mean 1/4, std 1/2.
-    expected = {
+    expected: dict[str, list[list[float]]] = {
         "group": [[-0.25 / 0.5001] * 3 + [0.75 / 0.5001], [-1 / 1.0001, 1 / 1.0001, 0, 0]],
         "none": [[-0.25, -0.25, -0.25, 0.75], [-1, 1, 0, 0]],
         "leave_one_out": [[-1 / 3, -1 / 3, -1 / 3, 1], [-1.5, 1.5, 0, 0]],
@@ -105,7 +105,7 @@ def test_equals_trl(scale: str) -> None:
 def test_equal_rewards_give_exact_zeros(kind: str) -> None:
     dust = [0.1 + 0.2, 0.3, 0.3, 0.1 + 0.2]
     cancelled = [0.1 + 0.2 - 0.3, 0.0]
-    for row in (
+    rows: list[list[Any]] = [
         [0.1] * 8,
         [1 / 3] * 7,
         [-2.7] * 3,
@@ -114,7 +114,8 @@ def test_equal_rewards_give_exact_zeros(kind: str) -> None:
         [None, 0.7],
         [None] * 4,
         [0.4],
-    ):
+    ]
+    for row in rows:
         for got in advantages([row, [0.0, 1.0]], kind)[:1]:
             assert got == [0.0] * len(row)
 

@@ -157,7 +157,12 @@ def test_conservative_dpo_equals_trls_aot_of_single_pairs() -> None:
     output = dpo_loss(logps, cfg, Normalizer(4))
     pairs = [LENGTHS[i : i + 2] for i in range(0, 8, 2)]
     tokens = [sum(pair) for pair in pairs]
-    aot = {"loss_types": ["aot"], "loss_weights": [1.0], "beta": 0.1, "label_smoothing": 0.2}
+    aot: dict[str, Any] = {
+        "loss_types": ["aot"],
+        "loss_weights": [1.0],
+        "beta": 0.1,
+        "label_smoothing": 0.2,
+    }
     parts = zip(logprobs_N.split(tokens), reference_N.split(tokens), pairs, strict=True)
     theirs = torch.stack([trl_dpo(*part, **aot)[0] for part in parts]).mean()
     assert_same(output.total, theirs, logprobs_N)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from contextlib import ExitStack
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -126,8 +127,9 @@ def test_phases_with_vllm(wide_folder, precision, monkeypatch):
     trees = TOKENS // (PROMPT + like.group * like.completion)
     micro = to_device(stream(trees, PROMPT, like.completion, like.group), policy.device)
     prompts = torch.randint(3, 1000, (64, PROMPT)).tolist()
-    run, renderer = SimpleNamespace(say=print), SimpleNamespace(stop_ids=[])
-    measured = {}
+    run: Any = SimpleNamespace(say=print)
+    renderer: Any = SimpleNamespace(stop_ids=[])
+    measured: dict[Any, float] = {}
     with ExitStack() as stack:
         request = grpo_request(cfg, PROMPT)
         engine = open_engine(

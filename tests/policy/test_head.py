@@ -18,6 +18,7 @@ from helpers.tiny import tiny_llama
 from helpers.wrapping import randomize
 from rlsloth.data.packing import pack
 from rlsloth.errors import UserError
+from rlsloth.kernels.linear_logprob.op import linear_logprob
 from rlsloth.policy import policy as policy_module
 from rlsloth.policy.head import before_final_norm
 from rlsloth.policy.lora import save_adapter
@@ -50,7 +51,7 @@ def test_the_norm_inside_the_head_changes_nothing(family, monkeypatch):
     policy, micro = family_policy(family), micro_batch()
     randomize(policy.model)
     norms: list[Any] = []
-    real = policy_module.linear_logprob
+    real = linear_logprob
 
     def seen(*args: Any, norm: Any, **settings: Any) -> Any:
         norms.append(norm)
@@ -126,8 +127,8 @@ def test_an_adapted_head_trains_as_transformers_full_logits_do(tied, temperature
     assert (got - wanted).abs().max() <= 1e-5
     stock = gradients(policy, wanted)
     assert grads.keys() == stock.keys() == policy.weights().tensors.keys()
-    for name, g in stock.items():
-        assert (grads[name] - g).abs().max() <= 1e-4 * g.abs().max(), name
+    for name, grad in stock.items():
+        assert (grads[name] - grad).abs().max() <= 1e-4 * grad.abs().max(), name
     assert torch.equal(policy.eval_logprobs(micro), got)
     base = policy.reference_logprobs(micro)
     assert (base - got).abs().max() > 1e-2

@@ -136,7 +136,7 @@ def test_targets_may_be_few():
     assert_same(model, stock)
 
 
-PECULIAR = {
+PECULIAR: dict[str, tuple[dict[str, Any], str]] = {
     "dora": ({"use_dora": True}, "an adapter of kind DoraLinearVariant"),
     "bias": ({"lora_bias": True}, "an adapter with a bias"),
     "trained bias": ({"bias": "all"}, "a base that is also trained"),

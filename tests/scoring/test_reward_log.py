@@ -95,7 +95,7 @@ def test_names_of_the_trainer(name: str) -> None:
 @pytest.mark.parametrize("name", ["tidy", "rewards/tidy/digits", "completions/digits", "Loss"])
 def test_names_of_a_reward(name: str) -> None:
     entries = log()
-    entries.metric(name, np.float32(0.5))
+    entries.metric(name, np.float32(0.5))  # type: ignore[arg-type]
     assert entries.metrics == [(name, 0.5)]
 
 

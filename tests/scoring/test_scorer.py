@@ -24,7 +24,7 @@ def contract(hostile_file: str) -> Iterator[Scorer]:
 
 
 def test_contract(contract: Scorer) -> None:
-    columns = {"tags": ["a"], "entry": {"n": 1}}
+    columns: dict[str, Any] = {"tags": ["a"], "entry": {"n": 1}}
     groups = [make_group("aa", "cut", **columns), make_group("bbbb", **columns)]
     report = contract.score(groups, step=5)
     values = [[score.value for score in r.scores] for g in groups for r in g.rollouts]
@@ -47,7 +47,7 @@ def test_contract(contract: Scorer) -> None:
 
 def test_submitted_groups_score_the_same(contract: Scorer) -> None:
     def groups() -> list[Group]:
-        columns = {"tags": ["a"], "entry": {"n": 1}}
+        columns: dict[str, Any] = {"tags": ["a"], "entry": {"n": 1}}
         return [make_group(*texts, **columns) for texts in (["aa", "cut"], ["bbbb"], ["c", "dd"])]
 
     plain, early = groups(), groups()
