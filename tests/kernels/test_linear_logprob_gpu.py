@@ -202,12 +202,12 @@ def test_rows_are_the_same_however_tiles_are_grouped(rows):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("count", [1, 70001, 50_000_003])
 def test_scaling_by_a_number_on_the_device(count, dtype):
-    from rlsloth.kernels.linear_logprob import triton
+    from rlsloth.kernels.linear_logprob.triton_gradient import scale
 
     x = torch.randn(count, device="cuda").to(dtype)
     for factor in (1.0, -0.37):
         wanted = (x.float() * factor).to(dtype)
-        triton.scale(x, torch.tensor(factor, device="cuda"))
+        scale(x, torch.tensor(factor, device="cuda"))
         assert torch.equal(x, wanted)
 
 

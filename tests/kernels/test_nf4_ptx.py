@@ -1,5 +1,7 @@
 """The PTX of kernels/nf4, run instruction by instruction on a CPU."""
 
+from typing import Any
+
 import torch
 
 from rlsloth.kernels.nf4 import op, ptx
@@ -11,7 +13,7 @@ def prmt(a, b, selectors):
     return sum(source[(selectors >> 4 * i) & 15] << 8 * i for i in range(4))
 
 
-OPERATIONS = {
+OPERATIONS: dict[str, Any] = {
     "mov": lambda a: a,
     "add": lambda a, b: a + b,
     "and": lambda a, b: a & b,

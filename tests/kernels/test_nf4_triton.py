@@ -54,7 +54,7 @@ def check_product():
     from rlsloth.kernels.nf4 import triton
 
     def check(shape, rows, nested, gpu):
-        triton.gpu_of = lambda device: gpu
+        triton.gpu_of = lambda _: gpu  # type: ignore[attr-defined,assignment]
         weight = make(*shape, torch.bfloat16, nested)
         assert op._decodable(weight)
         x = torch.randn(rows, shape[1]).bfloat16()
