@@ -106,7 +106,7 @@ SAME = "p.jsonl row 2: chosen and rejected are equal; drop the row"
     ],
 )
 def test_pairs_that_are_refused(row: dict[str, Any], words: str) -> None:
-    sound = {"prompt": "q", "chosen": "yes", "rejected": "no"}
+    sound: dict[str, Any] = {"prompt": "q", "chosen": "yes", "rejected": "no"}
     if isinstance(row["chosen"], list):
         sound = {"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]}
     with pytest.raises(UserError, match=re.escape(words)) as refused:
