@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +41,22 @@ def test_own_reward(examples, model_folder, tmp_path):
     run = own_reward.main(str(model_folder), steps=2, folder=tmp_path / "run")
     assert (run / "summary.json").exists()
     assert (run / "adapter" / "adapter_model.safetensors").exists()
+
+
+def test_python_api_as_a_script(model_folder, tmp_path):
+    run = subprocess.run(
+        [sys.executable, EXAMPLES / "python_api.py", model_folder, "2"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert run.returncode == 0, run.stderr
+    assert re.search(r"^accuracy \d\.\d\d -> \d\.\d\d", run.stdout, re.MULTILINE)
+    assert re.search(r"^\[-?\d\.\d+, ", run.stdout, re.MULTILINE)
+    assert (tmp_path / "runs" / "python_api_merged" / "model.safetensors").exists()
+    assert "python:lambda#" in (tmp_path / "runs" / "python_api" / "config.yaml").read_text()
+    assert len((EXAMPLES / "python_api.py").read_text().splitlines()) <= 30
 
 
 def test_own_loss(examples, model_folder, tmp_path):
@@ -116,5 +135,5 @@ def test_rollout_speed_says_what_it_needs(examples, monkeypatch, tmp_path):
 def test_every_example_is_run():
     tests = [path.read_text() for path in Path(__file__).parent.glob("test_*.py")]
     for script in EXAMPLES.glob("*.py"):
-        runs = (f"import {script.stem}\n", f"examples/{script.name}:")
+        runs = (f"import {script.stem}\n", f"examples/{script.name}:", f'"{script.name}"')
         assert any(run in test for run in runs for test in tests), script
