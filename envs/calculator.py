@@ -18,6 +18,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from rlsloth.config import EnvConfig
+from rlsloth.environments.protocol import declare
 from rlsloth.environments.tools import ToolEnvironment, tool_environment
 from rlsloth.errors import UserError, nearest
 
@@ -63,6 +64,7 @@ class Problems(BaseModel):
     """Largest number of digits in a number."""
 
 
+@declare(generates=True)
 def calculator(cfg: EnvConfig, seed: int) -> ToolEnvironment:
     """Make sums, differences and products of whole numbers, with the exact result as ``answer``."""
     if ":" in cfg.name:

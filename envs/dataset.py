@@ -5,11 +5,12 @@ from __future__ import annotations
 from rlsloth.config import EnvConfig
 from rlsloth.data.prompts import load_prompts, make_prompts
 from rlsloth.data.rows import Row
-from rlsloth.environments.protocol import SingleTurn
+from rlsloth.environments.protocol import SingleTurn, declare
 from rlsloth.errors import UserError
 from rlsloth.records import Prompt
 
 
+@declare(single_turn=True)
 def dataset(cfg: EnvConfig, seed: int) -> SingleTurn:
     """Make prompts from the rows of ``cfg.train``.
 

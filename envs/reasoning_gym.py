@@ -18,7 +18,7 @@ from rlsloth.config import EnvConfig
 from rlsloth.data.heldout import split_heldout
 from rlsloth.data.prompts import make_prompts
 from rlsloth.data.rows import Row
-from rlsloth.environments.protocol import SingleTurn
+from rlsloth.environments.protocol import SingleTurn, declare
 from rlsloth.errors import UserError, nearest
 
 DRAWS = 2000
@@ -27,6 +27,7 @@ DEADLINE_SECONDS = 60.0
 """Longest time that all problems may take to generate."""
 
 
+@declare(single_turn=True, generates=True)
 def reasoning_gym(cfg: EnvConfig, seed: int) -> SingleTurn:
     """Make prompts from distinct questions of one task, ``cfg.heldout`` of them held out.
 

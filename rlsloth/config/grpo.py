@@ -23,7 +23,6 @@ class GrpoConfig(TrainingConfig, ProblemsConfig):
 
     @model_validator(mode="after")
     def _consistent(self) -> GrpoConfig:
-        self.check_engine()
         cut = self.rollout.top_p < 1 or self.rollout.top_k or self.rollout.min_p
         if cut and (self.loss.correction != "none" or self.loss.gap_action != "warn"):
             raise ValueError(

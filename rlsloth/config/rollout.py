@@ -12,10 +12,11 @@ from rlsloth.config.section import Section, Text
 class RolloutConfig(Section):
     """How completions are sampled."""
 
-    engine: Literal["transformers", "vllm", "auto"] = "transformers"
-    """transformers: the trained model itself samples. vllm: vLLM samples in this process, on a GPU
-    or a CPU, from the very weights that train; adapters are handed over in memory after each step.
-    auto: vllm where it is installed and can run the model, else transformers."""
+    engine: Text = "auto"
+    """Engine that samples. auto: vllm on a GPU where it is installed and can run the model, else
+    transformers; the run's first lines name the choice. vllm: vLLM in this process, on a GPU or a
+    CPU, on the same weights that train; it gets the adapter in memory after each step.
+    transformers: the trained model itself."""
     max_tokens: int = Field(512, ge=1)
     """Longest completion; longer ones are cut and count as truncated."""
     temperature: float = Field(1.0, ge=0)
@@ -29,9 +30,9 @@ class RolloutConfig(Section):
     cuda_graphs: bool = True
     """Replay decoding steps as CUDA graphs: several times faster for small models."""
     kv_cache: Literal["auto", "fp8", "fp8_per_token_head"] = "auto"
-    """Key-value cache of the vLLM engine. auto: the model's type. fp8: half the memory, one scale
-    for all. fp8_per_token_head: a scale for each token and head. 8 bits widen the gap that
-    loss.gap_limit watches."""
+    """Type of the key-value cache; auto: the model's own type, the only one without vLLM. fp8: half
+    the memory, one scale for all. fp8_per_token_head: a scale for each token and head. 8 bits
+    widen the gap that loss.gap_limit watches."""
     overlap: bool = False
     """Sample each step's rollouts while the update before runs (vllm only): faster, with policies
     one update old, which loss.correction makes up for. The key-value cache then stays in memory,

@@ -33,7 +33,6 @@ class SupervisedConfig(TrainingConfig, ProblemsConfig):
             for name in ("rewards", "env", "rollout", "reward"):
                 if getattr(self, name) != type(self).model_fields[name].default:
                     raise ValueError(f"{name} has no effect without eval.generate")
-        self.check_engine()
         if self.rollout.overlap:
             raise ValueError(
                 "rollout.overlap is for rlsloth grpo: there are no rollouts to train on here"

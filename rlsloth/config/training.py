@@ -63,12 +63,3 @@ class ProblemsConfig(Section):
                 f"reward.weights has {len(weights)} numbers for {len(self.rewards)} rewards"
             )
         return self
-
-    def check_engine(self) -> None:
-        """Refuse settings that the chosen rollout engine does not have. Raises ValueError."""
-        if self.rollout.engine == "transformers":
-            if self.rollout.overlap:
-                raise ValueError("rollout.overlap needs rollout.engine vllm")
-            if self.rollout.kv_cache != "auto":
-                kind = self.rollout.kv_cache
-                raise ValueError(f"rollout.kv_cache {kind} needs rollout.engine vllm")

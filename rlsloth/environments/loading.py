@@ -8,7 +8,7 @@ from typing import Any
 
 from rlsloth import plugins
 from rlsloth.config import EnvConfig
-from rlsloth.environments.protocol import Environment
+from rlsloth.environments.protocol import Declaration, Environment
 from rlsloth.environments.tools import tool_environment
 from rlsloth.errors import UserError, describe_exception
 from rlsloth.records import Prompt
@@ -44,6 +44,23 @@ def load_environment(cfg: EnvConfig, seed: int) -> Environment:
             "method start, as an Environment has; write one of them (see envs/README.md)"
         )
     return _own_environment(cfg.name, found, cfg, seed)
+
+
+def declaration(cfg: EnvConfig) -> Declaration:
+    """Return the facts that the environment ``cfg.name`` declares. Raises UserError where there is
+    no such environment."""
+    found, _ = _find(cfg.name)
+    declared = getattr(found, "declaration", None)
+    return declared if isinstance(declared, Declaration) else Declaration()
+
+
+def _find(name: str) -> tuple[Any, bool]:
+    """Find the function or class that makes an environment, and whether it is built in."""
+    place = name.partition(":")[0]
+    # What follows the colon of a built-in name is the environment's own to read.
+    if place in plugins.builtin_names(PACKAGE):
+        return plugins.load(place, PACKAGE), True
+    return plugins.load(name, PACKAGE), False
 
 
 def _own_environment(name: str, make: Any, cfg: EnvConfig, seed: int) -> Environment:

@@ -2,14 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from rlsloth.records import Message, Prompt
 
 GENERATED = "generated"
 """Source of an environment that makes its own prompts and reads no dataset."""
+
+
+Made = TypeVar("Made")
+
+
+@dataclass(frozen=True, slots=True)
+class Declaration:
+    """Facts of an environment that are known before its prompts are read."""
+
+    single_turn: bool = False
+    """Whether one completion ends every rollout."""
+    generates: bool = False
+    """Whether it makes its own prompts and reads no data."""
+
+
+def declare(*, single_turn: bool = False, generates: bool = False) -> Callable[[Made], Made]:
+    """Declare facts of an environment on the function or class that makes it, for `rlsloth plan`,
+    which loads no data from a hub."""
+
+    def mark(make: Made) -> Made:
+        make.declaration = Declaration(single_turn, generates)  # type: ignore[attr-defined]
+        return make
+
+    return mark
 
 
 @dataclass(frozen=True, slots=True)

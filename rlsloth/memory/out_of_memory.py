@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -52,3 +53,11 @@ def _four_bits(model: Any) -> str:
     sizes = [(p.numel(), p.dim()) for p in model.parameters()]
     experts = sum(size for size, dim in sizes if dim == 3)  # stacked: bitsandbytes skips them
     return "" if 2 * experts > sum(size for size, _ in sizes) else f", or {FOUR_BITS}"
+
+
+def free_memory() -> None:
+    """Collect objects that nobody has any more, and give their GPU memory back."""
+    gc.unfreeze()  # vLLM's worker freezes its objects
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -1,20 +1,28 @@
-"""What a rollout engine is: token prefixes in, sampled continuations out."""
+"""Rollout engines: token prefixes in, sampled continuations out."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
 from typing import Protocol
 
+import torch
+
+from rlsloth.config import RolloutConfig
+from rlsloth.data.renderer import Renderer
 from rlsloth.errors import UserError
+from rlsloth.memory.workload import EngineMemory, Request, Sampling
+from rlsloth.policy.policy import Policy
 from rlsloth.records import Completion, SamplingParams, Weights
+from rlsloth.run.run import Run
 
 BASE_VERSION = -1
-"""Version of tokens that no adapter had a part in; no update takes them for the policy's own."""
+"""Version of tokens sampled without any adapter; no update takes them for the policy's own."""
 
 
 class Engine(Protocol):
-    """Samples from the policy. One implementation a file; the loop does not know which it has."""
+    """Sample from the policy; a loop does not know which engine it has."""
 
     version: int
     """Version of the adapter that samples now."""
@@ -64,6 +72,52 @@ class Engine(Protocol):
     def base_model(self) -> AbstractContextManager[None]:
         """Inside, sample from the base without any adapter, and stamp tokens with BASE_VERSION."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class Opening:
+    """The run that an engine is opened for."""
+
+    request: Request
+    """The run as the memory plan takes it."""
+    sampling: Sampling
+    """The request's sampling."""
+    policy: Policy
+    renderer: Renderer
+    run: Run
+    stack: ExitStack
+    """Closes the engine."""
+    context: int
+    """Tokens of the longest prompt with its completion that the engine will see."""
+    temperatures: tuple[float, ...]
+    """Temperatures that the engine will sample with."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineKind:
+    """A rollout engine as the table in rlsloth.rollout.engines has it."""
+
+    memory: EngineMemory
+    """Its name and its memory."""
+    open: Callable[[Opening], Engine]
+    """Start it on the policy's weights. Raises UserError where it cannot sample from this policy;
+    nothing of it then stays in memory once the error is dropped."""
+    why_not: Callable[[str], str] = lambda _: ""
+    """Reason why ``auto`` leaves it out on this type of device (cpu, cuda), empty where it may be
+    chosen."""
+    why: str = ""
+    """Reason why ``auto`` chooses it where nothing speaks against it."""
+    preload: Callable[[torch.device, RolloutConfig], None] = lambda *_: None
+    """Import what takes seconds, while something else is waited for."""
+    kv_caches: frozenset[str] = frozenset({"auto"})
+    """Values of ``rollout.kv_cache`` that it has."""
+    supports_overlap: bool = False
+    """Whether it samples while an update runs (``rollout.overlap``)."""
+
+    @property
+    def name(self) -> str:
+        """The value of ``rollout.engine``."""
+        return self.memory.name
 
 
 def most_tokens(prefix: Sequence[int], wanted: int, context: int) -> int:

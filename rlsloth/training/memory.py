@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-from rlsloth.config import EnvConfig, GrpoConfig, ProblemsConfig, TrainingConfig
+from rlsloth.config import GrpoConfig, ProblemsConfig, TrainingConfig
 from rlsloth.config.sft import SupervisedConfig
 from rlsloth.data.example import Example
+from rlsloth.environments.loading import declaration
 from rlsloth.memory.activations import Stream
 from rlsloth.memory.workload import Request, Sampling, make_workload
-from rlsloth.rollout.opening import plan_engine
-
-SINGLE_TURN = ("dataset", "reasoning_gym")
-"""Built-in environments in which one completion ends the rollout."""
-
-
-def single_turn(env: EnvConfig) -> bool:
-    """Whether one completion ends a rollout of this environment."""
-    return env.name.partition(":")[0] in SINGLE_TURN
+from rlsloth.rollout.engines import choose_engine
 
 
 def grpo_request(cfg: GrpoConfig, longest_prompt: int) -> Request:
@@ -42,10 +35,11 @@ def sampling_request(
         prompts=prompts,
         group_size=group_size,
         longest_prompt=longest_prompt,
-        single_turn=single_turn(problems.env),
+        single_turn=declaration(problems.env).single_turn,
     )
-    planned = plan_engine(problems.rollout)
-    sampling = Sampling(problems.rollout, workload, planned.engine, planned.fallback)
+    choice = choose_engine(problems.rollout, "cuda", planned=True)  # a plan is a GPU's
+    fallback = choice.fallback.memory if choice.fallback else None
+    sampling = Sampling(problems.rollout, workload, choice.kind.memory, fallback)
     return Request(cfg.model, cfg.lora, cfg.optim, cfg.tokens_per_microbatch, sampling)
 
 

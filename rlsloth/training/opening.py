@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import TypeVar
 
 import torch
 
-from rlsloth.config import GrpoConfig, ProblemsConfig, TrainingConfig
+from rlsloth.config import GrpoConfig, TrainingConfig
 from rlsloth.config.distill import TeacherConfig
 from rlsloth.config.sft import SupervisedConfig
 from rlsloth.data.example import Example, fingerprint
@@ -22,7 +22,6 @@ from rlsloth.environments.protocol import Environment
 from rlsloth.errors import UserError
 from rlsloth.evaluation.evaluator import Evaluator
 from rlsloth.evaluation.problems import (
-    Problems,
     heldout_problems,
     longest_prompt,
     open_problems,
@@ -32,13 +31,15 @@ from rlsloth.memory.decide import DEFAULT_PROMPT, decide
 from rlsloth.memory.out_of_memory import advise
 from rlsloth.memory.planned_model import longest_prompt as estimate_longest
 from rlsloth.memory.workload import Request
+from rlsloth.policy.load import pick_device
 from rlsloth.policy.policy import Policy
 from rlsloth.policy.tokenizer import load_tokenizer, read_context
 from rlsloth.records import Prompt
 from rlsloth.rollout.collector import Collector
-from rlsloth.rollout.opening import open_engine
+from rlsloth.rollout.engines import choose_engine
 from rlsloth.rollout.trial import probe_packing, trial_backward
 from rlsloth.run.run import Run
+from rlsloth.training.collector import open_collector, open_evaluator
 from rlsloth.training.examples import (
     check_longest,
     show_first,
@@ -46,7 +47,6 @@ from rlsloth.training.examples import (
     warn_of_overlap,
 )
 from rlsloth.training.memory import (
-    evaluation_request,
     examples_request,
     grpo_request,
     sampling_request,
@@ -69,11 +69,13 @@ def open_grpo(
     Raises:
         UserError: bad input.
     """
+    engine = choose_engine(cfg.rollout, pick_device(cfg.model.device).type)
     with in_parallel(import_transformers, partial(import_sampler, cfg.model, cfg.rollout)):
         problems = open_problems(cfg, cfg.seed, cfg.eval.reward, stack)
     env = problems.env
     run = stack.enter_context(Run.start(cfg))
     refuse_changes(run, "env.")
+    run.say(f"rollout engine: {engine.text}")
     if text := overlap_warning(questions_of(env.train), questions_of(env.heldout)):
         run.warn(text)
     named = cfg.tokens_per_microbatch
@@ -124,14 +126,17 @@ def open_examples(cfg: Supervised, stack: ExitStack, read: Reader) -> Session[Su
     Raises:
         UserError: bad input.
     """
-    problems = None
+    problems = engine = None
     if cfg.eval.generate:
+        engine = choose_engine(cfg.rollout, pick_device(cfg.model.device).type)
         problems = open_problems(cfg, cfg.seed, cfg.eval.reward, stack)
         heldout_problems(problems.env, cfg.eval)
     data = load_examples(cfg, read, load_tokenizer(cfg.model), read_context(cfg.model))
     check_longest(cfg, data)
     run = stack.enter_context(Run.start(cfg))
     refuse_changes(run, "data.")
+    if engine is not None:
+        run.say(f"rollout engine: {engine.text}")
     warn_of_data(run, data)
     if not cfg.steps:
         steps = math.ceil((cfg.epochs or 1) * len(data.train) / cfg.samples_per_step)
@@ -167,11 +172,13 @@ def open_teacher(
     Raises:
         UserError: bad input.
     """
+    engine = choose_engine(cfg.rollout, pick_device(cfg.model.device).type)
     with in_parallel(import_transformers, partial(import_sampler, cfg.model, cfg.rollout)):
         problems = open_problems(cfg, cfg.seed, cfg.eval.reward, stack)
     env = problems.env
     run = stack.enter_context(Run.start(cfg))
     refuse_changes(run, "env.")
+    run.say(f"rollout engine: {engine.text}")
     if text := overlap_warning(questions_of(env.train), questions_of(env.heldout)):
         run.warn(text)
     policy = open_policy(cfg, run, temperature=cfg.rollout.temperature, total_updates=1)
@@ -209,64 +216,6 @@ def open_policy(cfg: TrainingConfig, run: Run, *, temperature: float, total_upda
     if policy.wrapped is not None:
         run.say(policy.wrapped.line())
     return policy
-
-
-def open_collector(
-    cfg: ProblemsConfig,
-    problems: Problems,
-    request: Request,
-    policy: Policy,
-    renderer: Renderer,
-    run: Run,
-    stack: ExitStack,
-    *,
-    seed: int,
-    longest: int,
-    temperatures: Iterable[float],
-) -> Collector:
-    """Start the rollout engine on the policy's weights.
-
-    Args:
-        request: the run as the memory plan takes it, which sizes the engine's cache.
-        longest: tokens of the longest prompt with the longest completion.
-        temperatures: those that the engine will sample with.
-
-    Raises:
-        UserError: the engine cannot run this model, or has no room.
-    """
-    context = policy.context
-    if problems.env.single_turn:
-        context = min(context, longest)
-    engine = open_engine(
-        request, policy, renderer, run, stack, context=context, temperatures=temperatures
-    )
-    turns = cfg.env.max_turns
-    return Collector(
-        engine, renderer, problems.env, problems.scorer, cfg.rollout, turns, policy.context, seed
-    )
-
-
-def open_evaluator(
-    cfg: SupervisedConfig, problems: Problems, policy: Policy, run: Run, stack: ExitStack
-) -> Evaluator:
-    """Open the engine that answers held-out problems (``eval.generate``). Raises UserError."""
-    renderer = Renderer(policy.tokenizer, cfg.env, policy.eos_token_ids)
-    renderer.check(problems.env.heldout)
-    prompts = heldout_problems(problems.env, cfg.eval)
-    longest = longest_prompt(renderer, prompts, policy.context)
-    collector = open_collector(
-        cfg,
-        problems,
-        evaluation_request(cfg, longest),
-        policy,
-        renderer,
-        run,
-        stack,
-        seed=cfg.seed,
-        longest=longest + (cfg.eval.max_tokens or cfg.rollout.max_tokens),
-        temperatures=(cfg.rollout.temperature, cfg.eval.temperature),
-    )
-    return Evaluator(cfg.eval, run, policy, collector, problems.deciding)
 
 
 def _grpo_request(cfg: GrpoConfig, prompts: Sequence[Prompt]) -> Request:

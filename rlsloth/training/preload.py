@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from rlsloth.config import ModelConfig, RolloutConfig
 from rlsloth.policy.compat import without_scikit_learn
 from rlsloth.policy.load import pick_device
-from rlsloth.rollout.vllm.start import check_installed, import_vllm
+from rlsloth.rollout.engines import choose_engine
 
 
 @contextmanager
@@ -20,7 +20,7 @@ def in_parallel(*loads: Callable[[], None]) -> Iterator[None]:
 
     def run() -> None:
         for load in loads:
-            with suppress(Exception):  # it comes again where they are imported in earnest
+            with suppress(Exception):  # it is raised again by the import that needs the library
                 if not refused.is_set():
                     load()
 
@@ -42,7 +42,6 @@ def import_transformers() -> None:
 
 
 def import_sampler(model: ModelConfig, rollout: RolloutConfig) -> None:
-    """Import vLLM where the run may sample with it."""
-    if rollout.engine != "transformers":
-        check_installed()
-        import_vllm(pick_device(model.device), rollout.kv_cache)
+    """Import what the run's rollout engine needs."""
+    device = pick_device(model.device)
+    choose_engine(rollout, device.type).kind.preload(device, rollout)

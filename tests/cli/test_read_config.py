@@ -211,7 +211,6 @@ def test_sections_with_everything_commented_out(yaml_file: Path) -> None:
         ("--loss.gap-action correct --rollout.top-k 5", "leave rollout.top_p, top_k and min_p off"),
         ("--loss.gap-action stop --rollout.min-p 0.1", "leave rollout.top_p, top_k and min_p off"),
         ("--loss.gap-action correct --loss.correction token_mask", "leave out one of them"),
-        ("--rollout.kv-cache fp8", "rollout.kv_cache fp8 needs rollout.engine vllm"),
         ("--rollout.cut-tail 0", "--rollout.cut-tail 0: must be greater than 0"),
         ("--rollout.cut-tail 1.1", "--rollout.cut-tail 1.1: must be less than or equal to 1"),
         ("absent.yaml", "absent.yaml: cannot be read: No such file or directory"),
@@ -298,12 +297,6 @@ def test_a_refused_value_comes_with_the_docstring_of_its_field() -> None:
         "--group-size 1: must be greater than or equal to 2 "
         "(Advantages compare completions with each other, so at least 2.)"
     )
-
-
-@pytest.mark.parametrize("engine", ["vllm", "auto"])
-def test_an_8_bit_cache_is_for_engines_that_have_one(engine: str) -> None:
-    config = read("--rollout.kv-cache", "fp8_per_token_head", "--rollout.engine", engine)
-    assert config.rollout.kv_cache == "fp8_per_token_head"
 
 
 def test_long_values_are_cut() -> None:

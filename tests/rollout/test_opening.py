@@ -1,4 +1,4 @@
-"""Which engine a run samples with where vLLM is not installed, and vLLM's cache where it is."""
+"""Opening a rollout engine: the choice, the fallback, and the size of vLLM's cache."""
 
 from __future__ import annotations
 
@@ -30,12 +30,15 @@ from rlsloth.memory.terms import GIB
 from rlsloth.policy.lora import add_adapter
 from rlsloth.policy.policy import Policy
 from rlsloth.records import Completion, SamplingParams
-from rlsloth.rollout import opening as engines
+from rlsloth.rollout import opening
 from rlsloth.rollout.embedded.engine import TransformersEngine
 from rlsloth.rollout.engine import BASE_VERSION, Engine
-from rlsloth.rollout.opening import CPU_CACHE, open_engine, size_cache
+from rlsloth.rollout.engines import choose_engine
+from rlsloth.rollout.opening import open_engine
 from rlsloth.rollout.trial import PROMPT_TOKENS, SAMPLED_TOKENS
+from rlsloth.rollout.vllm import opening as vllm_opening
 from rlsloth.rollout.vllm import start as vllm_start
+from rlsloth.rollout.vllm.opening import CPU_CACHE, size_cache
 from rlsloth.run.run import Run
 from rlsloth.training.memory import grpo_request
 
@@ -55,6 +58,8 @@ def start(
         return real(name)
 
     monkeypatch.setattr(importlib.metadata, "version", version)
+    # The policy is on the CPU, where auto does not consider vLLM.
+    monkeypatch.setattr(opening, "choose_engine", lambda rollout, _: choose_engine(rollout, "cuda"))
     tiny_llama().save_pretrained(tmp_path / "model")
     tiny_tokenizer().save_pretrained(tmp_path / "model")
     said: list[str] = []
@@ -84,12 +89,10 @@ def start(
     return start
 
 
-def test_auto_falls_back_and_says_so(start) -> None:
+def test_auto_takes_transformers_without_vllm(start) -> None:
     engine, said = start("auto")
     assert isinstance(engine, TransformersEngine)
-    (line,) = said
-    assert "vLLM is not installed: pip install" in line
-    assert line.endswith("sampling with transformers")
+    assert not said  # the run's first lines have named the choice
 
 
 def test_vllm_by_name_is_refused_in_one_line(start) -> None:
@@ -109,12 +112,14 @@ def test_the_default_says_nothing_and_base_tokens_have_no_version(start) -> None
 
 
 def test_a_vllm_that_cannot_be_imported_is_replaced(start, monkeypatch) -> None:
-    monkeypatch.setattr(engines, "check_installed", lambda: None)
+    monkeypatch.setattr(vllm_opening, "check_installed", lambda: None)
     monkeypatch.setattr(vllm_start, "check_installed", lambda: None)
     monkeypatch.setitem(sys.modules, "vllm", None)  # importing it is an ImportError now
     engine, said = start("auto")
     assert type(engine) is TransformersEngine
-    assert any("vLLM does not start with LlamaForCausalLM: import of vllm" in x for x in said)
+    (line,) = said
+    assert "vLLM does not start with LlamaForCausalLM: import of vllm" in line
+    assert line.endswith("sampling with transformers")
 
 
 def test_another_gpu_than_the_first_is_refused(monkeypatch) -> None:
@@ -127,7 +132,7 @@ def test_another_gpu_than_the_first_is_refused(monkeypatch) -> None:
 
 
 def test_temperatures_of_evaluations_are_checked_at_the_start(start, monkeypatch) -> None:
-    monkeypatch.setattr(engines, "check_installed", lambda: None)
+    monkeypatch.setattr(vllm_opening, "check_installed", lambda: None)
     with pytest.raises(UserError, match="no temperature between 0 and"):
         start("vllm", eval={"temperature": 0.005})
 
@@ -160,8 +165,8 @@ class Wrong(TransformersEngine):
 
 
 def test_a_vllm_that_samples_otherwise_is_closed_and_replaced(start, monkeypatch) -> None:
-    monkeypatch.setattr(engines, "VllmEngine", Wrong)
-    monkeypatch.setattr(engines, "check_installed", lambda: None)
+    monkeypatch.setattr(vllm_opening, "VllmEngine", Wrong)
+    monkeypatch.setattr(vllm_opening, "check_installed", lambda: None)
     with pytest.raises(UserError, match=r"vllm: sampling from .* \(1 nats a token"):
         start("vllm")
     engine, said = start("auto", context=6)
@@ -178,8 +183,8 @@ def test_vllm_gets_a_tokenizer_where_it_looks_for_stop_strings(start, monkeypatc
         given.append(tokenizer)
         raise UserError("seen")
 
-    monkeypatch.setattr(engines, "VllmEngine", engine)
-    monkeypatch.setattr(engines, "check_installed", lambda: None)
+    monkeypatch.setattr(vllm_opening, "VllmEngine", engine)
+    monkeypatch.setattr(vllm_opening, "check_installed", lambda: None)
     with pytest.raises(UserError, match="seen"):
         start("vllm", rollout={"engine": "vllm", "stop": stop})
     assert [tokenizer is not None for tokenizer in given] == [bool(stop)]
@@ -225,7 +230,7 @@ def test_no_room_is_one_line_that_says_what_to_do(policy: Any, monkeypatch) -> N
     with pytest.raises(UserError) as caught:
         size_cache(REQUEST, SAMPLING, policy, 64)
     text = str(caught.value)
-    assert text.startswith("of the GPU's 24.0 GiB 0.5 are free beside the model, but sampling ")
+    assert text.startswith("0.5 of the GPU's 24.0 GiB are free next to the model, but sampling ")
     assert "for one completion of 64 tokens: lower --rollout.max-tokens" in text
     assert "\n" not in text
 

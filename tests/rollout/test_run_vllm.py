@@ -1,9 +1,10 @@
-"""Whole runs with --rollout.engine vllm, each of which starts vLLM anew."""
+"""Whole runs with --rollout.engine vllm; each starts vLLM once."""
 
 from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,10 @@ from helpers.smollm2 import gguf
 from helpers.tiny import tiny_llama, tiny_tokenizer
 from helpers.vllm_runs import CONFIG, REWARD
 from rlsloth.cli import main as cli
+from rlsloth.rollout import engines
+from rlsloth.rollout.embedded.opening import TRANSFORMERS
 from rlsloth.rollout.vllm import start as vllm_start
+from rlsloth.rollout.vllm.opening import VLLM
 
 pytestmark = pytest.mark.slow
 
@@ -95,8 +99,10 @@ def test_vllm_by_name_ends_in_one_line(reason, request, capfd) -> None:
 
 
 @pytest.mark.parametrize("reason", REASONS)
-def test_auto_falls_back_and_says_so(reason, request, capfd) -> None:
+def test_auto_falls_back_and_says_so(reason, request, capfd, monkeypatch) -> None:
     request.getfixturevalue(reason)
+    anywhere = replace(VLLM, why_not=lambda _: "")  # auto considers it on a CPU, too
+    monkeypatch.setattr(engines, "ENGINES", [anywhere, TRANSFORMERS])
     write(tiny(), steps=1)
     arguments = ["--rollout.engine", "auto", "--run.dir", "run"]
     assert cli.main(["grpo", "config.yaml", *arguments]) == 0

@@ -274,7 +274,7 @@ def test_report_shows_the_losses() -> None:
         (["--env.train", "d.jsonl"], "error: env has no effect without eval.generate"),
         (["--rollout.overlap"], "error: rollout has no effect without eval.generate"),
         (["--epochs", "2"], "error: steps and epochs both say how long to train"),
-        (["--eval.generate", "--rollout.overlap"], "error: rollout.overlap needs rollout.engine"),
+        (["--eval.generate", "--rollout.overlap"], "error: rollout.overlap is for rlsloth grpo"),
         (
             ["--model.adapter", "nowhere"],
             "error: --model.adapter nowhere: this folder has no adapter_config",

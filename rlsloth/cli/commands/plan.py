@@ -61,7 +61,7 @@ def _plan_grpo(config: GrpoConfig, own: GrpoPlanOptions) -> int:
     """
     from rlsloth.memory.decide import plan_run, planned_bytes
     from rlsloth.memory.report import Source
-    from rlsloth.rollout.opening import plan_engine
+    from rlsloth.rollout.engines import choose_engine
     from rlsloth.training.memory import grpo_request
 
     open_loss(config.loss)
@@ -70,20 +70,21 @@ def _plan_grpo(config: GrpoConfig, own: GrpoPlanOptions) -> int:
         longest, origin = _longest_prompt(config)
     else:
         longest, origin = own.longest_prompt, "--longest-prompt"
-    source = Source(origin, plan_engine(config.rollout).text)
+    engine = choose_engine(config.rollout, "cuda", planned=True)
+    source = Source(origin, engine.text)
     return plan_run(grpo_request(config, longest), total, source, as_json=own.as_json)
 
 
 def _longest_prompt(config: GrpoConfig) -> tuple[int, str]:
     """Tokens of the longest prompt, and the number's origin: local or generated data, else a
     default, since a plan downloads no data."""
-    from rlsloth.environments.loading import load_environment
+    from rlsloth.environments.loading import declaration, load_environment
     from rlsloth.memory.decide import DEFAULT_PROMPT
     from rlsloth.memory.planned_model import longest_prompt
 
     default = DEFAULT_PROMPT, "default; pass --longest-prompt"
-    generated = config.env.name.startswith("reasoning_gym:")
-    if not generated and not Path(config.env.train).expanduser().exists():
+    generates = declaration(config.env).generates
+    if not generates and not Path(config.env.train).expanduser().exists():
         return default
     prompts = load_environment(config.env, config.seed).train
     found = longest_prompt(config.model, config.env, prompts)

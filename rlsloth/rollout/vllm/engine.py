@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 
-from rlsloth.errors import UserError
+from rlsloth.errors import UserError, first_line
+from rlsloth.memory.out_of_memory import free_memory
 from rlsloth.records import Completion, SamplingParams, Weights
 from rlsloth.rollout.engine import BASE_VERSION, most_tokens
 from rlsloth.rollout.vllm.adapter import clear, fill
-from rlsloth.rollout.vllm.start import first_line, free_memory, start_vllm, stop_vllm
+from rlsloth.rollout.vllm.start import start_vllm, stop_vllm
 from rlsloth.seeding import derive_seed
 
 COLDEST = 0.01

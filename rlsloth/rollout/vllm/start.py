@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import gc
 import importlib.metadata
 import os
 import random
@@ -18,7 +17,7 @@ import numpy as np
 import torch
 from packaging.version import Version
 
-from rlsloth.errors import UserError
+from rlsloth.errors import UserError, first_line
 
 if TYPE_CHECKING:
     from rlsloth.rollout.vllm.adapter import Slot
@@ -205,7 +204,7 @@ def _graphed(max_sequences: int) -> list[int]:
 
 def stop_vllm(llm: Any) -> None:
     """End what vLLM runs and the process group that it made; its memory is free once nobody has
-    ``llm`` any more, after ``free_memory``."""
+    ``llm`` any more, after ``memory.out_of_memory.free_memory``."""
     from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
     from vllm.platforms import current_platform
 
@@ -215,19 +214,6 @@ def stop_vllm(llm: Any) -> None:
         llm.llm_engine.renderer.shutdown()  # its threads
         llm.llm_engine.engine_core.shutdown()
     cleanup_dist_env_and_memory()
-
-
-def free_memory() -> None:
-    """Of objects that nobody has any more."""
-    gc.unfreeze()  # what the worker has frozen
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
-def first_line(error: Exception) -> str:
-    """What an exception of vLLM says, shortened."""
-    return str(error).strip().split("\n")[0][:300] or type(error).__name__
 
 
 @contextmanager
