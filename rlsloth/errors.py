@@ -1,4 +1,4 @@
-"""The error that a user can mend, and the texts that errors share."""
+"""UserError for faults that the user can fix, and texts that error messages share."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ LINE_LIMIT = 200
 
 
 class UserError(Exception):
-    """Bad input that the user can mend: its text says what is wrong, where, and what to do.
+    """A fault that the user can fix. The text says what is wrong, where, and what to do.
 
     The command line prints it in one line and exits with status 2.
     """
@@ -25,14 +25,13 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 
 def first_line(error: BaseException, limit: int = LINE_LIMIT) -> str:
-    """The first line of an exception's text, cut after ``limit`` characters; its type if it has
-    no text."""
+    """The first line of an exception's text, cut to ``limit`` characters; without text its type."""
     lines = str(error).strip().splitlines()
     return lines[0][:limit] if lines else type(error).__name__
 
 
 def describe_exception(error: BaseException) -> str:
-    """An exception of foreign code in one line, as ``ValueError: no digits (mine.py:12)``."""
+    """One line about an exception of foreign code: ``ValueError: no digits (mine.py:12)``."""
     frames = traceback.extract_tb(error.__traceback__)
     own = frames and not frames[-1].filename.startswith("<")  # <frozen importlib...>
     place = f" ({os.path.basename(frames[-1].filename)}:{frames[-1].lineno})" if own else ""

@@ -5,18 +5,18 @@
     python examples/benchmarks/full_step.py --trainer trl --model DIR --precision bf16 --json OUT
 
 Work: --prompts prompts of exactly --prompt-tokens tokens, --group completions each of exactly
---new-tokens tokens (no token ends one), a reward that is never equal within a group, LoRA on all
-linear layers, one update by AdamW in 8 bits. The same prompts and bytes of key-value cache for all.
-The first step warms up. --sleep gives the cache's memory back while the model trains.
+--new-tokens tokens (no token ends a completion), a reward that is never equal within a group, LoRA
+on all linear layers, one update by AdamW in 8 bits. All trainers get the same prompts and the same
+bytes of key-value cache. The first step warms up. --sleep frees the cache while the model trains.
 
-What cannot be made equal:
+Differences that remain:
 - TRL trains in bf16 only here: it hands vLLM 4-bit codes of a merged adapter without their scales.
-  Its cache is bf16: it has no setting for that. It samples from a second copy of the weights, and
-  vLLM computes 4096 prompt tokens at a time (with the others about 8192).
-- A micro-batch is --micro-tokens of stream in rlsloth, whose completions share a prompt in it, and
-  as many whole rows as fit that number in TRL and Unsloth, which repeat the prompt in each.
-- Unsloth keeps checkpointed activations in the host's memory, the others on the device.
-- rlsloth calls rewards in worker processes while it still samples, the others afterwards.
+  Its cache is bf16, since it has no setting for that. It samples from a second copy of the weights,
+  and its vLLM computes 4096 prompt tokens at a time (rlsloth's and Unsloth's about 8192).
+- A micro-batch of rlsloth is a stream of --micro-tokens, in which completions share their prompt.
+  In TRL and Unsloth it is as many whole rows as fit that number, each with its prompt.
+- Unsloth keeps checkpointed activations in the host's memory, TRL and rlsloth on the device.
+- rlsloth calls rewards in worker processes while it still samples, TRL and Unsloth afterwards.
 """
 
 from __future__ import annotations
@@ -71,11 +71,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--group", type=int, default=8)
     add("--prompt-tokens", type=int, default=256)
     add("--new-tokens", type=int, default=1024)
-    add("--steps", type=int, default=3, help="measured ones, after one that warms up")
+    add("--steps", type=int, default=3, help="measured steps, after one that warms up")
     add("--rank", type=int, default=16)
-    add("--micro-tokens", type=int, default=20480, help="trained on at once, by any trainer")
-    add("--kv-gb", type=float, default=20.0, help="GiB of the key-value cache")
-    add("--kv-cache", choices=["fp8", "auto"], default="fp8", help="its type; auto: the model's")
+    add("--micro-tokens", type=int, default=20480, help="tokens of a micro-batch")
+    add("--kv-gb", type=float, default=20.0, help="GiB of key-value cache")
+    add(
+        "--kv-cache",
+        choices=["fp8", "auto"],
+        default="fp8",
+        help="type of the cache; auto: the model's",
+    )
     add("--sleep", action=argparse.BooleanOptionalAction, default=False)
     add("--gradient-checkpointing", action=argparse.BooleanOptionalAction, default=True)
     add("--engine", choices=["vllm", "transformers"], default="vllm", help="rlsloth only")
@@ -84,18 +89,18 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if not Path(args.model).is_dir():
         sys.exit(f"--model {args.model}: no such folder; make_model.py writes one")
     if args.trainer != "rlsloth" and args.engine != "vllm":
-        sys.exit("--engine is for --trainer rlsloth: the others sample with vLLM here")
+        sys.exit("--engine is for --trainer rlsloth: TRL and Unsloth sample with vLLM here")
     if args.trainer == "trl" and args.precision != "bf16":
-        sys.exit("--trainer trl: pass --precision bf16 (the head of this file says why)")
+        sys.exit("--trainer trl: pass --precision bf16 (for the reason see the top of this file)")
     if args.sleep and args.engine != "vllm":
-        sys.exit("--sleep: only --engine vllm has a cache to give back")
+        sys.exit("--sleep needs --engine vllm: no other engine has a cache to free")
     if args.trainer == "trl" or args.engine == "transformers":
-        args.kv_cache = "auto"  # they have no setting for that
+        args.kv_cache = "auto"  # neither has a setting for it
     return args
 
 
 def rlsloth(args: argparse.Namespace) -> Meter:
-    """`rlsloth grpo`, with the meter in its parts."""
+    """Run `rlsloth grpo` with the meter in its parts."""
     from transformers import AutoTokenizer
 
     from rlsloth.errors import UserError
@@ -115,7 +120,7 @@ def rlsloth(args: argparse.Namespace) -> Meter:
 
 
 def config(args: argparse.Namespace, data: Path, folder: Path) -> Any:
-    """The work in rlsloth's terms."""
+    """The configuration of `rlsloth grpo` for this work."""
     from rlsloth.config import GrpoConfig
 
     return GrpoConfig.model_validate(
@@ -147,7 +152,7 @@ def config(args: argparse.Namespace, data: Path, folder: Path) -> Any:
 
 
 def hook(args: argparse.Namespace, meter: Meter) -> None:
-    """Time the parts of a step, and fix what no setting fixes."""
+    """Time the parts of a step, and fix the length of completions and the size of the cache."""
     from rlsloth.rollout import opening as engines
     from rlsloth.rollout.collector import Collector
     from rlsloth.run.run import Run
@@ -185,13 +190,13 @@ def hook(args: argparse.Namespace, meter: Meter) -> None:
 
     opening.open_engine = opened
     Collector.collect = counted
-    session.save = lambda *_: None  # no trainer saves here
+    session.save = lambda *_: None  # TRL and Unsloth save nothing here either
     Scorer.score = meter.timed("reward", Scorer.score)
     Run.steps = metered
 
 
 def with_fixed(make: Callable[..., Any], **fixed: Any) -> Callable[..., Any]:
-    """The same with some of its arguments decided."""
+    """``make`` with some of its arguments fixed."""
     return lambda *positional, **named: make(*positional, **named | fixed)
 
 

@@ -1,12 +1,12 @@
-"""Does the gap between trainer and sampler drift? Its slope over the steps, with 95 % intervals.
+"""The slope of the gap between trainer and sampler over the steps of a run, with 95 % intervals.
 
     python examples/benchmarks/gap_slope.py RUN_DIR
 
-Fits gap = a + b * step by ordinary least squares. The first interval takes the steps' errors for
-independent; the second stays valid when neighbouring steps err alike (Newey and West 1987, Bartlett
-weights, lag floor(4 (n / 100)^(2/9)), times n / (n - 2)). Both use Student's t with n - 2 degrees
-of freedom. A run with --optim.lr 0 shows what drifts although the policy stays.
-"""
+Fits gap = a + b * step by ordinary least squares. The first interval assumes that the errors of
+steps are independent. The second is valid also if those of neighbouring steps are correlated (Newey
+and West 1987, Bartlett weights, lag floor(4 (n / 100)^(2/9)), times n / (n - 2)). Both use
+Student's t with n - 2 degrees of freedom. A run with --optim.lr 0 shows whether the gap drifts
+while the policy does not change."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from rlsloth.run.metrics import LOGP_GAP, is_number
 
 
 def fit(steps: np.ndarray, gaps: np.ndarray) -> tuple[float, float, float]:
-    """Slope per step, its usual standard error, and that of Newey and West."""
+    """Slope per step, its ordinary standard error, and its standard error by Newey and West."""
     n = len(steps)
     x = steps - steps.mean()
     slope = x @ gaps / (x @ x)

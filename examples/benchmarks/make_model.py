@@ -1,14 +1,13 @@
-"""A model folder with random weights in a real shape, for timing where no weights are at hand.
+"""Make a model folder with random weights in the shape of a real model, for timing.
 
     python examples/benchmarks/make_model.py --tokenizer FOLDER_OR_GGUF --out DIR
     python examples/benchmarks/make_model.py --tokenizer FOLDER_OR_GGUF --out DIR --shape tiny
     python examples/benchmarks/make_model.py --unpack SmolLM2-135M-Instruct.Q4_1.gguf --out DIR
 
-Weights are bf16, normal with a standard deviation of 0.02, norms 1; trainers quantise them as they
-load. They are made on the GPU where there is one. The tokenizer may know fewer tokens than the
-shape has: what is sampled need not be text. --unpack writes the weights and the tokenizer of a GGUF
-file in bf16 instead, for trainers that read folders only.
-"""
+Weights are bf16, normal with a standard deviation of 0.02, norms 1; trainers quantise them when
+they load them. They are made on a GPU if there is one. The tokenizer may have fewer tokens than the
+shape, since samples need not be text. --unpack writes the weights and the tokenizer of a GGUF file
+in bf16 instead, for trainers that read only folders."""
 
 from __future__ import annotations
 
@@ -32,7 +31,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 8,
         "head_dim": 128,
     },
-    # To try the scripts out without a GPU.
+    # For trying the scripts without a GPU.
     "tiny": {
         "vocab_size": 49152,
         "hidden_size": 128,
@@ -52,13 +51,15 @@ COMMON = {
 STD = 0.02
 SHARD_BYTES = 2 * 2**30
 WRITERS = 4
-"""Shards made and written at the same time."""
+"""Shards that are made and written in parallel."""
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--shape", choices=SHAPES, default="qwen3-8b")
-    parser.add_argument("--layers", type=int, help="fewer than the shape has, to save time")
+    parser.add_argument(
+        "--layers", type=int, help="number of layers, to save time; default: the shape's"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True)
     source = parser.add_mutually_exclusive_group(required=True)
@@ -79,7 +80,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def unpack(args: argparse.Namespace) -> int:
-    """Write a GGUF file as a folder; the number of its weights."""
+    """Write a GGUF file as a folder; return the number of weights."""
     from rlsloth.config import ModelConfig
     from rlsloth.policy.load import load_model
 
@@ -92,7 +93,7 @@ def unpack(args: argparse.Namespace) -> int:
 
 
 def make(args: argparse.Namespace) -> int:
-    """Write configuration, tokenizer and random weights; the number of weights."""
+    """Write configuration, tokenizer and random weights; return the number of weights."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
@@ -115,7 +116,8 @@ def make(args: argparse.Namespace) -> int:
 
 
 def read_tokenizer(path: str) -> Any:
-    """From a folder or a GGUF file. Pad and end differ: Unsloth adds a token where they do not."""
+    """The tokenizer of a folder or a GGUF file, with different pad and end tokens: if they were the
+    same, Unsloth would add a token."""
     from transformers import AutoTokenizer
 
     from rlsloth.policy.gguf import restore_pretokenizer
@@ -135,7 +137,7 @@ def read_tokenizer(path: str) -> Any:
 
 
 def write_weights(tensors: dict[str, Any], folder: Path, seed: int) -> int:
-    """Random values in the shapes of ``tensors``, as numbered safetensors files and their index."""
+    """Write random values in the shapes of ``tensors``, as safetensors shards with their index."""
     import torch
     from safetensors.torch import save_file
 
@@ -163,7 +165,7 @@ def write_weights(tensors: dict[str, Any], folder: Path, seed: int) -> int:
 
 
 def cut(tensors: dict[str, Any]) -> list[list[str]]:
-    """Names in groups of at most SHARD_BYTES, or of one tensor."""
+    """Names of the tensors of each shard, which has at most SHARD_BYTES or one tensor."""
     shards: list[list[str]] = [[]]
     size = 0
     for name, tensor in tensors.items():

@@ -1,4 +1,4 @@
-"""What the comparisons measure: seconds by phase, tokens, memory, and when the process began."""
+"""A meter for benchmarks: seconds by phase, tokens, memory, and time since the process began."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 
 REST = "update and rest"
 PHASES = ("rollout", "hand-over", "reward", REST)
-"""hand-over: the trained adapter on its way to the engine, wherever it was called from."""
+"""Phases of a step. hand-over: the trained adapter is passed to the engine, by whichever caller."""
 SAMPLED_EVERY_S = 0.05
 GIB = 2**30
 PACKAGES = ("rlsloth", "unsloth", "unsloth_zoo", "trl", "vllm", "torch", "transformers", "peft")
@@ -24,28 +24,28 @@ ENVIRONMENT = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "UNSLOTH_DISABLE_STATISTICS": "1",
     "VLLM_NO_USAGE_STATS": "1",
-    # FlashInfer compiles for minutes at its first request: off for every trainer. Unsloth would
-    # switch its sampler on again, so it has a variable of its own.
+    # FlashInfer compiles for minutes at its first request: off for every trainer. Unsloth switches
+    # FlashInfer's sampler on again, unless its own variable is set.
     "VLLM_USE_FLASHINFER_SAMPLER": "0",
     "UNSLOTH_VLLM_NO_FLASHINFER": "1",
 }
 
 
 def set_environment() -> None:
-    """Before a trainer is imported. What the user has set stays."""
+    """Set ENVIRONMENT before a trainer is imported; variables that are set already stay."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
 
 
 def need(*packages: str) -> None:
-    """Exit with one line if any of them is not installed. Nothing is imported."""
+    """Exit with one line if a package is not installed. Nothing is imported."""
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
         sys.exit(f"not installed: {', '.join(missing)} (pip install {' '.join(missing)})")
 
 
 def need_gpu(who: str) -> None:
-    """Exit with one line where torch sees no CUDA GPU."""
+    """Exit with one line if torch sees no CUDA GPU."""
     import torch
 
     if not torch.cuda.is_available():
@@ -53,14 +53,14 @@ def need_gpu(who: str) -> None:
 
 
 def since_start() -> float:
-    """Seconds since this process began, the interpreter's own start included."""
+    """Seconds since this process began, the interpreter's start included."""
     import psutil
 
     return time.time() - float(psutil.Process().create_time())
 
 
 def machine() -> dict[str, str]:
-    """The device's name and the versions that ran."""
+    """Name of the device, and versions of the packages."""
     import torch
 
     device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "cpu"
@@ -76,26 +76,26 @@ def _version(name: str) -> str:
 
 
 class Meter:
-    """Cuts a training run into steps and phases, and watches memory meanwhile.
+    """Seconds, tokens and memory of the steps and phases of a training run.
 
-    A step lasts from the end of the one before to its own end, so that nothing falls between. A
-    phase within a phase is taken out of the outer one; what is in none counts as REST. The device
-    is waited for at every border.
+    A step lasts from the end of the step before to its own end, so that no time is lost. A phase
+    within a phase does not count for the outer one; time outside any phase counts as REST. The
+    device is synchronised whenever a step or phase begins or ends.
     """
 
     def __init__(self) -> None:
         self.steps: list[dict[str, float]] = []
         """A row a step: ``seconds``, each of PHASES, ``prompt_tokens``, ``tokens`` (sampled),
-        ``allocated_gib`` (torch's peak) and ``device_gib`` (the most in use on the whole device,
-        other processes included). The first step warms up; its device_gib is that at its end."""
+        ``allocated_gib`` (torch's peak) and ``device_gib`` (peak use of the whole device, other
+        processes included). The first step warms up; its device_gib is the use at its end."""
         self.first_step_done_s = 0.0
-        """Since the process began."""
+        """Seconds from the start of the process to the end of the first step."""
         self._phases = [REST]
         self._ended = threading.Event()
         self.begin()
 
     def begin(self) -> None:
-        """A step begins."""
+        """Begin a step."""
         self._mark = _now()
         self._seconds = dict.fromkeys(PHASES, 0.0)
         self._tokens = self._prompt_tokens = self._used = 0
@@ -103,7 +103,7 @@ class Meter:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Count what happens inside to one of PHASES."""
+        """Count the time within the block as one of PHASES."""
         self._settle()
         self._phases.append(name)
         try:
@@ -113,7 +113,7 @@ class Meter:
             self._phases.pop()
 
     def timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The function as it is, its calls counted to a phase."""
+        """The function, with the time of its calls counted as a phase."""
 
         def call(*args: Any, **kwargs: Any) -> Any:
             with self.phase(name):
@@ -122,13 +122,12 @@ class Meter:
         return call
 
     def count(self, prompt_tokens: int, tokens: int) -> None:
-        """Tokens that the engine was given, a prompt counted once for each of its completions, and
-        those it sampled."""
+        """Count prompt tokens, a prompt once for each of its completions, and sampled tokens."""
         self._prompt_tokens += prompt_tokens
         self._tokens += tokens
 
     def step_done(self) -> None:
-        """The step ends here, and the next begins."""
+        """End the step and begin the next one."""
         self._settle()
         self._sample()
         row = {phase: self._seconds[phase] for phase in PHASES}
@@ -138,8 +137,8 @@ class Meter:
         print(f"step {len(self.steps)} measured: {json.dumps(self.steps[-1])}", flush=True)
         if len(self.steps) == 1:
             self.first_step_done_s = since_start()
-            # Not earlier: the first step may capture CUDA graphs, which other threads must not
-            # disturb by calls to the driver.
+            # Not earlier: the first step may capture CUDA graphs, and meanwhile no other thread
+            # may call the driver.
             threading.Thread(target=self._watch, daemon=True).start()
         self.begin()
 
@@ -156,7 +155,7 @@ class Meter:
         self._used = max(self._used, _in_use())
 
     def close(self) -> None:
-        """End the watching."""
+        """Stop the thread that watches memory."""
         self._ended.set()
 
 

@@ -1,4 +1,4 @@
-"""TRL's and Unsloth's GRPO trainers doing full_step.py's work, with hooks for its meter."""
+"""GRPO trainers of TRL and Unsloth on the work of full_step.py, with hooks for its meter."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 
 def trl(args: argparse.Namespace) -> Meter:
-    """GRPOTrainer with vLLM in the same process; LoRA on a bf16 base."""
+    """Run GRPOTrainer with vLLM in the same process and LoRA on a bf16 base."""
     need("trl", "vllm", "peft", "bitsandbytes")
     need_gpu("trl")
     set_cache_size(args)
@@ -50,7 +50,8 @@ def trl(args: argparse.Namespace) -> Meter:
 
 
 def unsloth(args: argparse.Namespace) -> Meter:
-    """As its GRPO notebooks: fast_inference, and TRL's trainer as Unsloth rewrites it."""
+    """Run Unsloth as its GRPO notebooks do: fast_inference, and TRL's trainer as Unsloth rewrites
+    it."""
     need("unsloth", "trl", "vllm", "peft", "bitsandbytes")
     if args.sleep:
         os.environ["UNSLOTH_VLLM_STANDBY"] = "1"  # read at import
@@ -60,13 +61,13 @@ def unsloth(args: argparse.Namespace) -> Meter:
         sys.exit(f"unsloth: {error}")
     need_gpu("unsloth")
     set_cache_size(args)
-    # Its empty stand-in for FlashInfer is taken for FlashInfer by vLLM's warm-up.
+    # vLLM's warm-up mistakes Unsloth's empty stand-in for FlashInfer.
     import vllm.model_executor.warmup.kernel_warmup as warmup
 
     warmup.has_flashinfer = lambda: False
     from trl import GRPOConfig, GRPOTrainer
 
-    # Its own choice: activations at layer borders wait in the host's memory.
+    # Unsloth's own choice: checkpointed activations are kept in the host's memory.
     checkpointing = "unsloth" if args.gradient_checkpointing else False
     model, tokenizer = FastLanguageModel.from_pretrained(
         model_name=str(Path(args.model).resolve()),
@@ -75,7 +76,7 @@ def unsloth(args: argparse.Namespace) -> Meter:
         fast_inference=True,
         float8_kv_cache=args.kv_cache == "fp8",
         max_lora_rank=args.rank,
-        max_num_seqs=completions(args),  # by itself it takes 80 to 128
+        max_num_seqs=completions(args),  # its default is 80 to 128
         use_gradient_checkpointing=checkpointing,
         unsloth_vllm_standby=args.sleep,
     )
@@ -91,8 +92,8 @@ def unsloth(args: argparse.Namespace) -> Meter:
             model=model,
             processing_class=tokenizer,
             reward_funcs=checksum,
-            # loss_type stays unset: it is dapo then, too, and if one asks for dapo by name Unsloth
-            # masks completions that reach the limit, which here are all.
+            # loss_type is not set, which is dapo, too. If dapo is set by name, Unsloth masks
+            # completions that reach the limit, and here all do.
             args=GRPOConfig(**settings(args, folder)),
             train_dataset=dataset(tokenizer, args),
         )
@@ -100,7 +101,7 @@ def unsloth(args: argparse.Namespace) -> Meter:
 
 
 def settings(args: argparse.Namespace, folder: str) -> dict[str, Any]:
-    """Arguments of GRPOConfig for both. Losses are dapo by default, on both and on rlsloth."""
+    """Arguments of GRPOConfig for TRL and Unsloth. The loss is dapo by default, as in rlsloth."""
     rows = micro_rows(args)
     return {
         "output_dir": folder,
@@ -112,10 +113,10 @@ def settings(args: argparse.Namespace, folder: str) -> dict[str, Any]:
         "shuffle_dataset": False,
         "gradient_checkpointing": args.gradient_checkpointing,
         "use_vllm": True,
-        # Sampled ids need not be in the tokenizer, so vLLM must not look them up. The trainers
-        # decode them by themselves; to vLLM it saves a little time.
+        # Sampled ids may not be in the tokenizer, so vLLM must not decode them. The trainers
+        # decode them anyway; vLLM saves a little time.
         "generation_kwargs": {"ignore_eos": True, "detokenize": False},
-        # TRL's default costs a forward pass more than rlsloth and Unsloth make by theirs.
+        # TRL's default needs one more forward pass than the defaults of rlsloth and Unsloth.
         "vllm_importance_sampling_correction": False,
         "temperature": 1.0,
         "beta": 0.0,
@@ -134,14 +135,14 @@ def settings(args: argparse.Namespace, folder: str) -> dict[str, Any]:
 
 
 def dataset(tokenizer: Any, args: argparse.Namespace) -> Any:
-    """Plain text, so that no chat template adds to it."""
+    """The prompts as plain text, to which no chat template adds tokens."""
     from datasets import Dataset
 
     return Dataset.from_list([{"prompt": text} for text in texts(tokenizer, args)])
 
 
 def set_cache_size(args: argparse.Namespace) -> None:
-    """Fix the bytes of vLLM's key-value cache, which neither trainer lets one choose."""
+    """Fix the bytes of vLLM's key-value cache, for which neither trainer has an option."""
     import vllm
 
     plain: Any = vllm.LLM
@@ -169,9 +170,8 @@ def train(trainer: Any) -> Meter:
 
     engine.generate = counted
     engine.sync_weights = meter.timed("hand-over", engine.sync_weights)
-    if hasattr(
-        engine, "_unsloth_load_lora"
-    ):  # in sync_weights' place; bf16 folds weights elsewhere
+    # Unsloth calls this in place of sync_weights; in bf16 it merges weights elsewhere.
+    if hasattr(engine, "_unsloth_load_lora"):
         engine._unsloth_load_lora = meter.timed("hand-over", engine._unsloth_load_lora)
     trainer._calculate_rewards = meter.timed("reward", trainer._calculate_rewards)
     trainer.add_callback(steps_callback(meter))
@@ -180,7 +180,7 @@ def train(trainer: Any) -> Meter:
 
 
 def steps_callback(meter: Meter) -> Any:
-    """Tells the meter where steps begin and end."""
+    """A callback that marks the beginning and end of steps in the meter."""
     from transformers import TrainerCallback
 
     class Steps(TrainerCallback):

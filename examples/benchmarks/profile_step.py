@@ -1,10 +1,10 @@
-"""Where a GRPO step's time goes: model, sampling, optimizer, and everything else.
+"""Profile of GRPO steps: seconds in model, sampling and optimizer, and in all other code.
 
     python examples/benchmarks/profile_step.py configs/demo.yaml --model.path MODEL --steps 4
 
-Takes the arguments of `rlsloth grpo`; evaluations are left out, and the first step, which warms up.
-Times are those of Python's profiler, which slows Python code but not the model, so the share of
-"everything else" is an upper bound.
+Takes the arguments of `rlsloth grpo`. Evaluations and the first step, which warms up, are left out.
+Python's profiler slows Python code but not the model, so the share of "everything else" is an upper
+bound.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ MODEL = {
 STEP = {("collect.py", "collect"), ("scorer.py", "score"), ("advantages.py", "assign_advantages"),
         ("packing.py", "pack"), ("grpo.py", "update"), ("metrics.py", "rollout_metrics"),
         ("metrics.py", "update_metrics"), ("run.py", "log"), ("run.py", "log_samples"),
-        ("diagnosis.py", "step"), ("data.py", "take")}  # fmt: skip
+        ("watch.py", "report"), ("sampler.py", "take")}  # fmt: skip
 
 
 def main(argv: list[str]) -> None:
-    """Train as told, profile the steps after the first, print the table."""
+    """Train with the given arguments, profile the steps after the first, and print the table."""
     quiet = ["--eval.at-start", "false", "--eval.at-end", "false"]
     with tempfile.TemporaryDirectory() as folder:
         config = read_config(

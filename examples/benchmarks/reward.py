@@ -1,4 +1,4 @@
-"""A reward that says nothing: for timing, where all that matters is that no advantage is zero."""
+"""A meaningless reward for timing, which only has to make every advantage differ from zero."""
 
 from __future__ import annotations
 
@@ -7,5 +7,5 @@ from typing import Any
 
 
 def checksum(completion_ids: list[list[int]], **_: Any) -> list[float]:
-    """From 0 to 1, fixed by the tokens; equal for two completions only if they are the same."""
+    """A number from 0 to 1 computed from the tokens; it differs for different completions."""
     return [zlib.crc32(repr(list(ids)).encode()) / 2**32 for ids in completion_ids]

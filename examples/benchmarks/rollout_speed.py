@@ -1,10 +1,10 @@
-"""How fast rollouts are on an 8B shape with random weights, and what the engine's seams cost.
+"""Speed of rollouts on an 8B shape with random weights, and times of hand-over, release and start.
 
     python examples/benchmarks/rollout_speed.py rlsloth --precision nf4
-    python examples/benchmarks/rollout_speed.py vllm --adapter DIR    # vLLM as it comes, in bf16
+    python examples/benchmarks/rollout_speed.py vllm --adapter DIR    # plain vLLM, in bf16
 
-Each prints lines of JSON. ``rlsloth`` starts the engine on a policy's own base and writes the
-adapter to --adapter, so that ``vllm`` samples with the same one. All requests end at --new tokens.
+Each prints lines of JSON. ``rlsloth`` starts the engine on the weights of a policy and writes the
+adapter to --adapter; ``vllm`` then samples with the same adapter. Completions have --new tokens.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def prompts(args: argparse.Namespace, count: int) -> list[list[int]]:
 
 
 def kv_bytes(args: argparse.Namespace) -> int:
-    """For the most sequences, prompts not shared."""
+    """Bytes of cache for the largest number of sequences, without shared prompts."""
     tokens = max(args.sequences) * (args.prompt + args.new + 16)
     width = 2 * 8 * 128 * args.layers
     return tokens * width * (2 if args.kv_cache == "auto" else 1)
@@ -94,7 +94,7 @@ def used_gib() -> float:
 
 
 def make_policy(args: argparse.Namespace) -> Any:
-    """A policy on random weights, made where they are used."""
+    """A policy on random weights, which are made on the GPU."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.initialization import no_init_weights
 
@@ -133,7 +133,7 @@ def make_policy(args: argparse.Namespace) -> Any:
 
 
 def quantise(model: Any) -> None:
-    """As transformers' loader does: every linear but the head, with double quantisation."""
+    """Quantise like transformers' loader: every linear but the head, with double quantisation."""
     from bitsandbytes.nn import Linear4bit
 
     for name, module in list(model.named_modules()):
@@ -191,11 +191,11 @@ def run_rlsloth(args: argparse.Namespace) -> None:
     say(hand_over_ms=[1e3 * s for s in hand_over])
     sampling = SamplingParams(max_tokens=args.new, temperature=1.0, seed=1)
     for count in args.sequences:
-        asked = prompts(args, count // args.group)
+        batch = prompts(args, count // args.group)
         made: list[Any] = []
 
-        def generate(asked: Any = asked, made: Any = made) -> None:
-            made[:] = engine.generate(asked, args.group, sampling)
+        def generate(batch: Any = batch, made: Any = made) -> None:
+            made[:] = engine.generate(batch, args.group, sampling)
 
         times = [seconds(generate) for _ in range(3)]
         tokens = sum(len(completion.token_ids) for group in made for completion in group)
@@ -224,7 +224,7 @@ def report(
         tokens_per_s=rate, times_s=[round(t, 3) for t in times])  # fmt: skip
 
 
-# --- vLLM as it comes ----------------------------------------------------------------------------
+# --- plain vLLM ----------------------------------------------------------------------------------
 
 
 def run_vllm(args: argparse.Namespace) -> None:
@@ -255,8 +255,8 @@ def run_vllm(args: argparse.Namespace) -> None:
     say(start_s=time.perf_counter() - start)
     adapter = LoRARequest("adapter", 1, lora_path=str(args.adapter))
     for count in args.sequences:
-        asked = [{"prompt_token_ids": p} for p in prompts(args, count // args.group)]
-        asked = [p for p in asked for _ in range(args.group)]
+        batch = [{"prompt_token_ids": p} for p in prompts(args, count // args.group)]
+        batch = [p for p in batch for _ in range(args.group)]
         params = [
             SamplingParams(max_tokens=args.new, temperature=1.0, seed=i, logprobs=0,
                            ignore_eos=True, detokenize=False)
@@ -266,7 +266,7 @@ def run_vllm(args: argparse.Namespace) -> None:
         times = []
         for _ in range(3):
             start = time.perf_counter()
-            outputs = llm.generate(asked, params, use_tqdm=False, lora_request=adapter)
+            outputs = llm.generate(batch, params, use_tqdm=False, lora_request=adapter)
             times.append(time.perf_counter() - start)
         tokens = sum(len(o.outputs[0].token_ids) for o in outputs)
         report(args, "vllm", count, times, tokens)

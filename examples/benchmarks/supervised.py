@@ -5,29 +5,28 @@
         --systems rlsloth trl unsloth --peers-path FOLDER_WITH_UNSLOTH
     python examples/benchmarks/supervised.py --model DIR --systems rlsloth --vocab 32768 131072
 
-Each measurement has a process of its own. One that fails is a line of the table, with its error.
+Each measurement runs in its own process. A failed one is a row of the table, with its error.
 
 Work of an update, on the same token ids for all, NF4 base, LoRA on all linear layers, AdamW in 8
 bits, bf16 (on a CPU: float32, torch's AdamW):
-- sft: --batch texts of --tokens tokens, all learnt. No padding.
+- sft: --batch texts of --tokens tokens, which all carry loss. No padding.
 - packed: --samples texts of --tokens / 16 to --tokens tokens, log-uniform, in forward passes of at
-  most --micro-tokens tokens. Padding is work, but not counted.
-- dpo, orpo: --batch pairs, a prompt of half the tokens and two answers of the other half, counted
-  as TRL does: a prompt for each of its answers. The reference is the model without its adapter.
+  most --micro-tokens tokens. Padding takes time, but is not counted.
+- dpo, orpo: --batch pairs: a prompt of half the tokens and two completions of the other half. As in
+  TRL, the prompt counts once for each completion. The reference is the model without its adapter.
 
-A system may be followed by variants: trl:sdpa+nockpt. ckpt, nockpt: gradient checkpointing on, off
-(by itself: rlsloth plans, trl on, unsloth in the host's memory). sdpa: torch's attention (by itself
-trl takes the newest flash attention installed). packing, padfree, padded: SFT's batches (by itself
-trl pads, unsloth chooses). fused: unsloth's ORPO without full logits, which it does not do by
-itself. The packed task also measures trl:packing and unsloth:packing, orpo unsloth:fused.
+A system may have variants: trl:sdpa+nockpt. ckpt, nockpt: gradient checkpointing on, off (default:
+rlsloth by its memory plan, trl on, unsloth in the host's memory). sdpa: torch's attention (default:
+trl the newest flash attention installed). packing, padfree, padded: batches of SFT (default: trl
+pads, unsloth decides). fused: unsloth's ORPO without full logits (default: off). The packed task
+also measures trl:packing and unsloth:packing, orpo also unsloth:fused.
 
---vocab measures on two layers of the 8B shape with random weights instead, at each vocabulary:
-memory beyond embedding and head is to stay the same.
+--vocab measures two layers of the 8B shape with random weights instead, at each vocabulary size:
+memory besides embedding and head should not grow.
 
-What cannot be made equal: a packed row of TRL's and Unsloth's holds samples of other steps, too.
-Unsloth's DPO scores its reference with a copy of the adapter, which TRL makes for adapters that it
-did not add itself. rlsloth computes a pair's prompt once.
-"""
+Differences that remain: a packed row of TRL and Unsloth has samples of other steps, too. Unsloth's
+DPO scores its reference with a copy of the adapter, which TRL makes for adapters that it did not
+add itself. rlsloth computes the prompt of a pair once. """
 
 from __future__ import annotations
 
@@ -51,16 +50,17 @@ SYSTEMS = {
     "trl": ("ckpt", "nockpt", "sdpa", "packing", "padfree"),
     "unsloth": ("ckpt", "nockpt", "packing", "padfree", "padded", "fused"),
 }
-"""And their variants."""
+"""System -> its variants."""
 FOR = {"packing": SFT, "padfree": SFT, "padded": SFT, "fused": ("orpo",)}
-"""Tasks of variants that are not for all."""
+"""Variant -> the tasks it is for, if not all."""
 ALSO = {"packed": ("trl:packing", "unsloth:packing"), "orpo": ("unsloth:fused",)}
+"""Task -> systems that are measured, too."""
 RESULT = "supervised result: "
 VOCABULARY_LAYERS = 2
 KEPT_LINES = 40
-"""Of what a process prints, which says what a system chose by itself."""
+"""Last lines kept of a process's output, in which a system prints its own choices."""
 LEAST_S = 20.0
-"""A measurement that would have less time is not begun."""
+"""Least seconds left with which a measurement is started."""
 
 Result = dict[str, Any]
 
@@ -97,54 +97,58 @@ def parse(argv: list[str]) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--model", required=True, help="a folder; with --vocab its tokenizer alone is used")
+    add("--model", required=True, help="a folder; with --vocab only its tokenizer is used")
     add("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     add("--systems", nargs="+", default=list(SYSTEMS), metavar="SYSTEM[:VARIANT+...]")
-    add("--steps", type=int, default=6, help="measured ones")
-    add("--warmup", type=int, default=2, help="steps before them")
-    add("--tokens", type=int, default=4096, help="of a sequence, and the most of any")
+    add("--steps", type=int, default=6, help="measured steps")
+    add("--warmup", type=int, default=2, help="steps before the measured ones")
+    add("--tokens", type=int, default=4096, help="tokens of a sequence, or of the longest")
     add("--batch", type=int, default=2, help="sequences or pairs of an update")
-    add("--samples", type=int, default=16, help="of an update of the packed task")
-    add("--micro-tokens", type=int, default=8192, help="of a forward pass of the packed task")
-    add("--rows", type=int, help="sequences or pairs of a forward pass of trl and unsloth, if not "
-        "all at once; the rest are accumulated")  # fmt: skip
+    add("--samples", type=int, default=16, help="samples of an update of the packed task")
+    add(
+        "--micro-tokens",
+        type=int,
+        default=8192,
+        help="most tokens of a forward pass of the packed task",
+    )
+    add("--rows", type=int, help="sequences or pairs of a forward pass of trl and unsloth")
     add("--rank", type=int, default=32)
     add("--vocab", type=int, nargs="+", metavar="SIZE")
-    add("--peers-path", help="put before PYTHONPATH for unsloth")
-    add("--seconds", type=float, default=520, help="no measurement lasts beyond this")
-    add("--out", type=Path, help="results as JSON, written anew after each")
+    add("--peers-path", help="folder put before PYTHONPATH for unsloth")
+    add("--seconds", type=float, default=520, help="time for all measurements")
+    add("--out", type=Path, help="JSON file of results, written after each measurement")
     add("--one", nargs=2, help=argparse.SUPPRESS)  # the task and system of a process
     args = parser.parse_args(argv)
     if not Path(args.model).is_dir():
         sys.exit(f"--model {args.model}: no such folder; make_model.py writes one")
     if min(args.warmup, args.steps) < 1:
-        sys.exit("--warmup and --steps are at least 1")
+        sys.exit("--warmup and --steps must be at least 1")
     for system in args.systems:
         name, *variants = split(system)
         if name not in SYSTEMS or not set(variants) <= set(SYSTEMS[name]):
             known = "; ".join(f"{name}: {', '.join(found)}" for name, found in SYSTEMS.items())
-            sys.exit(f"--systems {system}: known are, with their variants, {known}")
+            sys.exit(f"--systems {system}: unknown; systems and their variants are {known}")
     return args
 
 
 def split(system: str) -> list[str]:
-    """A system's name and its variants."""
+    """Name of a system, and its variants."""
     name, _, variants = system.partition(":")
     return [name, *filter(None, variants.split("+"))]
 
 
-def systems(asked: list[str], task: str) -> list[str]:
-    """What to measure of a task."""
-    also = [system for system in ALSO.get(task, ()) if split(system)[0] in asked]
+def systems(chosen: list[str], task: str) -> list[str]:
+    """Systems to measure on a task."""
+    also = [system for system in ALSO.get(task, ()) if split(system)[0] in chosen]
     return [
         system
-        for system in dict.fromkeys([*asked, *also])
+        for system in dict.fromkeys([*chosen, *also])
         if all(task in FOR.get(variant, TASKS) for variant in split(system)[1:])
     ]
 
 
 def measure_one(args: argparse.Namespace) -> Result:
-    """In a process of its own."""
+    """Measure one system on one task; runs in its own process."""
     need("torch", "transformers")
     args.task, system = args.one
     name, *args.variant = split(system)
@@ -163,11 +167,11 @@ def measure_one(args: argparse.Namespace) -> Result:
 def run_one(
     args: argparse.Namespace, argv: list[str], model: str, task: str, system: str, ends: float
 ) -> Result:
-    """A measurement's result, or its error."""
+    """Start a process that measures; return its result, or its error."""
     result: Result = {"task": task, "system": system}
     left = ends - time.monotonic()
     if left < LEAST_S:
-        return result | {"error": "not begun: --seconds are over"}
+        return result | {"error": "not started: --seconds is used up"}
     environment = dict(os.environ)
     if args.peers_path and split(system)[0] == "unsloth":
         paths = [args.peers_path, environment.get("PYTHONPATH", "")]
@@ -178,10 +182,10 @@ def run_one(
             command, env=environment, capture_output=True, text=True, timeout=left
         )
     except subprocess.TimeoutExpired:
-        return result | {"error": f"stopped after {left:.0f} s: --seconds are over"}
-    said = done.stdout.splitlines()
-    result["output"] = [line for line in said if not line.startswith(RESULT)][-KEPT_LINES:]
-    for line in reversed(said):
+        return result | {"error": f"stopped after {left:.0f} s: --seconds is used up"}
+    printed = done.stdout.splitlines()
+    result["output"] = [line for line in printed if not line.startswith(RESULT)][-KEPT_LINES:]
+    for line in reversed(printed):
         if line.startswith(RESULT):
             return result | json.loads(line.removeprefix(RESULT))
     wrong = [line for line in done.stderr.splitlines() if line.strip()]
@@ -190,20 +194,20 @@ def run_one(
 
 
 def reason(lines: list[str]) -> str:
-    """The exception among the lines that a process ended with, or its last line."""
+    """The line with the exception in a process's last lines, else the last line."""
     raised = [line for line in lines if re.match(r"[\w.]*(Error|Exception)\b", line)]
     return (raised or [line for line in lines if not line.startswith(" ")] or [""])[-1]
 
 
 def make_folder(vocabulary: int, tokenizer: str, folder: str) -> None:
-    """Two layers of the 8B shape, made in a process of its own, which takes its memory along."""
+    """Make two layers of the 8B shape, in its own process, so that all its memory is freed."""
     process = multiprocessing.get_context("spawn").Process(
         target=_make_folder, args=(vocabulary, tokenizer, folder)
     )
     process.start()
     process.join()
     if process.exitcode:
-        sys.exit(f"no model of a vocabulary of {vocabulary}: exit code {process.exitcode}")
+        sys.exit(f"--vocab {vocabulary}: no model was made: exit code {process.exitcode}")
 
 
 def _make_folder(vocabulary: int, tokenizer: str, folder: str) -> None:
@@ -218,20 +222,20 @@ def _make_folder(vocabulary: int, tokenizer: str, folder: str) -> None:
 
 
 def write(results: list[Result], path: Path) -> None:
-    """Whole or not at all."""
+    """Write the results atomically."""
     new = path.with_name(path.name + ".new")
     new.write_text(json.dumps(results, indent=1))
     os.replace(new, path)
 
 
 def report(results: list[Result]) -> str:
-    """The table, and below it what ran it."""
+    """The table, and below it devices and versions."""
     found = [", ".join(map(" ".join, r["machine"].items())) for r in results if "machine" in r]
     return "\n".join([table(results), "", *(f"- {text}" for text in dict.fromkeys(found))])
 
 
 def table(results: list[Result]) -> str:
-    """Markdown."""
+    """Results as a Markdown table."""
     vocabularies = any("vocabulary" in result for result in results)
     head = ["task", "system", "tokens/s", "s a step", "tokens a step", "peak, GiB"]
     head += ["peak of the steps", "reserved", "first loss", "set-up, s"]
@@ -262,7 +266,7 @@ def figures(result: Result) -> list[str]:
 
 
 def beyond(result: Result) -> float:
-    """GiB of the steps' peak that are neither embedding nor head, both bf16."""
+    """Peak of the steps in GiB, without embedding and head, which are bf16."""
     from make_model import SHAPES
 
     both = 2 * 2 * int(SHAPES["qwen3-8b"]["hidden_size"]) * int(result["vocabulary"])

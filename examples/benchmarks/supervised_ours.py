@@ -1,4 +1,4 @@
-"""rlsloth's side of supervised.py: `rlsloth sft`, `dpo` and `orpo` with the clock in their runs."""
+"""rlsloth in supervised.py: `rlsloth sft`, `dpo` and `orpo` with the clock in their runs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from work import LEARNING_RATE
 
 
 def rlsloth(args: argparse.Namespace, clock: Clock) -> None:
-    """The command, but for checkpoints and evaluation."""
+    """Run the command without checkpoints and evaluation."""
     need("rlsloth")
     from transformers import AutoTokenizer
 
@@ -36,7 +36,8 @@ def rlsloth(args: argparse.Namespace, clock: Clock) -> None:
 
 
 def unshuffled(made: list[dict[str, str]]) -> list[dict[str, str]]:
-    """In an order from which rlsloth's sampler makes that of ``made``, which the peers get."""
+    """The rows in an order that rlsloth's sampler shuffles into that of ``made``, which TRL and
+    Unsloth get."""
     from rlsloth.data.sampler import EpochSampler
 
     order = EpochSampler(range(len(made)), seed=0).take(len(made))
@@ -45,7 +46,7 @@ def unshuffled(made: list[dict[str, str]]) -> list[dict[str, str]]:
 
 
 def config(args: argparse.Namespace, data: Path, folder: Path) -> Any:
-    """The work in rlsloth's terms."""
+    """The configuration of the command for this work."""
     import torch
 
     from rlsloth.config.sft import SftConfig
@@ -74,7 +75,7 @@ def config(args: argparse.Namespace, data: Path, folder: Path) -> Any:
 
 
 def hook(clock: Clock) -> None:
-    """A step ends where its figures are logged, which also say what it was made from."""
+    """Let the clock end a step when rlsloth logs its figures, with the tokens in these."""
     from rlsloth.run.run import Run
 
     steps, log = Run.steps, Run.log

@@ -1,4 +1,4 @@
-"""TRL's and Unsloth's trainers on the work of supervised.py, with its clock in their loop."""
+"""Trainers of TRL and Unsloth on the work of supervised.py, with its clock in their loop."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CHECKPOINTING = {"ckpt": True, "nockpt": False}
 
 
 def trl(args: argparse.Namespace, clock: Clock) -> None:
-    """Stock transformers, bitsandbytes and PEFT under TRL's trainer."""
+    """Run TRL's trainer with plain transformers, bitsandbytes and PEFT."""
     need("trl", "peft", "datasets")
     import torch
     from peft import LoraConfig
@@ -50,12 +50,12 @@ def trl(args: argparse.Namespace, clock: Clock) -> None:
 
 
 def checkpointed(args: argparse.Namespace, default: Any) -> Any:
-    """Gradient checkpointing, as a variant says or by default."""
+    """Setting of gradient checkpointing: a variant's, or the default."""
     return next((on for name, on in CHECKPOINTING.items() if name in args.variant), default)
 
 
 def best_attention() -> str:
-    """The newest flash attention that is installed, else torch's."""
+    """Name of the newest flash attention that is installed, else torch's."""
     from transformers.utils import import_utils
 
     for version in (4, 3, 2):
@@ -65,10 +65,11 @@ def best_attention() -> str:
 
 
 def unsloth(args: argparse.Namespace, clock: Clock) -> None:
-    """As in its notebooks: its model under TRL's trainers, which it rewrites at import."""
+    """Run Unsloth as its notebooks do: its model under TRL's trainers, which it rewrites at
+    import."""
     need("unsloth", "trl", "peft", "bitsandbytes")
     if "fused" in args.variant:
-        # Off by itself. The head of ORPO in chunks; its DPO has that from TRL either way.
+        # Off by default: the head of ORPO in chunks. Its DPO gets that from TRL in any case.
         os.environ["UNSLOTH_FUSED_PREFERENCE_LOSS"] = "1"
     with tempfile.TemporaryDirectory() as folder:
         os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(Path(folder) / "compiled"))
@@ -79,7 +80,7 @@ def unsloth(args: argparse.Namespace, clock: Clock) -> None:
         need_gpu("unsloth")
         if args.task in PAIRS:
             PatchDPOTrainer()
-        # Its own choice: activations at layer borders wait in the host's memory.
+        # Unsloth's own choice: checkpointed activations are kept in the host's memory.
         checkpointing = checkpointed(args, "unsloth")
         model, tokenizer = FastLanguageModel.from_pretrained(
             model_name=str(Path(args.model).resolve()),
@@ -99,13 +100,13 @@ def unsloth(args: argparse.Namespace, clock: Clock) -> None:
 
 
 def without_bos(tokenizer: Any) -> Any:
-    """The tokenizer with no first token to add, which of these trainers only ORPO's does."""
+    """The tokenizer without a first token, which only the trainer of ORPO would add."""
     tokenizer.bos_token = None
     return tokenizer
 
 
 def settings(args: argparse.Namespace, folder: str, checkpointing: bool) -> dict[str, Any]:
-    """Arguments that all trainers share."""
+    """Arguments of every trainer."""
     import torch
 
     gpu = torch.cuda.is_available()
@@ -137,13 +138,13 @@ def settings(args: argparse.Namespace, folder: str, checkpointing: bool) -> dict
 
 
 def batches(args: argparse.Namespace) -> tuple[int, int]:
-    """Rows of a forward pass, and forward passes of a step. All at once, but for the packed task,
-    whose forward takes ``micro_tokens`` at most, padding included."""
+    """Rows of a forward pass, and forward passes of a step. A step is one pass, except in the
+    packed task, whose passes have at most ``micro_tokens`` tokens, padding included."""
     total = per_step(args)
     at_once = args.rows or (total if args.task != "packed" else args.micro_tokens // args.tokens)
     at_once = max(min(at_once, total), 1)
     if args.task == "packed" and "packing" in args.variant:
-        # A row is then ``tokens`` long, and holds several samples, also those of other steps.
+        # A row then has ``tokens`` tokens, and several samples, also of other steps.
         total = math.ceil(sum(lengths(args)) / args.tokens)
     return at_once, math.ceil(total / at_once)
 
@@ -151,7 +152,8 @@ def batches(args: argparse.Namespace) -> tuple[int, int]:
 def make_trainer(
     args: argparse.Namespace, model: Any, tokenizer: Any, given: dict[str, Any], **more: Any
 ) -> Any:
-    """The task's trainer, data and configuration: TRL's, or what Unsloth has put in its place."""
+    """The trainer of the task, with data and configuration: TRL's, or Unsloth's replacement for
+    it."""
     from datasets import Dataset
 
     more |= {
@@ -172,14 +174,14 @@ def make_trainer(
     if "packing" in args.variant:
         given["packing"] = True
     if "padfree" in args.variant:
-        given |= {"padding_free": True, "max_length": None}  # TRL takes it without a limit only
+        given |= {"padding_free": True, "max_length": None}  # TRL allows it only without a limit
     if "padded" in args.variant:
-        given["padding_free"] = False  # Unsloth chooses by itself
+        given["padding_free"] = False  # else Unsloth decides
     return SFTTrainer(args=SFTConfig(**given), **more)
 
 
 def train(trainer: Any, clock: Clock) -> None:
-    """Train by the trainer's own loop, and tell the clock of its steps."""
+    """Train with the trainer's own loop, and mark its steps in the clock."""
     from transformers import TrainerCallback
 
     step = trainer.training_step
@@ -202,11 +204,11 @@ def train(trainer: Any, clock: Clock) -> None:
 
 
 def real_tokens(inputs: dict[str, Any]) -> Any:
-    """Of a batch, padding not counted: a number, or [] on the device."""
+    """Tokens of a batch without padding: a number, or a tensor on the device."""
     masks = [
         value
         for name, value in inputs.items()
         if name.endswith("attention_mask") and not name.startswith("prompt")
     ]
-    # Without a mask there is no padding. ORPO's prompt is within its two sequences, too.
+    # Without a mask there is no padding. ORPO's prompt is in its two sequences already.
     return sum(mask.sum() for mask in masks) if masks else inputs["input_ids"].numel()

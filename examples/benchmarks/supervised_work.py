@@ -1,4 +1,4 @@
-"""The work that supervised.py gives every system, and the clock that it is measured with."""
+"""The work of supervised.py, equal for every system, and the clock that measures it."""
 
 from __future__ import annotations
 
@@ -20,18 +20,17 @@ SFT = ("sft", "packed")
 PAIRS = ("dpo", "orpo")
 TASKS = SFT + PAIRS
 RANGE = 16
-"""How many times the packed task's shortest sample its longest is."""
+"""Length of the longest sample of the packed task, divided by that of the shortest."""
 
 
 def per_step(args: argparse.Namespace) -> int:
-    """Samples, or pairs, that an update is made from."""
+    """Samples, or pairs, of an update."""
     return int(args.samples if args.task == "packed" else args.batch)
 
 
 def rows(tokenizer: Any, args: argparse.Namespace) -> list[dict[str, str]]:
-    """Data for all steps, in their order: TRL's columns ``text``, or ``prompt``, ``chosen`` and
-    ``rejected``. Every text ends with the end token; all its tokens, the end with them, are
-    ``lengths`` many."""
+    """Rows of all steps in order, with TRL's columns: ``text``, or ``prompt``, ``chosen`` and
+    ``rejected``. Every text ends with the end token; ``lengths`` counts it, too."""
     config = json.loads((Path(args.model) / "config.json").read_text())
     known = min(len(tokenizer), config["vocab_size"])
     decoded = (tokenizer.decode([i]) for i in range(known))
@@ -62,8 +61,9 @@ def rows(tokenizer: Any, args: argparse.Namespace) -> list[dict[str, str]]:
 
 
 def lengths(args: argparse.Namespace) -> list[int]:
-    """Tokens of a step's samples. Packed: the middles of ``samples`` equal shares of a log-uniform
-    distribution up to ``tokens``, shuffled; the same in every step, so that steps are alike."""
+    """Lengths in tokens of a step's samples. For the packed task they are the medians of
+    ``samples`` equal parts of a log-uniform distribution up to ``tokens``, shuffled, and the same
+    in every step."""
     if args.task == "sft":
         return [int(args.tokens)] * int(args.batch)
     least = args.tokens / RANGE
@@ -74,18 +74,18 @@ def lengths(args: argparse.Namespace) -> list[int]:
 
 
 def check(tokenizer: Any, texts: list[str], tokens: list[int]) -> None:
-    """Exit where the tokenizer does not keep words apart."""
+    """Exit if the tokenizer joins words of one token."""
     if [len(ids) for ids in tokenizer(texts)["input_ids"]] != tokens:
-        sys.exit("this tokenizer does not keep words that are one token each apart")
+        sys.exit("this tokenizer joins words of one token: pass a --model with another tokenizer")
 
 
 class Clock:
-    """Seconds, tokens and memory of training steps. The device is waited for at their borders."""
+    """Seconds, tokens and memory of training steps. The device is synchronised between steps."""
 
     def __init__(self, warmup: int) -> None:
         self.first_loss: float | None = None
-        """Of the very first step. All systems are given the same model, whose adapter does nothing
-        yet, and the same tokens."""
+        """Loss of the first step, which is equal for all systems: they have the same model and
+        tokens, and the adapter has no effect yet."""
         self._warmup = warmup
         self._made = self._mark = time.perf_counter()
         self._setup = 0.0
@@ -94,18 +94,19 @@ class Clock:
         self._peaks: dict[str, float] = {}
 
     def begin(self) -> None:
-        """The first step begins: what was before is set-up."""
+        """Begin the first step: the time before it is set-up."""
         self._peaks = _peaks(reset=False)  # Unsloth may reset them in its first forward pass
         self._mark = _now()
         self._setup = self._mark - self._made
         self._tokens = [[]]
 
     def count(self, tokens: Any) -> None:
-        """Real tokens of a forward pass: a number, or a tensor, which is read at the end."""
+        """Count the tokens of a forward pass, without padding: a number, or a tensor that is read
+        at the end."""
         self._tokens[-1].append(tokens)
 
     def step_done(self) -> None:
-        """The step ends here, and the next begins."""
+        """End the step and begin the next one."""
         now = _now()
         self._seconds.append(now - self._mark)
         self._tokens.append([])
@@ -114,8 +115,8 @@ class Clock:
         self._mark = _now()
 
     def result(self) -> dict[str, Any]:
-        """Medians over the steps after those that warm up; peaks in GiB of torch's allocator, over
-        the whole process from before loading, and over those steps."""
+        """Medians over the measured steps, and peaks of torch's allocator in GiB: over the whole
+        process, loading included, and over the measured steps."""
         seconds = self._seconds[self._warmup :]
         tokens = [sum(map(int, parts)) for parts in self._tokens[self._warmup : -1]]
         last = _peaks(reset=False)

@@ -1,8 +1,8 @@
-"""Results of full_step.py as Markdown tables.
+"""Markdown tables of the results of full_step.py.
 
     python examples/benchmarks/table.py RESULT.json...
 
-Times and tokens are medians over the measured steps, memory is the most of any of them.
+Times and tokens are medians over the measured steps, memory is their maximum.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ COMMON = (
     "kv_gb",
     "gradient_checkpointing",
 )
-"""Settings that are the same in results that may be compared."""
+"""Settings that have to agree in results that are compared."""
 HEAD = (
     "trainer",
     "precision",
@@ -51,14 +51,14 @@ def main(argv: list[str]) -> None:
 
 
 def table(results: Sequence[Result]) -> str:
-    """Both tables, below what a reader must know of them."""
+    """Both tables, after notes on differences between results and on machines."""
     notes = [note for note in (differing(results), machines(results)) if note]
     body = [row(HEAD), row(["---"] * len(HEAD)), *(row(cells(result)) for result in results)]
     return "\n\n".join([*notes, "\n".join(body), "\n".join(ratios(results))])
 
 
 def cells(result: Result) -> list[str]:
-    """A line of the first table."""
+    """Cells of a row of the first table."""
     settings = result["settings"]
     seconds, tokens = middle(result, "seconds"), middle(result, "tokens")
     return [
@@ -76,7 +76,8 @@ def cells(result: Result) -> list[str]:
 
 
 def ratios(results: Sequence[Result]) -> list[str]:
-    """How many times as long the column takes as the row: above 1, the row is faster."""
+    """Rows of the second table: time of the column divided by that of the row; above 1 the row is
+    faster."""
     names = [label(result) for result in results]
     lines = [row(["is faster by", *names]), row(["---"] * (len(names) + 1))]
     for name, one in zip(names, results, strict=True):
@@ -92,7 +93,7 @@ def label(result: Result) -> str:
 
 
 def differing(results: Sequence[Result]) -> str:
-    """A warning where the results are not of the same work."""
+    """A warning if the results are of different work; else empty."""
     found = [
         f"{key} ({', '.join(sorted(values))})"
         for key in COMMON
@@ -104,7 +105,7 @@ def differing(results: Sequence[Result]) -> str:
 
 
 def machines(results: Sequence[Result]) -> str:
-    """Devices and versions, each told once."""
+    """Devices and versions, each listed once."""
     found = [", ".join(map(" ".join, result["machine"].items())) for result in results]
     return "\n".join(f"- {text}" for text in dict.fromkeys(found))
 

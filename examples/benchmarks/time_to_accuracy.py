@@ -1,22 +1,24 @@
-"""How long until a model answers so many held-out questions: seconds from start, seeds, medians.
+"""Seconds until a model reaches an accuracy on held-out problems, for one seed; medians over seeds.
 
     python examples/benchmarks/time_to_accuracy.py --trainer rlsloth --model DIR --seed 0 --json OUT
     python examples/benchmarks/time_to_accuracy.py --trainer trl --model DIR --seed 0 --json OUT
     python examples/benchmarks/time_to_accuracy.py --summary OUT...
 
-The task: sums and differences of two one-digit numbers, 100 of the 200 withheld. Reward 1 for a
-right last number in a finished answer. SmolLM2-135M-Instruct (make_model.py --unpack makes a folder
-of its GGUF file), LoRA r = 16 on all linear layers, lr 2e-4, 16 prompts x 8 completions of at most
-32 tokens, dapo loss, bf16 on a GPU. The seed fixes which questions are withheld and which come in
-which step; both trainers get the same.
+The task: sums and differences of two one-digit numbers, 100 of the 200 withheld. The reward is 1 if
+the last number of a finished completion is right. SmolLM2-135M-Instruct (make_model.py --unpack
+makes a folder of its GGUF file), LoRA r = 16 on all linear layers, lr 2e-4, 16 prompts x 8
+completions of at most 32 tokens, dapo loss, bf16 on a GPU. The seed determines which problems are
+withheld and which are in each step; both trainers get the same ones.
 
-Every --every steps, and before the first, each held-out question is answered --samples times at
-temperature 1 by the trainer's own engine; prompts and marks are made here, the same for both. Time
-spent on that is not counted. Both sample with vLLM by default (--engine). Each evaluation writes a
-line of JSON; the run ends at the first that reaches --target, or after --steps.
+Before the first step and every --every steps, the trainer's own engine samples --samples
+completions of each held-out problem at temperature 1. Prompts and scores are made here, in the same
+way for both. Time spent on that is not counted. Both sample with vLLM by default (--engine). Each
+evaluation writes a line of JSON; the run ends at the first one that reaches --target, or after
+--steps.
 
-What differs: rlsloth scores rewards in worker processes and keeps a run folder, TRL in the
-trainer's process; TRL pads; TRL's old-log-prob pass for vLLM's sake is off, rlsloth has none.
+Differences that remain: rlsloth scores rewards in worker processes and keeps a run folder, TRL
+scores in the trainer's process. TRL pads. TRL's extra pass for old log-probs, which it makes
+because of vLLM, is off; rlsloth has none.
 """
 
 from __future__ import annotations
@@ -44,9 +46,8 @@ EXTRACT = "last_number"
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     if args.summary:
-        print(
-            summary([json.loads(line) for f in args.summary for line in f.read_text().splitlines()])
-        )
+        lines = [line for file in args.summary for line in file.read_text().splitlines()]
+        print(summary([json.loads(line) for line in lines]))
         return
     set_environment()
     need("torch", "transformers", "psutil", "rlsloth", "reasoning_gym")
@@ -69,22 +70,22 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--model", help="a folder")
     add("--engine", choices=["vllm", "transformers"], default="vllm")
     add("--seed", type=int, default=0)
-    add("--target", type=float, default=0.5, help="share of right answers")
+    add("--target", type=float, default=0.5, help="accuracy at which the run ends")
     add("--steps", type=int, default=80)
     add("--every", type=int, default=2, help="steps between evaluations")
-    add("--samples", type=int, default=4, help="answers to each held-out question")
+    add("--samples", type=int, default=4, help="completions of each held-out problem")
     add("--json", type=Path, help="also append the lines here")
     add("--summary", type=Path, nargs="+", help="print medians over seeds of such files instead")
     args = parser.parse_args(argv)
     if not args.summary and not (args.trainer and args.model):
-        parser.error("--trainer and --model are needed, or --summary")
+        parser.error("pass --trainer and --model, or --summary")
     if args.model and not Path(args.model).is_dir():
         sys.exit(f"--model {args.model}: no such folder; make_model.py --unpack writes one")
     return args
 
 
 def config(args: argparse.Namespace, folder: Path) -> Any:
-    """The task and its settings in rlsloth's terms; TRL's are read from these."""
+    """The configuration of `rlsloth grpo` for this task; TRL's settings are derived from it."""
     from rlsloth.config import GrpoConfig
 
     digits = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
@@ -94,7 +95,7 @@ def config(args: argparse.Namespace, folder: Path) -> Any:
             "prompts_per_step": 16,
             "group_size": 8,
             "seed": args.seed,
-            # 135M parameters: activations are small, recomputing them is not.
+            # With 135M parameters activations are small, and recomputing them is slow.
             "model": {"path": args.model, "gradient_checkpointing": False},
             "lora": {"rank": 16, "alpha": 32},
             "env": {"name": "reasoning_gym:chain_sum", "params": digits, "heldout": 100},
@@ -108,7 +109,7 @@ def config(args: argparse.Namespace, folder: Path) -> Any:
 
 
 class Race:
-    """The clock, which stands still during evaluations, and the questions that are asked there."""
+    """A clock that stops during evaluations, and the held-out problems that these use."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self._args = args
@@ -117,21 +118,22 @@ class Race:
         self._prompts: list[Ids] = []
 
     def set_questions(self, renderer: Any, heldout: Sequence[Any]) -> None:
-        """``heldout``: rlsloth's Prompts; ``renderer``: its Renderer for the model's tokenizer."""
+        """Set the problems. ``heldout``: rlsloth's Prompts; ``renderer``: its Renderer for the
+        model."""
         self._renderer, self._heldout = renderer, heldout
         self._prompts = [renderer.prompt_ids(prompt) for prompt in heldout]
 
     def first_step(self) -> None:
-        """Set-up ends here."""
+        """Mark the end of the set-up."""
         self._first_step_s = self._now()
 
     def reached(self, step: int, sample: Sample) -> bool:
-        """Evaluate after ``step`` where that is due; whether the target is reached."""
+        """Evaluate after ``step`` if it is time; return whether the target is reached."""
         args = self._args
         if step % args.every and step < args.steps:
             return False
         seconds, first = self._now(), self._first_step_s
-        with self._stands_still():
+        with self._stopped_clock():
             accuracy = self._accuracy(sample)
         row = {
             "trainer": args.trainer,
@@ -151,11 +153,11 @@ class Race:
         return accuracy >= args.target
 
     def _accuracy(self, sample: Sample) -> float:
-        answers = sample(self._prompts, self._args.samples)
+        sampled = sample(self._prompts, self._args.samples)
         marks = [
             mark(self._renderer, prompt.columns, ids)
-            for prompt, several in zip(self._heldout, answers, strict=True)
-            for ids in several
+            for prompt, completions in zip(self._heldout, sampled, strict=True)
+            for ids in completions
         ]
         return statistics.fmean(value == 1.0 for value in marks)
 
@@ -163,7 +165,7 @@ class Race:
         return since_start() - self._stopped
 
     @contextmanager
-    def _stands_still(self) -> Iterator[None]:
+    def _stopped_clock(self) -> Iterator[None]:
         wait_for_device()
         start = time.perf_counter()
         yield
@@ -179,7 +181,7 @@ def wait_for_device() -> None:
 
 
 def mark(renderer: Any, columns: Any, ids: Ids) -> float | None:
-    """The task's reward of one completion."""
+    """The reward of one completion."""
     from rlsloth.rewards.reasoning_gym import reasoning_gym
 
     finish = "stop" if ids and ids[-1] in renderer.stop_ids else "length"
@@ -188,7 +190,7 @@ def mark(renderer: Any, columns: Any, ids: Ids) -> float | None:
 
 
 def rlsloth(cfg: Any, race: Race) -> None:
-    """`rlsloth grpo`, which stops where the race does."""
+    """Run `rlsloth grpo` until the target is reached."""
     from rlsloth.rollout.collector import Collector
     from rlsloth.run.run import Run
     from rlsloth.training import grpo
@@ -224,14 +226,14 @@ def rlsloth(cfg: Any, race: Race) -> None:
 
 
 def trl(cfg: Any, race: Race) -> None:
-    """GRPOTrainer with the same settings, questions and order."""
+    """Run GRPOTrainer with the same settings, and the same problems in the same order."""
     import trl_race
 
     trl_race.run(cfg, race, mark)
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> str:
-    """Medians over seeds as Markdown; a seed that never reached the target counts as infinite."""
+    """Medians over seeds as Markdown; a seed that did not reach the target counts as infinite."""
     runs: dict[tuple[str, str, float], dict[int, list[dict[str, Any]]]] = {}
     for row in rows:
         key = row["trainer"], row["engine"], row["target"]
@@ -248,7 +250,7 @@ def summary(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def median(seeds: dict[int, list[dict[str, Any]]], key: str) -> str:
-    """Of the first evaluation that reached the target, over seeds."""
+    """Median over seeds of a figure of the first evaluation that reached the target."""
     firsts = [next((r for r in rows if r["reached"]), None) for rows in seeds.values()]
     values = [float("inf") if row is None else row[key] or 0.0 for row in firsts]
     middle = statistics.median(values)

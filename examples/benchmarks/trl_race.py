@@ -1,4 +1,4 @@
-"""TRL's side of time_to_accuracy.py."""
+"""TRL's trainer in time_to_accuracy.py."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 
 Ids = list[int]
 Mark = Callable[[Any, dict[str, Any], Ids], float | None]
-"""The reward of a completion, given a Renderer, the row's columns and token ids."""
+"""(Renderer, the row's columns, token ids of a completion) -> its reward."""
 
 
 def run(cfg: Any, race: Any, mark: Mark) -> None:
-    """Train until ``race`` says that the target is reached."""
+    """Train until the target of ``race`` is reached."""
     from peft import LoraConfig
     from transformers import AutoTokenizer, GenerationConfig
     from trl import GRPOTrainer
@@ -43,7 +43,7 @@ def run(cfg: Any, race: Any, mark: Mark) -> None:
 
 
 def reward(renderer: Any, mark: Mark) -> Callable[..., list[float | None]]:
-    """The task's reward as TRL calls it."""
+    """The reward in the form in which TRL calls it."""
 
     def right_last_number(
         completion_ids: list[Ids], task: list[str], entry: list[str], **_: Any
@@ -55,7 +55,8 @@ def reward(renderer: Any, mark: Mark) -> Callable[..., list[float | None]]:
 
 
 def arguments(cfg: Any) -> Any:
-    """Cfg's settings under TRL's names. loss_type is dapo and scale_rewards group by default."""
+    """Settings of ``cfg`` under TRL's names. loss_type is dapo and scale_rewards group by
+    default."""
     import torch
     from trl import GRPOConfig
 
@@ -70,14 +71,14 @@ def arguments(cfg: Any) -> Any:
         shuffle_dataset=False,
         use_vllm=cfg.rollout.engine == "vllm",
         vllm_mode="colocate",
-        # On by default, and then every step makes one more forward pass.
+        # If on, as by default, every step makes one more forward pass.
         vllm_importance_sampling_correction=False,
         temperature=cfg.rollout.temperature,
         beta=cfg.loss.beta,
         learning_rate=cfg.optim.lr,
         lr_scheduler_type="constant",
         warmup_steps=0,
-        optim="adamw_8bit" if gpu else "adamw_torch",  # as rlsloth's auto
+        optim="adamw_8bit" if gpu else "adamw_torch",  # as rlsloth with optim.name auto
         adam_beta1=beta1,
         adam_beta2=beta2,
         weight_decay=cfg.optim.weight_decay,
@@ -95,7 +96,7 @@ def arguments(cfg: Any) -> Any:
 
 
 def dataset(cfg: Any, prompts: Any) -> Any:
-    """The questions of all steps, in the order in which rlsloth takes them."""
+    """The prompts of all steps, in the order in which rlsloth takes them."""
     from datasets import Dataset
 
     from rlsloth.data.sampler import EpochSampler
@@ -114,13 +115,13 @@ def dataset(cfg: Any, prompts: Any) -> Any:
 
 
 def callback(trainer: Any, race: Any) -> Any:
-    """Evaluates by the trainer's own generation, and stops at the target."""
+    """A callback that evaluates with the trainer's own engine, and stops at the target."""
     from transformers import TrainerCallback
 
     def sample(prompts: list[Ids], n: int) -> list[list[Ids]]:
         repeated = [ids for ids in prompts for _ in range(n)]
         flat, _ = trainer._generate_single_turn(repeated, None, {}, n)
-        # So that the weights' way to vLLM is made, and counted, as if no evaluation had been.
+        # The next step then copies its weights to vLLM, and counts the time, as without evaluation.
         trainer._last_loaded_step = -1
         return [flat[i : i + n] for i in range(0, len(flat), n)]
 

@@ -1,4 +1,4 @@
-"""YAML files of a configuration: strict reading, deep merging, and the folder a saved one means."""
+"""YAML files of a configuration: strict reading, and merging by key."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from rlsloth.run.folder import CONFIG, METRICS
 
 SUFFIXES = (".yaml", ".yml")
 Origins = dict[KeyPath, str]
-"""Where each value comes from: a file's name, or the flag as typed."""
+"""Key path -> source of its value: a file's name, or the flag as typed."""
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that refuses repeated keys, and reads 3e-5 as a number (text in YAML 1.1)."""
+    """SafeLoader that refuses duplicate keys, and reads 3e-5 as a number (YAML 1.1: text)."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -48,7 +48,7 @@ def read_yaml(file: str) -> dict[str, Any]:
     """The mapping in a YAML file; empty for an empty file.
 
     Raises:
-        UserError: one line: the file, where in it, and what is wrong.
+        UserError: the file cannot be read or is not a YAML mapping.
     """
     try:
         data = yaml.load(Path(file).read_bytes(), Loader=_Loader)
@@ -70,7 +70,7 @@ def read_yaml(file: str) -> dict[str, Any]:
 
 
 def plain_scalar(word: str) -> bool | int | float | str:
-    """A word as YAML reads it: ``2`` is a number, ``true`` a bool; other than these stays text."""
+    """A word as YAML reads it: ``2`` is a number, ``true`` a bool; all other words stay text."""
     try:
         value = yaml.load(word, Loader=_Loader)
     except yaml.YAMLError:
@@ -81,12 +81,12 @@ def plain_scalar(word: str) -> bool | int | float | str:
 def merge_file(
     merged: dict[str, Any], file: str, data: Mapping[str, Any], model: type[Section], to: Origins
 ) -> None:
-    """Merge a file's mapping deeply into ``merged``, and note its values' origin in ``to``.
+    """Merge a file's mapping key by key into ``merged``, and record its values' origin in ``to``.
 
-    The config.yaml of a run or a distillation means the folder in which it lies now, wherever the
-    command that wrote it ran and wherever the folder was moved since.
+    The config.yaml of a run or a distillation gets the folder where it is now, even if that folder
+    was moved since.
     """
-    # A section whose keys are all commented out reads as null.
+    # A section whose keys are all commented out is read as null.
     empty = [k for k, v in data.items() if v is None and is_section(annotation_at(model, [k]))]
     _merge(merged, {key: data[key] for key in data if key not in empty}, file, to)
     if is_saved_run(Path(file)) and _names_a_folder(data.get("run")):

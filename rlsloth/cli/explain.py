@@ -1,5 +1,4 @@
-"""Messages about refused values: one line each, with the source, the key, the value and what is
-allowed."""
+"""Messages about refused values: one line each, with source, key, value and what is allowed."""
 
 from __future__ import annotations
 
@@ -16,7 +15,7 @@ from rlsloth.cli.keys import KeyPath, annotation_at, fields, is_section, known_k
 from rlsloth.config import Section
 
 SHOWN = 60
-"""Characters of a value that a message repeats."""
+"""Most characters of a value in a message."""
 
 
 def explain(
@@ -29,8 +28,8 @@ def explain(
     """One line for each value that pydantic refused.
 
     Args:
-        help_command: what lists the options: ``rlsloth grpo --help``.
-        more_options: names that the command takes besides the model's, for suggestions.
+        help_command: the command that lists the options, such as ``rlsloth grpo --help``.
+        more_options: names of options that the model does not have, for suggestions.
     """
     by_path: dict[KeyPath, list[ErrorDetails]] = {}
     for item in error.errors(include_url=False):
@@ -48,7 +47,7 @@ def explain(
 
 
 def _given_path(item: ErrorDetails, origins: Origins) -> KeyPath:
-    """The longest given key path in an error's location (locations also name union members)."""
+    """Key path that the user set, from an error's location, which also names members of unions."""
     loc = tuple(str(part) for part in item["loc"])
     while loc and loc not in origins:
         loc = loc[:-1]
@@ -72,7 +71,7 @@ def _unknown(
 
 
 def _did_you_mean(key: str, known: list[str], dashes: str = "") -> str:
-    """The key of that name in another section, else a sibling spelled alike, else any such key."""
+    """A suggestion: the key of that name in another section, else the nearest key."""
     section, _, leaf = key.rpartition(".")
     siblings = {k.rpartition(".")[2]: k for k in known if k.rpartition(".")[0] == section}
     near = [k for k in known if k.rpartition(".")[2] == leaf]
@@ -82,7 +81,7 @@ def _did_you_mean(key: str, known: list[str], dashes: str = "") -> str:
 
 
 def _shown(path: KeyPath, source: str, value: Any) -> str:
-    """The source, the key and the value; a flag's name is both source and key."""
+    """Source, key and value; the name of a flag is both source and key."""
     if source.startswith("--"):
         return f"{source} {_short(value if value != '' else repr(value))}"
     return f"{source}: {'.'.join(path)} = {_short(repr(value))}"
@@ -94,7 +93,7 @@ def _short(value: Any) -> str:
 
 
 def _wanted(item: ErrorDetails) -> str:
-    """What would be allowed instead."""
+    """Text of what is allowed instead."""
     if item["type"] == "model_type":
         return "must be a section, with its keys indented below it"
     if item["type"] == "missing":
@@ -112,7 +111,7 @@ def _text(item: ErrorDetails) -> str:
 
 
 def _reason(model: type[Section], path: KeyPath) -> str:
-    """The field's docstring, which says what the value is for."""
+    """The field's docstring in parentheses, which explains the option."""
     section = annotation_at(model, path[:-1])
     field = fields(section).get(path[-1]) if is_section(section) else None
     return f" ({' '.join(field.description.split())})" if field and field.description else ""

@@ -1,4 +1,4 @@
-"""Flags of the command line: ``--section.key value``, lists, mappings and switches."""
+"""Flags on the command line: ``--section.key value``, lists, mappings and switches."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ class Flag:
 
 @dataclass(slots=True)
 class Words:
-    """A command line, sorted."""
+    """A command line, sorted into files and flags."""
 
     files: list[str] = field(default_factory=list)
     flags: list[Flag] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
-    """One line for each word that is neither file nor option, and for each missing value."""
+    """One line for each word that is neither file nor flag, and for each missing value."""
 
 
 def sort_words(argv: Sequence[str], model: type[Section]) -> Words:
@@ -71,7 +71,7 @@ def take_values(words: list[str]) -> list[str]:
 
 
 def separate(argv: Sequence[str], names: Collection[str]) -> tuple[list[str], list[str]]:
-    """Split a command line in two: the flags of these names with their values, and all else."""
+    """Split a command line: flags of these names with their values, and everything else."""
     own: list[str] = []
     rest: list[str] = []
     words = list(argv)
@@ -84,12 +84,12 @@ def separate(argv: Sequence[str], names: Collection[str]) -> tuple[list[str], li
 
 
 def with_first_word(argv: list[str], option: str) -> list[str]:
-    """The command line with ``option`` put before its first word, unless that is an option."""
+    """The command line with ``option`` before its first word, unless that word is an option."""
     return [option, *argv] if argv and not argv[0].startswith("-") else argv
 
 
 def assign(into: dict[str, Any], flag: Flag, origins: Origins) -> None:
-    """Set a flag's value in a nested mapping, and note where it comes from."""
+    """Set a flag's value in a nested mapping, and record its origin."""
     for depth, key in enumerate(flag.path[:-1], 1):
         origins[flag.path[:depth]] = flag.typed
         if not isinstance(into.get(key), dict):
@@ -104,10 +104,10 @@ def _is_file(word: str) -> bool:
 
 
 def _value(annotation: Any, words: list[str], inline: bool = False) -> Any:
-    """Take a flag's value off the front of ``words``. Text stays text: pydantic converts it.
+    """Remove a flag's value from the front of ``words``. Text stays text: pydantic converts it.
 
     Raises:
-        ValueError: no value, or half a pair.
+        ValueError: no value, or a key without a value.
     """
     kind = kind_of(annotation)
     if annotation is None:  # an unknown flag: pydantic reports it
@@ -128,11 +128,11 @@ def _value(annotation: Any, words: list[str], inline: bool = False) -> Any:
 
 
 def _pairs(annotation: Any, words: list[str]) -> dict[str, Any]:
-    """A mapping from alternating keys and values. Raises ValueError."""
+    """A mapping of alternating keys and values. Raises ValueError."""
     if get_origin(annotation) is dict:
         raise ValueError("needs REWARD NAME VALUE, as in --reward.params.length target 200")
     if len(words) % 2:
-        raise ValueError(f"takes pairs of key and value, but got {len(words)} words: {words}")
+        raise ValueError(f"needs pairs of key and value, but got {len(words)} words: {words}")
     pairs = zip(words[::2], words[1::2], strict=True)
     return {key: plain_scalar(word) for key, word in pairs}
 

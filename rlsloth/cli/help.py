@@ -1,4 +1,4 @@
-"""Help of a command, printed from its configuration: each option with its type and default."""
+"""Help of a command, made from its configuration: each option with its type and default."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ NAMES: dict[Any, str] = {int: "INT", float: "FLOAT", str: "TEXT", Path: "PATH"}
 
 
 def print_help(models: Sequence[type[Section]], prog: str, about: str) -> None:
-    """Print how a command is called, what it does, and all its options.
+    """Print a command's usage, its description and all its options.
 
     Args:
-        models: one, or several whose options the command takes together.
+        models: configurations whose options the command takes.
     """
     sections = any(is_section(f.annotation) for model in models for f in fields(model).values())
     files = " [FILE.yaml ...]" if sections else ""
@@ -43,7 +43,7 @@ def print_help(models: Sequence[type[Section]], prog: str, about: str) -> None:
 
 
 def _options(model: type[BaseModel], prefix: str, width: int) -> Iterator[str]:
-    """The lines of a section: its own options, then its sections."""
+    """Lines of a section: its own options, then its sections."""
     inner: dict[str, type[BaseModel]] = {}
     for name, field in fields(model).items():
         if is_section(field.annotation):
@@ -63,14 +63,14 @@ def _options(model: type[BaseModel], prefix: str, width: int) -> Iterator[str]:
 
 
 def _built_in(model: type[BaseModel], name: str) -> dict[str, str]:
-    """Name to a few words of the built-in plugins that an option takes from a table."""
+    """Name -> description of the built-in plugins that an option can name."""
     if (model, name) != (LossConfig, "name"):
         return {}
     return {name: loss.about for name, loss in VARIANTS.items()}
 
 
 def _description(field: FieldInfo) -> str:
-    """The field's docstring and its default, unless that is none and the docstring explains it."""
+    """The field's docstring and default; a default of none is left out if the docstring has it."""
     words = " ".join((field.description or "").split())
     if field.default is None and "default" in words.lower():
         return words

@@ -1,4 +1,4 @@
-"""Keys of a configuration: names of sections and options, and the types that they take."""
+"""Keys of a configuration: names of sections and options, and their types."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Kind(NamedTuple):
     type: Any
     optional: bool
     union: bool
-    """Whether several types remain."""
+    """Whether more than one type is left."""
 
     @property
     def container(self) -> Any:
@@ -41,7 +41,7 @@ def fields(model: type[BaseModel]) -> dict[str, FieldInfo]:
 
 
 def annotation_at(model: type[Section], path: Sequence[str]) -> Any:
-    """The annotation at a key path, or None where there is no such key."""
+    """The annotation at a key path; None if there is no such key."""
     found: Any = model
     for key in path:
         if is_section(found):
@@ -53,7 +53,7 @@ def annotation_at(model: type[Section], path: Sequence[str]) -> Any:
 
 
 def kind_of(annotation: Any) -> Kind:
-    """The type that values of an annotation are read by."""
+    """The type as which values of an annotation are read."""
     union = get_origin(annotation) in (Union, types.UnionType)
     members = get_args(annotation) if union else (annotation,)
     some = [member for member in members if member is not types.NoneType]
@@ -61,8 +61,8 @@ def kind_of(annotation: Any) -> Kind:
 
 
 def key_path(model: type[Section], name: str) -> KeyPath:
-    """The keys of a dotted option name. ``-`` means ``_`` in names of fields; keys of mappings
-    stay as typed."""
+    """Keys of a dotted option name. ``-`` means ``_`` in names of fields; keys of mappings stay as
+    typed."""
     path: KeyPath = ()
     for part in name.split("."):
         in_mapping = bool(path) and get_origin(annotation_at(model, path)) is dict
@@ -79,7 +79,7 @@ def known_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
 
 
 def options(model: type[Section]) -> list[str]:
-    """Dotted names of the options alone."""
+    """Dotted names of all options, without the sections."""
     return [n for n in known_keys(model) if not is_section(annotation_at(model, n.split(".")))]
 
 

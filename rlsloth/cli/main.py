@@ -1,4 +1,4 @@
-"""The command ``rlsloth``: finds a command and turns what happens into an exit status."""
+"""The command ``rlsloth``: run a command and return an exit status."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command.
 
     Returns:
-        The exit status: 0 success, 1 a check that failed, 2 bad input or a file that cannot be
-        read or written, 130 interrupted, 141 the reader of the output has gone.
+        The exit status: 0 success, 1 a failed check, 2 bad input or a file that cannot be read or
+        written, 130 interrupted, 141 the output was closed (``| head``).
     """
     try:
         try:
@@ -27,13 +27,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         if not _has_lost_its_reader():
             raise
-        # What is still buffered would be flushed at exit, and fail again.
+        # The rest of the buffer would be flushed at exit, and fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
 
 
 def _has_lost_its_reader() -> bool:
-    """Whether stdout is a pipe without a reader (``| head``): any other broken pipe is a bug."""
+    """Whether stdout is a pipe that was closed (``| head``): any other broken pipe is a bug."""
     poll = select.poll()
     poll.register(sys.stdout.fileno(), 0)
     return any(event & select.POLLERR for _, event in poll.poll(0))
@@ -73,13 +73,13 @@ def _run(name: str, argv: list[str]) -> int:
 
 
 def _file_errors() -> tuple[type[Exception], ...]:
-    """Exceptions about files; safetensors has one of its own, once it is imported."""
+    """Exceptions about files; safetensors, if imported, has its own."""
     safetensors = sys.modules.get("safetensors")
     return (OSError, safetensors.SafetensorError) if safetensors else (OSError,)
 
 
 def _file_error_text(error: Exception) -> str:
-    """One line: the file, where it is known, and the system's message."""
+    """One line with the file, if it is known, and the system's message."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return " ".join(str(error).split()) or type(error).__name__

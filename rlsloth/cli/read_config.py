@@ -1,4 +1,4 @@
-"""From a command line to a validated configuration: YAML files, then flags; later ones win."""
+"""Reading a command line into a validated configuration: YAML files, then flags; later ones win."""
 
 from __future__ import annotations
 
@@ -24,14 +24,17 @@ def read_config(
 ) -> Config:
     """Merge the YAML files named in ``argv``, then its flags, over the model's defaults.
 
-    Files (``*.yaml``, anywhere) merge deeply from left to right. Flags come after all files:
+    Files (``*.yaml``, anywhere) merge key by key from left to right. Flags win over all files:
     ``--section.key value`` or ``--section.key=value``. Lists take several values
     (``--rewards a b``). ``--env.params min_terms 2 max_terms 2`` sets the whole mapping, and
-    ``--env.params.min_terms 2`` one key of it. ``about`` heads the help; default: the model's
-    docstring.
+    ``--env.params.min_terms 2`` one key of it.
+
+    Args:
+        prog: the command as typed, for help and messages.
+        about: text at the head of the help; default: the model's docstring.
 
     Raises:
-        UserError: one line for each problem: its source, the key, the value, what is allowed.
+        UserError: one line for each problem, with source, key, value and what is allowed.
         SystemExit: 0, after ``--help``.
     """
     if asks_for_help(argv):
@@ -43,10 +46,11 @@ def read_config(
 def read_config_and_own(
     model: type[Config], own: type[Own], argv: Sequence[str], prog: str, about: str
 ) -> tuple[Config, Own]:
-    """Read a configuration, and apart from it the options that belong to the command alone.
+    """Read a configuration, and separately the options of the command itself.
 
     Raises:
-        UserError, SystemExit: as ``read_config``; the problems of both are listed together.
+        UserError: one line for each problem of either.
+        SystemExit: 0, after ``--help``.
     """
     if asks_for_help(argv):
         print_help([own, model], prog, about)
@@ -68,7 +72,7 @@ def read_config_and_own(
 
 
 def asks_for_help(argv: Sequence[str]) -> bool:
-    """Whether a command line holds ``-h`` or ``--help``."""
+    """Whether a command line has ``-h`` or ``--help``."""
     return bool({"-h", "--help"} & set(argv))
 
 

@@ -1,4 +1,4 @@
-"""The test of a reward on its own examples or on the rows of a file: ``rlsloth rewards test``."""
+"""``rlsloth rewards test``: score the examples of a reward, or the rows of a file."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ MAX_TIMEOUTS = 3
 def test_reward(spec: str, data: Path | None, limit: int) -> int:
     """Score a reward's own EXAMPLES, or the rows of a JSONL file, and print the results.
 
-    A row is an object with ``completion`` and, where they matter, ``prompt``, ``completion_ids``
-    and ``finish_reason``; all its other keys are columns.
+    A row is an object with ``completion`` and optionally ``prompt``, ``completion_ids`` and
+    ``finish_reason``; all other keys are columns.
 
     Returns:
-        The exit status: 0 if all went as expected, 1 after a failure or an unexpected score.
+        The exit status: 0 if all scores are as expected, 1 after a failure or an unexpected score.
 
     Raises:
         UserError: no such reward, no examples, or a file that cannot be read.
@@ -43,7 +43,7 @@ def test_reward(spec: str, data: Path | None, limit: int) -> int:
     return _test_rows(spec, data, limit)
 
 
-# pytest would collect it wherever it is imported.
+# pytest would collect it in each file that imports it.
 test_reward.__test__ = False  # type: ignore[attr-defined]
 
 
@@ -99,7 +99,7 @@ def _scored(
     """Score groups of one rollout each, and print failures; stop after MAX_TIMEOUTS in a row.
 
     Yields:
-        Group, score and seconds.
+        The group, its score and the seconds it took.
     """
     cfg = RewardConfig(workers=1)
     timeouts = 0
@@ -113,7 +113,7 @@ def _scored(
             timeouts = timeouts + 1 if score.failure == "timeout" else 0
             if timeouts == MAX_TIMEOUTS:
                 console.print(
-                    f"stopped after {timeouts} timeouts in a row: a completion may take "
+                    f"stopped after {timeouts} timeouts in a row: the limit for one completion is "
                     f"{cfg.cpu_seconds:g} s of CPU time and {cfg.wall_seconds:g} s in all",
                     style="bold red",
                 )
@@ -121,7 +121,7 @@ def _scored(
 
 
 def load_examples(spec: str) -> Sequence[Example]:
-    """The EXAMPLES in a reward's module; empty if it has none."""
+    """EXAMPLES in the module of a reward; empty if it has none."""
     function = plugins.load(spec, REWARDS)
     module = sys.modules.get(getattr(function, "__module__", ""))
     examples: Sequence[Example] = getattr(module, "EXAMPLES", ())
@@ -137,7 +137,7 @@ def example_group(example: Example, index: int) -> Group:
 
 
 def is_expected(example: Example, score: Score) -> bool:
-    """Whether a score is the one that the example expects."""
+    """Whether an example has the score that it expects."""
     if score.failure is not None or score.value is None or example.expected is None:
         return score.failure is None and score.value is example.expected
     return math.isclose(score.value, example.expected, abs_tol=1e-9)
@@ -153,10 +153,18 @@ def _read_rows(path: Path, limit: int) -> Iterator[Group]:
         try:
             row = json.loads(line)
         except ValueError as error:
-            raise UserError(f"{path}, line {number}: not JSON ({error})") from error
-        if not isinstance(row, dict) or "completion" not in row:
-            raise UserError(f"{path}, line {number}: expected an object with a key 'completion'")
+            raise UserError(f"--data {path}, line {number}: not JSON ({error})") from error
+        if not isinstance(row, dict) or not _is_completion(row.get("completion")):
+            raise UserError(
+                f"--data {path}, line {number}: expected an object whose key 'completion' is text "
+                "or a list of messages"
+            )
         yield _row_group(number - 1, row)
+
+
+def _is_completion(value: Any) -> bool:
+    messages = isinstance(value, list) and all(isinstance(item, dict) for item in value)
+    return isinstance(value, str) or messages
 
 
 def _row_group(index: int, row: dict[str, Any]) -> Group:
@@ -170,7 +178,7 @@ def _row_group(index: int, row: dict[str, Any]) -> Group:
 def _group(
     index: int, prompt: Any, completion: Any, columns: Any, ids: list[int], finish: FinishReason
 ) -> Group:
-    """A group of one rollout; chat messages as prompt or completion make it conversational."""
+    """A group of one rollout; it is conversational if prompt or completion are chat messages."""
     messages = (
         completion
         if isinstance(completion, list)

@@ -10,20 +10,20 @@ from rlsloth.losses.preference.methods import METHODS
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """One command: how ``rlsloth --help`` lists it, and the file that runs it."""
+    """One command: its line in ``rlsloth --help``, and the file that runs it."""
 
     name: str
     help: str
-    """A few words: what it does."""
+    """Description in a few words."""
     example: str
     module: str
     """File in ``commands/`` with ``run(name, argv) -> exit status``, imported on first use."""
 
     def run(self, argv: list[str]) -> int:
-        """Run it with the words after its name.
+        """Run the command with the words after its name.
 
         Returns:
-            The exit status: 0, or 1 for a check that failed.
+            The exit status: 0, or 1 for a failed check.
         """
         module = importlib.import_module(f"rlsloth.cli.commands.{self.module}")
         status: int = module.run(self.name, argv)

@@ -1,4 +1,4 @@
-"""Configuration: pydantic models, the only home of defaults. rlsloth.cli reads files and flags."""
+"""Configuration: pydantic models with all options and their defaults."""
 
 from rlsloth.config.data import DatasetConfig, EnvConfig
 from rlsloth.config.evaluation import EvalConfig

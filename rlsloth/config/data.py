@@ -1,4 +1,4 @@
-"""Sections that name rows: prompts, supervised examples, preference pairs, the environment."""
+"""Sections of data: prompts and environment, supervised examples, preference pairs."""
 
 from __future__ import annotations
 
@@ -10,77 +10,82 @@ from rlsloth.config.section import Params, Section
 
 
 class DatasetConfig(Section):
-    """Rows of a dataset, and how they become prompts."""
+    """Rows of a dataset, and how prompts are made of them."""
 
     SECTION: ClassVar[str]
-    """Name of the section, for messages."""
+    """Name of the section in messages."""
 
     train: str = "openai/gsm8k:main"
-    """A .jsonl, .json or .parquet file, a folder of them, or a hub id (id[:config])."""
+    """Training data: a .jsonl, .json or .parquet file, a folder of them, or a hub id
+    (id[:config])."""
     train_split: str = "train"
-    """Split, for hub datasets."""
+    """Split of a hub dataset to train on."""
     validation: str | None = None
-    """Held-out data in the same forms. Without it, heldout rows are withheld from train."""
+    """Held-out data, in the same forms. Default: rows withheld from train (see heldout)."""
     validation_split: str = "test"
+    """Split of a hub dataset to evaluate on."""
     limit: int | None = Field(None, ge=1)
-    """Use only the first rows of train."""
+    """Use only this many first rows of train."""
     heldout: int = Field(100, ge=0)
-    """Questions withheld from training for evaluation, by their text, when there is no validation
-    data."""
+    """Prompts withheld from training for evaluation, if there is no validation data. All rows with
+    the text of such a prompt are withheld."""
     prompt_column: str | None = None
     """Column with the prompt. Default: the first of prompt, question, problem, messages that
     exists."""
     system_prompt: str | None = None
-    """Put before every conversation."""
+    """System message at the beginning of every conversation."""
     chat_template_kwargs: Params = {}
-    """Passed to the chat template, e.g. enable_thinking: false."""
+    """Variables of the chat template, e.g. enable_thinking: false."""
 
 
 class EnvConfig(DatasetConfig):
-    """Where prompts come from and what answers them."""
+    """The environment: where prompts come from, and what replies to the model."""
 
     SECTION: ClassVar[str] = "env"
 
     name: str = "dataset"
-    """dataset (the rows of train), calculator, reasoning_gym:<task>, a dotted path, or
-    ./file.py:Name."""
+    """Environment: dataset (the rows of train), calculator, reasoning_gym:<task>, or your own as
+    pkg.module:Name or ./file.py:Name."""
     params: Params = {}
-    """The environment's own parameters, e.g. those of the reasoning-gym task."""
+    """Parameters of the environment, e.g. those of the reasoning-gym task."""
     max_turns: int = Field(8, ge=1)
-    """Tool environments: sampled turns per rollout at most."""
+    """Most sampled turns of a rollout, in environments that reply."""
 
 
 class ExamplesConfig(DatasetConfig):
-    """Rows to learn from."""
+    """Rows of a dataset to learn from."""
 
     SECTION: ClassVar[str] = "data"
 
     completion_column: str | None = None
-    """Column with the answer to the prompt. Default: the first of completion, answer, solution,
+    """Column with the completion of the prompt. Default: the first of completion, answer, solution,
     response, output that exists."""
     max_tokens: int | None = Field(None, ge=2)
-    """Longer examples, prompt and answer together, are left out and counted. Default: the model's
-    context."""
+    """Longest example, prompt and completion together; longer ones are left out and counted.
+    Default: the model's context."""
 
 
 class SftDataConfig(ExamplesConfig):
-    """Rows to learn from: text, a prompt with its completion, or messages."""
+    """Supervised examples: rows of text, of a prompt with its completion, or of messages."""
 
     loss_on: Literal["answers", "all"] = "answers"
-    """answers: completions, and the assistant's turns of messages. all: prompts, too. Plain text
-    (column text) counts whole either way."""
+    """Tokens that carry loss. answers: completions, and the assistant's turns of messages. all:
+    prompts, too. Plain text (column text) carries loss throughout."""
 
 
 class PreferenceDataConfig(ExamplesConfig):
-    """Rows of a chosen and a rejected answer, each with its prompt or after a column prompt."""
+    """Preference pairs: rows of a chosen and a rejected completion, each with its prompt, or with
+    the prompt in a column of its own."""
 
     train: str = "trl-lib/ultrafeedback_binarized"
-    """A .jsonl, .json or .parquet file, a folder of them, or a hub id (id[:config])."""
+    """Training data: a .jsonl, .json or .parquet file, a folder of them, or a hub id
+    (id[:config])."""
 
 
 class KtoDataConfig(ExamplesConfig):
-    """Rows of a prompt, a completion and a label, true for good; or pairs, which are taken
-    apart."""
+    """Rows of a prompt, a completion and a label, true for a good one; or preference pairs, each of
+    which becomes two rows."""
 
     train: str = "trl-lib/kto-mix-14k"
-    """A .jsonl, .json or .parquet file, a folder of them, or a hub id (id[:config])."""
+    """Training data: a .jsonl, .json or .parquet file, a folder of them, or a hub id
+    (id[:config])."""

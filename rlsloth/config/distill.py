@@ -1,4 +1,4 @@
-"""``rlsloth distill``."""
+"""The configuration of ``rlsloth distill``."""
 
 from __future__ import annotations
 
@@ -19,32 +19,33 @@ TAKEN_PARAMS = {
     "model", "messages", "temperature", "top_p", "top_k", "min_p", "stop", "seed", "max_tokens",
     "max_completion_tokens", "chat_template_kwargs", "stream", "n",
 }  # fmt: skip
-"""Fields of a request that are set elsewhere."""
+"""Fields of a request that have options of their own."""
 
 
 class EndpointConfig(Section):
-    """A teacher behind an OpenAI-compatible API; needs url and model."""
+    """A teacher served by an OpenAI-compatible API; needs url and model."""
 
     url: Text | None = None
-    """Base of the API, e.g. http://localhost:8000/v1. Default: the teacher runs in this process."""
+    """Base URL of the API, e.g. http://localhost:8000/v1. Default: the teacher runs in this
+    process."""
     model: Text | None = None
-    """Name of the model, as the server knows it."""
+    """Name of the model on the server."""
     key_variable: Text | None = None
-    """Name of the environment variable that holds the API key, e.g. OPENAI_API_KEY. The key itself
-    is written nowhere. Default: no key is sent."""
+    """Name of the environment variable with the API key, e.g. OPENAI_API_KEY. The key itself is
+    never written. Default: no key is sent."""
     parallel: int = Field(16, ge=1, le=1024)
-    """Requests at the same time; each asks for one sample."""
+    """Requests at the same time; each is for one completion."""
     timeout: float = Field(600.0, gt=0)
-    """Seconds that one request may take in all, from connecting to the last byte; then it is tried
-    again."""
+    """Longest time of a request in seconds, from connecting to the last byte; then it is
+    retried."""
     retries: int = Field(6, ge=0)
-    """Further tries after a broken connection, a timeout, 429 or 5xx, each after twice the wait or
-    after the server's Retry-After."""
+    """Retries of a request after a broken connection, a timeout or status 429 or 5xx. Each waits
+    twice as long as the one before, or as long as the server's Retry-After."""
     limit_name: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
-    """What the server calls the longest completion; OpenAI's reasoning models take the second."""
+    """The server's name for the longest completion; OpenAI's reasoning models take the second."""
     params: Params = {}
-    """Further fields of a request, e.g. {reasoning_effort: high}; none that has an option of its
-    own."""
+    """More fields of a request, e.g. {reasoning_effort: high}, except those that have options here
+    or in rollout."""
 
     @field_validator("url")
     @classmethod
@@ -57,10 +58,10 @@ class EndpointConfig(Section):
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError("must begin with http:// or https:// and a host")
         if "@" in parts.netloc or parts.query or parts.fragment:
-            raise ValueError("must hold no key, user or query: name a variable with key_variable")
+            raise ValueError("must have no key, user or query: pass the key with key_variable")
         base = value.rstrip("/")
         if base.endswith("/chat/completions"):
-            raise ValueError("is the base of the API: leave out /chat/completions")
+            raise ValueError("must be the base URL of the API: leave out /chat/completions")
         return base
 
     @model_validator(mode="after")
@@ -68,7 +69,7 @@ class EndpointConfig(Section):
         if taken := sorted(TAKEN_PARAMS & set(self.params)):
             raise ValueError(
                 f"endpoint.params cannot set {', '.join(taken)}: use the options of rollout and "
-                "endpoint, which provenance tells; answers are never streamed"
+                "endpoint (completions are never streamed)"
             )
         if self.url is not None and self.model is None:
             raise ValueError("endpoint.url needs endpoint.model, the model's name on the server")
@@ -78,36 +79,36 @@ class EndpointConfig(Section):
 
 
 class TracesConfig(Section):
-    """How many traces are sampled, and which are kept."""
+    """Number of sampled traces, and filters for those that are kept."""
 
     samples: int = Field(4, ge=1)
-    """Completions a problem."""
+    """Completions sampled for each problem."""
     problems: int | None = Field(None, ge=1)
-    """Use only the first training problems."""
+    """Use only this many first training problems."""
     chunk: int = Field(32, ge=1)
-    """Problems sampled at once; a crash loses at most these."""
+    """Problems sampled together; a crash loses at most the traces of these."""
     reward: str | None = None
-    """Which of the rewards decides whether a trace is verified; default: the first."""
+    """Reward that decides whether a trace is verified; default: the first of rewards."""
     correct_at: float = 1.0
-    """A finished trace whose deciding reward reaches this is verified; a cut-off one never is."""
+    """Lowest deciding reward of a verified trace. A trace that was cut off is never verified."""
     keep: int = Field(1, ge=1)
-    """Verified traces kept a problem: those of the highest weighted sum of rewards."""
+    """Most verified traces kept for a problem: those with the highest weighted sum of rewards."""
     prefer: Literal["shortest", "random"] = "shortest"
-    """Among traces of equal reward. random depends on seed and problem alone."""
+    """Order among traces of equal reward. random depends only on seed and problem."""
     min_pass: float = Field(0.0, ge=0, le=1)
-    """Leave out problems of which a smaller share of the samples is verified."""
+    """Leave out problems with a smaller share of verified samples, as too hard."""
     max_pass: float = Field(1.0, ge=0, le=1)
-    """Leave out problems of which a larger share is verified, as too easy."""
+    """Leave out problems with a larger share of verified samples, as too easy."""
     min_tokens: int = Field(1, ge=1)
-    """Shortest trace that is kept."""
+    """Tokens of the shortest trace that is kept."""
     max_tokens: int | None = Field(None, ge=1)
-    """Longest trace that is kept; default: any that ended within rollout.max_tokens."""
+    """Tokens of the longest trace that is kept; default: rollout.max_tokens."""
     identical: Literal["dataset", "problem"] = "dataset"
-    """Where a trace of the same words is kept only once. problem: for answers so short that
-    different problems share them."""
+    """Range within which a text is kept only once: the whole dataset, or one problem, for
+    completions so short that different problems share them."""
     similarity: float = Field(1.0, ge=0, le=1)
-    """Drop a trace that shares more than this of its word 5-grams (Jaccard index) with one kept of
-    the same problem; 1 drops none."""
+    """Drop a trace whose word 5-grams are more similar than this (Jaccard index) to those of a kept
+    trace of the same problem; 1 drops none."""
 
     @model_validator(mode="after")
     def _consistent(self) -> TracesConfig:
@@ -121,50 +122,54 @@ class TracesConfig(Section):
 
 
 class TeacherConfig(TrainingConfig, ProblemsConfig):
-    """The run of a teacher: nothing is trained, its rollouts are logged."""
+    """The run of a teacher, which logs rollouts and trains nothing."""
 
 
 class DistillConfig(ProblemsConfig):
-    """A teacher writes traces, rewards verify them, and those kept become a data set for supervised
-    fine-tuning; with --train-student also a student."""
+    """Sample traces of a teacher, verify them with rewards, and write a dataset for supervised
+    fine-tuning; with --train-student also train a student on it."""
 
     out: Folder | None = None
-    """Folder to write; default distilled/<date>-<time>-<teacher>. An existing one needs
+    """Folder to write; default distilled/<date>-<time>-<teacher>. For a folder with traces pass
     --resume."""
     resume: bool = False
-    """Continue in out: with the next problem, or where all are sampled with the filters alone,
-    which may have changed."""
+    """Continue in out with the next problem. If all problems are sampled, only filter the traces
+    again, with filters that may have changed."""
     format: Literal["jsonl", "parquet"] = "jsonl"
-    """Of the data set: train.jsonl or train.parquet."""
+    """File format of the dataset: train.jsonl or train.parquet."""
     seed: int = Field(0, ge=0, lt=2**31)
-    """Same seed, same machine: same traces, unless a server decides otherwise."""
+    """Same seed, same machine: same traces, unless the teacher is on a server that ignores
+    seeds."""
     teacher: Text | None = None
-    """Run folder, adapter folder or model that teaches, in place of model.path and model.adapter;
-    device and the like stay those of model."""
+    """Teacher: a run folder, an adapter folder or a model, in place of model.path and
+    model.adapter; all other options of model apply to it."""
     model: ModelConfig = ModelConfig()
     endpoint: EndpointConfig = EndpointConfig()
     traces: TracesConfig = TracesConfig()
     train_student: bool = False
-    """Then train the model of student on the data set, as `rlsloth sft` does."""
+    """Train student.model on the dataset afterwards, as `rlsloth sft` does."""
     student: SftConfig = SftConfig()
-    """Its data.train is the data set; its run.dir is the folder student in out, unless given."""
+    """Options of `rlsloth sft`. data.train is the dataset; run.dir is the folder student in out,
+    unless it is set."""
 
     @model_validator(mode="after")
     def _consistent(self) -> DistillConfig:
         if self.teacher is not None and self.endpoint.url is not None:
-            raise ValueError("teacher and endpoint.url are two teachers: leave out one of them")
+            raise ValueError("teacher and endpoint.url are both set: leave out one of them")
         model = ModelConfig()
         if self.teacher is not None and self.model.adapter is not None:
-            raise ValueError("teacher stands in place of model.adapter: leave out one of them")
+            raise ValueError("teacher and model.adapter are both set: leave out one of them")
         if self.teacher is not None and self.model.path != model.path:
-            raise ValueError("teacher stands in place of model.path: leave out one of them")
+            raise ValueError("teacher and model.path are both set: leave out one of them")
         if self.rollout.temperature == 0 and self.traces.samples > 1:
             raise ValueError(
-                "rollout.temperature 0 gives the same trace each time: raise it, or pass "
+                "rollout.temperature 0 samples the same trace each time: raise it, or pass "
                 "traces.samples 1"
             )
         if self.rollout.overlap:
-            raise ValueError("rollout.overlap is for training: there is no update to overlap with")
+            raise ValueError(
+                "rollout.overlap is for training, and nothing is trained here: leave it out"
+            )
         if self.endpoint.url is not None and self.rollout.cut_tail < 1:
             raise ValueError("rollout.cut_tail has no effect on an endpoint: leave it out")
         return self

@@ -1,4 +1,4 @@
-"""The evaluation section of each loop."""
+"""The section ``eval``: evaluation on held-out data."""
 
 from __future__ import annotations
 
@@ -8,26 +8,32 @@ from rlsloth.config.section import Section
 
 
 class EvalConfig(Section):
-    """Evaluation on held-out prompts."""
+    """Evaluation on held-out problems."""
 
     every: int = Field(0, ge=0)
-    """Also evaluate every this many steps; 0: only before and after training."""
+    """Steps between evaluations during training; 0: none."""
     at_start: bool = True
+    """Evaluate before training."""
     at_end: bool = True
+    """Evaluate after training."""
     problems: int = Field(100, ge=1)
+    """Held-out problems to evaluate on, the first ones."""
     samples: int = Field(8, ge=1)
-    """Completions per problem: the k of avg@k, pass@k, maj@k."""
+    """Completions of each problem: the k of avg@k, pass@k and maj@k."""
     temperature: float = Field(1.0, ge=0)
+    """Sampling temperature of evaluations; 0 takes the most likely token."""
     max_tokens: int | None = Field(None, ge=1)
-    """Default: rollout.max_tokens."""
+    """Longest completion in tokens; default: rollout.max_tokens."""
     reward: str | None = None
-    """Which of the rewards decides whether an answer is correct; default: the first."""
+    """Reward that decides whether a completion is correct; default: the first of rewards."""
     correct_at: float = 1.0
-    """A finished completion whose reward reaches this is correct; a cut-off one never is."""
+    """Lowest deciding reward of a correct completion. A completion that was cut off is never
+    correct."""
 
 
 class SupervisedEvalConfig(EvalConfig):
-    """Evaluation: the loss of held-out examples, and answers to held-out problems."""
+    """Evaluation: the loss on held-out examples, and accuracy on held-out problems."""
 
     generate: bool = False
-    """Also answer the held-out problems of env, scored by rewards, as `rlsloth grpo` does."""
+    """Also sample completions of the held-out problems of env and score them by rewards, as
+    `rlsloth grpo` does."""

@@ -9,15 +9,16 @@ from rlsloth.config.training import ProblemsConfig, TrainingConfig
 
 
 class GrpoConfig(TrainingConfig, ProblemsConfig):
-    """Reinforcement learning from reward scripts with group-relative advantages."""
+    """Reinforcement learning from rewards, with advantages relative to a group (GRPO)."""
 
     steps: int = Field(100, ge=1)
-    """Rollout-and-update rounds."""
+    """Steps; each samples rollouts and trains on them."""
     prompts_per_step: int = Field(16, ge=1)
+    """Prompts sampled in each step."""
     group_size: int = Field(8, ge=2)
-    """Completions per prompt; advantages compare them with each other, so at least 2."""
+    """Completions of each prompt; at least 2, since advantages compare them with each other."""
     updates_per_rollout: int = Field(1, ge=1)
-    """Optimizer updates on each step's rollouts; 1 is exactly on-policy."""
+    """Optimizer updates on the rollouts of each step; 1 is exactly on-policy."""
     advantage: AdvantageConfig = AdvantageConfig()
     loss: LossConfig = LossConfig()
 
@@ -27,7 +28,7 @@ class GrpoConfig(TrainingConfig, ProblemsConfig):
         if cut and (self.loss.correction != "none" or self.loss.gap_action != "warn"):
             raise ValueError(
                 "loss.correction and loss.gap_action compare whole distributions: with either, "
-                "leave rollout.top_p, top_k and min_p off"
+                "leave out rollout.top_p, rollout.top_k and rollout.min_p"
             )
         if self.rollout.overlap and self.loss.correction == "none":
             raise ValueError(

@@ -1,4 +1,4 @@
-"""The model section and the adapter section."""
+"""The sections ``model`` and ``lora``."""
 
 from __future__ import annotations
 
@@ -10,41 +10,45 @@ from rlsloth.config.section import Folder, Section
 
 
 class ModelConfig(Section):
-    """The model that is trained."""
+    """The base model, and how it is loaded."""
 
     path: str = "HuggingFaceTB/SmolLM2-360M-Instruct"
     """Hub id, folder, or GGUF file of a causal language model."""
     revision: str | None = None
-    """Branch, tag or commit on the hub."""
+    """Branch, tag or commit of a hub model."""
     adapter: Folder | None = None
-    """PEFT adapter folder to continue from; it is also the reference of the KL term."""
+    """PEFT adapter folder to continue from; it is also the reference of the KL term and of
+    preference losses."""
     precision: Literal["auto", "nf4", "bf16", "fp32"] = "auto"
-    """Weights of the frozen base. auto: bf16 on a GPU, fp32 on a CPU. nf4: 4 bits through
-    bitsandbytes."""
+    """Precision of the frozen base model's weights. auto: bf16 on a GPU, fp32 on a CPU. nf4: 4 bits
+    by bitsandbytes."""
     device: str = "auto"
-    """auto: the first GPU if there is one, else the CPU."""
+    """Device. auto: the first GPU if there is one, else the CPU."""
     attention: Literal["auto", "fa4", "cudnn", "varlen", "flex", "sdpa"] = "auto"
-    """Attention of the packed training forward. auto: the fastest that this machine has; under a
-    billion parameters varlen, which neither compiles nor needs a call a sequence."""
+    """Attention backend of training. auto: the fastest on this machine; for models under a billion
+    parameters varlen, which starts at once."""
     gradient_checkpointing: Literal["auto"] | bool = "auto"
-    """Recompute layers in the backward pass: less memory, up to a third more time. auto: off where
-    the GPU has room without it, by plan; on without a plan, on a CPU, and with rollout.overlap."""
+    """Recompute layers in the backward pass: less memory, up to a third more time. auto: off if by
+    the memory plan the GPU does not need it; on without a plan, on a CPU and with
+    rollout.overlap."""
     fused_kernels: bool = True
-    """Run the layers of known model families on rlsloth's kernels. Off: on transformers' own
+    """Run layers of known model families on rlsloth's kernels; false: on transformers' own
     modules."""
     max_context: int | None = Field(None, ge=1)
-    """Longest prompt plus completion in tokens; default is the model's own limit."""
+    """Longest prompt with its completion in tokens; default: the model's own limit."""
     trust_remote_code: bool = False
     """Run Python code shipped with the model. Off unless you trust its author."""
 
 
 class LoraConfig(Section):
-    """The adapter."""
+    """The LoRA adapter."""
 
     rank: int = Field(16, ge=1)
+    """Rank of the adapter's matrices."""
     alpha: float = Field(32.0, gt=0)
-    """The update is scaled by alpha / rank."""
+    """Scale: the adapter's output is multiplied by alpha / rank."""
     dropout: float = Field(0.0, ge=0, lt=1)
+    """Dropout before the adapter's matrices."""
     targets: list[str] = ["all-linear"]
-    """Module names, all-linear for every linear layer but the output head, or both. An adapted head
-    is copied whole at each micro-batch."""
+    """Modules with an adapter: names, or all-linear for every linear layer but the output head. An
+    adapted head needs a copy of its weights for each micro-batch."""

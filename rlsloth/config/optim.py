@@ -1,4 +1,4 @@
-"""The optimizer section of each loop."""
+"""The section ``optim`` of each loop."""
 
 from __future__ import annotations
 
@@ -13,29 +13,37 @@ class OptimConfig(Section):
     """The optimizer of the adapter."""
 
     name: Literal["auto", "adamw", "adamw_8bit"] = "auto"
-    """auto: adamw_8bit (bitsandbytes) on a GPU, torch's AdamW on a CPU."""
+    """Optimizer. auto: adamw_8bit (bitsandbytes) on a GPU, torch's AdamW on a CPU."""
     lr: float = Field(2e-5, ge=0)
-    """0 samples and measures as ever and changes nothing."""
+    """Learning rate. With 0 the run samples and logs, and the weights stay as they are."""
     betas: tuple[Beta, Beta] = (0.9, 0.99)
+    """AdamW's decay rates."""
     weight_decay: float = Field(0.0, ge=0)
+    """AdamW's decoupled weight decay."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Learning rate after the warm-up: constant, or falling to 0 at the last update."""
     warmup_steps: int = Field(0, ge=0)
+    """Optimizer updates over which the learning rate rises from 0."""
     max_grad_norm: float = Field(1.0, gt=0)
+    """Largest norm of the gradient; a larger gradient is scaled down to it."""
     max_skipped: int = Field(5, ge=1)
-    """Stop after this many steps in a row with a non-finite gradient."""
+    """Stop after this many steps in a row whose gradient is NaN or infinite."""
 
 
 class SftOptimConfig(OptimConfig):
     """The optimizer of the adapter."""
 
     lr: float = Field(2e-4, ge=0)
-    """QLoRA's (arXiv:2305.14314); an adapter wants about ten times what full fine-tuning does."""
+    """Learning rate; the default is that of QLoRA (arXiv:2305.14314). An adapter needs about ten
+    times the rate of full fine-tuning."""
     schedule: Literal["constant", "linear", "cosine"] = "linear"
+    """Learning rate after the warm-up: constant, or falling to 0 at the last update."""
 
 
 class PreferenceOptimConfig(OptimConfig):
     """The optimizer of the adapter."""
 
     lr: float = Field(5e-6, ge=0)
-    """An adapter wants about ten times what full fine-tuning does (TRL: 1e-6)."""
+    """Learning rate. An adapter needs about ten times the rate of full fine-tuning."""
     schedule: Literal["constant", "linear", "cosine"] = "linear"
+    """Learning rate after the warm-up: constant, or falling to 0 at the last update."""

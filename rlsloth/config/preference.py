@@ -1,6 +1,4 @@
-"""Settings that all preference methods share. Each method adds its own in
-``rlsloth.losses.preference.methods``.
-"""
+"""Options of all preference methods; ``losses/preference/methods.py`` has those of each method."""
 
 from __future__ import annotations
 
@@ -13,17 +11,17 @@ from rlsloth.config.sft import SupervisedConfig
 
 
 class PreferenceConfig(SupervisedConfig):
-    """Settings that the preference methods share."""
+    """Options that all preference methods share."""
 
     data: ExamplesConfig = PreferenceDataConfig()
     optim: OptimConfig = PreferenceOptimConfig()
     loss: Section = Section()
-    """Options of the method's own loss."""
+    """Options of the method's loss."""
 
     @model_validator(mode="after")
     def _no_dropout(self) -> PreferenceConfig:
         if self.lora.dropout:
             raise ValueError(
-                "lora.dropout is noise in every log-ratio: leave it at 0 (TRL switches it off, too)"
+                "lora.dropout adds noise to every log-ratio: leave it at 0 (TRL does so, too)"
             )
         return self

@@ -1,4 +1,4 @@
-"""The reward section."""
+"""The section ``reward``."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from rlsloth.config.section import Params, Section
 
 
 class RewardConfig(Section):
-    """How rewards are run."""
+    """Weights, parameters and limits of rewards."""
 
     weights: list[float] | None = None
-    """One per reward; default 1 each."""
+    """Weight of each reward in their sum, in the order of rewards; default: 1 each."""
     params: dict[str, Params] = {}
-    """Keyword arguments by reward name, e.g. {length: {target: 200}}."""
+    """Keyword arguments of each reward by its name, e.g. {length: {target: 200}}."""
     workers: int = Field(2, ge=1)
     """Processes that score at the same time."""
     cpu_seconds: float = Field(5.0, gt=0, le=86400)
-    """CPU time one completion may take; then its worker is killed and the failure counted."""
+    """Most CPU time for one completion; beyond it the process is killed and a failure counted."""
     wall_seconds: float = Field(60.0, gt=0, le=86400)
-    """Wall-clock backstop for one completion (a reward that sleeps or waits)."""
+    """Most wall-clock time for one completion, for rewards that sleep or wait."""
     memory_gb: float = Field(4.0, gt=0, le=65536)
-    """Address space a worker may take."""
+    """Largest address space of a process in GiB."""

@@ -1,4 +1,4 @@
-"""The configuration of ``rlsloth sft``, and what it shares with the preference methods."""
+"""The configuration of ``rlsloth sft``, and the options it shares with preference methods."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from rlsloth.config.training import ProblemsConfig, TrainingConfig
 
 
 class SupervisedConfig(TrainingConfig, ProblemsConfig):
-    """Settings that SFT and preference methods share."""
+    """Options that SFT and preference methods share."""
 
     steps: int = Field(0, ge=0)
-    """Optimizer updates; 0: as many as epochs need."""
+    """Optimizer updates; 0: as many as epochs take."""
     epochs: float | None = Field(None, gt=0)
-    """Passes over the data, in place of steps; 1 where neither is set."""
+    """Passes over the data, in place of steps. Default: 1 if steps is not set either."""
     samples_per_step: int = Field(16, ge=1)
-    """Examples an update is made from."""
+    """Examples of each optimizer update."""
     data: ExamplesConfig = ExamplesConfig()
     eval: SupervisedEvalConfig = SupervisedEvalConfig()
 
@@ -26,13 +26,13 @@ class SupervisedConfig(TrainingConfig, ProblemsConfig):
     def _generates(self) -> SupervisedConfig:
         if self.steps and self.epochs is not None:
             raise ValueError(
-                "steps and epochs both say how long to train: leave out one of them (steps 0 takes "
-                "a file's away)"
+                f"steps {self.steps} and epochs {self.epochs:g} are both set: leave out one "
+                "(--steps 0 or --epochs none overrides a file)"
             )
         if not self.eval.generate:
             for name in ("rewards", "env", "rollout", "reward"):
                 if getattr(self, name) != type(self).model_fields[name].default:
-                    raise ValueError(f"{name} has no effect without eval.generate")
+                    raise ValueError(f"{name} has no effect without eval.generate true")
         if self.rollout.overlap:
             raise ValueError(
                 "rollout.overlap is for rlsloth grpo: there are no rollouts to train on here"
@@ -41,7 +41,7 @@ class SupervisedConfig(TrainingConfig, ProblemsConfig):
 
 
 class SftConfig(SupervisedConfig):
-    """Supervised fine-tuning: raise the likelihood of the answers in a dataset."""
+    """Supervised fine-tuning: raise the likelihood of the completions in a dataset."""
 
     data: SftDataConfig = SftDataConfig()
     optim: SftOptimConfig = SftOptimConfig()

@@ -1,4 +1,4 @@
-"""Evaluation by sampling: answer the held-out problems and count what is correct."""
+"""Evaluation by sampling: complete held-out problems and measure the accuracy."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from rlsloth.run.run import Run
 
 @dataclass(frozen=True, slots=True)
 class Evaluator:
-    """Measure a policy on held-out problems."""
+    """Evaluate a policy on held-out problems."""
 
     cfg: EvalConfig
     run: Run
     policy: Policy
     collector: Collector
     deciding: int
-    """Position of the reward that decides whether an answer is correct."""
+    """Position of the reward that decides whether a completion is correct."""
 
     def evaluate(self, step: int, *, name: str = "", base: bool = False) -> EvalResult:
-        """Evaluate the policy (or, with ``base``, the model without any adapter) and log it.
+        """Evaluate the policy, or with ``base`` the model without its adapter, and log the result.
 
         Raises:
-            UserError: there are no held-out problems, or the deciding reward gave no verdict.
+            UserError: there are no held-out problems, or the deciding reward does not apply to one.
         """
         cfg, collector, run = self.cfg, self.collector, self.run
         problems = heldout_problems(collector.env, cfg)
@@ -47,7 +47,7 @@ class Evaluator:
             report = collector.scorer.score(groups, step=step)
         for reward in report.rewards:
             for kind, count in reward.failures.items():
-                run.warn(f"evaluation: reward {reward.name} failed on {count} ({kind})")
+                run.warn(f"evaluation: reward {reward.name} failed on {count} completions ({kind})")
         self._warn_unreachable(groups)
         result = assess(groups, self.deciding, cfg.correct_at)
         run.log_eval(step, name, result.metrics())
@@ -55,11 +55,11 @@ class Evaluator:
         return result
 
     def _warn_unreachable(self, groups: Sequence[Group]) -> None:
-        """Warn when no score reaches ``eval.correct_at``: accuracy would read 0 for ever."""
+        """Warn if no score reaches ``eval.correct_at``, which makes the accuracy 0."""
         values = [r.scores[self.deciding].value for g in groups for r in g.rollouts]
         best = max((value for value in values if value is not None), default=0.0)
         if 0 < best < self.cfg.correct_at:
             self.run.warn(
-                f"no answer scored more than {best:g}, which is below --eval.correct-at "
-                f"{self.cfg.correct_at:g}: none counts as correct"
+                f"no completion counts as correct: the best score is {best:g}, below "
+                f"--eval.correct-at {self.cfg.correct_at:g}; lower it if that score is right"
             )

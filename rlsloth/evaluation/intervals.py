@@ -1,7 +1,7 @@
 """Statistics of evaluation: avg@k, pass@k, maj@k and 95 % intervals clustered by question.
 
-The questions are the independent units; samples of one question are not. So every figure is first
-reduced to one number per question, and its interval follows from the spread between questions: the
+Questions are independent of each other; samples of one question are not. So every figure is first
+reduced to one number a question, and its interval follows from the spread between questions: the
 cluster-robust standard error of Miller 2024, "Adding Error Bars to Evals", arXiv:2411.00640, for
 clusters of equal size.
 """
@@ -62,13 +62,13 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 def maj_at_k(answers: Sequence[Hashable | None], correct: Sequence[bool]) -> float:
     """Score of a question's most frequent answer among its k samples.
 
-    The plain vote over exactly the samples given, not an average over subsets of them. Tied answers
-    share the win: the value is the expectation over a fair draw between them. An answer's own score
-    is the share of its samples that are correct (below 1 when one of them was cut off, say).
+    The vote is over exactly these samples, and no average over subsets of them. Of tied answers one
+    is drawn at random: the value is the expectation. An answer's score is the share of its samples
+    that are correct, which is below 1 if, for example, one of them was cut off.
 
     Args:
-        answers: [k] extracted answers; None, where nothing could be extracted, does not vote.
-        correct: [k] verdicts.
+        answers: [k] extracted answers; None (nothing could be extracted) does not vote.
+        correct: [k] whether each sample is correct.
 
     Raises:
         UserError: answers and verdicts differ in number, or there are none.
@@ -92,9 +92,9 @@ def mean_estimate(scores: Sequence[float]) -> Estimate:
     Wilson's interval (1927) at the effective sample size p (1 - p) / SE^2 (Korn & Graubard 1998,
     "Confidence intervals for proportions with small expected number of positive counts estimated
     from survey data"), with Student's t for the normal quantile. Away from 0 and 1 it is the usual
-    p +- t SE; near them it keeps its coverage, where the usual one shrinks to nothing. Without
-    spread between questions (all 0, say) the effective size is the number of questions: at 0 of Q
-    the upper bound is about 4 / Q. One question gives [0, 1].
+    p +- t SE; near them it keeps its coverage, while the usual one shrinks to nothing. Without
+    spread between questions (all 0, for example) the effective size is the number of questions: at
+    0 of Q the upper bound is about 4 / Q. One question gives [0, 1].
 
     Args:
         scores: one number per question: its avg@k, pass@k or maj@k.
@@ -122,14 +122,14 @@ def mean_estimate(scores: Sequence[float]) -> Estimate:
 def difference_estimate(base: Sequence[float], adapter: Sequence[float]) -> Estimate:
     """Mean over questions of adapter - base, paired by question, with its interval.
 
-    value +- t SE of the paired differences (Miller 2024). When all differences are the same, so
-    that SE says nothing, one question with -1 and one with +1 are added (Bonett & Price 2012,
+    value +- t SE of the paired differences (Miller 2024). If all differences are equal, SE is 0 and
+    says nothing: then one question with -1 and one with +1 are added (Bonett & Price 2012,
     "Adjusted Wald confidence interval for a difference of binomial proportions based on paired
     data"). One question gives [-1, 1].
 
     Args:
         base: [Q] scores in [0, 1] of the model without the adapter.
-        adapter: [Q] those of the same questions, in the same order, with it.
+        adapter: [Q] scores with the adapter, of the same questions in the same order.
 
     Raises:
         UserError: no questions, or different numbers of them.
@@ -182,5 +182,5 @@ def _variance_of_mean(values: Sequence[float]) -> float:
 
 
 def _clipped(value: float, low: float, high: float, floor: float) -> Estimate:
-    """Within [floor, 1], and around the value where rounding says otherwise."""
+    """An interval clipped to [floor, 1], and widened to the value if rounding left it outside."""
     return Estimate(value, min(max(low, floor), value), max(min(high, 1.0), value))

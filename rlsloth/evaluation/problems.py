@@ -1,4 +1,4 @@
-"""The problems of a run: an environment, and the rewards that score its answers."""
+"""The problems of a run: an environment, and the rewards that score completions."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rlsloth.config import EvalConfig, ProblemsConfig
 from rlsloth.data.renderer import Renderer
 from rlsloth.environments.loading import load_environment
 from rlsloth.environments.protocol import Environment
-from rlsloth.errors import UserError
+from rlsloth.errors import UserError, nearest
 from rlsloth.records import Prompt
 from rlsloth.run.metrics import TRAINER_METRICS
 from rlsloth.scoring.scorer import Scorer
@@ -18,18 +18,18 @@ from rlsloth.scoring.scorer import Scorer
 
 @dataclass(frozen=True, slots=True)
 class Problems:
-    """An environment and the scorer of its answers."""
+    """An environment, and the scorer of completions."""
 
     env: Environment
     scorer: Scorer
     deciding: int
-    """Position of the reward that decides whether an answer is correct."""
+    """Position of the reward that decides whether a completion is correct."""
 
 
 def open_problems(
     cfg: ProblemsConfig, seed: int, deciding: str | None, stack: ExitStack
 ) -> Problems:
-    """Load the environment, start its rewards and try them on its prompts.
+    """Load the environment, start the reward processes and check them on its prompts.
 
     Args:
         deciding: name of the reward that decides what is correct; default: the first.
@@ -42,7 +42,7 @@ def open_problems(
     rewards = cfg.rewards or list(env.default_rewards)
     if not rewards:
         raise UserError(
-            f"no reward: environment {env.name} has no default one; pass --rewards NAME "
+            f"--rewards is empty, and environment {env.name} has no default; pass --rewards NAME "
             "(`rlsloth rewards list` shows the built-in ones)"
         )
     scorer = stack.enter_context(Scorer(rewards, cfg.reward, reserved_metrics=TRAINER_METRICS))
@@ -53,35 +53,37 @@ def open_problems(
 
 
 def reward_position(name: str | None, names: Sequence[str]) -> int:
-    """Return the position of a reward, by default the first. Raises UserError for an unknown
-    name."""
+    """Position of a reward among ``names``; without a name the first. Raises UserError."""
     if name is None:
         return 0
     if name not in names:
-        raise UserError(f"--eval.reward {name!r} is not among --rewards {' '.join(names)}")
+        raise UserError(
+            f"--eval.reward {name!r} is not among --rewards {' '.join(names)}{nearest(name, names)}"
+        )
     return list(names).index(name)
 
 
 def heldout_problems(env: Environment, cfg: EvalConfig) -> Sequence[Prompt]:
-    """Return the prompts to evaluate on. Raises UserError when there are none."""
+    """Prompts to evaluate on. Raises UserError if there are none."""
     problems = env.heldout[: cfg.problems]
     if not problems:
         raise UserError(
             "no held-out problems to evaluate on: pass --env.validation FILE, raise "
-            "--env.heldout, or switch evaluation off: --eval.at-start false --eval.at-end false"
+            "--env.heldout, or switch evaluation off: --eval.at-start false --eval.at-end false "
+            "--eval.every 0"
         )
     return problems
 
 
 def longest_prompt(renderer: Renderer, prompts: Sequence[Prompt], context: int) -> int:
-    """Return the tokens of the longest prompt. Raises UserError for one that fills the context."""
+    """Number of tokens of the longest prompt. Raises UserError if a prompt fills the context."""
     longest = 0
     for prompt in prompts:
         length = len(renderer.prompt_ids(prompt))
         if length >= context:
             raise UserError(
-                f"prompt {prompt.index + 1} has {length} tokens and leaves no room in the model's "
-                f"context of {context}; drop it or raise --model.max-context"
+                f"prompt {prompt.index + 1} has {length} tokens and fills the model's context of "
+                f"{context}; remove it, or raise --model.max-context"
             )
         longest = max(longest, length)
     return longest

@@ -1,4 +1,4 @@
-"""Evaluation on held-out prompts: avg@k, pass@k, maj@k with 95 % intervals by question."""
+"""Results of evaluation by sampling: avg@k, pass@k and maj@k with 95 % intervals."""
 
 from __future__ import annotations
 
@@ -20,32 +20,33 @@ from rlsloth.scoring.answers import exact_number, marked_answer, numbers_in
 
 @dataclass(frozen=True, slots=True)
 class EvalResult:
-    """One policy on one set of problems."""
+    """The result of one policy on one set of problems."""
 
     problems: int
     samples: int
     """k: completions per problem."""
     avg: Estimate
-    """Share of samples that are correct; one cut off by the length limit is wrong."""
+    """Share of correct samples; a sample cut off by the length limit is wrong."""
     passed: tuple[tuple[int, Estimate], ...]
-    """pass@j for j = 2, 4, ... and k: problems solved by at least one of j samples, unbiased."""
+    """(j, pass@j) for j = 2, 4, ... and k: share of problems that at least one of j samples solves,
+    unbiased."""
     majority: Estimate
-    """maj@k: problems whose most frequent answer is correct."""
+    """maj@k: share of problems whose most frequent answer is correct."""
     truncated: float
     """Share of samples cut off by the length limit."""
     mean_length: float
-    """Sampled tokens."""
+    """Mean number of sampled tokens."""
     scores: tuple[float, ...]
-    """[problems] each problem's own avg@k, for paired comparisons."""
+    """[problems] avg@k of each problem, for paired comparisons."""
 
     def named(self) -> list[tuple[str, Estimate]]:
-        """The estimates under their usual names."""
+        """Estimates with their usual names."""
         k = self.samples
         passed = [(f"pass@{j}", estimate) for j, estimate in self.passed]
         return [(f"avg@{k}", self.avg), *passed, (f"maj@{k}", self.majority)]
 
     def metrics(self) -> dict[str, float]:
-        """Flat figures for the log."""
+        """Metrics for the log; the interval is in ``<name>_low`` and ``<name>_high``."""
         row: dict[str, float] = {}
         for key, estimate in self.named():
             row[key] = estimate.value
@@ -54,10 +55,11 @@ class EvalResult:
 
 
 def assess(groups: Sequence[Group], reward: int, correct_at: float) -> EvalResult:
-    """Figures of scored groups, one per problem; ``reward`` is the index of the deciding score.
+    """The result of scored groups, one a problem; ``reward`` is the position of the deciding
+    reward.
 
     Raises:
-        UserError: the deciding reward gave no verdict on some rollout: it failed or does not apply.
+        UserError: the deciding reward does not apply to a problem.
     """
     verdicts = [[_correct(r, reward, correct_at) for r in g.rollouts] for g in groups]
     answers = [[_answer(r) for r in g.rollouts] for g in groups]
@@ -84,25 +86,25 @@ def _correct(rollout: Rollout, reward: int, correct_at: float) -> bool:
     if rollout.truncated:
         return False
     if score.failure is not None:
-        return False  # counted and named by the scorer's report
+        return False  # the scorer's report counts and names failures
     if score.value is None:
         raise UserError(
             f"evaluation: reward {score.name} does not apply to a held-out problem, so it cannot "
-            "decide what is correct; name another with --eval.reward"
+            "decide which completions are correct; pass another one with --eval.reward"
         )
     return score.value >= correct_at
 
 
 def _draws(samples: int) -> list[int]:
-    """2, 4, 8, ... below ``samples``, and ``samples``: the j of pass@j (pass@1 is avg@k)."""
+    """Values of j for pass@j: 2, 4, 8, ... below ``samples``, and ``samples`` (pass@1 is avg@k)."""
     powers = [2**i for i in range(1, samples.bit_length()) if 2**i < samples]
     return [*powers, samples]
 
 
 def _answer(rollout: Rollout) -> str | None:
-    """What a rollout votes for: its marked answer (box, tag, ####), else its last number, else all.
+    """The answer in a rollout: marked by a box, a tag or ####, else its last number, else its text.
 
-    Numbers vote by value: 12 and 12.0 are one answer.
+    Numbers are compared by value: 12 and 12.0 are one answer.
     """
     if rollout.truncated:
         return None
@@ -115,7 +117,7 @@ def _answer(rollout: Rollout) -> str | None:
 
 
 def describe(result: EvalResult) -> str:
-    """One line: ``avg@8 0.61 [0.55, 0.67]  pass@8 …``."""
+    """A result in one line: ``avg@8 0.61 [0.55, 0.67]  pass@8 …``."""
     first, *_, most, majority = result.named()
     parts = [
         f"{name} {e.value:.3f} [{e.low:.3f}, {e.high:.3f}]" for name, e in (first, most, majority)
@@ -125,7 +127,7 @@ def describe(result: EvalResult) -> str:
 
 
 def result_summary(before: EvalResult | None, after: EvalResult | None) -> dict[str, object]:
-    """Return the lines of summary.json about the evaluations by sampling."""
+    """Entries of summary.json about the evaluations before and after training."""
     row: dict[str, object] = {}
     for when, result in (("before", before), ("after", after)):
         if result is not None:

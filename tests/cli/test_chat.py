@@ -134,14 +134,14 @@ def test_a_conversation_is_remembered(
     assert capsys.readouterr().out == f"{first}\n{second}\n\n"
 
 
-def test_a_full_context_starts_anew(
+def test_a_full_context_begins_a_new_conversation(
     place: Path, capsys: Output, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO("x" * 200 + "\nHello\n"))
     capsys.readouterr()
     assert cli.main(["chat", str(place / "base"), *GREEDY]) == 0
     said = capsys.readouterr()
-    assert "leave no room in the model's context of 128; the conversation starts anew" in said.err
+    assert "fills the model's context of 128" in said.err
     user = {"role": "user", "content": "Hello"}
     assert said.out == generated(place / "base", [user]) + "\n\n"
 
@@ -188,10 +188,10 @@ def test_a_signal_ends_the_command(place: Path) -> None:
 
 def test_bad_input(place: Path, capsys: Output) -> None:
     for argv, words in {
-        ("chat",): "name what to talk to: rlsloth chat RUN_OR_MODEL",
+        ("chat",): "rlsloth chat RUN_OR_MODEL",
         ("chat", "./nowhere"): "no such folder or file",
         ("chat", str(place / "run"), "--base", str(place / "merged")): "was trained on",
-        ("chat", str(place / "base"), "--prompt", "x" * 200): "leave no room",
+        ("chat", str(place / "base"), "--prompt", "x" * 200): "fills the model's context",
         ("chat", str(place / "base"), "--temprature", "1"): "did you mean '--temperature'?",
     }.items():
         capsys.readouterr()

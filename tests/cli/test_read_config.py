@@ -203,13 +203,13 @@ def test_sections_with_everything_commented_out(yaml_file: Path) -> None:
         ("--steps 3 4", "unexpected argument '4'"),
         ("-steps 3", "unexpected argument '-steps'"),
         ("--optim 3", "--optim is a section"),
-        ("--env.params a", "--env.params takes pairs of key and value, but got 1 words: ['a']"),
+        ("--env.params a", "--env.params needs pairs of key and value, but got 1 words: ['a']"),
         ("--reward.params a b", "--reward.params needs REWARD NAME VALUE"),
         ("--steps.more 3", "--steps.more"),
         ("--reward.weights 1 2 --rewards a", "reward.weights has 2 numbers for 1 rewards"),
-        ("--loss.correction token_mask --rollout.top-p 0.9", "leave rollout.top_p, top_k and"),
-        ("--loss.gap-action correct --rollout.top-k 5", "leave rollout.top_p, top_k and min_p off"),
-        ("--loss.gap-action stop --rollout.min-p 0.1", "leave rollout.top_p, top_k and min_p off"),
+        ("--loss.correction token_mask --rollout.top-p 0.9", "leave out rollout.top_p"),
+        ("--loss.gap-action correct --rollout.top-k 5", "leave out rollout.top_p"),
+        ("--loss.gap-action stop --rollout.min-p 0.1", "leave out rollout.top_p"),
         ("--loss.gap-action correct --loss.correction token_mask", "leave out one of them"),
         ("--rollout.cut-tail 0", "--rollout.cut-tail 0: must be greater than 0"),
         ("--rollout.cut-tail 1.1", "--rollout.cut-tail 1.1: must be less than or equal to 1"),
@@ -318,7 +318,7 @@ def test_help_shows_every_option_with_its_default(capsys: pytest.CaptureFixture[
         inner = getattr(field.annotation, "model_fields", None)
         for option in [f"{section}.{key}" for key in inner] if inner else [section]:
             assert f"--{option.replace('_', '-')} " in text
-    for expected in ("model options", "optim options", "Rollout-and-update rounds. (default: 100)"):
+    for expected in ("model options", "optim options", "--steps INT", "(default: 100)"):
         assert expected in text
     assert (
         "Weight of the KL term to the starting policy; 0 skips the reference pass. (default: 0.0)"

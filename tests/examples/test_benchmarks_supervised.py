@@ -151,7 +151,7 @@ def test_driver_goes_on_after_a_failure(model, tmp_path, capsys, monkeypatch):
     assert "| orpo | unsloth:fused | 3 | 3.00 | 3 |" in printed
     supervised.main([*words, "--systems", "trl", "--seconds", "1"])
     assert len(calls) == 3
-    assert "failed: not begun" in capsys.readouterr().out
+    assert "failed: not started" in capsys.readouterr().out
 
 
 def test_refused(model):

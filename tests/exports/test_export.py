@@ -130,9 +130,9 @@ def test_what_is_overwritten(
 
 def test_flags_that_are_missing(capfd: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["export"]) == 2
-    assert "name what to export: rlsloth export RUN_OR_ADAPTER" in capfd.readouterr().err
+    assert "rlsloth export RUN_OR_ADAPTER" in capfd.readouterr().err
     assert cli.main(["export", "runs/x"]) == 2
-    assert "name the folder to write: --out" in capfd.readouterr().err
+    assert "pass --out" in capfd.readouterr().err
 
 
 @pytest.fixture

@@ -142,7 +142,7 @@ def test_prompt_longer_than_the_context(refused) -> None:
     refused(
         "grpo --env.train long.jsonl --env.heldout 0",
         "prompt 2 has",
-        "no room in the model's context of 128",
+        "fills the model's context of 128",
         "--model.max-context",
     )
 
@@ -177,7 +177,7 @@ def test_unknown_reward(refused) -> None:
 
 
 def test_no_reward(refused) -> None:
-    refused("grpo --rewards", "no reward", "--rewards NAME", "rlsloth rewards list")
+    refused("grpo --rewards", "--rewards is empty", "--rewards NAME", "rlsloth rewards list")
 
 
 def test_unknown_function_in_a_reward_file(refused) -> None:
@@ -323,7 +323,7 @@ def test_a_folder_that_was_there_stays(workplace: Path, capfd) -> None:
 
 def test_files_in_the_way(refused, workplace: Path) -> None:
     Path("file").write_text("")
-    refused("grpo --run.dir file", "run folder file is a file", new=False)
+    refused("grpo --run.dir file", "--run.dir file is a file", new=False)
     refused("grpo --run.dir file/in", "file/in: Not a directory", new=False)
     refused(f"grpo --run.dir {'n' * 300}", "File name too long", new=False)
 

@@ -1,4 +1,4 @@
-"""``rlsloth chat``: a conversation with a trained model, its answers streamed."""
+"""``rlsloth chat``: a conversation with a trained model, printed as it is sampled."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ if TYPE_CHECKING:
 
 
 def run(name: str, argv: list[str]) -> int:
-    """Talk. Returns the exit status."""
+    """Chat. Returns the exit status."""
     words = with_first_word(argv, "--source")
     run_chat(read_config(ChatConfig, words, f"rlsloth {name} SOURCE"))
     return 0
 
 
 class Talker:
-    """A model that answers."""
+    """A model with its tokenizer, chat template and sampling settings."""
 
     def __init__(self, source: Source, cfg: ChatConfig) -> None:
-        """Load it. Raises UserError."""
+        """Load the model. Raises UserError."""
         from rlsloth.data.renderer import Renderer
         from rlsloth.policy.attention.interface import whole_attention
         from rlsloth.policy.load import load_model
@@ -45,54 +45,55 @@ class Talker:
         self._model.eval()
         self._cfg = cfg
         self.tokenizer = loaded.tokenizer
-        asked_of = prompting(source.config)
-        kwargs = asked_of.get("chat_template_kwargs") or {}
+        trained = prompting(source.config)
+        kwargs = trained.get("chat_template_kwargs") or {}
         ends = loaded.model.generation_config.eos_token_id
         ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
         self._renderer = Renderer(
             self.tokenizer, EnvConfig(chat_template_kwargs=kwargs), eos_token_ids=ends
         )
         self.context = int(loaded.model.config.get_text_config().max_position_embeddings)
-        asked = cfg.system_prompt
-        self.system_prompt: str | None = asked_of.get("system_prompt") if asked is None else asked
+        own = cfg.system_prompt
+        self.system_prompt: str | None = trained.get("system_prompt") if own is None else own
 
     @property
     def chats(self) -> bool:
-        """Whether it has a chat template; else it continues text."""
+        """Whether the model has a chat template; without one it continues text."""
         return bool(self.tokenizer.chat_template)
 
     def opening(self) -> list[Message]:
-        """What a conversation begins with."""
+        """Messages at the beginning of a conversation: the system prompt, if there is one."""
         if not self.system_prompt:
             return []
         return [{"role": "system", "content": self.system_prompt}]
 
-    def answer(self, said: Sequence[Message] | str) -> str:
-        """Print the model's answer as it comes; without a final newline of its own.
+    def answer(self, prompt: Sequence[Message] | str) -> str:
+        """Sample the model's answer, print it token by token, and return it.
 
         Args:
-            said: the conversation, ending with the user, or text to continue.
+            prompt: the conversation, which ends with the user's message, or text to continue.
 
         Raises:
-            UserError: it leaves no room in the model's context.
+            UserError: the prompt fills the model's context.
         """
         import torch
 
-        messages = said if isinstance(said, str) else tuple(said)
-        prompt = self._renderer.prompt_ids(Prompt(0, messages, {}))
-        room = self.context - len(prompt)
-        if room < 1:
+        messages = prompt if isinstance(prompt, str) else tuple(prompt)
+        prompt_ids = self._renderer.prompt_ids(Prompt(0, messages, {}))
+        left = self.context - len(prompt_ids)
+        if left < 1:
             raise UserError(
-                f"{len(prompt)} tokens leave no room in the model's context of {self.context}"
+                f"the conversation has {len(prompt_ids)} tokens and fills the model's context of "
+                f"{self.context}"
             )
-        ids = torch.tensor([prompt], device=self._model.device)
+        ids = torch.tensor([prompt_ids], device=self._model.device)
         streamer = _streamer(self.tokenizer)
         try:
             with torch.no_grad():
                 self._model.generate(
                     input_ids=ids,
                     attention_mask=torch.ones_like(ids),
-                    generation_config=self._generation(min(room, self._cfg.max_tokens)),
+                    generation_config=self._generation(min(left, self._cfg.max_tokens)),
                     streamer=streamer,
                 )
         except KeyboardInterrupt:  # ends the answer, not the conversation
@@ -119,7 +120,7 @@ def _streamer(tokenizer: Any) -> Any:
     from transformers import TextStreamer
 
     class Streamer(TextStreamer):  # type: ignore[misc]
-        """Prints an answer and keeps it."""
+        """Print an answer and keep its text."""
 
         text = ""
 
@@ -131,10 +132,10 @@ def _streamer(tokenizer: Any) -> Any:
 
 
 def run_chat(cfg: ChatConfig) -> None:
-    """Answer ``cfg.prompt``, or talk until the end of input.
+    """Answer ``cfg.prompt``, or chat until the end of the input.
 
     Raises:
-        UserError: nothing there to talk to, or a prompt that is too long.
+        UserError: the model cannot be loaded, or the prompt is too long.
     """
     import torch
 
@@ -177,7 +178,7 @@ def _talk(talker: Talker) -> None:
         try:
             answer = talker.answer(conversation)
         except UserError as error:
-            print(f"{error}; the conversation starts anew", file=sys.stderr)
+            print(f"{error}; a new conversation begins", file=sys.stderr)
             conversation = talker.opening()
             continue
         conversation.append({"role": "assistant", "content": answer})

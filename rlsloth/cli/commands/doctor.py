@@ -1,4 +1,4 @@
-"""``rlsloth doctor``: a report of this machine, of what training lacks, and of how to get it."""
+"""``rlsloth doctor``: check this machine for what training needs, with a remedy for each fault."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def run_doctor(as_json: bool = False, model: str | None = None) -> int:
 
 
 def gpu_checks() -> list[Check]:
-    """The GPUs that torch sees, their abilities, and the attention backends that work here."""
+    """Checks of the GPUs that torch sees, and of the attention backends that work here."""
     try:
         import torch
     except ImportError as error:
@@ -69,23 +69,23 @@ def gpu_checks() -> list[Check]:
     try:
         from rlsloth.policy.attention.backends import available_backends
     except ImportError as error:
-        advice = "mend the packages above"
+        advice = "fix the packages above"
         return [*checks, Check("gpu", "attention", f"cannot be imported: {error}", "error", advice)]
     return [*checks, Check("gpu", "attention", ", ".join(available_backends()), "ok")]
 
 
 def _why_no_gpu(driver: str | None, cuda_build: str | None) -> Check:
     if driver is None:
-        return Check("gpu", "GPU", "none", "note", "a CPU does for about 100M parameters")
+        return Check("gpu", "GPU", "none", "note", "a CPU is enough for about 100M parameters")
     if cuda_build is None:
-        advice = "a driver is there, but torch is a CPU build: install a CUDA build of torch"
+        advice = "there is a driver, but torch is a CPU build: install a CUDA build of torch"
         return Check("gpu", "GPU", f"driver {driver}, unused", "note", advice)
-    advice = f"torch wants CUDA {cuda_build}: update the driver, and look at CUDA_VISIBLE_DEVICES"
+    advice = f"torch needs CUDA {cuda_build}: update the driver, and check CUDA_VISIBLE_DEVICES"
     return Check("gpu", "GPU", f"driver {driver}, but torch sees no GPU", "note", advice)
 
 
 def _driver() -> str | None:
-    """NVIDIA driver version, or None when nvidia-smi is missing or does not answer."""
+    """Version of the NVIDIA driver; None if nvidia-smi is missing or fails."""
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
         run = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
@@ -98,7 +98,7 @@ def _driver() -> str | None:
 
 
 def host_checks() -> list[Check]:
-    """CPU, memory and disk."""
+    """Checks of CPU, memory and disk."""
     cpu_flags = _fields("/proc/cpuinfo").get("flags", "").split()
     fast = [name for name in ("avx512f", "avx512_bf16", "amx_bf16") if name in cpu_flags]
     bf16 = any("bf16" in name for name in fast)
@@ -124,7 +124,7 @@ def host_checks() -> list[Check]:
 
 
 def _fields(path: str) -> dict[str, str]:
-    """The ``name : value`` lines of a file in /proc; empty where there is no such file."""
+    """The ``name : value`` lines of a file in /proc; empty if there is no such file."""
     try:
         lines = Path(path).read_text().splitlines()
     except OSError:
@@ -134,7 +134,7 @@ def _fields(path: str) -> dict[str, str]:
 
 
 def hub_checks() -> list[Check]:
-    """Whether models and data sets can be downloaded."""
+    """Check whether models and datasets can be downloaded."""
     offline = "pass local files: --model.path FOLDER_OR_GGUF --env.train FILE"
     for variable in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"):
         if os.environ.get(variable, "").lower() in ("1", "true", "yes", "on"):
@@ -159,17 +159,17 @@ def _answers(url: str) -> bool:
     return True
 
 
-def _within(seconds: float, ask: Callable[[], bool]) -> bool:
-    """The answer, or False when it takes too long: name look-ups know no time-out of their own."""
-    answers: list[bool] = []
-    thread = threading.Thread(target=lambda: answers.append(ask()), daemon=True)
+def _within(seconds: float, check: Callable[[], bool]) -> bool:
+    """Result of ``check``; False after ``seconds``, since name look-ups have no time-out."""
+    results: list[bool] = []
+    thread = threading.Thread(target=lambda: results.append(check()), daemon=True)
     thread.start()
     thread.join(seconds)
-    return answers == [True]
+    return results == [True]
 
 
 def model_checks(path: str) -> list[Check]:
-    """Kernels that a model's modules would run on, and modules that stay transformers' own."""
+    """Checks of a model: modules that run on rlsloth's kernels, and modules that do not."""
     from rlsloth.policy.wrap.preview import preview
 
     name, report = preview(path)
@@ -179,7 +179,7 @@ def model_checks(path: str) -> list[Check]:
     for kernel, count in report.kernels.items():
         checks.append(Check("model", kernel, f"{count} modules", "ok"))
     for left in report.left:
-        found = f"{left.count} modules left alone"
+        found = f"{left.count} modules on transformers' own code"
         checks.append(Check("model", left.name, found, "note", left.reason))
     return checks
 
@@ -195,19 +195,19 @@ def _print_table(checks: list[Check], ready: bool) -> None:
         "error": Text("FIX", "bold red"),
     }
     table = Table(show_edge=False, header_style="bold")
-    for heading in ("", "what", "found", "to do / enables"):
+    for heading in ("", "check", "found", "remedy or use"):
         table.add_column(heading, overflow="fold")
     group = checks[0].group
     for check in checks:
         if check.group != group:
             table.add_section()
             group = check.group
-        # Text, not markup: advice such as rlsloth[vllm] holds brackets.
+        # Text, not markup: advice such as rlsloth[vllm] has brackets.
         table.add_row(marks[check.status], check.name, Text(check.found), Text(check.advice))
     console = Console()
     console.print(table)
     verdict = (
-        "Training can run here." if ready else "Training cannot run yet: mend the rows marked FIX."
+        "Training can run here." if ready else "Training cannot run yet: fix the rows marked FIX."
     )
     console.print(verdict, style="bold green" if ready else "bold red")
 
@@ -218,8 +218,8 @@ class DoctorOptions(Section):
     as_json: bool = Field(False, alias="json")
     """Print JSON instead of a table."""
     model: str | None = None
-    """Hub id, folder or GGUF file: also report which of its modules run on rlsloth's kernels. Only
-    its configuration is read."""
+    """Hub id, folder or GGUF file of a model: also report which of its modules run on rlsloth's
+    kernels. Only its configuration is read."""
 
 
 ABOUT = "Check versions, GPU, memory and disk. Exit status 1 when training cannot run here."

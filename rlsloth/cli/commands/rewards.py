@@ -26,17 +26,17 @@ a file; rlsloth rewards test --help lists its options.
 
 
 class RewardTestOptions(Section):
-    """Score the examples that a reward ships with, or the rows of a JSONL file: objects with a key
-    completion, optionally prompt, completion_ids and finish_reason, and columns for the reward.
-    Exit status 1 after a failure or an unexpected score."""
+    """Score the examples of a reward, or the rows of a JSONL file: objects with the key completion,
+    optionally prompt, completion_ids and finish_reason, and columns for the reward. Exit status 1
+    after a failure or an unexpected score."""
 
     spec: str | None = None
     """Name (math_verify), dotted path (pkg.module:function) or file (./mine.py:reward); the first
     word needs no --spec."""
     data: Path | None = None
-    """JSONL file with rows to score. Default: the reward's own EXAMPLES."""
+    """JSONL file with rows to score. Default: the EXAMPLES in the reward's file."""
     limit: int = Field(100, ge=1)
-    """Largest number of rows read from the file."""
+    """Most rows read from the file."""
 
 
 class NoOptions(Section):
@@ -51,7 +51,7 @@ def run(name: str, argv: list[str]) -> int:
         print(USAGE, end="")
         return 0
     if action not in actions:
-        what = f"no action {action!r}" if action else "needs an action"
+        what = f"no action {action!r}" if action else "an action is missing"
         raise UserError(
             f"rlsloth {name}: {what}{nearest(action, list(actions))} "
             f"(rlsloth {name} list, or rlsloth {name} test SPEC)"
@@ -68,7 +68,7 @@ def _run_list(prog: str, argv: list[str]) -> int:
 def _run_test(prog: str, argv: list[str]) -> int:
     chosen = read_config(RewardTestOptions, with_first_word(argv, "--spec"), f"{prog} SPEC")
     if chosen.spec is None:
-        raise UserError(f"name the reward to test: {prog} ./mine.py:reward")
+        raise UserError(f"no reward to test: pass one, as in {prog} ./mine.py:reward")
     from rlsloth.cli.reward_trial import test_reward
 
     return test_reward(chosen.spec, chosen.data, chosen.limit)
@@ -76,18 +76,18 @@ def _run_test(prog: str, argv: list[str]) -> int:
 
 @dataclass(frozen=True, slots=True)
 class RewardSummary:
-    """A built-in reward, described from its source."""
+    """Description of a built-in reward."""
 
     name: str
     summary: str
     columns: tuple[str, ...]
-    """Arguments, including dataset columns."""
+    """Arguments of the function, dataset columns included."""
     parameters: dict[str, str]
-    """Settings under reward.params.<name>, with their defaults."""
+    """Option under reward.params.<name> -> its default."""
 
 
 def summarize_rewards() -> list[RewardSummary]:
-    """The built-in rewards, read from their source: importing them takes seconds."""
+    """The built-in rewards, described from their source: importing them takes seconds."""
     folder = next(iter(importlib.import_module(REWARDS).__path__))
     return [_summary(name, Path(folder)) for name in plugins.builtin_names(REWARDS)]
 
