@@ -15,14 +15,13 @@ from pathlib import Path
 
 import torch
 
-from rlsloth import config
+import rlsloth
 from rlsloth.losses.base import PolicyLoss, ScoredTokens, rollouts, sum_of_rollout_means
-from rlsloth.training.grpo import train
 
 RISE, FALL = 1.0, 1.05  # temperatures for positive and other advantages, those of the paper
 
 
-def soft_gate(tokens: ScoredTokens, _: config.LossConfig) -> torch.Tensor:
+def soft_gate(tokens: ScoredTokens, _: rlsloth.LossConfig) -> torch.Tensor:
     """The loss of each token, [N]. A function like this is a loss already: ``:soft_gate``."""
     temperature_N = torch.where(tokens.advantages > 0, RISE, FALL)
     gate_N = torch.sigmoid(temperature_N * (tokens.ratio - 1)) * 4 / temperature_N
@@ -39,19 +38,18 @@ sapo = PolicyLoss(
 
 def main(model: str, steps: int = 20, folder: Path = Path("runs/own_loss")) -> Path:
     """Train ``model`` on small sums with the loss above; returns the run folder."""
-    return train(
-        config.GrpoConfig(
-            steps=steps,
-            prompts_per_step=4,
-            updates_per_rollout=2,  # the first is on-policy, where all losses agree
-            model=config.ModelConfig(path=model),
-            env=config.EnvConfig(name="reasoning_gym:chain_sum", heldout=20),
-            rollout=config.RolloutConfig(max_tokens=32),
-            loss=config.LossConfig(name=f"{__file__}:sapo"),
-            eval=config.EvalConfig(problems=20, samples=4, correct_at=0.5),
-            run=config.RunConfig(dir=folder),
-        )
+    config = rlsloth.GrpoConfig(
+        steps=steps,
+        prompts_per_step=4,
+        updates_per_rollout=2,  # the first is on-policy, where all losses agree
+        model=rlsloth.ModelConfig(path=model),
+        env=rlsloth.EnvConfig(name="reasoning_gym:chain_sum", heldout=20),
+        rollout=rlsloth.RolloutConfig(max_tokens=32),
+        loss=rlsloth.LossConfig(name=f"{__file__}:sapo"),
+        eval=rlsloth.EvalConfig(problems=20, samples=4, correct_at=0.5),
+        run=rlsloth.RunConfig(dir=folder),
     )
+    return rlsloth.grpo(config).folder
 
 
 if __name__ == "__main__":

@@ -64,8 +64,9 @@ def passed(spec: str, what: str) -> Any:
     objects = _passed.get() or {}
     if spec not in objects:
         raise UserError(
-            f"{what} {spec} is a Python object, which no configuration file holds: resume from "
-            "Python, with the same object and run=RunConfig(dir=..., resume=True)"
+            f"{what} {spec} is a Python object, which no configuration file holds: make the call "
+            "from Python, with that object; to resume a run, with run=RunConfig(dir=..., "
+            "resume=True)"
         )
     return objects[spec]
 

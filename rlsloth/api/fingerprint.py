@@ -25,7 +25,7 @@ def hash_code(item: Any) -> str:
 
 def hash_rows(rows: Iterable[Mapping[str, Any]]) -> str:
     """Hash the contents of rows, in their order."""
-    return _digest(json.dumps(row, sort_keys=True, default=repr) for row in rows)
+    return _digest(json.dumps(sorted(row.items()), default=repr) for row in rows)
 
 
 def _digest(texts: Iterable[str]) -> str:

@@ -78,7 +78,7 @@ def _code_name(item: Any, kind: str, objects: dict[str, Any]) -> str:
     """Name a function or class: by its dotted path if that finds it, else as a passed object."""
     if not callable(item):
         raise UserError(
-            f"a {kind} is a function or a class, this is of type {type(item).__name__}: {item!r}"
+            f"{kind} {item!r} is of type {type(item).__name__}: pass a function or a class"
         )
     module, name = getattr(item, "__module__", None), getattr(item, "__qualname__", "")
     if module and "." in module and getattr(sys.modules.get(module), name, None) is item:

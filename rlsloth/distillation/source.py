@@ -13,6 +13,7 @@ from rlsloth.data.heldout import question_text, questions_of
 from rlsloth.environments.protocol import GENERATED, Environment
 from rlsloth.errors import UserError
 from rlsloth.files import sha256
+from rlsloth.plugins import is_passed
 from rlsloth.records import Prompt
 
 
@@ -32,9 +33,13 @@ def chosen_prompts(env: Environment, cfg: DistillConfig) -> tuple[list[Prompt], 
 
 def describe_source(env: Environment, cfg: EnvConfig, rewards: Sequence[str]) -> dict[str, Any]:
     """Describe the environment: its parameters as JSON, the dataset if it reads one (a file with
-    its SHA-256, else a folder or hub id with the split), and the SHA-256 of rewards in files."""
+    its SHA-256, else a folder or hub id with the split), and the SHA-256 of rewards in files.
+
+    Rewards, rows and environments that were passed from Python have their hash in their name.
+    """
     places = {spec: Path(spec.partition(":")[0]).expanduser() for spec in rewards}
     files = {spec: sha256(file) for spec, file in places.items() if file.is_file()}
+    files |= {spec: spec.partition("#")[2] for spec in rewards if is_passed(spec)}
     reads = env.source != GENERATED
     file = Path(env.source).expanduser()
     is_file = reads and file.is_file()
@@ -46,6 +51,6 @@ def describe_source(env: Environment, cfg: EnvConfig, rewards: Sequence[str]) ->
         ),
         "reward_files": json.dumps(files) if files else None,
         "dataset": env.source if reads else None,
-        "split": cfg.train_split if reads and not is_file else None,
+        "split": cfg.train_split if reads and not is_file and not is_passed(env.source) else None,
         "dataset_sha256": sha256(file) if is_file else None,
     }

@@ -23,7 +23,7 @@ def test_every_name_is_found_and_listed() -> None:
 
 def test_type_checkers_see_the_same_names_from_the_same_modules() -> None:
     tree = ast.parse((ROOT / "rlsloth" / "__init__.py").read_text())
-    (block,) = (node for node in tree.body if isinstance(node, ast.If))
+    block = next(node for node in tree.body if isinstance(node, ast.If))
     typed = {
         alias.name: node.module
         for node in block.body
@@ -42,9 +42,9 @@ def test_every_command_that_trains_has_a_function() -> None:
 
 def test_an_unknown_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="'grpoo'"):
-        rlsloth.grpoo  # noqa: B018
+        rlsloth.grpoo  # type: ignore[attr-defined]  # noqa: B018
     with pytest.raises(ImportError, match="grpoo"):
-        from rlsloth import grpoo  # noqa: F401
+        from rlsloth import grpoo  # type: ignore[attr-defined]  # noqa: F401
 
 
 def test_functions_and_configurations_load_no_torch() -> None:

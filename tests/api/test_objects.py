@@ -118,7 +118,7 @@ def test_weights_fit_rewards_that_are_passed() -> None:
     [
         ({"rewards": "length"}, ("rewards=[",)),
         ({"rewards": scaled(1)}, ("rewards=[",)),
-        ({"rewards": [3]}, ("int", "3", "function")),
+        ({"rewards": [3]}, ("reward 3", "int", "function")),
         ({"environment": 3}, ("environment", "int")),
         ({"data": "openai/gsm8k:main"}, ("openai/gsm8k:main", "EnvConfig(train=")),
         ({"data": {"train": ROWS}}, ("dict", "data['train']")),
@@ -193,3 +193,5 @@ def test_functions_that_call_themselves_have_a_hash() -> None:
 def test_hashes_of_rows() -> None:
     assert hash_rows(ROWS) == hash_rows(datasets.Dataset.from_list(ROWS))
     assert len({hash_rows(ROWS), hash_rows(ROWS[::-1]), hash_rows(ROWS[:1])}) == 3
+    assert hash_rows([{"a": 1, "b": 2}]) == hash_rows([{"b": 2, "a": 1}])
+    assert hash_rows([{"a": {1: 2, "b": 3}}])  # keys that have no order
