@@ -10,29 +10,9 @@ from collections.abc import Iterable
 import pytest
 
 from helpers.pending import unknown
+from helpers.rooms import LEVEL, rises
 from helpers.source import LINKED, MODULES, Module, circles, imported_modules, walk_imports
 
-ORDER = (
-    ("errors", "records", "seeding", "kernels"),
-    ("config",),
-    ("files", "plugins"),
-    ("losses",),
-    ("data", "policy", "scoring", "run"),
-    ("rewards",),
-    ("environments", "memory"),
-    ("envs",),
-    ("rollout",),
-    ("evaluation",),
-    ("training",),
-    ("exports", "distillation"),
-    ("cluster",),
-    ("api",),
-    ("cli",),
-    ("__main__",),
-)
-"""Rooms from the lowest: each imports only rooms of earlier lines, and never its siblings."""
-
-LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
 LIBRARIES: dict[str, str] = {
     "triton": "kernels/*/triton*.py",
     "vllm": "rlsloth/rollout/vllm/*.py",
@@ -61,13 +41,10 @@ def test_rooms_import_only_lower_rooms() -> None:
     none_but_pending(
         "order",
         (
-            (f"{module.name} -> {other.split('.')[1]}", f"{module.place}:{found.line}: {other}")
+            (f"{module.name} -> {other.split('.')[1]}", f"{module.place}:{line}: {other}")
             for module in MODULES
             if module.room
-            for other, found in imported_modules(module)
-            if "." in other
-            and (room := other.split(".")[1]) != module.room
-            and LEVEL[room] >= LEVEL[module.room]
+            for other, line in rises(module)
         ),
     )
 
