@@ -153,19 +153,21 @@ def config(args: argparse.Namespace, data: Path, folder: Path) -> Any:
 
 def hook(args: argparse.Namespace, meter: Meter) -> None:
     """Time the parts of a step, and fix the length of completions and the size of the cache."""
-    from rlsloth.rollout import opening as engines
     from rlsloth.rollout.collector import Collector
+    from rlsloth.rollout.embedded import opening as embedded
+    from rlsloth.rollout.vllm import opening as vllm
     from rlsloth.run.run import Run
     from rlsloth.scoring.scorer import Scorer
-    from rlsloth.training import opening, session
+    from rlsloth.training import collector as engines
+    from rlsloth.training import session
 
     # No token ends a completion.
-    engines.TransformersEngine = with_fixed(engines.TransformersEngine, stop_ids=())
+    embedded.TransformersEngine = with_fixed(embedded.TransformersEngine, stop_ids=())
     size = int(args.kv_gb * GIB)
-    engines.VllmEngine = with_fixed(
-        engines.VllmEngine, stop_ids=(), kv_bytes=size, kv_stays=not args.sleep
+    vllm.VllmEngine = with_fixed(
+        vllm.VllmEngine, stop_ids=(), kv_bytes=size, kv_stays=not args.sleep
     )
-    open_engine, collect, steps = opening.open_engine, Collector.collect, Run.steps
+    open_engine, collect, steps = engines.open_engine, Collector.collect, Run.steps
 
     def opened(*positional: Any, **named: Any) -> Any:
         engine: Any = open_engine(*positional, **named)
@@ -188,7 +190,7 @@ def hook(args: argparse.Namespace, meter: Meter) -> None:
             yield step
             meter.step_done()
 
-    opening.open_engine = opened
+    engines.open_engine = opened
     Collector.collect = counted
     session.save = lambda *_: None  # TRL and Unsloth save nothing here either
     Scorer.score = meter.timed("reward", Scorer.score)

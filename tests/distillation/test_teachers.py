@@ -27,7 +27,7 @@ from rlsloth.distillation import pipeline
 from rlsloth.errors import UserError
 from rlsloth.policy.identity import hash_weights
 from rlsloth.records import Completion, SamplingParams
-from rlsloth.training import opening
+from rlsloth.training import collector
 
 pytestmark = pytest.mark.slow
 
@@ -117,7 +117,7 @@ def test_turns_with_tools_become_completions(
     distill: Distill, workplace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        opening, "open_engine", lambda cfg, policy, *_, **__: ScriptedEngine(policy.tokenizer)
+        collector, "open_engine", lambda cfg, policy, *_, **__: ScriptedEngine(policy.tokenizer)
     )
     tiny_llama(context=4096).save_pretrained(workplace / "tools")
     tiny_tokenizer(HERMES).save_pretrained(workplace / "tools")

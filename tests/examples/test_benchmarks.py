@@ -9,21 +9,23 @@ from pathlib import Path
 import pytest
 
 from helpers.tiny import tiny_tokenizer
-from rlsloth.rollout import opening as engines
 from rlsloth.rollout.collector import Collector
+from rlsloth.rollout.embedded import opening as embedded
+from rlsloth.rollout.vllm import opening as vllm
 from rlsloth.run.run import Run
 from rlsloth.scoring.scorer import Scorer
-from rlsloth.training import grpo, opening, session
+from rlsloth.training import collector, grpo, session
 
 pytestmark = pytest.mark.slow
 
 SCRIPTS = Path(__file__).parents[2] / "examples" / "benchmarks"
 HOOKED = (
-    (opening, ("open_engine",)),
+    (collector, ("open_engine",)),
     (Collector, ("collect",)),
     (session, ("save",)),
     (grpo, ("open_grpo",)),
-    (engines, ("TransformersEngine", "VllmEngine")),
+    (embedded, ("TransformersEngine",)),
+    (vllm, ("VllmEngine",)),
     (Run, ("steps",)),
     (Scorer, ("score",)),
 )
