@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from rlsloth.config import ModelConfig
-from rlsloth.errors import UserError
+from rlsloth.errors import UserError, first_line
 from rlsloth.policy.gguf import gguf_file
 from rlsloth.policy.identity import Identity, hash_weights, read_identity, refuse_other_base
 from rlsloth.run.folder import CONFIG
@@ -118,8 +118,10 @@ def _read_config(run: Path) -> dict[str, Any]:
         config = yaml.safe_load((run / CONFIG).read_bytes())
         return {**config, "model": dict(config["model"])}
     except (yaml.YAMLError, TypeError, KeyError, ValueError) as error:
-        reason = str(error).split("\n")[0]
-        raise UserError(f"{run / CONFIG} is not the configuration of a run ({reason})") from error
+        raise UserError(
+            f"{run / CONFIG} is not the configuration of a run ({first_line(error)}); repair it, "
+            "or pass the folder of another run"
+        ) from error
 
 
 def _check_there(base: ModelConfig, adapter: Path) -> None:

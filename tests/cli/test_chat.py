@@ -1,4 +1,4 @@
-"""rlsloth chat: what it loads, what it says, how it ends."""
+"""rlsloth chat: the models that it loads, its answers, and how it ends."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def say(capsys: Output, source: Path | str, *flags: str, prompt: str = "Hello") 
 
 
 def generated(folder: Path, messages: list[dict[str, str]], tokens: int = 12) -> str:
-    """By transformers alone."""
+    """The answer that transformers alone generates."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     ids = tokenizer.apply_chat_template(
@@ -64,9 +64,9 @@ def test_soft_caps_and_sinks_are_kept(family: str, tmp_path: Path) -> None:
     model = Talker(find_source(str(base), device="cpu"), cfg)._model
     ids = torch.arange(3, 60)[None]
     with torch.no_grad():
-        said = model(input_ids=ids).logits
+        logits = model(input_ids=ids).logits
         model.set_attn_implementation("eager")
-        assert torch.equal(model(input_ids=ids).logits, said)
+        assert torch.equal(model(input_ids=ids).logits, logits)
 
 
 def test_whole_models_and_bases(place: Path, capsys: Output) -> None:
@@ -74,9 +74,9 @@ def test_whole_models_and_bases(place: Path, capsys: Output) -> None:
     for name in ("base", "merged"):
         assert say(capsys, place / name) == generated(place / name, [user]) + "\n"
     system = {"role": "system", "content": "Be brief."}
-    told = say(capsys, place / "base", "--system-prompt", "Be brief.")
-    assert told == generated(place / "base", [system, user]) + "\n"
-    assert told != say(capsys, place / "base")
+    prompted = say(capsys, place / "base", "--system-prompt", "Be brief.")
+    assert prompted == generated(place / "base", [system, user]) + "\n"
+    assert prompted != say(capsys, place / "base")
 
 
 def test_runs_and_adapters(place: Path, capsys: Output) -> None:
@@ -140,10 +140,10 @@ def test_a_full_context_begins_a_new_conversation(
     monkeypatch.setattr(sys, "stdin", io.StringIO("x" * 200 + "\nHello\n"))
     capsys.readouterr()
     assert cli.main(["chat", str(place / "base"), *GREEDY]) == 0
-    said = capsys.readouterr()
-    assert "fills the model's context of 128" in said.err
+    output = capsys.readouterr()
+    assert "fills the model's context of 128" in output.err
     user = {"role": "user", "content": "Hello"}
-    assert said.out == generated(place / "base", [user]) + "\n\n"
+    assert output.out == generated(place / "base", [user]) + "\n\n"
 
 
 def test_an_interrupt_ends_an_answer_then_the_conversation(

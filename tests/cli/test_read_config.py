@@ -351,9 +351,9 @@ COMMANDS: dict[str, type[Section]] = {
 
 def test_commands_of_the_pipeline_are_understood() -> None:
     """Every command that configs/r1.yaml documents, with the file itself."""
-    said = re.findall(r"rlsloth (\w+) ([^#\n]*)", R1.read_text())
-    assert {name for name, _ in said} == set(COMMANDS)
-    for name, words in said:
+    lines = re.findall(r"rlsloth (\w+) ([^#\n]*)", R1.read_text())
+    assert {name for name, _ in lines} == set(COMMANDS)
+    for name, words in lines:
         argv = [str(R1) if word == "configs/r1.yaml" else word for word in words.split()]
         argv = ["--source", *argv] if name == "export" else argv
         config: Any = read_config(COMMANDS[name], argv)

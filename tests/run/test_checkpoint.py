@@ -308,7 +308,7 @@ def test_manifest_cannot_reach_outside_its_folder(tmp_path: Path) -> None:
 
 
 def test_pickles_are_not_read(tmp_path: Path) -> None:
-    """A hostile file beside the listed ones is never opened, let alone unpickled."""
+    """A hostile file next to the listed ones is never opened, let alone unpickled."""
     canary = tmp_path / "canary"
     path = save_step(tmp_path, 1)
     payload = f"cos\nsystem\n(S'touch {canary}'\ntR.".encode()

@@ -52,7 +52,7 @@ def only(groups, **kwargs):
     return text
 
 
-def test_nothing_to_say_of_a_sound_step():
+def test_a_sound_step_has_no_warning():
     assert diagnose([MIXED, ZEROS], NAMES, True) == []
 
 
@@ -109,14 +109,14 @@ def test_half_truncated_is_not_yet_worth_a_warning():
     assert diagnose([make_group([(1.0, 0.0), (0.0, 0.0)], truncated=(0,))], NAMES, False) == []
 
 
-@pytest.mark.parametrize(("truncated", "said"), [(7, False), (8, False), (9, True)])
-def test_a_tail_that_was_cut_on_purpose_did_not_hit_the_limit(truncated, said):
+@pytest.mark.parametrize(("truncated", "warned"), [(7, False), (8, False), (9, True)])
+def test_a_tail_that_was_cut_on_purpose_did_not_hit_the_limit(truncated, warned):
     group = make_group([(1.0, 0.0), (0.0, 0.0)] * 5, truncated=range(truncated))
     watch = Watch(NAMES, False, cut_tail=0.3)
     texts = watch.step([group], metrics())
     assert texts == diagnose([group], NAMES, False, cut_tail=0.3)
-    assert bool(texts) is said
-    if said:
+    assert bool(texts) is warned
+    if warned:
         assert texts[0].startswith(
             "2 of 3 completions hit the length limit, besides 7 that --rollout.cut-tail may have"
         )
@@ -153,10 +153,10 @@ def metrics(**changes):
     } | changes
 
 
-def test_a_warning_is_said_once_until_it_has_cleared():
+def test_a_warning_is_printed_once_until_it_has_cleared():
     watch = Watch(NAMES, False)
-    said = [watch.step([ZEROS], metrics()) for _ in range(3)]
-    assert [len(texts) for texts in said] == [1, 0, 0]
+    warnings = [watch.step([ZEROS], metrics()) for _ in range(3)]
+    assert [len(texts) for texts in warnings] == [1, 0, 0]
     quiet = [watch.step([MIXED], metrics()) for _ in range(WINDOW)]
     assert quiet == [[]] * WINDOW
     assert len(watch.step([ZEROS], metrics())) == 1
@@ -164,8 +164,8 @@ def test_a_warning_is_said_once_until_it_has_cleared():
 
 def test_a_warning_that_flickers_is_not_repeated():
     watch = Watch(NAMES, False)
-    said = [watch.step([group], metrics()) for group in (ZEROS, MIXED) * 10]
-    assert sum(map(len, said)) == 1
+    warnings = [watch.step([group], metrics()) for group in (ZEROS, MIXED) * 10]
+    assert sum(map(len, warnings)) == 1
 
 
 @pytest.mark.parametrize(

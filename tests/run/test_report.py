@@ -144,7 +144,7 @@ def test_the_content_policy_allows_its_own_script_alone(finished):
     ]
     assert "default-src 'none'" in policy
     (digest,) = re.findall(r"script-src 'sha256-([^']+)'", policy)
-    # A browser hashes the script's text exactly as it stands in the page.
+    # A browser hashes the script's text exactly as it is in the page.
     assert base64.b64encode(hashlib.sha256(page.scripts[2].encode()).digest()).decode() == digest
 
 
@@ -203,6 +203,15 @@ def test_an_empty_and_a_half_run_have_reports(tmp_path):
     run.finish({})
     assert "not finished" in text
     assert any("Gradient norm" in attrs["aria-label"] for attrs in page.attributes("svg"))
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "environment.json"])
+def test_a_damaged_file_does_not_cost_the_report(tmp_path, name):
+    run = start(tmp_path / "run")
+    run.log(1, {"reward": 0.5})
+    (run.dir / name).write_text("{: [")
+    run.finish({"accuracy_before": 0.2, "accuracy_after": 0.7})
+    assert "70" in read(run.dir)[0]
 
 
 def test_embedded_samples_are_capped_and_the_page_says_so(tmp_path):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlsloth.errors import UserError
+from rlsloth.errors import UserError, first_line
 from rlsloth.kernels.linear_logprob.products import add_transposed, project
 from rlsloth.policy.head import read_head_lora
 from rlsloth.records import LogitTransform
@@ -120,10 +120,9 @@ class Decoder:
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:
-                first = str(error).strip().split("\n")[0][:200]
                 raise UserError(
-                    f"this model's decoding step cannot be captured as a CUDA graph ({first}); "
-                    "pass --rollout.cuda-graphs false"
+                    "this model's decoding step cannot be captured as a CUDA graph "
+                    f"({first_line(error)}); pass --rollout.cuda-graphs false"
                 ) from error
             self._pool = graph.pool()
             self._graphs[key] = graph

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -41,7 +42,7 @@ def write_report(folder: Path) -> Path:
     """
     rows = merged_rows(run_folder.read_rows(folder))
     config_text = _read(folder / run_folder.CONFIG)
-    config = yaml.safe_load(config_text) or {}
+    config = _mapping(config_text, yaml.safe_load)
     summary = _read_json(folder / run_folder.SUMMARY)
     environment = _read_json(folder / "environment.json")
     script = _read(_HERE / "report.js")
@@ -102,8 +103,16 @@ def _read(path: Path) -> str:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    text = _read(path)
-    return dict(json.loads(text)) if text else {}
+    return _mapping(_read(path), json.loads)
+
+
+def _mapping(text: str, parse: Callable[[str], Any]) -> dict[str, Any]:
+    """The mapping in a file's text; empty if the file is missing or damaged, so that there is a
+    report in any case."""
+    with contextlib.suppress(yaml.YAMLError, ValueError):
+        value = parse(text)
+        return value if isinstance(value, dict) else {}
+    return {}
 
 
 def _warnings(folder: Path) -> list[tuple[str, str]]:
