@@ -24,9 +24,9 @@ class DatasetConfig(Section):
     """Held-out data, in the same forms. Default: rows withheld from train (see heldout)."""
     validation_split: str = "test"
     """Split of a hub dataset to evaluate on."""
-    limit: int | None = Field(None, ge=1)
+    limit: int | None = Field(default=None, ge=1)
     """Use only this many first rows of train."""
-    heldout: int = Field(100, ge=0)
+    heldout: int = Field(default=100, ge=0)
     """Prompts withheld from training for evaluation, if there is no validation data. All rows with
     the text of such a prompt are withheld."""
     prompt_column: str | None = None
@@ -48,7 +48,7 @@ class EnvConfig(DatasetConfig):
     pkg.module:Name or ./file.py:Name."""
     params: Params = {}
     """Parameters of the environment, e.g. those of the reasoning-gym task."""
-    max_turns: int = Field(8, ge=1)
+    max_turns: int = Field(default=8, ge=1)
     """Most sampled turns of a rollout, in environments that reply."""
 
 
@@ -60,7 +60,7 @@ class ExamplesConfig(DatasetConfig):
     completion_column: str | None = None
     """Column with the completion of the prompt. Default: the first of completion, answer, solution,
     response, output that exists."""
-    max_tokens: int | None = Field(None, ge=2)
+    max_tokens: int | None = Field(default=None, ge=2)
     """Longest example, prompt and completion together; longer ones are left out and counted.
     Default: the model's context."""
 

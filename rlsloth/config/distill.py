@@ -33,12 +33,12 @@ class EndpointConfig(Section):
     key_variable: Text | None = None
     """Name of the environment variable with the API key, e.g. OPENAI_API_KEY. The key itself is
     never written. Default: no key is sent."""
-    parallel: int = Field(16, ge=1, le=1024)
+    parallel: int = Field(default=16, ge=1, le=1024)
     """Requests at the same time; each is for one completion."""
-    timeout: float = Field(600.0, gt=0)
+    timeout: float = Field(default=600.0, gt=0)
     """Longest time of a request in seconds, from connecting to the last byte; then it is
     retried."""
-    retries: int = Field(6, ge=0)
+    retries: int = Field(default=6, ge=0)
     """Retries of a request after a broken connection, a timeout or status 429 or 5xx. Each waits
     twice as long as the one before, or as long as the server's Retry-After."""
     limit_name: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
@@ -81,32 +81,32 @@ class EndpointConfig(Section):
 class TracesConfig(Section):
     """Number of sampled traces, and filters for those that are kept."""
 
-    samples: int = Field(4, ge=1)
+    samples: int = Field(default=4, ge=1)
     """Completions sampled for each problem."""
-    problems: int | None = Field(None, ge=1)
+    problems: int | None = Field(default=None, ge=1)
     """Use only this many first training problems."""
-    chunk: int = Field(32, ge=1)
+    chunk: int = Field(default=32, ge=1)
     """Problems sampled together; a crash loses at most the traces of these."""
     reward: str | None = None
     """Reward that decides whether a trace is verified; default: the first of rewards."""
     correct_at: float = 1.0
     """Lowest deciding reward of a verified trace. A trace that was cut off is never verified."""
-    keep: int = Field(1, ge=1)
+    keep: int = Field(default=1, ge=1)
     """Most verified traces kept for a problem: those with the highest weighted sum of rewards."""
     prefer: Literal["shortest", "random"] = "shortest"
     """Order among traces of equal reward. random depends only on seed and problem."""
-    min_pass: float = Field(0.0, ge=0, le=1)
+    min_pass: float = Field(default=0.0, ge=0, le=1)
     """Leave out problems with a smaller share of verified samples, as too hard."""
-    max_pass: float = Field(1.0, ge=0, le=1)
+    max_pass: float = Field(default=1.0, ge=0, le=1)
     """Leave out problems with a larger share of verified samples, as too easy."""
-    min_tokens: int = Field(1, ge=1)
+    min_tokens: int = Field(default=1, ge=1)
     """Tokens of the shortest trace that is kept."""
-    max_tokens: int | None = Field(None, ge=1)
+    max_tokens: int | None = Field(default=None, ge=1)
     """Tokens of the longest trace that is kept; default: rollout.max_tokens."""
     identical: Literal["dataset", "problem"] = "dataset"
     """Range within which a text is kept only once: the whole dataset, or one problem, for
     completions so short that different problems share them."""
-    similarity: float = Field(1.0, ge=0, le=1)
+    similarity: float = Field(default=1.0, ge=0, le=1)
     """Drop a trace whose word 5-grams are more similar than this (Jaccard index) to those of a kept
     trace of the same problem; 1 drops none."""
 
@@ -137,7 +137,7 @@ class DistillConfig(ProblemsConfig):
     again, with filters that may have changed."""
     format: Literal["jsonl", "parquet"] = "jsonl"
     """File format of the dataset: train.jsonl or train.parquet."""
-    seed: int = Field(0, ge=0, lt=2**31)
+    seed: int = Field(default=0, ge=0, lt=2**31)
     """Same seed, same machine: same traces, unless the teacher is on a server that ignores
     seeds."""
     teacher: Text | None = None

@@ -10,19 +10,19 @@ from rlsloth.config.section import Section
 class EvalConfig(Section):
     """Evaluation on held-out problems."""
 
-    every: int = Field(0, ge=0)
+    every: int = Field(default=0, ge=0)
     """Steps between evaluations during training; 0: none."""
     at_start: bool = True
     """Evaluate before training."""
     at_end: bool = True
     """Evaluate after training."""
-    problems: int = Field(100, ge=1)
+    problems: int = Field(default=100, ge=1)
     """Held-out problems to evaluate on, the first ones."""
-    samples: int = Field(8, ge=1)
+    samples: int = Field(default=8, ge=1)
     """Completions of each problem: the k of avg@k, pass@k and maj@k."""
-    temperature: float = Field(1.0, ge=0)
+    temperature: float = Field(default=1.0, ge=0)
     """Sampling temperature of evaluations; 0 takes the most likely token."""
-    max_tokens: int | None = Field(None, ge=1)
+    max_tokens: int | None = Field(default=None, ge=1)
     """Longest completion in tokens; default: rollout.max_tokens."""
     reward: str | None = None
     """Reward that decides whether a completion is correct; default: the first of rewards."""

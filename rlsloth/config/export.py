@@ -59,11 +59,11 @@ class ChatConfig(Section):
     """Answer only this prompt, without a conversation."""
     system_prompt: str | None = None
     """System message of the conversation. Default: the one of the run (env.system_prompt)."""
-    temperature: float = Field(0.7, ge=0)
+    temperature: float = Field(default=0.7, ge=0)
     """Sampling temperature; 0 takes the most likely token."""
-    max_tokens: int = Field(1024, ge=1)
+    max_tokens: int = Field(default=1024, ge=1)
     """Longest answer in tokens."""
-    seed: int | None = Field(None, ge=0, lt=2**31)
+    seed: int | None = Field(default=None, ge=0, lt=2**31)
     """Same seed, same machine, same words: same answers."""
     base: Text | None = None
     """The base model of an adapter. Default: the path that is saved with the adapter."""

@@ -11,13 +11,13 @@ from rlsloth.config.training import ProblemsConfig, TrainingConfig
 class GrpoConfig(TrainingConfig, ProblemsConfig):
     """Reinforcement learning from rewards, with advantages relative to a group (GRPO)."""
 
-    steps: int = Field(100, ge=1)
+    steps: int = Field(default=100, ge=1)
     """Steps; each samples rollouts and trains on them."""
-    prompts_per_step: int = Field(16, ge=1)
+    prompts_per_step: int = Field(default=16, ge=1)
     """Prompts sampled in each step."""
-    group_size: int = Field(8, ge=2)
+    group_size: int = Field(default=8, ge=2)
     """Completions of each prompt; at least 2, since advantages compare them with each other."""
-    updates_per_rollout: int = Field(1, ge=1)
+    updates_per_rollout: int = Field(default=1, ge=1)
     """Optimizer updates on the rollouts of each step; 1 is exactly on-policy."""
     advantage: AdvantageConfig = AdvantageConfig()
     loss: LossConfig = LossConfig()

@@ -24,14 +24,14 @@ class LossConfig(Section):
     """A built-in loss, or your own: pkg.module:name or ./file.py:name (examples/own_loss.py)."""
     ratio: Literal["token", "sequence"] | None = None
     """Importance ratio per token or per sequence; default is the loss's own (sequence for gspo)."""
-    epsilon_low: float = Field(0.2, ge=0)
-    epsilon_high: float | None = Field(None, ge=0)
+    epsilon_low: float = Field(default=0.2, ge=0)
+    epsilon_high: float | None = Field(default=None, ge=0)
     """Upper clip; default epsilon_low. Higher (0.28) is DAPO's clip-higher. cispo: the cap of the
     ratio itself, default 5. gspo's sequence ratios move little: try 3e-4 and 4e-4."""
-    delta: float | None = Field(None, gt=0)
+    delta: float | None = Field(default=None, gt=0)
     """Two-sided clipping: cap of the unclipped ratio, which bounds the loss where advantages are
     negative."""
-    beta: float = Field(0.0, ge=0)
+    beta: float = Field(default=0.0, ge=0)
     """Weight of the KL term to the starting policy; 0 skips the reference pass."""
     kl: Literal["k1", "k2", "k3"] = "k3"
     """KL estimator (Schulman 2020)."""
@@ -42,10 +42,10 @@ class LossConfig(Section):
     ] = "none"
     """Weight tokens by exp(trainer - rollout log-prob), per token or per sequence, truncated or
     masked."""
-    correction_max: float = Field(3.0, gt=0)
-    correction_min: float | None = Field(None, ge=0)
+    correction_max: float = Field(default=3.0, gt=0)
+    correction_min: float | None = Field(default=None, ge=0)
     """Lower bound; default none."""
-    gap_limit: float = Field(0.05, gt=0)
+    gap_limit: float = Field(default=0.05, gt=0)
     """Mean |trainer - rollout log-prob| in nats per token above which gap_action is taken. 16 bits
     scatter by about 0.03 on the smallest models."""
     gap_action: Literal["warn", "correct", "stop"] = "warn"
@@ -53,7 +53,7 @@ class LossConfig(Section):
     run; its checkpoints stay."""
     mask_truncated: bool = False
     """Leave completions cut off by the length limit out of the loss (DAPO's overlong filtering)."""
-    overlong_buffer: int = Field(0, ge=0)
+    overlong_buffer: int = Field(default=0, ge=0)
     """DAPO's soft overlong punishment: over this many last tokens a penalty falls linearly to -1.
     It is added to the reward for the advantage alone, and logged as overlong_penalty; 0 is off."""
 

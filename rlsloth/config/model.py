@@ -34,7 +34,7 @@ class ModelConfig(Section):
     fused_kernels: bool = True
     """Run layers of known model families on rlsloth's kernels; false: on transformers' own
     modules."""
-    max_context: int | None = Field(None, ge=1)
+    max_context: int | None = Field(default=None, ge=1)
     """Longest prompt with its completion in tokens; default: the model's own limit."""
     trust_remote_code: bool = False
     """Run Python code shipped with the model. Off unless you trust its author."""
@@ -43,11 +43,11 @@ class ModelConfig(Section):
 class LoraConfig(Section):
     """The LoRA adapter."""
 
-    rank: int = Field(16, ge=1)
+    rank: int = Field(default=16, ge=1)
     """Rank of the adapter's matrices."""
-    alpha: float = Field(32.0, gt=0)
+    alpha: float = Field(default=32.0, gt=0)
     """Scale: the adapter's output is multiplied by alpha / rank."""
-    dropout: float = Field(0.0, ge=0, lt=1)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout before the adapter's matrices."""
     targets: list[str] = ["all-linear"]
     """Modules with an adapter: names, or all-linear for every linear layer but the output head. An

@@ -14,26 +14,26 @@ class OptimConfig(Section):
 
     name: Literal["auto", "adamw", "adamw_8bit"] = "auto"
     """Optimizer. auto: adamw_8bit (bitsandbytes) on a GPU, torch's AdamW on a CPU."""
-    lr: float = Field(2e-5, ge=0)
+    lr: float = Field(default=2e-5, ge=0)
     """Learning rate. With 0 the run samples and logs, and the weights stay as they are."""
     betas: tuple[Beta, Beta] = (0.9, 0.99)
     """AdamW's decay rates."""
-    weight_decay: float = Field(0.0, ge=0)
+    weight_decay: float = Field(default=0.0, ge=0)
     """AdamW's decoupled weight decay."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """Learning rate after the warm-up: constant, or falling to 0 at the last update."""
-    warmup_steps: int = Field(0, ge=0)
+    warmup_steps: int = Field(default=0, ge=0)
     """Optimizer updates over which the learning rate rises from 0."""
-    max_grad_norm: float = Field(1.0, gt=0)
+    max_grad_norm: float = Field(default=1.0, gt=0)
     """Largest norm of the gradient; a larger gradient is scaled down to it."""
-    max_skipped: int = Field(5, ge=1)
+    max_skipped: int = Field(default=5, ge=1)
     """Stop after this many steps in a row whose gradient is NaN or infinite."""
 
 
 class SftOptimConfig(OptimConfig):
     """The optimizer of the adapter."""
 
-    lr: float = Field(2e-4, ge=0)
+    lr: float = Field(default=2e-4, ge=0)
     """Learning rate; the default is that of QLoRA (arXiv:2305.14314). An adapter needs about ten
     times the rate of full fine-tuning."""
     schedule: Literal["constant", "linear", "cosine"] = "linear"
@@ -43,7 +43,7 @@ class SftOptimConfig(OptimConfig):
 class PreferenceOptimConfig(OptimConfig):
     """The optimizer of the adapter."""
 
-    lr: float = Field(5e-6, ge=0)
+    lr: float = Field(default=5e-6, ge=0)
     """Learning rate. An adapter needs about ten times the rate of full fine-tuning."""
     schedule: Literal["constant", "linear", "cosine"] = "linear"
     """Learning rate after the warm-up: constant, or falling to 0 at the last update."""

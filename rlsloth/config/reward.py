@@ -14,11 +14,11 @@ class RewardConfig(Section):
     """Weight of each reward in their sum, in the order of rewards; default: 1 each."""
     params: dict[str, Params] = {}
     """Keyword arguments of each reward by its name, e.g. {length: {target: 200}}."""
-    workers: int = Field(2, ge=1)
+    workers: int = Field(default=2, ge=1)
     """Processes that score at the same time."""
-    cpu_seconds: float = Field(5.0, gt=0, le=86400)
+    cpu_seconds: float = Field(default=5.0, gt=0, le=86400)
     """Most CPU time for one completion; beyond it the process is killed and a failure counted."""
-    wall_seconds: float = Field(60.0, gt=0, le=86400)
+    wall_seconds: float = Field(default=60.0, gt=0, le=86400)
     """Most wall-clock time for one completion, for rewards that sleep or wait."""
-    memory_gb: float = Field(4.0, gt=0, le=65536)
+    memory_gb: float = Field(default=4.0, gt=0, le=65536)
     """Largest address space of a process in GiB."""

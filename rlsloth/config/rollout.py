@@ -17,15 +17,15 @@ class RolloutConfig(Section):
     transformers; the run's first lines name the choice. vllm: vLLM in this process, on a GPU or a
     CPU, on the same weights that train; it gets the adapter in memory after each step.
     transformers: the trained model itself."""
-    max_tokens: int = Field(512, ge=1)
+    max_tokens: int = Field(default=512, ge=1)
     """Longest completion; longer ones are cut and count as truncated."""
-    temperature: float = Field(1.0, ge=0)
-    top_p: float = Field(1.0, gt=0, le=1)
-    top_k: int = Field(0, ge=0)
-    min_p: float = Field(0.0, ge=0, le=1)
+    temperature: float = Field(default=1.0, ge=0)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    top_k: int = Field(default=0, ge=0)
+    min_p: float = Field(default=0.0, ge=0, le=1)
     stop: list[Text] = []
     """Strings that end a completion."""
-    max_sequences: int = Field(256, ge=1)
+    max_sequences: int = Field(default=256, ge=1)
     """Completions decoded at once."""
     cuda_graphs: bool = True
     """Replay decoding steps as CUDA graphs: several times faster for small models."""
@@ -37,7 +37,7 @@ class RolloutConfig(Section):
     """Sample each step's rollouts while the update before runs (vllm only): faster, with policies
     one update old, which loss.correction makes up for. The key-value cache then stays in memory,
     and on a CPU dropout depends on timing."""
-    cut_tail: float = Field(1.0, gt=0, le=1)
+    cut_tail: float = Field(default=1.0, gt=0, le=1)
     """Once this share of a step's training completions has finished, the rest is cut where it is
     and counts as truncated; 1 cuts none. Short answers are favoured: pair it with
     loss.mask_truncated."""

@@ -14,12 +14,12 @@ class RunConfig(Section):
     """Run folder; default runs/<date>-<time>-<model>. For a folder with a run pass --run.resume."""
     resume: bool = False
     """Continue the run in run.dir from its newest undamaged checkpoint."""
-    save_every: int = Field(25, ge=0)
+    save_every: int = Field(default=25, ge=0)
     """Steps between checkpoints; 0: only one at the end."""
-    keep: int = Field(2, ge=1)
+    keep: int = Field(default=2, ge=1)
     """Number of newest checkpoints kept."""
     trackers: list[str] = []
     """Trackers that also get the metrics, such as wandb; `rlsloth doctor` lists them.
     metrics.jsonl is always written."""
-    show_samples: int = Field(2, ge=0)
+    show_samples: int = Field(default=2, ge=0)
     """Completions printed after each step, one a prompt."""

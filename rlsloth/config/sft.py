@@ -13,11 +13,11 @@ from rlsloth.config.training import ProblemsConfig, TrainingConfig
 class SupervisedConfig(TrainingConfig, ProblemsConfig):
     """Options that SFT and preference methods share."""
 
-    steps: int = Field(0, ge=0)
+    steps: int = Field(default=0, ge=0)
     """Optimizer updates; 0: as many as epochs take."""
-    epochs: float | None = Field(None, gt=0)
+    epochs: float | None = Field(default=None, gt=0)
     """Passes over the data, in place of steps. Default: 1 if steps is not set either."""
-    samples_per_step: int = Field(16, ge=1)
+    samples_per_step: int = Field(default=16, ge=1)
     """Examples of each optimizer update."""
     data: ExamplesConfig = ExamplesConfig()
     eval: SupervisedEvalConfig = SupervisedEvalConfig()

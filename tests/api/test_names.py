@@ -6,12 +6,13 @@ import ast
 import inspect
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 import rlsloth
 from helpers.source import ROOT
-from rlsloth.losses.preference.methods import METHODS
+from rlsloth.losses.preference import methods
 
 
 def test_every_name_is_found_and_listed() -> None:
@@ -35,7 +36,7 @@ def test_type_checkers_see_the_same_names_from_the_same_modules() -> None:
 
 
 def test_every_command_that_trains_has_a_function() -> None:
-    for name in ("grpo", "sft", *METHODS):
+    for name in ("grpo", "sft", *methods.METHODS):
         parameters = inspect.signature(getattr(rlsloth, name)).parameters
         assert {"config", "rewards", "data", "validation", "environment"} == set(parameters)
 
@@ -56,3 +57,11 @@ def test_functions_and_configurations_load_no_torch() -> None:
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert run.returncode == 0, run.stderr
+
+
+def test_pyright_sees_the_defaults_of_settings() -> None:
+    """It takes a setting for required whose default is not passed by keyword."""
+    for path in [*(ROOT / "rlsloth/config").glob("*.py"), Path(methods.__file__)]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "Field":
+                assert not node.args, f"{path}:{node.lineno}"

@@ -32,13 +32,13 @@ class DpoLossConfig(Section):
     distance of the mean log-ratios to 1 / (2 beta). hinge: SLiC. robust: unbiased under flipped
     labels. apo_zero: raises chosen completions, lowers rejected ones. apo_down: lowers both, the
     rejected ones further; for chosen completions that are worse than the model's own."""
-    beta: float = Field(0.1, gt=0)
+    beta: float = Field(default=0.1, gt=0)
     """Strength of the pull towards the starting policy. Losses on means over tokens need a value
     larger by about the length of a completion: sigmoid_norm is used with 5."""
-    label_smoothing: float = Field(0.0, ge=0, lt=0.5)
+    label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
     """Assumed share of pairs with flipped labels: conservative DPO for sigmoid and sigmoid_norm
     (whose label smoothing TRL ignores), the correction of robust."""
-    sft_weight: float = Field(0.0, ge=0)
+    sft_weight: float = Field(default=0.0, ge=0)
     """Weight of an added negative log-likelihood of the chosen completions, a mean over tokens."""
 
     @model_validator(mode="after")
@@ -54,7 +54,7 @@ class DpoLossConfig(Section):
 class OrpoLossConfig(Section):
     """Likelihood of the chosen completion, and its odds against the rejected one."""
 
-    beta: float = Field(0.1, gt=0)
+    beta: float = Field(default=0.1, gt=0)
     """Weight of the odds-ratio term (lambda in the paper)."""
     nll_prompt: bool = True
     """Whether the likelihood term covers the prompt too, as in TRL. Off: the chosen completion
@@ -65,13 +65,13 @@ class SimpoLossConfig(Section):
     """Mean log-probs of a pair with a target margin. The paper's own settings are beta 2 to 10,
     gamma 0.3 to 0.5 times beta, and nll_weight 0."""
 
-    beta: float = Field(0.1, gt=0)
+    beta: float = Field(default=0.1, gt=0)
     """Scale of the mean log-probs, which are the rewards."""
-    gamma: float = Field(0.5, ge=0)
+    gamma: float = Field(default=0.5, ge=0)
     """Margin by which the chosen reward is to exceed the rejected one."""
-    label_smoothing: float = Field(0.0, ge=0, lt=0.5)
+    label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
     """Assumed share of pairs with flipped labels."""
-    nll_weight: float = Field(1.0, ge=0)
+    nll_weight: float = Field(default=1.0, ge=0)
     """Weight of the negative log-likelihood of the chosen completions, a mean over tokens (CPO's
     term, TRL's cpo_alpha); 0 is SimPO proper."""
 
@@ -82,12 +82,12 @@ class KtoLossConfig(Section):
     name: Literal["kto", "apo_zero_unpaired"] = "kto"
     """kto: rewards are measured from the policy's KL to the starting one. apo_zero_unpaired: from
     0, without the two passes that estimate the KL."""
-    beta: float = Field(0.1, gt=0)
+    beta: float = Field(default=0.1, gt=0)
     """Strength of the pull towards the starting policy."""
-    desirable_weight: float = Field(1.0, gt=0)
+    desirable_weight: float = Field(default=1.0, gt=0)
     """Weight of good completions. The paper keeps (desirable_weight x good) / (undesirable_weight x
     bad) between 1 and 4/3."""
-    undesirable_weight: float = Field(1.0, gt=0)
+    undesirable_weight: float = Field(default=1.0, gt=0)
     """Weight of bad completions."""
 
 
@@ -121,7 +121,7 @@ class SimpoConfig(PreferenceConfig):
 class KtoConfig(PreferenceConfig):
     """Kahneman-Tversky optimization: single completions labelled good or bad."""
 
-    samples_per_step: int = Field(16, ge=2)
+    samples_per_step: int = Field(default=16, ge=2)
     """Examples per update; the KL is estimated on these, each put after another one's prompt."""
 
     data: KtoDataConfig = KtoDataConfig()
