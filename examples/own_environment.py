@@ -2,6 +2,8 @@
 
     rlsloth grpo --env.name ./examples/own_environment.py:GuessNumber --model.path FOLDER_OR_GGUF
 
+From Python: ``rlsloth.grpo(config, environment=GuessNumber)``.
+
 A hit earns 1 and a miss costs up to 0.1, more the further it is off; the sum over all turns is the
 rollout's reward. ``--env.max-turns`` limits the guesses; ``--env.params.width`` is the number of
 candidates.
@@ -12,10 +14,9 @@ from __future__ import annotations
 import random
 import re
 
-from rlsloth.config import EnvConfig
+from rlsloth import EnvConfig, Episode, Message, Prompt, Reply
 from rlsloth.data.heldout import split_heldout
-from rlsloth.environments.protocol import GENERATED, Episode, Reply
-from rlsloth.records import Message, Prompt
+from rlsloth.environments.protocol import GENERATED
 
 GAMES = 500
 """Games to draw; ``--env.heldout`` of them are kept from training."""

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from rlsloth.api.cleanup import freeing_memory
-from rlsloth.api.objects import Reward, Rows, passing_objects
+from rlsloth.api.objects import Reward, Rows, checked, passing_objects
 from rlsloth.api.result import RunResult
 from rlsloth.config import GrpoConfig
 from rlsloth.errors import UserError
@@ -38,7 +38,7 @@ def evaluate(
     Raises:
         UserError: bad input, a run without an adapter, or a folder that holds an evaluation.
     """
-    config = _with_trained_adapter(config or GrpoConfig())
+    config = _with_trained_adapter(checked(config, GrpoConfig))
     with (
         freeing_memory(),
         passing_objects(

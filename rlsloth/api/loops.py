@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rlsloth.api.cleanup import freeing_memory
-from rlsloth.api.objects import Reward, Rows, passing_objects
+from rlsloth.api.objects import Reward, Rows, checked, passing_objects
 from rlsloth.api.result import RunResult
 from rlsloth.config import GrpoConfig
 from rlsloth.config.preference import PreferenceConfig
@@ -43,7 +43,7 @@ def grpo(
     """
     from rlsloth.training.grpo import train
 
-    config = config or GrpoConfig()
+    config = checked(config, GrpoConfig)
     with (
         freeing_memory(config.run.dir),
         passing_objects(
@@ -76,7 +76,7 @@ def sft(
 
     return _learn(
         train,
-        config or SftConfig(),
+        checked(config, SftConfig),
         data=data,
         validation=validation,
         rewards=rewards,
@@ -98,7 +98,7 @@ def dpo(
     as for ``sft``.
     """
     return prefer(
-        config or DpoConfig(),
+        checked(config, DpoConfig),
         data=data,
         validation=validation,
         rewards=rewards,
@@ -120,7 +120,7 @@ def orpo(
     as for ``sft``.
     """
     return prefer(
-        config or OrpoConfig(),
+        checked(config, OrpoConfig),
         data=data,
         validation=validation,
         rewards=rewards,
@@ -142,7 +142,7 @@ def simpo(
     as for ``sft``.
     """
     return prefer(
-        config or SimpoConfig(),
+        checked(config, SimpoConfig),
         data=data,
         validation=validation,
         rewards=rewards,
@@ -164,7 +164,7 @@ def kto(
     as for ``sft``.
     """
     return prefer(
-        config or KtoConfig(),
+        checked(config, KtoConfig),
         data=data,
         validation=validation,
         rewards=rewards,

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rlsloth.api.cleanup import freeing_memory
-from rlsloth.api.objects import Reward, Rows, passing_objects
+from rlsloth.api.objects import Reward, Rows, checked, passing_objects
 from rlsloth.config.distill import DistillConfig
 from rlsloth.config.export import ExportConfig
 
@@ -52,7 +52,7 @@ def distill(
     with (
         freeing_memory(),
         passing_objects(
-            config or DistillConfig(),
+            checked(config, DistillConfig),
             rewards=rewards,
             data=data,
             validation=validation,

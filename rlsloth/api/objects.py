@@ -24,6 +24,23 @@ Config = TypeVar("Config", bound=ProblemsConfig)
 Part = TypeVar("Part", bound=Section)
 
 
+def checked(config: Config | None, kind: type[Config]) -> Config:
+    """Return a configuration, by default that of ``kind`` without settings.
+
+    Raises:
+        UserError: it is of another kind, such as a dict or a path.
+    """
+    if config is None:
+        return kind()
+    if not isinstance(config, kind):
+        arguments = "**config" if isinstance(config, Mapping) else "..."
+        raise UserError(
+            f"the configuration is of type {type(config).__name__}: pass "
+            f"{kind.__name__}({arguments})"
+        )
+    return config
+
+
 @contextmanager
 def passing_objects(
     config: Config,

@@ -17,7 +17,7 @@ from typing import Any
 
 import cloudpickle
 
-from rlsloth.errors import UserError, describe_exception
+from rlsloth.errors import UserError, describe_exception, first_line
 
 MAX_BYTES = 64 * 2**20
 """Largest pickled reward: each worker receives it at each start."""
@@ -80,8 +80,8 @@ def _culprit(function: Callable[..., Any], error: Exception) -> str:
             _dumps(value)
         except Exception as reason:
             kind = f"{type(value).__module__}.{type(value).__qualname__}"
-            return f"it uses {variable!r}, of type {kind} ({_line(reason)})"
-    return _line(error)
+            return f"it uses {variable!r}, of type {kind} ({first_line(reason)})"
+    return first_line(error)
 
 
 def _variables(function: Callable[..., Any]) -> Mapping[str, Any]:
@@ -90,7 +90,3 @@ def _variables(function: Callable[..., Any]) -> Mapping[str, Any]:
         return getattr(function, "__dict__", {})
     found = inspect.getclosurevars(function)
     return {**found.nonlocals, **found.globals}
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -14,7 +17,7 @@ import pytest
 
 from rlsloth import plugins
 from rlsloth.api.fingerprint import hash_code, hash_rows
-from rlsloth.api.objects import passing_objects
+from rlsloth.api.objects import checked, passing_objects
 from rlsloth.config import EnvConfig, GrpoConfig, RewardConfig
 from rlsloth.config.distill import DistillConfig
 from rlsloth.config.sft import SftConfig
@@ -134,6 +137,19 @@ def test_wrong_objects_are_refused(arguments: dict[str, Any], words: tuple[str, 
     assert "\n" not in str(caught.value)
 
 
+def test_other_configurations_are_refused() -> None:
+    others: list[tuple[Any, str, str]] = [
+        ({"steps": 3}, "dict", "GrpoConfig(**config)"),
+        ("my.yaml", "str", "GrpoConfig(...)"),
+        (SftConfig(), "SftConfig", "GrpoConfig(...)"),
+    ]
+    for config, *words in others:
+        with pytest.raises(UserError) as caught:
+            checked(config, GrpoConfig)
+        assert all(word in str(caught.value) for word in words), caught.value
+    assert checked(None, GrpoConfig) == GrpoConfig()
+
+
 def test_rewards_without_an_effect_are_refused() -> None:
     with (
         pytest.raises(UserError, match=r"eval\.generate"),
@@ -180,6 +196,22 @@ def test_a_hash_changes_with_the_code_alone() -> None:
 def test_hashes_see_values(one: Any, other: Any) -> None:
     assert hash_code(one) == hash_code(one)
     assert hash_code(one) != hash_code(other)
+
+
+def test_hashes_are_those_of_other_processes() -> None:
+    code = (
+        "from api.test_objects import made, source\nfrom rlsloth.api.fingerprint import hash_code\n"
+    )
+    code += "print(hash_code(made(source())))"
+    seen = {hash_code(made(source()))}
+    for seed in ("1", "2"):
+        environment = os.environ | {"PYTHONHASHSEED": seed, "PYTHONPATH": os.pathsep.join(sys.path)}
+        run = subprocess.run(
+            [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+        )
+        assert run.returncode == 0, run.stderr
+        seen.add(run.stdout.strip())
+    assert len(seen) == 1
 
 
 def test_functions_that_call_themselves_have_a_hash() -> None:

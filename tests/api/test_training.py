@@ -25,12 +25,15 @@ from rlsloth import (
     KtoDataConfig,
     ModelConfig,
     PreferenceDataConfig,
+    Prompt,
     RewardConfig,
     RolloutConfig,
     RunConfig,
     RunResult,
     SftConfig,
     SftDataConfig,
+    SingleTurn,
+    SupervisedEvalConfig,
     TracesConfig,
     UserError,
     distill,
@@ -101,13 +104,13 @@ def test_a_lambda_trains_and_nothing_stays(configure: Configure) -> None:
         letters,
     ]
     for name in ("one", "two"):
-        run = grpo(
-            configure(name, eval=EvalConfig(samples=2, correct_at=3)), rewards=rewards, data=ROWS
-        )
+        config = configure(name, eval=EvalConfig(samples=2, correct_at=3))
+        run = grpo(config, rewards=rewards, data=ROWS[3:], validation=ROWS[:3])
         assert (children() - before, models()) == (set(), 0)
     assert run.folder.name == "two"
     assert [row["step"] for row in run.metrics] == [1, 2]
     assert [row["step"] for row in run.evaluations] == [0, 2]
+    assert run.summary["problems"] == 3
     assert run.accuracy_before == run.evaluations[0]["eval_avg@2"]
     assert run.accuracy_after == run.summary["accuracy_after"]
     samples = run.samples(2)
@@ -230,6 +233,15 @@ def test_supervised_loops(configure: Configure, workplace: Path) -> None:
         validation=ROWS[:2],
     )
     assert run.summary["eval_loss_after"] > 0
+    generate = SupervisedEvalConfig(generate=True, samples=2, at_start=False)
+    short = {"rollout": RolloutConfig(max_tokens=8), "reward": RewardConfig(workers=1)}
+    run = sft(
+        SftConfig(**shared, eval=generate, **short, run=folder("generate")),
+        data=[*ROWS, *({"question": f"{i}?", "answer": "0"} for i in range(100))],
+        rewards=[letters],
+        environment=lambda cfg, seed: SingleTurn("few", [], [Prompt(0, "Few?", {})]),
+    )
+    assert run.summary["problems"] == 1
     pairs = [{"prompt": f"{i}?", "chosen": "yes", "rejected": "no"} for i in range(6)]
     run = dpo(
         DpoConfig(**shared, data=PreferenceDataConfig(heldout=2), run=folder("dpo")), data=pairs
