@@ -17,8 +17,9 @@ class RewardConfig(Section):
     workers: int = Field(default=2, ge=1)
     """Processes that score at the same time."""
     cpu_seconds: float = Field(default=5.0, gt=0, le=86400)
-    """Most CPU time for one completion; beyond it the process is killed and a failure counted."""
+    """Most CPU seconds for one completion; beyond them the process is killed and a failure
+    counted."""
     wall_seconds: float = Field(default=60.0, gt=0, le=86400)
-    """Most wall-clock time for one completion, for rewards that sleep or wait."""
+    """Most wall-clock seconds for one completion, for rewards that sleep or wait."""
     memory_gb: float = Field(default=4.0, gt=0, le=65536)
     """Largest address space of a process in GiB."""
