@@ -6,6 +6,8 @@ llama-cpp-python, and ``test_x_vllm_gpu.py`` needs both of what it names.
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -38,6 +40,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(marker)
             # Warnings of drivers, vLLM and llama.cpp differ between machines: shown, not errors.
             item.add_marker(pytest.mark.filterwarnings("default"))
+
+
+@pytest.hookimpl(wrapper=True, trylast=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """Wait for imports that a refused run has left: pytest then reads the table of loggers."""
+    yield
+    if preload := sys.modules.get("rlsloth.training.preload"):
+        preload.finish_imports()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -1,7 +1,7 @@
 """Changes to other libraries' behaviour, each with its reason and the versions that need it.
 
 tests/policy/test_compat.py has a test for each change that fails once the library no longer needs
-it, and checks the installed versions. Changes to vLLM are in rollout/vllm/start.py.
+it, and checks the installed versions. Changes to vLLM are in rollout/vllm/compat.py.
 """
 
 from __future__ import annotations

@@ -51,7 +51,12 @@ from rlsloth.training.memory import (
     grpo_request,
     sampling_request,
 )
-from rlsloth.training.preload import import_sampler, import_transformers, in_parallel
+from rlsloth.training.preload import (
+    finish_imports,
+    import_sampler,
+    import_transformers,
+    in_parallel,
+)
 from rlsloth.training.progress import refuse_changes
 from rlsloth.training.session import Session
 
@@ -126,6 +131,7 @@ def open_examples(cfg: Supervised, stack: ExitStack, read: Reader) -> Session[Su
     Raises:
         UserError: bad input.
     """
+    finish_imports()
     problems = engine = None
     if cfg.eval.generate:
         engine = choose_engine(cfg.rollout, pick_device(cfg.model.device).type)

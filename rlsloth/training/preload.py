@@ -1,4 +1,4 @@
-"""Libraries that take seconds to import, imported while something else is waited for."""
+"""Imports of libraries that take seconds, in parallel with other work."""
 
 from __future__ import annotations
 
@@ -11,11 +11,18 @@ from rlsloth.policy.compat import without_scikit_learn
 from rlsloth.policy.load import pick_device
 from rlsloth.rollout.engines import choose_engine
 
+THREAD = "imports"
+"""Name of the thread that imports."""
+
 
 @contextmanager
 def in_parallel(*loads: Callable[[], None]) -> Iterator[None]:
-    """Run ``loads`` in a thread while the body runs. An exception of the body is raised at once and
-    starts no further load."""
+    """Run ``loads`` in a thread while the body runs.
+
+    An exception of the body is raised at once and starts no further load; the load that has begun
+    goes on, and ``finish_imports`` waits for it.
+    """
+    finish_imports()
     refused = threading.Event()
 
     def run() -> None:
@@ -24,24 +31,34 @@ def in_parallel(*loads: Callable[[], None]) -> Iterator[None]:
                 if not refused.is_set():
                     load()
 
-    thread = threading.Thread(target=run, name="imports")
+    thread = threading.Thread(target=run, name=THREAD)
     thread.start()
     try:
         yield
     except BaseException:
         refused.set()
         raise
-    thread.join()  # two threads in one library's import find each other's modules half made
+    thread.join()  # a module that two threads import is only half initialised for one of them
+
+
+def finish_imports() -> None:
+    """Wait for imports that a refused run has left running.
+
+    They change sys.modules and logging's table of loggers, which other code may be reading.
+    """
+    for thread in threading.enumerate():
+        if thread.name == THREAD and thread is not threading.current_thread():
+            thread.join()
 
 
 def import_transformers() -> None:
-    """Import what loading a model needs."""
+    """Import the libraries that loading a model needs."""
     with without_scikit_learn():
         import peft  # noqa: F401
         from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401
 
 
 def import_sampler(model: ModelConfig, rollout: RolloutConfig) -> None:
-    """Import what the run's rollout engine needs."""
+    """Import the libraries that the run's rollout engine needs."""
     device = pick_device(model.device)
     choose_engine(rollout, device.type).kind.preload(device, rollout)

@@ -332,7 +332,7 @@ def test_a_model_that_vllm_does_not_know_is_refused(policy, monkeypatch):
     import vllm
 
     monkeypatch.setattr(vllm.ModelRegistry, "get_supported_archs", lambda: set())
-    with pytest.raises(UserError, match="vLLM does not know LlamaForCausalLM"):
+    with pytest.raises(UserError, match="vLLM does not support LlamaForCausalLM"):
         make(policy)
 
 

@@ -118,13 +118,15 @@ def test_a_vllm_that_cannot_be_imported_is_replaced(start, monkeypatch) -> None:
     engine, said = start("auto")
     assert type(engine) is TransformersEngine
     (line,) = said
-    assert "vLLM does not start with LlamaForCausalLM: import of vllm" in line
+    assert "vLLM cannot start with LlamaForCausalLM: import of vllm" in line
     assert line.endswith("sampling with transformers")
 
 
 def test_another_gpu_than_the_first_is_refused(monkeypatch) -> None:
     monkeypatch.setattr(vllm_start, "check_installed", lambda: None)
-    with pytest.raises(UserError, match=r"instead of --model\.device cuda:1 set CUDA_"):
+    with pytest.raises(
+        UserError, match=r"instead of --model\.device cuda:1 set .*CUDA_VISIBLE_DEVICES=1"
+    ):
         vllm_start.start_vllm(
             None, None, context=8, max_sequences=1, dtype=torch.bfloat16,
             device=torch.device("cuda:1"), kv_cache="auto", kv_bytes=1,
@@ -133,7 +135,7 @@ def test_another_gpu_than_the_first_is_refused(monkeypatch) -> None:
 
 def test_temperatures_of_evaluations_are_checked_at_the_start(start, monkeypatch) -> None:
     monkeypatch.setattr(vllm_opening, "check_installed", lambda: None)
-    with pytest.raises(UserError, match="no temperature between 0 and"):
+    with pytest.raises(UserError, match=r"0\.005: .*no temperature between 0 and"):
         start("vllm", eval={"temperature": 0.005})
 
 
@@ -230,7 +232,7 @@ def test_no_room_is_one_line_that_says_what_to_do(policy: Any, monkeypatch) -> N
     with pytest.raises(UserError) as caught:
         size_cache(REQUEST, SAMPLING, policy, 64)
     text = str(caught.value)
-    assert text.startswith("0.5 of the GPU's 24.0 GiB are free next to the model, but sampling ")
+    assert text.startswith("0.5 of 24.0 GiB GPU memory are free; sampling with vLLM needs ")
     assert "for one completion of 64 tokens: lower --rollout.max-tokens" in text
     assert "\n" not in text
 

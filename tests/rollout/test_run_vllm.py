@@ -84,7 +84,7 @@ def newer(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 REASONS = {
-    "unknown": "vLLM does not know LlamaForCausalLM",
+    "unknown": "vLLM does not support LlamaForCausalLM",
     "newer": "is not among the releases that rlsloth knows",
 }
 

@@ -205,7 +205,9 @@ def test_an_adapter_that_vllm_passes_over_is_refused(make, monkeypatch):
     monkeypatch.setattr(LlamaMLP, "forward", forward)
     with start(policy) as engine:
         engine.set_weights(policy.weights())
-        with pytest.raises(UserError, match=r"no adapter on .*layers\.0\.mlp\.\w+_proj \(2 layers"):
+        with pytest.raises(
+            UserError, match=r"ignores the adapter on .*layers\.0\.mlp\.\w+_proj \(2 layers"
+        ):
             engine.generate(PREFIXES, 1, SAMPLING)
 
 
@@ -223,7 +225,7 @@ def test_a_weight_that_vllm_is_not_given_is_an_error(make, monkeypatch, name):
         return {n: t for n, t in real(base).items() if n != f"model.{name}"}
 
     monkeypatch.setattr(vllm_weights, "checkpoint", lacking)
-    with pytest.raises(UserError, match="does not start with LlamaForCausalLM"), start(policy):
+    with pytest.raises(UserError, match="cannot start with LlamaForCausalLM"), start(policy):
         pytest.fail("it started")
 
 
@@ -232,7 +234,7 @@ def test_a_weight_that_vllm_has_no_place_for_is_an_error(make, where):
     policy = make()
     module = policy.model.get_base_model().get_submodule(where)
     module.bonus = torch.nn.Parameter(torch.ones(3), requires_grad=False)
-    with pytest.raises(UserError, match="does not start with LlamaForCausalLM"), start(policy):
+    with pytest.raises(UserError, match="cannot start with LlamaForCausalLM"), start(policy):
         pytest.fail("it started")
 
 
@@ -245,7 +247,7 @@ def test_stop_strings_without_a_tokenizer_are_refused(make):
     try:
         engine.set_weights(policy.weights())
         assert engine.generate([[5]], 1, SamplingParams(4))[0][0].token_ids
-        with pytest.raises(RuntimeError, match="no stop strings without a tokenizer"):
+        with pytest.raises(RuntimeError, match="without a tokenizer, which stop strings"):
             engine.generate([[5]], 1, SamplingParams(4, stop=("a",)))
     finally:
         engine.close()

@@ -1,6 +1,7 @@
 """GRPO as a user runs it: the command, a tiny random model in a folder, a reward from a file.
 
-After a change that is meant to change figures: REGENERATE_GOLDEN=1 pytest tests/test_grpo.py
+After a change that is meant to change figures:
+REGENERATE_GOLDEN=1 pytest tests/training/test_grpo.py
 """
 
 from __future__ import annotations

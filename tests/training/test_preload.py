@@ -1,7 +1,8 @@
-"""Imports beside other work."""
+"""Imports in parallel with other work."""
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import threading
 import pytest
 
 from rlsloth.errors import UserError
-from rlsloth.training.preload import in_parallel
+from rlsloth.training.preload import finish_imports, in_parallel
 
 pytestmark = pytest.mark.slow
 
@@ -42,10 +43,53 @@ def test_bad_input_is_raised_at_once():
     assert not ended.is_set()
     end.set()
     assert ended.wait(10)
-    for thread in threading.enumerate():
-        if thread.name == "imports":
-            thread.join()
+    finish_imports()
     assert not further.is_set()
+
+
+def test_loggers_can_be_read_once_imports_are_finished():
+    """As pytest reads them between a test's phases, and logging.config when it is configured."""
+    end, changed = threading.Event(), threading.Event()
+    loggers = logging.root.manager.loggerDict
+
+    def load() -> None:
+        count = 0
+        while not end.is_set():
+            logging.getLogger(f"rlsloth-imported-{(count := count + 1)}")
+            changed.set()
+
+    def read() -> None:
+        for _ in loggers.values():
+            changed.clear()
+            changed.wait(0.1)
+
+    with pytest.raises(UserError), in_parallel(load):
+        raise UserError("bad")
+    try:
+        with pytest.raises(RuntimeError, match="changed size during iteration"):
+            read()
+        end.set()
+        finish_imports()
+        assert not any(thread.name == "imports" for thread in threading.enumerate())
+    finally:
+        end.set()
+        for name in [name for name in loggers if name.startswith("rlsloth-imported-")]:
+            del loggers[name]
+
+
+def test_the_next_run_waits_for_imports_that_a_refused_one_has_left():
+    end, order = threading.Event(), list[str]()
+
+    def load() -> None:
+        end.wait(10)
+        order.append("left")
+
+    with pytest.raises(UserError), in_parallel(load):
+        raise UserError("bad")
+    threading.Timer(0.05, end.set).start()
+    with in_parallel(lambda: order.append("next")):
+        pass
+    assert order == ["left", "next"]
 
 
 def test_scikit_learn_is_not_imported_and_found_again(tmp_path):

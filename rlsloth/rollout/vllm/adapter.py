@@ -1,8 +1,8 @@
-"""Adapters in vLLM's layers: one at a time, in slots that CUDA graphs read.
+"""The adapter in vLLM's layers: one at a time, in slots that CUDA graphs read.
 
-vLLM's own LoRA serves many adapters at once, picked by token: two kernels a layer that read each
-token's choice, a copy of every adapter, files, and ranks from a list. Here all tokens have the
-same one.
+vLLM's own LoRA serves many adapters at once: each token may use a different one, which needs two
+more kernels a layer, a copy of each adapter, files, and ranks from a fixed list. Here all tokens
+use the same adapter.
 """
 
 from __future__ import annotations
@@ -20,36 +20,46 @@ from rlsloth.errors import UserError
 
 @dataclass(frozen=True, slots=True)
 class Adapted:
-    """An adapted linear of the trainer."""
+    """A linear layer of the trainer that has an adapter."""
 
     path: str
-    """Its module's name in the PEFT model."""
+    """Name of its module in the PEFT model."""
     rank: int
     scale: float
-    """Of ``B A``: alpha / rank, or as PEFT was configured."""
+    """Factor of ``B A``: alpha / rank, or as PEFT was configured."""
 
 
 @dataclass(slots=True)
 class Part:
-    """Where in a slot the adapter of one linear lies."""
+    """The part of a slot that holds one linear layer's adapter."""
 
     adapted: Adapted
     a_RI: Tensor  # noqa: N815 -- fields carry shape suffixes too
+    """View of the slot's A: [rank, inputs]."""
     b_OR: Tensor  # noqa: N815
+    """View of the slot's B: [outputs, rank]."""
 
 
 class Slot:
-    """What a layer of vLLM adds: ``x A^T B^T`` of all the linears that it fuses.
+    """The adapter of one layer of vLLM, which may fuse several linear layers: ``x A^T B^T``.
 
-    Their A lie below each other; B is block-diagonal, [O, sum of ranks].
+    A [sum of ranks, inputs] stacks their A; B [outputs, sum of ranks] is block-diagonal.
     """
 
     def __init__(
         self, adapted: Sequence[Adapted | None], outs: Sequence[int], into: int, like: Tensor
     ) -> None:
+        """Make an empty slot, which adds zero.
+
+        Args:
+            adapted: the fused linear layers; None for one without an adapter.
+            outs: outputs of each.
+            into: inputs, which they share.
+            like: tensor of the adapter's type on its device.
+        """
         ranks = [0 if a is None else a.rank for a in adapted]
         self.used = False
-        """Whether vLLM has computed with it."""
+        """Whether vLLM has called ``add``."""
         self.a_RI = like.new_zeros(sum(ranks), into)
         self.b_OR = like.new_zeros(sum(outs), sum(ranks))
         self.parts: list[Part] = []
@@ -61,14 +71,14 @@ class Slot:
             row, column = row + out, column + rank
 
     def add(self, x_MI: Tensor, out_MO: Tensor) -> Tensor:
-        """``out += x A^T B^T``, in place."""
+        """Add ``x A^T B^T`` to ``out`` in place."""
         self.used = True
         low_MR = x_MI @ self.a_RI.t()
         return out_MO.addmm_(low_MR.to(out_MO.dtype), self.b_OR.t().to(out_MO.dtype))
 
 
 def adapted_linears(model: Any) -> dict[int, Adapted]:
-    """The linears of a PEFT model that its active adapter is on, by their weight's address."""
+    """Map a weight's address to its linear layer, for those with a PEFT model's active adapter."""
     from peft.tuners.lora import LoraLayer
 
     name = model.active_adapter
@@ -83,34 +93,44 @@ def adapted_linears(model: Any) -> dict[int, Adapted]:
 
 @torch.no_grad()
 def fill(slots: Iterable[Slot], tensors: Mapping[str, Tensor]) -> None:
-    """Copy an adapter into the slots, B times its scale.
+    """Copy an adapter into the slots; B is multiplied by its scale.
+
+    Args:
+        slots: every slot of the model.
+        tensors: the adapter, by PEFT's names.
 
     Raises:
-        UserError: some tensor has no place there: vLLM would sample without it.
+        UserError: a tensor is missing, or vLLM cannot apply one and would sample without it.
     """
     left = {_plain_name(name): p.detach() for name, p in tensors.items()}
     parts = [part for slot in slots for part in slot.parts]
-    given = []
+    found = []
     for part in parts:
         for kind in "AB":
             name = f"{part.adapted.path}.lora_{kind}.weight"
             if name not in left:
-                raise UserError(f"the adapter has no {name}")
-            given.append(left.pop(name))
+                raise UserError(
+                    f"the adapter has no tensor {name}, which vLLM's layers expect; pass "
+                    "--rollout.engine transformers"
+                )
+            found.append(left.pop(name))
     if left:
-        raise UserError(f"vLLM has no place for the adapter's {min(left)} ({len(left)} tensors)")
-    scaled = torch._foreach_mul(given[1::2], [part.adapted.scale for part in parts])
-    torch._foreach_copy_([part.a_RI for part in parts], given[0::2])
+        raise UserError(
+            f"vLLM has no place for the adapter's {min(left)} ({len(left)} tensors); pass "
+            "--rollout.engine transformers or other --lora.targets"
+        )
+    scaled = torch._foreach_mul(found[1::2], [part.adapted.scale for part in parts])
+    torch._foreach_copy_([part.a_RI for part in parts], found[0::2])
     torch._foreach_copy_([part.b_OR for part in parts], scaled)
 
 
 @torch.no_grad()
 def clear(slots: Iterable[Slot]) -> None:
-    """Let the layers be the base's."""
-    # A as well: it may hold a number that is not finite.
+    """Empty the slots, so that the layers compute what the base model computes."""
+    # A too: 0 times a number that is not finite is NaN.
     torch._foreach_zero_([x for slot in slots for x in (slot.a_RI, slot.b_OR)])
 
 
 def _plain_name(name: str) -> str:
-    """The name a tensor has in a saved adapter: without the adapter's own name."""
+    """Return a tensor's name as saved adapters have it, without the adapter's own name."""
     return re.sub(r"\.(lora_(?:embedding_)?[AB])\.[^.]+", r".\1", name)

@@ -1,4 +1,4 @@
-"""Opening the vLLM engine: the size of its cache, its start, and a trial of what it samples."""
+"""Opening the vLLM engine: the size of its cache, its start, and a trial of its log-probs."""
 
 from __future__ import annotations
 
@@ -17,32 +17,33 @@ from rlsloth.memory.workload import Request, Sampling
 from rlsloth.policy.policy import Policy
 from rlsloth.rollout.engine import Engine, EngineKind, Opening
 from rlsloth.rollout.trial import PROMPT_TOKENS, SAMPLED_TOKENS, probe
-from rlsloth.rollout.vllm.engine import VllmEngine, check_temperature
+from rlsloth.rollout.vllm.engine import VllmEngine
 from rlsloth.rollout.vllm.memory import VLLM_MEMORY, completion_bytes
+from rlsloth.rollout.vllm.requests import check_temperature
 from rlsloth.rollout.vllm.start import check_installed, import_vllm
 
 CPU_CACHE = 2 * GIB
-"""vLLM's cache on a CPU at most, unless one completion needs more."""
+"""Largest key-value cache on a CPU in bytes, unless one completion needs more."""
 
 
 def open_vllm(opening: Opening) -> Engine:
-    """Start vLLM on the policy's base weights and try it out.
+    """Start vLLM on the policy's base weights and compare its log-probs with the trainer's.
 
     Raises:
         UserError: vLLM is not installed, cannot sample from this policy or at these temperatures,
-            has no room, or samples from another distribution than the trainer computes.
+            lacks memory, or its log-probs differ from the trainer's.
     """
     policy, rollout, run = opening.policy, opening.sampling.rollout, opening.run
     for temperature in opening.temperatures:
         check_temperature(temperature)
     check_installed()
     if not rollout.cuda_graphs:
-        run.say("--rollout.cuda-graphs false has no effect on vLLM")
+        run.say("--rollout.cuda-graphs false has no effect with --rollout.engine vllm")
     context = max(opening.context, PROMPT_TOKENS + SAMPLED_TOKENS)
     cache = size_cache(opening.request, opening.sampling, policy, context)
     engine = VllmEngine(
         policy.model,
-        policy.tokenizer if rollout.stop else None,  # it costs a second
+        policy.tokenizer if rollout.stop else None,  # loading it takes a second
         stop_ids=opening.renderer.stop_ids,
         context=context,
         max_sequences=cache.asked,
@@ -65,13 +66,19 @@ def open_vllm(opening: Opening) -> Engine:
 
 
 def size_cache(request: Request, sampling: Sampling, policy: Policy, context: int) -> Cache:
-    """Size vLLM's cache for completions that reach ``context`` tokens with their prompts.
+    """Size vLLM's key-value cache for completions of ``context`` tokens with their prompts.
 
-    It is the plan's for this GPU, but no more than is really free next to what is still to be
-    allocated.
+    It is what the memory plan gives for this GPU, bounded by the memory that is free now less what
+    is still to be allocated.
+
+    Args:
+        request: the run as the memory plan takes it.
+        sampling: the request's sampling.
+        policy: the loaded policy.
+        context: tokens of the longest prompt with its completion.
 
     Raises:
-        UserError: the GPU has no room for one completion.
+        UserError: the GPU's free memory does not hold one completion.
     """
     shape = read_shape(policy.model)
     if policy.device.type == "cpu":
@@ -84,13 +91,13 @@ def size_cache(request: Request, sampling: Sampling, policy: Policy, context: in
     workload = replace(sampling.workload, longest_prompt=longest_prompt)
     request = replace(request, sampling=replace(sampling, workload=workload))
     plan = make_plan(shape, request, total, engine=VLLM_MEMORY, context=context, free=free)
-    assert plan.cache is not None  # of a plan with vLLM
+    assert plan.cache is not None  # plans with vLLM have one
     if plan.cache.holds == 0:
         phases: tuple[Phase, ...] = ("rollout", "update") if request.overlap else ("rollout",)
-        beside = max(plan.peak(phase, to_come=True) for phase in phases) - plan.cache.size
+        rest = max(plan.peak(phase, to_come=True) for phase in phases) - plan.cache.size
         raise UserError(
-            f"{free / GIB:.1f} of the GPU's {total / GIB:.1f} GiB are free next to the model, but "
-            f"sampling needs {beside / GIB:.1f} and {plan.cache.size / GIB:.2f} for one completion "
+            f"{free / GIB:.1f} of {total / GIB:.1f} GiB GPU memory are free; sampling with vLLM "
+            f"needs {rest / GIB:.1f} GiB and {plan.cache.size / GIB:.2f} GiB for one completion "
             f"of {context} tokens: lower --rollout.max-tokens or --rollout.max-sequences, pass "
             f"{'--rollout.overlap false, ' if request.overlap else ''}"
             "--model.precision nf4, or --rollout.engine transformers"
@@ -99,7 +106,11 @@ def size_cache(request: Request, sampling: Sampling, policy: Policy, context: in
 
 
 def why_not(device_type: str) -> str:
-    """Return why ``rollout.engine auto`` leaves vLLM out here; empty where it is used."""
+    """Return the reason why ``rollout.engine auto`` does not choose vLLM; empty if it does.
+
+    Args:
+        device_type: cpu or cuda.
+    """
     if device_type != "cuda":
         return "no GPU"
     try:
@@ -110,7 +121,7 @@ def why_not(device_type: str) -> str:
 
 
 def preload(device: torch.device, rollout: RolloutConfig) -> None:
-    """Import vLLM. Raises UserError where it is missing."""
+    """Import vLLM. Raises UserError if it is not installed."""
     check_installed()
     import_vllm(device, rollout.kv_cache)
 

@@ -1,9 +1,8 @@
-"""vLLM on the trainer's own weights: linears, embeddings and the head by reference. Norms, biases
-and experts, which keep vLLM's own methods, are copied.
+"""vLLM on the trainer's own weights: linear layers, embeddings and the head are shared.
 
-vLLM makes its modules without storage; each is then bound to the tensor that trains. Where vLLM
-fuses several weights (q, k and v; gate and up) they move into one storage, of which the trainer's
-parameters become views.
+Norms, biases and experts, which keep vLLM's own methods, are copied. vLLM creates its modules
+without storage; each is then bound to the trainer's tensor. Weights that vLLM fuses (q, k and v;
+gate and up) are moved into one tensor, and the trainer's parameters become views of it.
 """
 
 from __future__ import annotations
@@ -31,36 +30,41 @@ from rlsloth.kernels.nf4.stack import can_stack, stack
 from rlsloth.rollout.vllm.adapter import Adapted, Slot, adapted_linears
 
 NAME = "rlsloth"
-"""Under which vLLM knows the loader and the quantisation method of this file."""
+"""The name by which vLLM finds the loader and the quantisation method of this file."""
 
 
 @dataclass(frozen=True, slots=True)
 class Trainer:
-    """What vLLM's layers are bound to, by the addresses that weights have before."""
+    """The trainer's weights, by their addresses before any is moved."""
 
     owners: dict[int, nn.Parameter]
+    """Address -> parameter of the base model."""
     adapted: dict[int, Adapted]
+    """Address of a weight -> its linear layer, if it has an adapter."""
 
     @classmethod
     def of(cls, model: Any) -> Trainer:
-        """Of a PEFT model."""
+        """Collect the weights of a PEFT model."""
         base = model.get_base_model()
         return cls({p.data_ptr(): p for p in base.parameters()}, adapted_linears(model))
 
 
 def share(model: Any, slots: list[Slot]) -> None:
-    """Make vLLM's next model run on the base weights of a PEFT model, as ``load_format`` NAME and
-    with ``quantization_config`` {"quant_method": NAME}.
+    """Make vLLM's next model run on the base weights of a PEFT model.
+
+    That model needs ``load_format`` NAME and ``quantization_config`` {"quant_method": NAME}.
 
     Args:
-        slots: gets those of the adapters as vLLM loads. vLLM keeps the list: clear it in the end.
+        model: the PEFT model.
+        slots: list that receives the adapter's slots as vLLM loads. vLLM keeps a reference to it,
+            so clear it when the engine closes.
     """
-    source = weakref.ref(model)  # vLLM keeps the class
+    source = weakref.ref(model)  # vLLM keeps the class below
 
     @register_model_loader(NAME)
     class SharedWeights(BaseModelLoader):  # type: ignore[misc]
         def download_model(self, model_config: Any) -> None:
-            """Nothing to fetch."""
+            """Do nothing: there are no files to fetch."""
 
         def load_weights(self, model: Any, model_config: Any) -> None:
             live: Any = source()
@@ -75,17 +79,18 @@ def share(model: Any, slots: list[Slot]) -> None:
 
 
 def unfilled(names: Sequence[str], loaded: Set[str]) -> list[str]:
-    """Parameters that are not among those reported as loaded; vLLM 0.26 reports experts without
-    the name of the module that holds them."""
+    """List the parameters that a model's load_weights has not reported.
+
+    vLLM 0.26 reports experts without the name of the module that holds them.
+    """
     return [n for n in names if not {n, n.replace(".routed_experts.", ".")} & loaded]
 
 
 def checkpoint(base: Any) -> dict[str, Tensor]:
-    """The base's live weights without adapters, named as in a file that transformers would
-    write."""
+    """Name the base model's weights as in a file that transformers would write, without copying."""
     from transformers.core_model_loading import revert_weight_conversion
 
-    # A tied head has no name of its own in a file.
+    # Only state_dict leaves out a tied head, as files do.
     live = dict(base.named_parameters()) | dict(base.named_buffers())
     stored = [name for name in base.state_dict() if name in live and ".lora_" not in name]
     named = {name.replace(".base_layer.", "."): live[name] for name in stored}
@@ -95,7 +100,10 @@ def checkpoint(base: Any) -> dict[str, Tensor]:
 
 @register_quantization_config(NAME)
 class SharedConfig(QuantizationConfig):  # type: ignore[misc]
-    """Every linear layer and embedding takes the trainer's weight, in whatever type it has."""
+    """Quantisation method that gives linear layers and embeddings the trainer's weights, unchanged.
+
+    Experts and attention keep vLLM's own methods.
+    """
 
     def get_name(self) -> str:
         """See QuantizationConfig."""
@@ -121,7 +129,7 @@ class SharedConfig(QuantizationConfig):  # type: ignore[misc]
         return cls()
 
     def get_quant_method(self, layer: Any, prefix: str) -> Any:
-        """See QuantizationConfig. Experts and attention keep vLLM's own methods."""
+        """See QuantizationConfig."""
         if isinstance(layer, LinearBase):
             return SharedLinear()
         if isinstance(layer, VocabParallelEmbedding):
@@ -130,7 +138,10 @@ class SharedConfig(QuantizationConfig):  # type: ignore[misc]
 
 
 class _Shared(ABC):
-    """Makes an empty parameter that notes what it is given, and later stands for just that."""
+    """A layer's method: its weight is first an empty parameter that records the loaded tensors.
+
+    ``bind`` then replaces it by those tensors.
+    """
 
     def create_weights(
         self,
@@ -142,28 +153,32 @@ class _Shared(ABC):
         params_dtype: torch.dtype,
         **extra_weight_attrs: Any,
     ) -> None:
-        """Called by vLLM instead of allocating a weight."""
+        """Register an empty weight; vLLM calls this to allocate one."""
         parameter = nn.Parameter(torch.empty(0, dtype=params_dtype), requires_grad=False)
-        given: dict[Any, Tensor] = {}
-        parameter.given = given  # type: ignore[attr-defined]
-        parameter.weight_loader = _recorder(given)  # type: ignore[attr-defined]
+        loaded: dict[Any, Tensor] = {}
+        parameter.loaded = loaded  # type: ignore[attr-defined]
+        parameter.weight_loader = _recorder(loaded)  # type: ignore[attr-defined]
         layer.register_parameter("weight", parameter)
         layer.sizes = output_partition_sizes
         layer.slot = None
         layer.nf4 = []
 
     def bind(self, layer: Any, trainer: Trainer) -> None:
-        """Let the layer's weight be the trainer's, with a slot for the adapters on it."""
-        parts = _in_order(layer.weight.given)
+        """Bind the layer's weight to the trainer's, and make a slot if it has an adapter.
+
+        Raises:
+            ValueError: the layer has only a part of a weight, or some of its weights are missing.
+        """
+        parts = _in_order(layer.weight.loaded)
         for part in parts:
             owner = trainer.owners.get(part.data_ptr())
             if owner is None or owner.shape != part.shape:
                 raise ValueError(
-                    f"vLLM splits a weight of the model (into {list(part.shape)}), which cannot be "
-                    "shared with training: pass --rollout.engine transformers"
+                    f"vLLM splits a weight of the model (into parts of {list(part.shape)}), which "
+                    "cannot be shared with training; pass --rollout.engine transformers"
                 )
         adapted = [trainer.adapted.get(part.data_ptr()) for part in parts]
-        if type(layer) is VocabParallelEmbedding:  # an adapter here is that of a head tied to it
+        if type(layer) is VocabParallelEmbedding:  # an adapter on it is the tied head's
             adapted = [None]
         outs, into = self.take(layer, parts, trainer)
         self.check(layer, outs)
@@ -172,23 +187,35 @@ class _Shared(ABC):
 
     @abstractmethod
     def take(self, layer: Any, parts: Sequence[Tensor], trainer: Trainer) -> tuple[list[int], int]:
-        """Take the weights over. Returns each one's outputs, and their inputs."""
+        """Store the trainer's weights in the layer.
+
+        Args:
+            layer: vLLM's layer.
+            parts: the loaded tensors in the order of the layer's outputs.
+            trainer: the owners of those tensors.
+
+        Returns:
+            The outputs of each weight, and their common inputs.
+        """
 
     def check(self, layer: Any, outs: Sequence[int]) -> None:
-        """Refuse a layer that was given too little: vLLM sees only whether it was given some."""
+        """Refuse a layer with missing weights: vLLM only checks that some were loaded."""
         if sum(outs) != sum(layer.sizes):
-            raise ValueError(f"a layer of {sum(layer.sizes)} outputs was given {sum(outs)} of them")
+            raise ValueError(
+                f"vLLM expects {sum(layer.sizes)} outputs in a layer, but the model has weights "
+                f"for {sum(outs)}; pass --rollout.engine transformers"
+            )
 
 
-def _recorder(given: dict[Any, Tensor]) -> Callable[..., None]:
-    def record(_: Tensor, loaded: Tensor, shard: Any = None) -> None:
-        given[shard] = loaded
+def _recorder(loaded: dict[Any, Tensor]) -> Callable[..., None]:
+    def record(_: Tensor, tensor: Tensor, shard: Any = None) -> None:
+        loaded[shard] = tensor
 
     return record
 
 
 class SharedEmbedding(_Shared, UnquantizedEmbeddingMethod):  # type: ignore[misc]
-    """An embedding or an output head; without the rows that vLLM pads a vocabulary with."""
+    """Method of embeddings and output heads, without the rows by which vLLM pads a vocabulary."""
 
     def take(self, layer: Any, parts: Sequence[Tensor], trainer: Trainer) -> tuple[list[int], int]:
         """See _Shared."""
@@ -197,13 +224,13 @@ class SharedEmbedding(_Shared, UnquantizedEmbeddingMethod):  # type: ignore[misc
         return [loaded.shape[0]], loaded.shape[1]
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        """Nothing: the weight stays in the trainer's layout."""
+        """Do nothing: the weight stays in the trainer's layout."""
 
     def check(self, layer: Any, outs: Sequence[int]) -> None:
-        """Nothing: vLLM's sizes are padded."""
+        """Do nothing: vLLM's sizes are padded."""
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Logits in float32: rounded to 16 bits they would move log-probs by a few per cent."""
+        """Compute logits in float32: rounding to 16 bits moves log-probs by a few per cent."""
         if x.is_cuda and x.dtype != torch.float32:
             logits = torch.mm(x, layer.weight.t(), out_dtype=torch.float32)
         else:
@@ -214,7 +241,7 @@ class SharedEmbedding(_Shared, UnquantizedEmbeddingMethod):  # type: ignore[misc
 
 
 class SharedLinear(_Shared, LinearMethodBase):  # type: ignore[misc]
-    """A linear layer, of one weight or several whose outputs are concatenated."""
+    """Method of linear layers with one weight, or with several whose outputs are concatenated."""
 
     def take(self, layer: Any, parts: Sequence[Tensor], trainer: Trainer) -> tuple[list[int], int]:
         """See _Shared."""
@@ -226,7 +253,7 @@ class SharedLinear(_Shared, LinearMethodBase):  # type: ignore[misc]
         return [len(part) for part in parts], parts[0].shape[1]
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """``x @ W.T + bias``, and the adapters' part."""
+        """Compute ``x @ W.T + bias`` and add the adapter's product."""
         rows = x.reshape(-1, x.shape[-1])
         if not layer.nf4:
             out = linear(rows, layer.weight, bias)
@@ -239,14 +266,14 @@ class SharedLinear(_Shared, LinearMethodBase):  # type: ignore[misc]
         return out.view(*x.shape[:-1], -1)
 
 
-def _in_order(given: dict[Any, Tensor]) -> list[Tensor]:
-    """What a layer was given, as its output has it: q, k, v, or by number."""
-    shards = sorted(given, key=lambda s: "qkv".index(s) if isinstance(s, str) else s or 0)
-    return [given[shard] for shard in shards]
+def _in_order(loaded: dict[Any, Tensor]) -> list[Tensor]:
+    """Sort a layer's loaded tensors as its outputs are ordered: q, k, v, or by number."""
+    shards = sorted(loaded, key=lambda s: "qkv".index(s) if isinstance(s, str) else s or 0)
+    return [loaded[shard] for shard in shards]
 
 
 def _fuse(parts: Sequence[Tensor], owners: dict[int, nn.Parameter]) -> Tensor:
-    """One matrix of several; the trainer's parameters become views of it."""
+    """Concatenate weights into one matrix; the trainer's parameters become views of it."""
     fused = torch.cat([part.data for part in parts])
     at = 0
     for part in parts:
@@ -256,11 +283,11 @@ def _fuse(parts: Sequence[Tensor], owners: dict[int, nn.Parameter]) -> Tensor:
 
 
 def _stacked(parameters: Sequence[nn.Parameter]) -> list[Nf4Weight]:
-    """As one weight if they can be; ready for the capture of a CUDA graph."""
+    """Join NF4 weights into one where possible, and make them ready for a CUDA graph's capture."""
     weights = [Nf4Weight.of(parameter) for parameter in parameters]
     if len(weights) > 1 and can_stack(weights):
         weights = [stack(parameters)]
-    for weight in weights:  # tables are made at first use, which must not be a capture
+    for weight in weights:  # tables are made at first use, which must be before a capture
         nf4_matmul(
             torch.zeros(1, weight.shape[1], dtype=weight.dtype, device=weight.device), weight
         )

@@ -1,4 +1,4 @@
-"""vLLM's GPU worker, for weights that are the trainer's."""
+"""vLLM's GPU worker for weights that belong to the trainer."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ from vllm.config import set_current_vllm_config
 from vllm.v1.worker.gpu_worker import Worker
 from vllm.v1.worker.worker_base import CompilationTimes
 
+from rlsloth.rollout.vllm.compat import forget_stream
+
 
 class SharedWorker(Worker):  # type: ignore[misc]
-    """Of all that vLLM allocates, its sleep frees the key-value cache alone.
+    """GPU worker whose sleep frees the key-value cache alone and whose start runs no trial batch.
 
-    Weights would be copied to the CPU (12 s for an 8B model) and back; they are not vLLM's.
+    The reasons are in rollout.vllm.compat: WEIGHTS_SLEEP, LARGEST_BATCH_RUN, SAMPLERS_WARMED_UP.
     """
 
     def _maybe_get_memory_pool_context(self, tag: str) -> AbstractContextManager[None]:
@@ -25,25 +27,23 @@ class SharedWorker(Worker):  # type: ignore[misc]
         return pool
 
     def determine_available_memory(self) -> int:
-        """Bytes of the key-value cache: as asked, without a run of the largest batch to see."""
+        """Return the configured bytes of the key-value cache, without running a batch."""
         if self.model_config.is_moe or self.model_config.use_mla:
-            # Their kernels share a workspace, which must have its full size before graphs point
-            # at it.
+            # Kernels of experts and MLA share a workspace, which must have its full size before
+            # CUDA graphs point to it.
             with torch.inference_mode(), set_current_vllm_config(self.vllm_config):
                 self.model_runner.profile_run()
         size: int = self.cache_config.kv_cache_memory_bytes
         return size
 
     def execute_model(self, *args: Any, **named: Any) -> Any:
-        """On the stream of the caller, which overlapped rollouts change: vLLM keeps the one that it
-        has first seen."""
-        self.model_runner.__dict__.pop("main_stream", None)
+        """Run a step on the caller's current stream."""
+        forget_stream(self.model_runner)
         return super().execute_model(*args, **named)
 
     def compile_or_warm_up_model(self) -> Any:
-        """Capture the CUDA graphs. Kernels are compiled when first used: vLLM would compile those
-        of every way to sample."""
+        """Capture the CUDA graphs; other kernels are compiled at their first use."""
         self.model_runner.capture_model()
         gc.collect()
-        gc.freeze()  # or each sleep, which collects garbage, would go through all modules
+        gc.freeze()  # else each sleep, which collects garbage, would traverse all modules
         return CompilationTimes(language_model=0.0, encoder=0.0)
