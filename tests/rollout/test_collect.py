@@ -3,125 +3,17 @@
 from __future__ import annotations
 
 import copy
-import json
-import threading
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
 
 import pytest
-import torch
 
-from helpers.policies import one_by_one
-from helpers.tiny import CHATML, tiny_llama, tiny_tokenizer
-from rlsloth.config import EnvConfig, LoraConfig, ModelConfig, OptimConfig, RewardConfig
-from rlsloth.data.packing import pack
+from helpers.scripted import END, HERMES, ScriptedEngine, calculator, call, parts, run
+from helpers.tiny import CHATML, tiny_tokenizer
+from rlsloth.config import EnvConfig
 from rlsloth.data.renderer import Renderer
-from rlsloth.data.tool_calls import ToolCall
 from rlsloth.environments.loading import load_environment
-from rlsloth.environments.protocol import Environment
-from rlsloth.policy.attention import interface as attention
-from rlsloth.policy.load import LoadedModel
-from rlsloth.policy.policy import Policy
-from rlsloth.records import Completion, FinishReason, Group, Rollout, SamplingParams
-from rlsloth.rollout.collect import collect
-from rlsloth.rollout.embedded.engine import TransformersEngine
-from rlsloth.scoring.scorer import Scorer
+from rlsloth.records import Group
 
 pytestmark = pytest.mark.slow
-
-HERMES = (
-    "{% if tools %}<|im_start|>system\n<tools>{% for t in tools %}{{ t | tojson }}{% endfor %}"
-    "</tools><|im_end|>\n{% endif %}"
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
-    "{% for c in m.tool_calls or [] %}<tool_call>{{ c.function | tojson }}</tool_call>{% endfor %}"
-    "<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-END = "<|im_end|>"
-
-
-def call(expression: str, name: str = "calculate") -> str:
-    function = {"name": name, "arguments": {"expression": expression}}
-    return f"<tool_call>{json.dumps(function)}</tool_call>"
-
-
-@dataclass
-class ScriptedEngine:
-    """Engine that returns given texts, one list for each turn; the last prefix is done first."""
-
-    turns: list[list[str]]
-    version: int = 3
-    prefixes: list[list[list[int]]] = field(default_factory=list)
-    limits: list[list[int] | None] = field(default_factory=list)
-    seeds: list[int] = field(default_factory=list)
-
-    def generate(
-        self,
-        prefixes: Sequence[Sequence[int]],
-        n: int,
-        sampling: SamplingParams,
-        limits: Sequence[int] | None = None,
-        done: Callable[[int, list[Completion]], None] | None = None,
-    ) -> list[list[Completion]]:
-        texts = self.turns[len(self.prefixes)]
-        self.prefixes.append([list(p) for p in prefixes])
-        self.limits.append(None if limits is None else list(limits))
-        self.seeds.append(sampling.seed)
-        assert len(texts) == len(prefixes) * n
-        made = []
-        for i, text in enumerate(texts):
-            ids = tiny_tokenizer()(text)["input_ids"]
-            limit = limits[i // n] if limits else sampling.max_tokens
-            finish: FinishReason = "stop" if len(ids) <= limit and text.endswith(END) else "length"
-            ids = ids[:limit]
-            made.append(Completion(ids, [-0.25] * len(ids), finish, self.version))
-        groups = [made[i * n : (i + 1) * n] for i in range(len(prefixes))]
-        for p in reversed(range(len(groups))):
-            if done is not None:
-                done(p, groups[p])
-        return groups
-
-
-def calculator(template: str = CHATML, **settings: Any) -> tuple[Environment, Renderer]:
-    cfg = EnvConfig(name="calculator", params={"size": 20}, heldout=2, **settings)
-    return load_environment(cfg, 0), Renderer(tiny_tokenizer(template), cfg)
-
-
-def run(
-    engine: Any,
-    env: Environment,
-    renderer: Renderer,
-    *,
-    prompts: int = 1,
-    n: int = 1,
-    max_tokens: int = 400,
-    max_turns: int = 8,
-    context: int = 10_000,
-    seed: int = 0,
-    on_group: Callable[[Group], None] | None = None,
-) -> list[Group]:
-    return collect(
-        engine,
-        renderer,
-        env,
-        env.train[:prompts],
-        n,
-        SamplingParams(max_tokens=max_tokens, seed=seed),
-        max_turns=max_turns,
-        context=context,
-        on_group=on_group,
-    )
-
-
-def parts(rollout: Rollout) -> list[tuple[bool, str]]:
-    """The token stream as runs of sampled and given text."""
-    runs: list[tuple[bool, list[int]]] = []
-    for token, sampled in zip(rollout.token_ids, rollout.loss_mask, strict=True):
-        if not runs or runs[-1][0] != sampled:
-            runs.append((sampled, []))
-        runs[-1][1].append(token)
-    return [(sampled, tiny_tokenizer().decode(ids)) for sampled, ids in runs]
 
 
 def test_tool_tokens_carry_no_loss() -> None:
@@ -204,7 +96,7 @@ def test_failing_tools_are_counted_and_read_by_the_model() -> None:
 
 
 def test_rollouts_go_on_alone() -> None:
-    """Of six rollouts some answer at once, some call tools once or twice: each keeps its place."""
+    """Six rollouts answer at once or call tools once or twice; each keeps its place."""
     env, renderer = calculator()
     engine = ScriptedEngine(
         [
@@ -305,112 +197,3 @@ def test_a_single_turn_environment_ends_with_the_first_answer(tmp_path) -> None:
     assert [r.finish for r in group.rollouts] == ["stop", "length"]
     assert [r.tool_calls for r in group.rollouts] == [0, 0]
     assert all(all(r.loss_mask) for r in group.rollouts)
-
-
-# Scoring while other groups are sampled
-
-
-class Watched(Scorer):
-    """Scorer with an event that is set once it has scored a group."""
-
-    def __init__(self, *arguments: Any) -> None:
-        super().__init__(*arguments)
-        self.scored = threading.Event()
-
-    def _score(self, *arguments: Any) -> Any:
-        outcome = super()._score(*arguments)
-        self.scored.set()
-        return outcome
-
-
-def test_scoring_begins_before_the_last_group_is_sampled(tmp_path) -> None:
-    (tmp_path / "data.jsonl").write_text('{"question": "a"}\n{"question": "b"}\n')
-    (tmp_path / "reward.py").write_text(
-        "def size(completions, **_): return [len(c[0]['content']) for c in completions]"
-    )
-    cfg = EnvConfig(train=str(tmp_path / "data.jsonl"), heldout=0)
-    env, renderer = load_environment(cfg, 0), Renderer(tiny_tokenizer(), cfg)
-
-    def rewards(stream: bool) -> list[float | None]:
-        scorer = Watched([f"{tmp_path / 'reward.py'}:size"], RewardConfig(workers=1))
-        with scorer:
-
-            def on_group(group: Group) -> None:
-                if group.prompt.index == 0:  # the last, and the engine has not returned
-                    assert scorer.scored.wait(60)
-                scorer.submit(group)
-
-            engine = ScriptedEngine([["one" + END, "two" + END, "three" + END, "four"]])
-            groups = run(
-                engine, env, renderer, prompts=2, n=2, on_group=on_group if stream else None
-            )
-            assert scorer.scored.is_set() == stream
-            scorer.score(groups)
-        return [r.reward for group in groups for r in group.rollouts]
-
-    assert rewards(True) == rewards(False) == [3, 3, 5, 4]
-
-
-# A real engine, to the trainer's log-probs
-
-
-class AlwaysCalling(Renderer):
-    """Reads a call into whatever a random model babbles."""
-
-    @staticmethod
-    def parse_tool_calls(text: str) -> list[ToolCall]:
-        return [ToolCall("calculate", {"expression": f"{len(text)} * 3"})]
-
-
-def make_policy(temperature: float) -> Policy:
-    attention.register()
-    torch.manual_seed(0)
-    model = tiny_llama(context=1500).requires_grad_(False)
-    model.set_attn_implementation(attention.NAME)
-    policy = Policy(
-        LoadedModel(model, tiny_tokenizer(), torch.device("cpu"), torch.float32),
-        ModelConfig(),
-        LoraConfig(rank=4),
-        OptimConfig(),
-        temperature=temperature,
-        total_updates=1,
-    )
-    with torch.no_grad():  # PEFT starts B at zero: engine and trainer must both see the adapter
-        for name, p in policy.weights().tensors.items():
-            if "lora_B" in name:
-                p.normal_(0, 0.05)
-    return policy
-
-
-@pytest.mark.parametrize("temperature", [1.0, 0.8])
-def test_logprobs_of_a_multi_turn_rollout_equal_one_by_one(temperature: float) -> None:
-    policy = make_policy(temperature)
-    cfg = EnvConfig(name="calculator", params={"size": 20}, heldout=2)
-    env = load_environment(cfg, 0)
-    engine = TransformersEngine(
-        policy.model,
-        policy.tokenizer,
-        stop_ids=[2, *range(30, 80)],  # short turns
-        context=policy.context,
-        max_sequences=5,
-        device=policy.device,
-    )
-    engine.set_weights(policy.weights())
-    renderer = AlwaysCalling(policy.tokenizer, cfg)
-    sampling = SamplingParams(max_tokens=30, temperature=temperature, seed=4)
-    groups = collect(
-        engine, renderer, env, env.train[:3], 3, sampling, max_turns=4, context=policy.context
-    )
-    rollouts = [r for group in groups for r in group.rollouts]
-    assert max(r.tool_calls for r in rollouts) == 3
-    for rollout in rollouts:
-        rollout.advantages = [1.0] * len(rollout.token_ids)
-    batch = pack(groups, 2000, mask_truncated=False, keep_zero_advantage=False)
-    assert len(batch.microbatches) > 1
-    assert batch.trained_tokens == sum(r.length for r in rollouts)
-    for micro in batch.microbatches:
-        packed = policy.logprobs(micro).logprobs
-        assert (packed - micro.rollout_logprobs).abs().max() <= 1e-5
-        for r, (g, i) in enumerate(micro.source):
-            want = one_by_one(policy, groups[g], groups[g].rollouts[i], temperature)
-            assert (packed[micro.rollout_of == r] - want).abs().max() <= 1e-5

@@ -204,7 +204,7 @@ def test_a_callback_that_raises_leaves_an_engine_that_works(engine, prefixes):
 
 
 def test_the_tail_is_cut_and_what_waits_has_one_token(engine, prefixes):
-    """Of 80 requests 64 run at once; half of them finish at their first token."""
+    """64 of the 80 requests run at once; half of those finish at their first token."""
     sampling = SamplingParams(max_tokens=20, seed=4)
     limits = [1, 20]
     whole = engine.generate(prefixes[:2], 40, sampling, limits=limits)

@@ -6,6 +6,7 @@ import asyncio
 
 import pytest
 
+from helpers.scripted import END, ScriptedEngine, parts, run
 from helpers.tiny import tiny_tokenizer
 from rlsloth.config import EnvConfig, RewardConfig
 from rlsloth.data.renderer import Renderer
@@ -13,7 +14,6 @@ from rlsloth.environments.loading import load_environment
 from rlsloth.environments.protocol import Episode, Reply, SingleTurn
 from rlsloth.records import Group, Message, Prompt
 from rlsloth.scoring.scorer import Scorer
-from rollout.test_collect import END, ScriptedEngine, parts, run
 
 
 class Guess(Episode):

@@ -61,7 +61,7 @@ def test_an_engine_that_breaks_is_one_clear_error(monkeypatch):
 
 
 def code_bytes() -> int:
-    """Of all living 8-bit storages."""
+    """Sum the bytes of all living 8-bit storages."""
     gc.collect()
     tensors = [x for x in gc.get_objects() if type(x) in (torch.Tensor, nn.Parameter, Params4bit)]
     storages = [t.untyped_storage() for t in tensors if t.dtype == torch.uint8]

@@ -20,7 +20,7 @@ FUSED = [
     ["mlp.gate_proj", "mlp.up_proj"],
     ["mlp.down_proj"],
 ]
-"""What vLLM makes one layer of."""
+"""Linear layers that vLLM fuses into one."""
 
 
 def adapt(targets: list[str] | None = None, **lora: Any) -> Any:

@@ -130,7 +130,7 @@ def test_vllm_multiplies_with_the_trainers_storage(make, tied):
 
 @pytest.mark.parametrize("hidden", [128, 256])
 def test_nf4_is_shared_where_it_lies(make, hidden):
-    """Of the wider model q, k and v can be one weight in NF4, and gate and up; of the other not."""
+    """In the wider model q, k and v can be one NF4 weight, and gate and up; in the other not."""
     policy = make("nf4", hidden=hidden)
     with start(policy) as engine:
         theirs, ours = vllm_model(engine), policy.model.get_base_model()

@@ -71,7 +71,7 @@ def policy_of(**optim: Any) -> Policy:
 
 
 def test_loss_is_transformers_own() -> None:
-    """Of examples each alone, without packing: mean cross-entropy over all learnt tokens."""
+    """Mean cross-entropy over all trained tokens, each example computed without packing."""
     cfg = SftConfig(data=SftDataConfig(train="d.jsonl", heldout=3), model=ModelConfig(path="model"))
     examples = examples_of(cfg)
     policy = policy_of()

@@ -1,4 +1,4 @@
-"""The embedded engine against transformers' generate and forward; the sampler against numpy."""
+"""The embedded engine against transformers' generate and forward."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 import torch
 
+from helpers.sampling import chi_square_excess, reference_distribution
 from helpers.tiny import tiny_llama, tiny_tokenizer
 from rlsloth.errors import UserError
 from rlsloth.policy.attention import interface as attention
 from rlsloth.records import Completion, SamplingParams, Weights
 from rlsloth.rollout.embedded import engine as transformers_engine
 from rlsloth.rollout.embedded.engine import TransformersEngine
-from rlsloth.rollout.embedded.sampling import draw
 
 CONTEXT = 96
 EOS = 2
@@ -313,97 +313,3 @@ def test_a_stop_string_is_looked_for_in_the_completion_only(make_engine):
     sampling = SamplingParams(max_tokens=6, stop=("##",))
     (completion,) = make_engine(stop_ids=[EOS]).generate([hashes], 1, sampling)[0]
     assert completion.finish == "length"
-
-
-# The sampler
-
-
-def reference_distribution(logits: np.ndarray, sampling: SamplingParams) -> np.ndarray:
-    """Probabilities after temperature, then top-k, min-p and top-p, in float64 and by the book."""
-    scaled = logits.astype(np.float64) / sampling.temperature
-    p = np.exp(scaled - scaled.max())
-    p /= p.sum()
-    order = np.argsort(-p, kind="stable")
-    keep = np.ones(len(p), dtype=bool)
-    if sampling.top_k:
-        keep[order[sampling.top_k :]] = False
-    keep &= p >= sampling.min_p * p.max()
-    p = np.where(keep, p, 0) / p[keep].sum()
-    if sampling.top_p < 1:
-        mass_before = np.cumsum(p[order]) - p[order]
-        p[order[mass_before >= sampling.top_p]] = 0
-        p /= p.sum()
-    return p
-
-
-SETTINGS = [
-    SamplingParams(1),
-    SamplingParams(1, temperature=0.3),
-    SamplingParams(1, temperature=2.5),
-    SamplingParams(1, top_k=1),
-    SamplingParams(1, top_k=4),
-    SamplingParams(1, top_k=1000),
-    SamplingParams(1, top_p=0.5),
-    SamplingParams(1, top_p=1e-6),
-    SamplingParams(1, min_p=0.2),
-    SamplingParams(1, min_p=1.0),
-    SamplingParams(1, temperature=1.4, top_k=8, top_p=0.8, min_p=0.05),
-]
-
-
-@pytest.mark.parametrize("sampling", SETTINGS, ids=repr)
-def test_draw_equals_the_reference(sampling):
-    rng = np.random.default_rng(0)
-    logits = rng.normal(0, 2, (300, 23)).astype(np.float32)
-    uniform = rng.random(300).astype(np.float32)
-    got, logprobs = draw(torch.tensor(logits), torch.tensor(uniform), sampling)
-    for row, u, token, logprob in zip(
-        logits, uniform, got.tolist(), logprobs.tolist(), strict=True
-    ):
-        p = reference_distribution(row, sampling)
-        assert token == np.searchsorted(np.cumsum(p), u, side="right")
-        assert logprob == pytest.approx(math.log(p[token]), abs=2e-6)
-
-
-def test_draw_frequencies():
-    draws = 50_000
-    logits = np.random.default_rng(1).normal(0, 1.5, 11).astype(np.float32)
-    for sampling in SETTINGS:
-        generator = torch.Generator().manual_seed(8)
-        rows = torch.tensor(logits).repeat(draws, 1)
-        got, _ = draw(rows, torch.rand(draws, generator=generator), sampling)
-        counts = np.bincount(got.numpy(), minlength=11)
-        assert chi_square_excess(counts, reference_distribution(logits, sampling)) < 5, sampling
-
-
-def chi_square_excess(counts: np.ndarray, expected: np.ndarray) -> float:
-    """Standard deviations of Pearson's statistic above its mean; inf for impossible draws."""
-    if counts[expected == 0].any():
-        return math.inf
-    mean = expected * counts.sum()
-    common = mean >= 5  # the rest is pooled, by the usual rule
-    o = np.append(counts[common], counts[~common].sum())
-    e = np.append(mean[common], mean[~common].sum())
-    o, e = o[e > 0], e[e > 0]
-    freedom = max(len(e) - 1, 1)
-    return float((((o - e) ** 2 / e).sum() - freedom) / math.sqrt(2 * freedom))
-
-
-def test_temperature_0_takes_the_best_and_reports_the_untempered_logprob():
-    logits = torch.randn(50, 23, generator=torch.Generator().manual_seed(0))
-    want = logits.log_softmax(-1).max(-1)
-    got, logprobs = draw(
-        logits.clone(), torch.full((50,), 0.999), SamplingParams(1, temperature=0.0)
-    )
-    assert torch.equal(got, want.indices)
-    assert torch.allclose(logprobs, want.values, atol=1e-6)
-
-
-@pytest.mark.parametrize("uniform", [0.0, 1 - 2**-24])
-@pytest.mark.parametrize("vocab", [3, 1021, 50257])
-def test_the_ends_of_the_unit_interval_never_pick_what_was_cut(uniform, vocab):
-    logits = torch.randn(8, vocab, generator=torch.Generator().manual_seed(vocab))
-    logits[:, 0] = logits[:, -1] = -50.0
-    got, logprobs = draw(logits, torch.full((8,), uniform), SamplingParams(1, top_k=vocab // 2))
-    assert logprobs.isfinite().all()
-    assert ((got > 0) & (got < vocab - 1)).all()
