@@ -1,4 +1,4 @@
-"""Sampling a batch of prompts: one object that training, evaluation and a teacher share."""
+"""Sampling of prompts with the run's settings, as training, evaluation and teachers need it."""
 
 from __future__ import annotations
 
@@ -17,22 +17,27 @@ from rlsloth.seeding import derive_seed
 
 @dataclass(frozen=True, slots=True)
 class Collector:
-    """Sample rollouts of prompts and hand each complete group to the scorer."""
+    """Samples rollouts of prompts and submits each complete group to the scorer."""
 
     engine: Engine
+    """Samples the completions."""
     renderer: Renderer
+    """Turns messages into tokens and back."""
     env: Environment
+    """Replies to the policy's turns."""
     scorer: Scorer
+    """Scores complete groups in the background."""
     rollout: RolloutConfig
+    """Sampling parameters."""
     max_turns: int
-    """Sampled turns of a rollout at most."""
+    """Largest number of sampled turns in a rollout."""
     context: int
-    """Tokens of prompt and completion that the model takes."""
+    """Largest number of tokens of a prompt with its rollout."""
     seed: int
     """The run's seed."""
 
     def sampling(self, *use: int | str) -> SamplingParams:
-        """Return training's sampling parameters, seeded by the run's seed and the use alone."""
+        """Return training's sampling parameters, with a seed from the run's seed and ``use``."""
         cfg = self.rollout
         return SamplingParams(
             max_tokens=cfg.max_tokens,
@@ -48,7 +53,7 @@ class Collector:
     def collect(
         self, prompts: Sequence[Prompt], n: int, sampling: SamplingParams, *, step: int
     ) -> list[Group]:
-        """Sample ``n`` rollouts of each prompt; they are unscored, but their scoring has begun."""
+        """Sample ``n`` rollouts of each prompt; scoring has begun, and ``scorer.score`` ends it."""
         return collect(
             self.engine,
             self.renderer,

@@ -1,4 +1,4 @@
-"""Rollout engines: token prefixes in, sampled continuations out."""
+"""The protocol of rollout engines: token prefixes in, sampled completions out."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from rlsloth.records import Completion, SamplingParams, Weights
 from rlsloth.run.run import Run
 
 BASE_VERSION = -1
-"""Version of tokens sampled without any adapter; no update takes them for the policy's own."""
+"""Version of tokens that the base model sampled; updates refuse to train on them."""
 
 
 class Engine(Protocol):
-    """Sample from the policy; a loop does not know which engine it has."""
+    """Samples from the policy; loops use every engine in the same way."""
 
     version: int
-    """Version of the adapter that samples now."""
+    """Version of the weights in use."""
 
     def generate(
         self,
@@ -35,21 +35,27 @@ class Engine(Protocol):
         limits: Sequence[int] | None = None,
         done: Callable[[int, list[Completion]], None] | None = None,
     ) -> list[list[Completion]]:
-        """``n`` continuations of each token prefix, in the order given.
+        """Sample ``n`` completions of each prefix.
 
-        A prefix is computed once for its ``n`` continuations. The same seed, prefixes and weights
-        give the same tokens. A continuation never exceeds ``sampling.max_tokens``; one that reaches
-        it without an end token or stop string finishes as ``length``. ``limits`` gives each prefix
-        a cap of its own, at most ``sampling.max_tokens``.
+        A prefix is computed once for its ``n`` completions. The same seed, prefixes and weights
+        give the same tokens. A completion that reaches its largest number of tokens without an end
+        token or stop string finishes as ``length``. Once the fraction ``sampling.cut_tail`` of the
+        call's completions has finished, the rest are cut: they finish as ``length`` with the tokens
+        they have, or with their first token if they have none.
 
-        Once ``sampling.cut_tail`` of the call's completions have finished, the others are cut: they
-        finish as ``length`` with the tokens they have, or with their first where they have none.
+        Args:
+            prefixes: token ids of each prompt, or of a prompt with earlier turns.
+            n: completions of each prefix.
+            sampling: parameters of sampling.
+            limits: largest number of tokens for each prefix, at most ``sampling.max_tokens``.
+            done: called once for each prefix, with its index and its ``n`` completions, as soon as
+                the last of them has finished, while other prefixes are still being sampled.
 
-        ``done`` is called once for each prefix, with its number and its ``n`` completions, as soon
-        as the last of them has finished, while others are still being sampled.
+        Returns:
+            The completions of each prefix, in the order of ``prefixes``.
 
         Raises:
-            UserError: a prefix leaves no room in the model's context.
+            UserError: a prefix fills the model's context.
         """
         ...
 
@@ -57,36 +63,42 @@ class Engine(Protocol):
         """Sample from these weights from now on, and stamp tokens with their version.
 
         Raises:
-            UserError: the engine cannot take weights of this kind, or has no place for one.
+            UserError: the engine cannot sample from weights of this kind, or from one of them.
         """
         ...
 
     def release(self) -> None:
-        """Give the memory back that only sampling needs, until ``generate`` takes it again."""
+        """Free the memory that only sampling needs; ``generate`` allocates it again."""
         ...
 
     def interrupt(self) -> None:
-        """From another thread: let ``generate`` fail soon. The engine is then of no use."""
+        """Make ``generate`` fail, from another thread. The engine cannot be used afterwards."""
         ...
 
     def base_model(self) -> AbstractContextManager[None]:
-        """Inside, sample from the base without any adapter, and stamp tokens with BASE_VERSION."""
+        """Sample from the base model without an adapter inside the context.
+
+        Tokens are stamped with BASE_VERSION.
+        """
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Opening:
-    """The run that an engine is opened for."""
+    """Arguments for opening an engine: the run and its parts."""
 
     request: Request
     """The run as the memory plan takes it."""
     sampling: Sampling
     """The request's sampling."""
     policy: Policy
+    """The loaded policy, whose weights the engine samples from."""
     renderer: Renderer
+    """Turns messages into tokens, and knows the tokens that end a completion."""
     run: Run
+    """For messages."""
     stack: ExitStack
-    """Closes the engine."""
+    """Closes the engine when it is closed."""
     context: int
     """Tokens of the longest prompt with its completion that the engine will see."""
     temperatures: tuple[float, ...]
@@ -95,22 +107,21 @@ class Opening:
 
 @dataclass(frozen=True, slots=True)
 class EngineKind:
-    """A rollout engine as the table in rlsloth.rollout.engines has it."""
+    """A rollout engine's entry in the table of rlsloth.rollout.engines."""
 
     memory: EngineMemory
     """Its name and its memory."""
     open: Callable[[Opening], Engine]
-    """Start it on the policy's weights. Raises UserError where it cannot sample from this policy;
-    nothing of it then stays in memory once the error is dropped."""
+    """Starts the engine on the policy's weights. Raises UserError if it cannot sample from this
+    policy; its memory is free once that error is garbage."""
     why_not: Callable[[str], str] = lambda _: ""
-    """Reason why ``auto`` leaves it out on this type of device (cpu, cuda), empty where it may be
-    chosen."""
+    """Returns why ``auto`` does not choose it on a type of device (cpu, cuda); empty if it may."""
     why: str = ""
-    """Reason why ``auto`` chooses it where nothing speaks against it."""
+    """Reason for ``auto`` to choose it, shown to the user."""
     preload: Callable[[torch.device, RolloutConfig], None] = lambda *_: None
-    """Import what takes seconds, while something else is waited for."""
+    """Imports libraries that take seconds; called in parallel with other work."""
     kv_caches: frozenset[str] = frozenset({"auto"})
-    """Values of ``rollout.kv_cache`` that it has."""
+    """Values of ``rollout.kv_cache`` that it supports."""
     supports_overlap: bool = False
     """Whether it samples while an update runs (``rollout.overlap``)."""
 
@@ -121,15 +132,15 @@ class EngineKind:
 
 
 def most_tokens(prefix: Sequence[int], wanted: int, context: int) -> int:
-    """Tokens that may follow a prefix: those wanted, or what the context leaves.
+    """Return how many tokens may follow a prefix: ``wanted``, or fewer if the context is shorter.
 
     Raises:
-        UserError: it leaves no room.
+        UserError: the prefix fills the context.
     """
     room = context - len(prefix)
     if room < 1:
         raise UserError(
-            f"a prompt of {len(prefix)} tokens fills the model's context of {context}; shorten it, "
-            "drop it, or raise --model.max-context"
+            f"a prompt of {len(prefix)} tokens fills the model's context of {context} tokens; "
+            "shorten or remove the prompt, or raise --model.max-context"
         )
     return min(wanted, room)

@@ -21,27 +21,31 @@ class Choice:
 
     kind: EngineKind
     fallback: EngineKind | None
-    """The engine that samples where ``kind`` turns out not to work with the model."""
+    """The engine to use if ``kind`` turns out not to work with the model; None: fail."""
     text: str
-    """The choice in words: ``transformers (auto: vLLM is not installed)``."""
+    """The choice as shown to the user: ``transformers (auto: vLLM is not installed)``."""
 
 
 def choose_engine(rollout: RolloutConfig, device_type: str, *, planned: bool = False) -> Choice:
-    """Choose the engine that the rollout section names, or by ``auto`` the first that can be used.
+    """Choose the engine that the rollout section names, or with ``auto`` the first usable one.
 
     Args:
+        rollout: the rollout section.
         device_type: cpu or cuda.
-        planned: choose for a memory plan, which may be made on another machine: an engine need not
-            be installed here if no other has what the section wants.
+        planned: choose for a memory plan, which may be made on another machine: an engine that is
+            not installed here is chosen if no other supports the section's settings.
 
     Raises:
-        UserError: no such engine, or none that has what the section wants.
+        UserError: there is no such engine, or none that supports the section's settings.
     """
     if rollout.engine != AUTO:
         kind = _named(rollout.engine)
         if lacking := _lacking(kind, rollout):
             able = " or ".join(k.name for k in ENGINES if not _lacking(k, rollout))
-            raise UserError(f"{lacking} needs --rollout.engine {able or 'that has it: none does'}")
+            raise UserError(
+                f"--rollout.engine {kind.name} does not support {lacking}; pass "
+                + (f"--rollout.engine {able}" if able else "another value: no engine supports it")
+            )
         return Choice(kind, None, kind.name)
     able_kinds = [kind for kind in ENGINES if not _lacking(kind, rollout)]
     left_out = {kind.name: kind.why_not(device_type) for kind in able_kinds}
@@ -69,12 +73,12 @@ def _named(name: str) -> EngineKind:
     names = [AUTO, *(kind.name for kind in ENGINES)]
     raise UserError(
         f"--rollout.engine {name!r}: there is no such engine{nearest(name, names)} "
-        f"(known: {', '.join(names)})"
+        f"(engines: {', '.join(names)})"
     )
 
 
 def _lacking(kind: EngineKind, rollout: RolloutConfig) -> str:
-    """Return the setting that the engine does not have, as an option; empty where it has all."""
+    """Return the option that the engine does not support; empty if it supports all."""
     if rollout.overlap and not kind.supports_overlap:
         return "--rollout.overlap"
     if rollout.kv_cache not in kind.kv_caches:

@@ -25,16 +25,20 @@ def open_engine(
     context: int,
     temperatures: Iterable[float],
 ) -> Engine:
-    """Open the engine that the rollout section names, tried out with the policy's adapter; it is
-    closed with ``stack``.
+    """Open the engine that the rollout section names, and compare its log-probs with the policy's.
 
     Args:
-        context: tokens of the longest prompt with its completion that it will see.
-        temperatures: those that it will sample with.
+        request: the run as the memory plan takes it.
+        policy: the loaded policy.
+        renderer: knows the tokens that end a completion.
+        run: for messages.
+        stack: closes the engine when it is closed.
+        context: tokens of the longest prompt with its completion that the engine will see.
+        temperatures: temperatures that the engine will sample with.
 
     Raises:
-        UserError: the engine cannot sample from this policy, and no other may take its place; or
-            packed training does not support the model.
+        UserError: the engine cannot sample from this policy, and there is no other to fall back
+            to; or packed training does not support the model.
     """
     assert request.sampling is not None
     sampling = request.sampling
@@ -48,5 +52,5 @@ def open_engine(
             named = f"--rollout.engine {name}: " if sampling.rollout.engine != AUTO else ""
             raise UserError(f"{named}{error}") from error
         run.say(f"{name}: {error}; sampling with {choice.fallback.name}")
-    free_memory()  # of the failed engine, which the error has kept until here
+    free_memory()  # the failed engine's, which the error has kept until here
     return choice.fallback.open(opening)

@@ -1,7 +1,7 @@
-"""Before training: do the packed forward and the engine compute what the model itself computes?
+"""The trial before training: packed training and the engine must give the model's own log-probs.
 
-Architectures differ in ways no flag tells (recurrent layers, logits scaled one way or the other),
-and a wrong log-prob trains silently. Two short made-up rollouts settle it.
+Architectures differ in ways that no configuration key shows (recurrent layers, scaled logits), and
+training on wrong log-probs raises no error. Two short rollouts of random tokens show a difference.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rlsloth.data.packing import pack, to_device
-from rlsloth.errors import UserError
+from rlsloth.errors import UserError, first_line
 from rlsloth.policy.policy import Policy
 from rlsloth.policy.wrap.wrap import forget
 from rlsloth.records import Completion, Group, MicroBatch, Prompt, Rollout, SamplingParams
@@ -22,22 +22,26 @@ from rlsloth.rollout.engine import Engine
 PROMPT_TOKENS = 7
 SAMPLED_TOKENS = 5
 PROBED_TOKENS = 64
+"""Tokens of an example's prompt, and of each completion, that are compared."""
 TOLERANCE = {torch.float32: 1e-3}
-"""Mean |difference of log-probs| in nats. 16 bits scatter by about 0.03 on the smallest models."""
+"""Largest mean |difference of log-probs| in nats a token, by compute type."""
 TOLERANCE_16_BITS = 0.1
+"""Tolerance for 16-bit types, which scatter by about 0.03 nats on the smallest models."""
 TOLERANCE_8_BIT_CACHE = 0.5
-"""Random weights of 36 layers: 0.33. Each step's gap is watched besides (loss.gap_limit)."""
+"""Tolerance with an 8-bit key-value cache: random weights of 36 layers differ by 0.33 nats. The gap
+of each step is also checked (loss.gap_limit)."""
 
 
 def trial_backward(policy: Policy) -> None:
-    """Forward and backward of two made-up rollouts, so that kernels are compiled before the first
-    step. It leaves no gradient, no buffer and no hold on a weight; dropout has drawn from torch's
+    """Run forward and backward on two short rollouts, so that kernels are compiled before step 1.
+
+    It leaves no gradient, buffer or reference to a weight; dropout has drawn from torch's
     generator.
 
     Raises:
-        UserError: an architecture that cannot be trained packed.
+        UserError: packed training does not support this architecture.
     """
-    prompt, *completions = _made_up(policy)
+    prompt, *completions = _random_tokens(policy)
     rollouts = [Completion(ids, [0.0] * len(ids), "length", 0) for ids in completions]
     with _refusing(policy):
         scored = policy.logprobs(_packed(policy, prompt, rollouts))
@@ -48,12 +52,13 @@ def trial_backward(policy: Policy) -> None:
 
 @torch.no_grad()
 def probe_packing(policy: Policy, group: Group) -> None:
-    """Compare the packed forward with the model's own on the end of an example's prompt and the
-    beginnings of its answers, where nothing is sampled. Not on made-up tokens: what is unlikely is
-    scored with larger errors in 16 bits.
+    """Compare packed log-probs with the model's own on one example, for runs that do not sample.
+
+    They are compared on the end of its prompt and the beginning of each completion. Random tokens
+    would not do: 16-bit errors are larger for unlikely tokens.
 
     Raises:
-        UserError: an architecture that packed training does not support.
+        UserError: packed training does not support this architecture.
     """
     prompt = group.prompt_ids[-PROBED_TOKENS:]
     answers = [rollout.token_ids[:PROBED_TOKENS] for rollout in group.rollouts]
@@ -67,16 +72,18 @@ def probe_packing(policy: Policy, group: Group) -> None:
 
 @torch.no_grad()
 def probe(policy: Policy, engine: Engine, *, kv_cache: str = "auto") -> None:
-    """Compare three ways to the same log-probs; the temperature is the run's.
+    """Compare the log-probs of the engine, of packed training and of the model's own forward.
 
     Args:
+        policy: the loaded policy; its temperature is the run's.
+        engine: an engine that has the policy's weights.
         kv_cache: type of the engine's keys and values; auto: the model's.
 
     Raises:
-        UserError: an architecture that packed training or the engine does not support.
+        UserError: packed training or the engine does not support this architecture.
     """
     name = _name(policy)
-    prompt = _made_up(policy)[0]
+    prompt = _random_tokens(policy)[0]
     sampling = SamplingParams(SAMPLED_TOKENS, temperature=policy.temperature)
     with _refusing(policy):
         completions = engine.generate([prompt], 2, sampling)[0]
@@ -89,8 +96,8 @@ def probe(policy: Policy, engine: Engine, *, kv_cache: str = "auto") -> None:
     _compare(f"sampling from {name}", sampled, own, cache_limit)
 
 
-def _made_up(policy: Policy) -> list[list[int]]:
-    """A prompt and two completions."""
+def _random_tokens(policy: Policy) -> list[list[int]]:
+    """Return token ids of a prompt and two completions."""
     generator = torch.Generator().manual_seed(0)
     lengths = PROMPT_TOKENS, SAMPLED_TOKENS, SAMPLED_TOKENS
     vocabulary = policy.config.vocab_size
@@ -116,7 +123,8 @@ def _refusing(policy: Policy) -> Iterator[None]:
         raise
     except Exception as error:
         raise UserError(
-            f"{_name(policy)} is not supported: {type(error).__name__} in a trial step ({error})"
+            f"{_name(policy)} is not supported: {type(error).__name__} in the trial before step 1 "
+            f"({first_line(error)}); pass another --model.path"
         ) from error
 
 
@@ -128,6 +136,6 @@ def _compare(what: str, got: Tensor, own: Tensor, limit: float) -> None:
     gap = float((got - own).abs().mean())
     if not gap <= limit:
         raise UserError(
-            f"{what} gives other log-probs than the model itself ({gap:.3g} nats a token, "
-            f"{limit:g} allowed): this architecture is not supported"
+            f"{what} gives log-probs that differ from the model's own by {gap:.3g} nats a token "
+            f"(at most {limit:g} are allowed): this architecture is not supported"
         )

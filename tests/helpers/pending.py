@@ -7,7 +7,6 @@ from collections.abc import Iterable
 PENDING: dict[str, set[str]] = {
     "docstring": {
         "rlsloth/losses/preference/base.py",
-        "rlsloth/rollout/engine.py",
         "rlsloth/training/progress.py",
         "rlsloth/training/rollouts.py",
         "rlsloth/training/source.py",

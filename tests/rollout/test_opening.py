@@ -169,11 +169,14 @@ class Wrong(TransformersEngine):
 def test_a_vllm_that_samples_otherwise_is_closed_and_replaced(start, monkeypatch) -> None:
     monkeypatch.setattr(vllm_opening, "VllmEngine", Wrong)
     monkeypatch.setattr(vllm_opening, "check_installed", lambda: None)
-    with pytest.raises(UserError, match=r"vllm: sampling from .* \(1 nats a token"):
+    with pytest.raises(UserError, match=r"vllm: sampling from .* by 1 nats a token"):
         start("vllm")
     engine, said = start("auto", context=6)
     assert type(engine) is TransformersEngine
-    assert any("gives other log-probs" in line and "with transformers" in line for line in said)
+    assert any(
+        "differ from the model's own by 1 nats" in line and "with transformers" in line
+        for line in said
+    )
     assert Wrong.closed == 2
 
 

@@ -43,12 +43,14 @@ def test_wrong_logits_are_refused_in_training_and_in_sampling():
     probe(policy, engine)
     policy.logit_transform = LogitTransform(scale=2.0)
     with pytest.raises(
-        UserError, match="packed training of LlamaForCausalLM gives other log-probs"
+        UserError, match="packed training of LlamaForCausalLM gives log-probs that differ"
     ):
         probe(policy, engine)
     policy.logit_transform = LogitTransform()
     engine._decoder._transform = LogitTransform(softcap=1.0)
-    with pytest.raises(UserError, match="sampling from LlamaForCausalLM gives other log-probs"):
+    with pytest.raises(
+        UserError, match="sampling from LlamaForCausalLM gives log-probs that differ"
+    ):
         probe(policy, engine)
 
 
@@ -56,7 +58,7 @@ def test_an_engine_that_breaks_is_one_clear_error(monkeypatch):
     policy = make_policy()
     engine = engine_of(policy)
     monkeypatch.setattr(engine._decoder, "prefill", lambda prompts: prompts.get_seq_length())
-    with pytest.raises(UserError, match=r"not supported: AttributeError in a trial step"):
+    with pytest.raises(UserError, match=r"not supported: AttributeError in the trial"):
         probe(policy, engine)
 
 
@@ -99,5 +101,5 @@ def test_an_architecture_without_a_backward_is_one_clear_error(monkeypatch):
     norm = policy.model.get_base_model().model.norm
     forward = norm.forward
     monkeypatch.setattr(norm, "forward", lambda x: Forward.apply(forward(x)))
-    with pytest.raises(UserError, match=r"NotImplementedError in a trial step \(no derivative\)"):
+    with pytest.raises(UserError, match=r"NotImplementedError in the trial \(no derivative\)"):
         trial_backward(policy)

@@ -1,5 +1,4 @@
-"""Model calls of the embedded engine: prefill, and one decoding step, replayed as a CUDA graph on a
-GPU."""
+"""Model calls of the embedded engine: prefill, and decoding steps, as CUDA graphs on a GPU."""
 
 from __future__ import annotations
 
@@ -19,12 +18,19 @@ COLUMNS = 128
 
 
 class Decoder:
-    """Runs a transformers causal LM over a SlotCache."""
+    """Runs a transformers causal LM with a SlotCache."""
 
     def __init__(
         self, model: Any, transform: LogitTransform, device: torch.device, *, cuda_graphs: bool
     ) -> None:
-        """``model``: a causal LM, PEFT-wrapped or not, with the ``rlsloth`` attention."""
+        """Prepare a model for decoding.
+
+        Args:
+            model: a causal LM with the ``rlsloth`` attention, wrapped by PEFT or not.
+            transform: scale and softcap of the logits.
+            device: the model's device.
+            cuda_graphs: whether to capture decoding steps on a GPU.
+        """
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         self._transform = transform
         self._layers = base.get_decoder()
@@ -33,40 +39,42 @@ class Decoder:
         self._graphed = cuda_graphs and device.type == "cuda"
         self._graphs: dict[Any, torch.cuda.CUDAGraph] = {}
         self._logits_out: Tensor | None = None
-        """[cache rows, V]: one output for all graphs, which would else keep one each."""
+        """Logits [cache rows, V] of every graph; else each graph would allocate its own."""
         self._pool: Any = None
         self._cache: SlotCache | None = None
         from peft.tuners.tuners_utils import BaseTunerLayer  # slow to import
 
-        # Which adapter is on is baked into a graph, so it is part of the graph's key.
+        # A graph holds the adapter that was active at its capture, which is part of its key.
         self._adapted = next((m for m in model.modules() if isinstance(m, BaseTunerLayer)), None)
         self._head_adapted = isinstance(self._head, BaseTunerLayer)
 
     def cache(self, rows: int, length: int) -> SlotCache:
-        """A cache of at least this size; on a GPU the same one again while it is large enough."""
+        """Return a cache of at least this size; with graphs, the last one if it is large enough."""
         if not self._graphed:
             return SlotCache(rows, length, self._device)
         kept = self._cache
         if kept is None or kept.rows < rows or kept.length < length:
             self._graphs.clear()
-            self._pool = None  # a pool dies with its last graph
-            # A power of two, so that a step's shapes do not depend on what the cache was made for.
+            self._pool = None  # a pool is freed with its last graph
+            # A power of two, so that a step's shapes do not depend on the first call's size.
             rows = max(1 << (rows - 1).bit_length(), kept.rows if kept else 0)
             length = max(_round_up(length, COLUMNS), kept.length if kept else 0)
-            self._cache = self._logits_out = kept = None  # before the new ones: both need not fit
+            self._cache = self._logits_out = kept = (
+                None  # first, so that old and new need not both fit
+            )
             self._cache = SlotCache(rows, length, self._device)
             self._logits_out = torch.empty(rows, len(self._head.weight), device=self._device)
         assert self._cache is not None
         return self._cache
 
     def prefill(self, prompts: list[list[int]]) -> tuple[PromptCache, Tensor]:
-        """Keys and values of a batch of prompts, and [prompts, V] float32 logits after each."""
+        """Compute prompts; return their keys and values, and float32 logits [prompts, V]."""
         lengths = [len(p) for p in prompts]
         width = max(lengths)
         padded = torch.tensor([p + [0] * (width - len(p)) for p in prompts], device=self._device)
         order = torch.arange(width, device=self._device)
-        # Right padding without a mask: attention is causal, real rows never look right, and what
-        # padding computes is thrown away.
+        # Right padding needs no mask: attention is causal, so that no real token sees padding, and
+        # the padding's results are ignored.
         prompt = PromptCache(lengths)
         hidden = self._layers(
             input_ids=padded,
@@ -79,8 +87,10 @@ class Decoder:
         return prompt, self._logits(hidden[rows, last])
 
     def step(self, cache: SlotCache, tokens: list[int]) -> Tensor:
-        """Feed each running row its last token; [active, V] float32 logits for the next, to
-        overwrite."""
+        """Feed each running row its last token; return float32 logits [active, V] of the next.
+
+        The caller may overwrite them.
+        """
         cache.set_tokens(tokens)
         visible = max(cache.lengths[: cache.active])
         if not self._graphed:
@@ -109,8 +119,7 @@ class Decoder:
         assert self._logits_out is not None
         out = self._logits_out[:rows]
         if key not in self._graphs:
-            # A first run outside the graph loads kernels; it writes the very values that the replay
-            # will write again.
+            # A first run outside the graph loads kernels; the replay writes the same values again.
             self._logits(self._hidden(cache, rows, visible), out)
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
@@ -130,7 +139,7 @@ class Decoder:
         return out
 
     def _logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
-        """The model's own head on [rows, H], in float32 as in training.
+        """Apply the model's head to [rows, H]; return float32 logits [rows, V], as in training.
 
         16-bit logits would move log-probs by a few per cent.
         """

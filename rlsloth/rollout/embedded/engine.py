@@ -1,4 +1,4 @@
-"""The embedded engine: samples with the very model that trains, by continuous batching."""
+"""The embedded engine: samples with the trained model itself, by continuous batching."""
 
 from __future__ import annotations
 
@@ -21,18 +21,19 @@ from rlsloth.rollout.engine import BASE_VERSION, most_tokens
 
 UNCHANGED = LogitTransform()
 PREFILL_TOKENS = 8192
-"""Padded prompt tokens computed in one prefill; bounds its activations."""
+"""Largest number of padded prompt tokens in one prefill; bounds its activations."""
 
 
 @dataclass(slots=True)
 class _Sequence:
-    """One continuation on its way."""
+    """One completion that is waiting or being sampled."""
 
     prefix: int
+    """Index of its prefix."""
     number: int
     """Its row in the table of random numbers."""
     limit: int
-    """Tokens it may have: the sampling limit or what the context leaves."""
+    """Largest number of tokens, by the sampling parameters and the context."""
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     finish: FinishReason = "length"
@@ -47,7 +48,11 @@ class _Sequence:
 
 @torch.no_grad()
 def copy_weights(model: Any, tensors: Mapping[str, Tensor]) -> None:
-    """Copy all parameters of one model into another, where they are not the same memory.
+    """Copy parameters into a model, except those that share memory with the model's own.
+
+    Args:
+        model: the model that samples, changed in place.
+        tensors: all parameters by name.
 
     Raises:
         UserError: the parameters differ in name or shape; ``model`` is then unchanged.
@@ -68,10 +73,10 @@ def copy_weights(model: Any, tensors: Mapping[str, Tensor]) -> None:
 
 
 class TransformersEngine:
-    """Continuous batching on a transformers model: no second copy of weights, nothing handed over.
+    """Continuous batching on a transformers model, without a second copy of the weights.
 
-    A prefix is prefilled once and its keys and values copied to its ``n`` rows. Finished rows leave
-    the batch at once and waiting prefixes take their place.
+    A prefix is computed once and its keys and values are copied to its ``n`` rows. Finished rows
+    leave the batch at once, and waiting prefixes take their place.
     """
 
     def __init__(
@@ -86,7 +91,18 @@ class TransformersEngine:
         transform: LogitTransform = UNCHANGED,
         cuda_graphs: bool = True,
     ) -> None:
-        """``model``: a causal LM, PEFT-wrapped or not, with the ``rlsloth`` attention."""
+        """Prepare a model for sampling.
+
+        Args:
+            model: a causal LM with the ``rlsloth`` attention, wrapped by PEFT or not.
+            tokenizer: the model's, to find stop strings.
+            stop_ids: tokens that end a completion.
+            context: largest number of tokens of a prefix with its completion.
+            max_sequences: largest number of completions in a decoding step.
+            device: the model's device.
+            transform: scale and softcap of the logits.
+            cuda_graphs: whether to capture decoding steps on a GPU.
+        """
         self._model = model
         self._decoder = Decoder(model, transform, device, cuda_graphs=cuda_graphs)
         self._tokenizer = tokenizer
@@ -97,21 +113,23 @@ class TransformersEngine:
         self.version = 0
 
     def set_weights(self, weights: Weights) -> None:
-        """See Engine.set_weights. The trained weights of a shared model are live in it already, and
-        only the version is noted; all weights of another model are copied into this one."""
+        """Note the version; copy full weights unless the model that samples is the trained one.
+
+        An adapter is always that of the trained model, which samples. See Engine.set_weights.
+        """
         if weights.kind == "all":
             copy_weights(self._model, weights.tensors)
         self.version = weights.version
 
     def release(self) -> None:
-        """Nothing: on a GPU the cache is part of the CUDA graphs, which are not made anew."""
+        """Do nothing: the CUDA graphs point to the cache, and are not captured again."""
 
     def interrupt(self) -> None:
-        """Nothing: it samples in the thread that trains."""
+        """Do nothing: this engine samples in the thread that trains."""
 
     @contextmanager
     def base_model(self) -> Iterator[None]:
-        """See Engine.base_model. In the shared model, so the trainer's is off as well."""
+        """Switch the adapter off, for the trainer as well. See Engine.base_model."""
         version, self.version = self.version, BASE_VERSION
         try:
             with self._model.disable_adapter():
@@ -133,7 +151,7 @@ class TransformersEngine:
         longest = max(len(prefixes[s.prefix]) + s.limit for s in sequences)
         cache = self._decoder.cache(min(self._max_sequences, len(sequences)), longest)
         generator = torch.Generator().manual_seed(sampling.seed)
-        # A row of its own for each sequence: its tokens do not depend on what runs beside it.
+        # Each sequence has its own row: its tokens do not depend on the others in the batch.
         uniform = torch.rand(len(sequences), sampling.max_tokens, generator=generator)
         uniform = uniform.to(self._device)
         self._model.eval()
@@ -179,10 +197,10 @@ class TransformersEngine:
     def _next_groups(
         self, queue: deque[_Sequence], prefixes: Sequence[Sequence[int]], cache: SlotCache
     ) -> list[list[_Sequence]]:
-        """Take the waiting groups that fit into the free rows of one prefill.
+        """Take groups of waiting sequences that share a prefix and fit the cache's free rows.
 
-        A group is taken whole, so that its prefix is computed once, unless the batch would
-        otherwise run more than a quarter empty.
+        A group is taken as a whole, so that its prefix is computed once, unless more than a
+        quarter of the rows would stay empty.
         """
         groups: list[list[_Sequence]] = []
         free = min(cache.rows, self._max_sequences) - cache.active
@@ -208,7 +226,7 @@ class TransformersEngine:
         prefixes: Sequence[Sequence[int]],
         cache: SlotCache,
     ) -> Tensor:
-        """Prefill groups into free rows; [rows, V] logits of their first tokens."""
+        """Compute the groups' prefixes into free rows; return logits [rows, V] after them."""
         prompt, logits = self._decoder.prefill([list(prefixes[g[0].prefix]) for g in groups])
         for row, group in enumerate(groups):
             cache.admit(prompt, row, len(group))
@@ -247,7 +265,7 @@ class TransformersEngine:
         return any(s in text for s in stop)
 
     def _retire(self, running: list[_Sequence], cache: SlotCache) -> list[int]:
-        """Free the rows of finished sequences; the prefix of each."""
+        """Free the rows of finished sequences; return the index of each one's prefix."""
         prefixes = []
         for row in reversed(range(len(running))):
             if running[row].done:
@@ -259,7 +277,7 @@ class TransformersEngine:
 
 
 def _leading_group(queue: deque[_Sequence]) -> list[_Sequence]:
-    """The waiting sequences that share the first one's prefix."""
+    """Return the first waiting sequences, as far as they share a prefix."""
     group = []
     for sequence in queue:
         if sequence.prefix != queue[0].prefix:

@@ -1,4 +1,4 @@
-"""Memory of the engine that samples with the trained model itself."""
+"""GPU memory of the embedded engine, in bytes."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from rlsloth.memory.terms import Precision, Term, element_size
 from rlsloth.memory.workload import EngineMemory, Sampling
 
 PREFILL_TOKENS = 8192
-"""rollout.embedded.engine.PREFILL_TOKENS: padded prompt tokens of one prefill."""
+"""Padded prompt tokens of one prefill (rollout.embedded.engine.PREFILL_TOKENS)."""
 COLUMNS = 128
-"""rollout.embedded.decode.COLUMNS: the length of a graphed cache is a multiple of it."""
+"""The length of a cache with CUDA graphs is a multiple of it (rollout.embedded.decode.COLUMNS)."""
 NF4_ROWS = 256
-"""kernels.lora.op.DECODED_ROWS: decoding steps of more rows use dequantised matrices."""
+"""Decoding steps of more rows use dequantised matrices (kernels.lora.op.DECODED_ROWS)."""
 
 
 def slots_shape(shape: ModelShape, sampling: Sampling) -> tuple[int, int]:
-    """Rows and tokens of the engine's slots (rollout.embedded.decode.Decoder.cache)."""
+    """Return the rows and length of the engine's cache (rollout.embedded.decode.Decoder.cache)."""
     rows, length = sampling.at_once, sampling.workload.one_turn(shape)
     if sampling.rollout.cuda_graphs:
         rows, length = 1 << (rows - 1).bit_length(), -(-length // COLUMNS) * COLUMNS
@@ -26,14 +26,17 @@ def slots_shape(shape: ModelShape, sampling: Sampling) -> tuple[int, int]:
 def embedded_terms(
     shape: ModelShape, sampling: Sampling, precision: Precision, _context: int
 ) -> list[Term]:
-    """Slots (rollout.embedded.slot_cache.SlotCache), a decoding step, a prefill, sampling. Slots
-    grow with a rollout: ``context``, which tools may fill, is not allocated ahead."""
+    """List the engine's memory: the cache's slots, a decoding step, a prefill, and sampling.
+
+    Slots (rollout.embedded.slot_cache.SlotCache) grow with a rollout: the context, which tools may
+    fill, is not allocated in advance.
+    """
     size = element_size(precision)
     rows, length = slots_shape(shape, sampling)
     slots = shape.kv_width * rows * length * size
     logits = 4 * rows * shape.vocabulary
-    # A step's activations, of which decoding attention writes scores out in float32: raw, scaled,
-    # masked, softmax and the softmax rounded. They stay reserved in the pool of the graphs.
+    # Activations of a step. Decoding attention writes its scores in float32 (raw, scaled, masked,
+    # softmax) and rounded. They stay reserved in the pool of the graphs.
     layers = shape.layers
     step = max(prefill_memory(layer, shape.hidden, size) for layer in layers)
     step += max(layer.heads for layer in layers) * length * (16 + size)

@@ -1,4 +1,4 @@
-"""Opening the engine that samples with the trained model itself."""
+"""Opening the embedded engine, which samples with the trained model itself."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ from rlsloth.rollout.trial import probe
 
 
 def open_transformers(opening: Opening) -> Engine:
-    """Open the engine and try it out. Raises UserError where packed training does not support the
-    model."""
+    """Open the engine and compare its log-probs with the policy's.
+
+    Raises:
+        UserError: packed training or the engine does not support the model.
+    """
     policy, rollout = opening.policy, opening.sampling.rollout
     engine = TransformersEngine(
         policy.model,

@@ -1,4 +1,4 @@
-"""A key-value cache with a row for each running sequence; rows of different lengths, contiguous."""
+"""A key-value cache with one row for each running sequence; rows may differ in length."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class PromptCache:
     def update(
         self, key: Tensor, value: Tensor, layer: int, *_: Any, **__: Any
     ) -> tuple[Tensor, Tensor]:
-        """Keep a layer's [prompts, kv_heads, longest, head_dim] and pass it on."""
+        """Store and return a layer's keys and values, [prompts, kv_heads, longest, head_dim]."""
         assert layer == len(self.keys)
         self.keys.append(key)
         self.values.append(value)
@@ -27,25 +27,24 @@ class PromptCache:
 
 
 class SlotCache:
-    """Keys and values of up to ``rows`` sequences of up to ``length`` tokens, for a transformers
-    model.
+    """Keys and values of up to ``rows`` sequences of up to ``length`` tokens.
 
-    Layer l holds [rows, kv_heads, length, head_dim]. Rows [0, active) are running; a finished row's
-    place is taken by the last running one, so that a step reads views and never gathers the cache.
-    Implements the one method that attention layers call, ``update``. Its tensors never move, so a
-    captured CUDA graph stays valid.
+    Each layer has [rows, kv_heads, length, head_dim]. Rows [0, active) are running; the last of
+    them replaces a finished one, so that a step reads views and never gathers the cache. It has
+    the one method that transformers' attention layers call, ``update``. The tensors never move, so
+    captured CUDA graphs stay valid.
     """
 
     def __init__(self, rows: int, length: int, device: torch.device) -> None:
         self.rows, self.length = rows, length
         self.active = 0
         self.lengths = [0] * rows
-        """Tokens each row holds."""
+        """Number of tokens in each row."""
         self.at = torch.zeros(rows, dtype=torch.long, device=device)
-        """[rows] where each row's next token goes; 0 for rows at rest, whose content is never
+        """Column of each row's next token, [rows]; 0 for rows that are not running, which are never
         read."""
         self.last = torch.zeros(rows, dtype=torch.long, device=device)
-        """[rows] each row's last token, not yet in the cache."""
+        """Last token of each row, [rows]; it is not in the cache yet."""
         self._device = device
         self._every_row = torch.arange(rows, device=device)
         self._keys: list[Tensor] = []
@@ -53,13 +52,13 @@ class SlotCache:
         self._step_rows = self._visible = 0
 
     def begin(self, rows: int, visible: int) -> None:
-        """Prepare a step over the first ``rows`` rows, which see ``visible`` columns at most."""
+        """Prepare a step over the first ``rows`` rows and the first ``visible`` columns."""
         self._step_rows, self._visible = rows, visible
 
     def update(
         self, key: Tensor, value: Tensor, layer: int, *_: Any, **__: Any
     ) -> tuple[Tensor, Tensor]:
-        """Append a token a row ([rows, kv_heads, 1, head_dim]); return the columns in sight."""
+        """Append one token per row [rows, kv_heads, 1, head_dim]; return the visible columns."""
         rows, at = self._every_row[: self._step_rows], self.at[: self._step_rows]
         keys, values = self._keys[layer], self._values[layer]
         keys[rows, :, at] = key[:, :, 0]
@@ -68,7 +67,7 @@ class SlotCache:
         return keys[: self._step_rows, :, seen], values[: self._step_rows, :, seen]
 
     def set_tokens(self, tokens: list[int]) -> None:
-        """Place the running rows' last tokens and positions; the rows at rest point to column 0."""
+        """Set the running rows' last tokens and columns; other rows get token 0 and column 0."""
         rest = [0] * (self.rows - self.active)
         self.at.copy_(torch.tensor(self.lengths[: self.active] + rest))
         self.last.copy_(torch.tensor(tokens + rest))
@@ -76,7 +75,7 @@ class SlotCache:
             self.lengths[row] += 1
 
     def admit(self, prompt: PromptCache, row: int, copies: int) -> None:
-        """Start ``copies`` sequences from one row of a prefilled batch of prompts."""
+        """Start ``copies`` sequences from one row of a computed batch of prompts."""
         if not self._keys:
             self._keys = [self._empty_like(key) for key in prompt.keys]
             self._values = [self._empty_like(value) for value in prompt.values]
@@ -88,12 +87,12 @@ class SlotCache:
         self.active += copies
 
     def _empty_like(self, filled: Tensor) -> Tensor:
-        # Zeros: what a masked column holds is multiplied by 0, and 0 * NaN would be NaN.
+        # Zeros, because masked columns are multiplied by 0, and 0 * NaN would be NaN.
         shape = (self.rows, filled.shape[1], self.length, filled.shape[3])
         return torch.zeros(shape, dtype=filled.dtype, device=self._device)
 
     def drop(self, row: int) -> None:
-        """End a row: the last running row moves into its place."""
+        """End a row; the last running row moves into its place."""
         self.active -= 1
         last = self.active
         if row == last:
