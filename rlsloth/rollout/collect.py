@@ -46,9 +46,7 @@ def collect(
         UserError: the environment fails, or a prompt fills the context.
     """
     prefixes = [renderer.prompt_ids(prompt) for prompt in prompts]
-    started = [
-        [_start(env, g, prompts[g], prefix) for _ in range(n)] for g, prefix in enumerate(prefixes)
-    ]
+    started = [_start(env, g, prompts[g], prefix, n) for g, prefix in enumerate(prefixes)]
     groups: dict[int, Group] = {}
     waiting: list[tuple[Trajectory, Awaitable[Reply]]] = []
     limits = _Limits(sampling.max_tokens, context)
@@ -82,9 +80,11 @@ def collect(
     return [groups[g] for g in range(len(prompts))]
 
 
-def _start(env: Environment, group: int, prompt: Prompt, prompt_ids: list[int]) -> Trajectory:
-    where = f"environment {env.name}"
-    return Trajectory(group, prompt_ids, env.start(prompt), where, bool(prompt.tools))
+def _start(
+    env: Environment, group: int, prompt: Prompt, prompt_ids: list[int], n: int
+) -> list[Trajectory]:
+    where, tools = f"environment {env.name}", bool(prompt.tools)
+    return [Trajectory(group, prompt_ids, env.start(prompt), where, tools) for _ in range(n)]
 
 
 @dataclass(frozen=True, slots=True)

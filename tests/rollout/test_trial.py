@@ -101,5 +101,7 @@ def test_an_architecture_without_a_backward_is_one_clear_error(monkeypatch):
     norm = policy.model.get_base_model().model.norm
     forward = norm.forward
     monkeypatch.setattr(norm, "forward", lambda x: Forward.apply(forward(x)))
-    with pytest.raises(UserError, match=r"NotImplementedError in the trial \(no derivative\)"):
+    with pytest.raises(
+        UserError, match=r"NotImplementedError in the trial before step 1 \(no derivative\)"
+    ):
         trial_backward(policy)
