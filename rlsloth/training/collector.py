@@ -34,12 +34,19 @@ def open_collector(
     """Start the rollout engine on the policy's weights.
 
     Args:
-        request: the run as the memory plan takes it, which sizes the engine's cache.
+        cfg: the sections about problems.
+        problems: environment and rewards.
+        request: the run as the memory plan takes it; it sizes the engine's cache.
+        policy: the loaded policy.
+        renderer: turns messages into tokens and back.
+        run: for messages.
+        stack: closes the engine when it is closed.
+        seed: the run's seed.
         longest: tokens of the longest prompt with the longest completion.
-        temperatures: those that the engine will sample with.
+        temperatures: temperatures that the engine will sample with.
 
     Raises:
-        UserError: the engine cannot run this model, or has no room.
+        UserError: the engine cannot run this model, or lacks memory.
     """
     context = policy.context
     if problems.env.single_turn:
@@ -56,7 +63,11 @@ def open_collector(
 def open_evaluator(
     cfg: SupervisedConfig, problems: Problems, policy: Policy, run: Run, stack: ExitStack
 ) -> Evaluator:
-    """Open the engine that answers held-out problems (``eval.generate``). Raises UserError."""
+    """Open the engine and the evaluator that solves held-out problems (``eval.generate``).
+
+    Raises:
+        UserError: there are no held-out problems, or the engine cannot run this model.
+    """
     renderer = Renderer(policy.tokenizer, cfg.env, policy.eos_token_ids)
     renderer.check(problems.env.heldout)
     prompts = heldout_problems(problems.env, cfg.eval)

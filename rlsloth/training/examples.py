@@ -1,4 +1,4 @@
-"""Checks of a dataset of examples before training on it, and the lines that a run prints of it."""
+"""Checks of a dataset of examples before training, and the lines that a run prints about it."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ _SHOWN_CHARACTERS = 300
 
 
 def check_longest(cfg: SupervisedConfig, data: Examples) -> None:
-    """Refuse an example that does not fit a micro-batch. Raises UserError."""
+    """Raise UserError if the longest example does not fit a micro-batch."""
     longest = data.longest.packed
     if cfg.tokens_per_microbatch is not None and longest > cfg.tokens_per_microbatch:
         raise UserError(
-            f"an example of {longest} tokens does not fit --tokens-per-microbatch "
-            f"{cfg.tokens_per_microbatch}; raise it, or leave long examples out with "
+            f"the longest example has {longest} tokens, which does not fit --tokens-per-microbatch "
+            f"{cfg.tokens_per_microbatch}; raise it to {longest}, or leave long examples out with "
             "--data.max-tokens"
         )
 
 
 def warn_of_data(run: Run, data: Examples) -> None:
-    """Warn of examples that are too long, and of held-out questions among the training examples."""
+    """Warn of examples that are left out, and of held-out questions among the training examples."""
     if data.left_out:
         run.warn(
-            f"{data.left_out} examples of more than {data.limit} tokens are left out "
-            "(--data.max-tokens, --model.max-context)"
+            f"{data.left_out} examples of more than {data.limit} tokens are left out; raise "
+            "--data.max-tokens or --model.max-context to train on them"
         )
     questions = [example.question for example in data.train]
     heldout = [example.question for example in data.heldout]
@@ -49,11 +49,11 @@ def warn_of_overlap(env: Environment, data: Examples, run: Run) -> None:
 
 
 def show_first(run: Run, policy: Policy, example: Example) -> None:
-    """Print the first example, its learned text in brackets: a wrong mask trains silently."""
+    """Print the first example with its trained text in brackets: a wrong mask raises no error."""
     token_ids, mask = example.answers[0]
     parts = [policy.tokenizer.decode(example.prompt_ids.tolist())[-_SHOWN_CHARACTERS:]]
     edges = [0, *(i + 1 for i in range(len(mask) - 1) if mask[i] != mask[i + 1]), len(mask)]
     for start, end in pairwise(edges):
         text = policy.tokenizer.decode(token_ids[start:end].tolist())[:_SHOWN_CHARACTERS]
         parts.append(f"[{text}]" if mask[start] else text)
-    run.say(f"first example, learnt text in brackets: {''.join(parts)}")
+    run.say(f"first example, trained text in brackets: {''.join(parts)}")

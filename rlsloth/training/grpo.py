@@ -1,4 +1,4 @@
-"""GRPO: sample groups, score them, follow the group-relative policy gradient."""
+"""GRPO: sample groups of rollouts, score them, follow the group-relative policy gradient."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ from rlsloth.training.rollouts import Rollouts
 
 
 def train(cfg: GrpoConfig) -> Path:
-    """Run GRPO as configured; returns the run folder.
+    """Run GRPO and return the run folder.
 
     Raises:
-        UserError: bad input, before the first step where it can be known by then.
+        UserError: bad input; it is raised before the first step if it can be known by then.
     """
     loss = open_loss(cfg.loss)
     with ExitStack() as stack:
         session = open_grpo(cfg, stack)
-        assert session.evaluator is not None  # it samples the rollouts, too
+        assert session.evaluator is not None  # its collector also samples the rollouts
         cfg, run, policy = session.cfg, session.run, session.policy
         collector = session.evaluator.collector
         scorer = collector.scorer
@@ -51,7 +51,7 @@ def train(cfg: GrpoConfig) -> Path:
         session.cursor = rollouts.cursor
         for step in session.steps():
             groups = rollouts.take(step)
-            with run.timed("reward"):  # the part that sampling did not hide
+            with run.timed("reward"):  # the time that sampling did not hide
                 report = scorer.score(groups, step=step)
             penalize_overlong(
                 groups, max_tokens=cfg.rollout.max_tokens, buffer=cfg.loss.overlong_buffer
@@ -86,9 +86,10 @@ def update(
 ) -> list[UpdateFigures]:
     """Make ``updates_per_rollout`` optimizer updates on one step's rollouts.
 
-    The first is exactly on-policy: its ratio is 1 by construction and needs no old log-probs. Later
-    ones compare with the log-probs the first one computed, so no separate pass for them exists
-    either.
+    The first update is on-policy: its ratio is exactly 1 and needs no old log-probs. Later updates
+    compare with the log-probs that the first one computed, so no update needs a separate pass.
+
+    ``loss_cfg`` is the loss section with the correction that the gap's guard has chosen.
     """
     norm = normalizer(variant, batch, max_tokens=cfg.rollout.max_tokens)
     _check_version(batch, policy.version, cfg)
@@ -142,15 +143,18 @@ def update(
 
 
 def _check_version(batch: PackedBatch, version: int, cfg: GrpoConfig) -> None:
-    """Refuse rollouts of another policy: the ratio counts as exactly 1, which holds only for the
-    very policy that is updated. Overlapped rollouts are one step older, and corrected for it."""
+    """Raise RuntimeError for rollouts of another policy version than the one that is updated.
+
+    The first update takes the ratio as exactly 1, which holds only for that version. Overlapped
+    rollouts are one step older, for which ``loss.correction`` corrects.
+    """
     late = cfg.updates_per_rollout if cfg.rollout.overlap else 0
     known = range(version - late, version + 1)
     for micro in batch.microbatches:
         if stale := sorted(v for v in set(micro.policy_version.tolist()) if v not in known):
             raise RuntimeError(
-                f"a bug in rlsloth: rollouts sampled from policy version {stale} would train "
-                f"version {version}"
+                f"a bug in rlsloth: the rollouts are of policy version {stale}, but version "
+                f"{version} would be trained on them"
             )
 
 

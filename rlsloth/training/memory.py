@@ -1,4 +1,4 @@
-"""A run as the memory plan takes it: the request of each loop."""
+"""Requests to the memory plan: each kind of run in the plan's terms."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rlsloth.rollout.engines import choose_engine
 
 
 def grpo_request(cfg: GrpoConfig, longest_prompt: int) -> Request:
-    """The request of ``rlsloth grpo``; ``longest_prompt``: its tokens."""
+    """Make the request of ``rlsloth grpo``; ``longest_prompt`` is in tokens."""
     return sampling_request(
         cfg, cfg, longest_prompt, prompts=cfg.prompts_per_step, group_size=cfg.group_size
     )
@@ -26,8 +26,15 @@ def sampling_request(
     prompts: int,
     group_size: int,
 ) -> Request:
-    """The request of a run that samples ``group_size`` completions of ``prompts`` prompts a step,
-    and those of its evaluations."""
+    """Make the request of a run that samples, in its steps and its evaluations.
+
+    Args:
+        cfg: the sections about training.
+        problems: the sections about problems.
+        longest_prompt: tokens of the longest prompt.
+        prompts: prompts of a step.
+        group_size: completions of each prompt.
+    """
     workload = make_workload(
         cfg.model,
         problems.rollout,
@@ -37,14 +44,14 @@ def sampling_request(
         longest_prompt=longest_prompt,
         single_turn=declaration(problems.env).single_turn,
     )
-    choice = choose_engine(problems.rollout, "cuda", planned=True)  # a plan is a GPU's
+    choice = choose_engine(problems.rollout, "cuda", planned=True)  # plans are for GPUs
     fallback = choice.fallback.memory if choice.fallback else None
     sampling = Sampling(problems.rollout, workload, choice.kind.memory, fallback)
     return Request(cfg.model, cfg.lora, cfg.optim, cfg.tokens_per_microbatch, sampling)
 
 
 def examples_request(cfg: SupervisedConfig, longest: Example) -> Request:
-    """The request of training on examples, of which this one has the longest stream."""
+    """Make the request of training on examples; ``longest`` has the longest stream of all."""
     answers = len(longest.answers)
     prompt = len(longest.prompt_ids) if answers > 1 else 0
     stream = Stream(prompt, -(-(longest.packed - prompt) // answers), answers)
@@ -59,5 +66,5 @@ def examples_request(cfg: SupervisedConfig, longest: Example) -> Request:
 
 
 def evaluation_request(cfg: SupervisedConfig, longest_prompt: int) -> Request:
-    """The request of an engine that answers held-out problems (eval.generate)."""
+    """Make the request of an engine that only solves held-out problems (``eval.generate``)."""
     return sampling_request(cfg, cfg, longest_prompt, prompts=1, group_size=2)

@@ -1,4 +1,4 @@
-"""Opening a run: every part of its session, the cheap ones that can refuse bad input first."""
+"""Opening a session: the parts that can refuse bad input come first, then the model."""
 
 from __future__ import annotations
 
@@ -63,13 +63,13 @@ from rlsloth.training.session import Session
 Training = TypeVar("Training", bound=TrainingConfig)
 Supervised = TypeVar("Supervised", bound=SupervisedConfig)
 PLAN = "plan.json"
-"""File of a run folder: the settings that the memory plan decided on this machine."""
+"""File in the run folder with the settings that the memory plan decided on this machine."""
 
 
 def open_grpo(
     cfg: GrpoConfig, stack: ExitStack, *, trains: bool = True
 ) -> Session[GrpoConfig, Prompt]:
-    """Open a session that samples its training data; ``trains`` false: only to evaluate.
+    """Open a session that trains on its own samples; ``trains`` false: only to evaluate.
 
     Raises:
         UserError: bad input.
@@ -126,7 +126,12 @@ def open_grpo(
 
 
 def open_examples(cfg: Supervised, stack: ExitStack, read: Reader) -> Session[Supervised, Example]:
-    """Open a session that learns from a dataset of examples.
+    """Open a session that trains on a dataset of examples.
+
+    Args:
+        cfg: the configuration.
+        stack: closes the session's parts.
+        read: makes examples of the dataset's rows.
 
     Raises:
         UserError: bad input.
@@ -173,7 +178,13 @@ def open_examples(cfg: Supervised, stack: ExitStack, read: Reader) -> Session[Su
 def open_teacher(
     cfg: TeacherConfig, stack: ExitStack, *, prompts: int, samples: int
 ) -> tuple[Run, Policy, Collector]:
-    """Open a run that only samples, ``samples`` completions of ``prompts`` prompts at a time.
+    """Open a run that samples but does not train.
+
+    Args:
+        cfg: the configuration.
+        stack: closes the run's parts.
+        prompts: prompts that are sampled together.
+        samples: completions of each prompt.
 
     Raises:
         UserError: bad input.
@@ -211,10 +222,22 @@ def open_teacher(
 
 
 def open_policy(cfg: TrainingConfig, run: Run, *, temperature: float, total_updates: int) -> Policy:
-    """Load the model with its adapter, ready to train. Raises UserError."""
+    """Load the model with its adapter, ready to train.
+
+    Args:
+        cfg: the sections about training.
+        run: for messages.
+        temperature: temperature of the log-probs.
+        total_updates: optimizer updates of the whole run, for the learning rate's schedule.
+
+    Raises:
+        UserError: the model or its adapter cannot be loaded.
+    """
     run.say(f"loading {cfg.model.path}")
     if cfg.model.adapter is not None:
-        run.say(f"continuing {cfg.model.adapter}: its rank, alpha and targets, not --lora.*")
+        run.say(
+            f"continuing {cfg.model.adapter} with its rank, alpha and targets instead of --lora.*"
+        )
     torch.manual_seed(cfg.seed)  # the adapter's starting weights
     policy = Policy.load(
         cfg.model, cfg.lora, cfg.optim, temperature=temperature, total_updates=total_updates
@@ -225,26 +248,26 @@ def open_policy(cfg: TrainingConfig, run: Run, *, temperature: float, total_upda
 
 
 def _grpo_request(cfg: GrpoConfig, prompts: Sequence[Prompt]) -> Request:
-    """The run as the memory plan takes it, before the model is loaded."""
+    """Make the run's request to the memory plan before the model is loaded."""
     longest = estimate_longest(cfg.model, cfg.env, prompts) or DEFAULT_PROMPT
     return grpo_request(cfg, longest)
 
 
 def _check_grpo(cfg: GrpoConfig, env: Environment, longest: int, context: int) -> None:
-    """Refuse before step 1 what training would stumble over later. Raises UserError."""
+    """Raise UserError before step 1 for input that would only fail later."""
     if cfg.evaluates():
         heldout_problems(env, cfg.eval)
     total = min(longest + cfg.rollout.max_tokens, context)
     if total > cfg.microbatch:
         raise UserError(
-            f"a prompt of {longest} tokens with --rollout.max-tokens {cfg.rollout.max_tokens} may "
-            f"not fit --tokens-per-microbatch {cfg.microbatch}; raise it to {total}, or lower "
-            "--rollout.max-tokens"
+            f"a prompt of {longest} tokens with a completion of --rollout.max-tokens "
+            f"{cfg.rollout.max_tokens} does not fit --tokens-per-microbatch {cfg.microbatch}; "
+            f"raise it to {total}, or lower --rollout.max-tokens"
         )
 
 
 def _write_plan(run: Run, cfg: TrainingConfig) -> None:
-    """Keep the decided settings next to config.yaml, which holds what the user set."""
+    """Write the plan's settings to a file of their own; config.yaml has only the user's."""
     decided = {
         "tokens_per_microbatch": cfg.tokens_per_microbatch,
         "gradient_checkpointing": cfg.model.gradient_checkpointing,

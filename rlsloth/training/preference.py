@@ -33,14 +33,14 @@ from rlsloth.training.reference import with_reference
 from rlsloth.training.session import Metrics, step_metrics
 
 Score = Callable[[MicroBatch], Tensor]
-"""A micro-batch on its device to the log-probs [N] of its scored tokens under the policy."""
+"""Function from a micro-batch on its device to the policy's log-probs [N] of its scored tokens."""
 
 
 def train(cfg: PreferenceConfig) -> Path:
-    """Run the preference method that the configuration belongs to; returns the run folder.
+    """Run the preference method that the configuration belongs to, and return the run folder.
 
     Raises:
-        UserError: bad input, said before the first step where it can be known by then.
+        UserError: bad input; it is raised before the first step if it can be known by then.
     """
     with ExitStack() as stack:
         session = open_examples(cfg, stack, reader(cfg))
@@ -67,14 +67,14 @@ def train(cfg: PreferenceConfig) -> Path:
 
 
 def known_method(cfg: PreferenceConfig) -> PreferenceMethod:
-    """The method that a configuration belongs to."""
+    """Return the method that a configuration belongs to."""
     method = method_of(cfg)
     assert method is not None, f"no preference method has {type(cfg).__name__}"
     return method
 
 
 def pack_examples(examples: Sequence[Example], tokens_per_microbatch: int) -> PackedBatch:
-    """Micro-batches of whole pairs, a pair's prompt once."""
+    """Pack examples into micro-batches; a pair stays whole and has its prompt once."""
     return _pack([example.group() for example in examples], tokens_per_microbatch)
 
 
@@ -91,7 +91,7 @@ def _pack(groups: Sequence[Group], tokens_per_microbatch: int) -> PackedBatch:
 def update(
     policy: Policy, examples: Sequence[Example], batch: PackedBatch, cfg: PreferenceConfig
 ) -> tuple[Metrics, StepStats]:
-    """One optimizer update on a step's examples and their micro-batches (``pack_examples``)."""
+    """Make one optimizer update; ``batch`` has the step's examples packed by ``pack_examples``."""
     stats = []
     for output in losses(policy, examples, batch, cfg, lambda m: policy.logprobs(m).logprobs):
         torch.autograd.backward(output.total)
@@ -106,7 +106,10 @@ def losses(
     cfg: PreferenceConfig,
     score: Score,
 ) -> Iterator[PreferenceOutput]:
-    """Each micro-batch's share of the step's loss; free the graph of one before the next."""
+    """Yield each micro-batch's share of the step's loss.
+
+    Free one share's autograd graph before taking the next.
+    """
     method = known_method(cfg)
     loss = method.load_loss()
     groups = [example.group() for example in examples]
@@ -128,8 +131,10 @@ def losses(
 def _pair_logps(
     policy: Policy, examples: Sequence[Example], micro: MicroBatch, reference: bool, score: Score
 ) -> PairLogps:
-    """Summed log-probs of a micro-batch's pairs; the reference's from the examples if they have
-    been computed before."""
+    """Sum the log-probs of a micro-batch's pairs.
+
+    The reference's come from the examples if they were computed before the first step.
+    """
     known = _known_reference(examples, micro) if reference else None
     scored = policy.reference_logprobs(micro) if reference and known is None else None
     logps = pair_logps(score(micro), micro, scored)
@@ -142,7 +147,7 @@ def _pair_logps(
 def _labelled_logps(
     policy: Policy, examples: Sequence[Example], micro: MicroBatch, reference: bool, score: Score
 ) -> LabelledLogps:
-    """Summed log-probs of a micro-batch's labelled completions."""
+    """Sum the log-probs of a micro-batch's labelled completions."""
     reference_B = rollout_sum(policy.reference_logprobs(micro), micro) if reference else None
     good = [examples[group].label for group, _ in micro.source]
     desirable_B = torch.tensor(good, device=policy.device)
@@ -151,8 +156,11 @@ def _labelled_logps(
 
 @torch.no_grad()
 def _kl(policy: Policy, groups: Sequence[Group], tokens_per_microbatch: int) -> Tensor:
-    """[] from the step's completions, each put after the next example's prompt (TRL's pairing), and
-    cut to what context and micro-batch hold of it."""
+    """Estimate KTO's KL baseline, a scalar, from completions after other examples' prompts.
+
+    Each completion follows the next example's prompt, which is TRL's pairing, and is cut to the
+    context and the micro-batch.
+    """
     limit = min(policy.context, tokens_per_microbatch)
     unrelated = [
         replace(group, rollouts=[_cut(r, limit - len(group.prompt_ids)) for r in other.rollouts])
@@ -167,15 +175,17 @@ def _kl(policy: Policy, groups: Sequence[Group], tokens_per_microbatch: int) -> 
 
 
 def _cut(rollout: Rollout, tokens: int) -> Rollout:
-    """Its beginning, whole where it fits; what is learnt of it is not empty."""
+    """Cut a rollout to its first tokens, but keep at least one token that carries loss."""
     tokens = max(tokens, 1 + rollout.loss_mask.index(True))
     kept = ("token_ids", "loss_mask", "logprobs", "policy_version")
     return replace(rollout, **{name: getattr(rollout, name)[:tokens] for name in kept})
 
 
 def _known_reference(examples: Sequence[Example], micro: MicroBatch) -> Tensor | None:
-    """[P, 2] log-probs of a micro-batch's pairs under the starting policy, where they are computed
-    ahead."""
+    """Return log-probs [P, 2] of a micro-batch's pairs under the starting policy.
+
+    Returns None if they were not computed before the first step.
+    """
     known = [examples[group].reference for group, rollout in micro.source if rollout == 0]
     return None if None in known else torch.tensor(known)
 
@@ -183,7 +193,7 @@ def _known_reference(examples: Sequence[Example], micro: MicroBatch) -> Tensor |
 def reference_sums(
     policy: Policy, examples: Sequence[Example], tokens_per_microbatch: int
 ) -> Tensor:
-    """[len(examples), 2] summed log-probs of chosen and rejected under the starting policy."""
+    """Sum the log-probs of chosen and rejected under the starting policy: [len(examples), 2]."""
     sums = torch.zeros(len(examples), 2)
     for micro in pack_examples(examples, tokens_per_microbatch).microbatches:
         moved = to_device(micro, policy.device)

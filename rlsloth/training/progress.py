@@ -22,10 +22,12 @@ from rlsloth.training.skips import Skips
 
 @dataclass(slots=True)
 class Progress:
-    """The progress of a run."""
+    """Progress of a run."""
 
     next_step: int
+    """Number of the next step, from 1."""
     num_tokens: int
+    """Tokens that the run has trained on or sampled."""
     before: EvalResult | None = None
     """The evaluation by sampling before training."""
     loss_before: float | None = None
@@ -33,18 +35,20 @@ class Progress:
 
 
 def refuse_changes(run: Run, data: str) -> None:
-    """Refuse to resume with another seed, model, adapter, optimizer or data: a checkpoint's tensors
-    and positions belong to them. Raises UserError.
+    """Raise UserError for a resumed run whose seed, model, adapter, optimizer or data has changed.
+
+    The checkpoint's tensors and its position in the data belong to them.
 
     Args:
+        run: the run, which knows its changed settings.
         data: prefix of the data's settings, ``env.`` or ``data.``.
     """
     fixed = ("seed", "model.path", "model.revision", "model.adapter", "lora.", "optim.name", data)
     for key, (old, new) in run.changes.items():
         if key.startswith(fixed):
             raise UserError(
-                f"{run.dir} was made with {key} {old}, which cannot become {new} on resume; start "
-                "another run (--model.adapter continues from this one's adapter)"
+                f"cannot resume {run.dir}: {key} is now {new}, but the run began with {old}; set "
+                "it back, or start another run (--model.adapter continues this run's adapter)"
             )
 
 
@@ -56,8 +60,11 @@ def save(
     skips: Skips,
     keep: int,
 ) -> None:
-    """Write a checkpoint from which ``resume`` continues to the same next step. Raises
-    UserError."""
+    """Write a checkpoint from which ``resume`` continues bit by bit.
+
+    Raises:
+        UserError: the checkpoint cannot be written.
+    """
     tensors, scalars = policy.state()
     state = {
         "next_step": progress.next_step,
@@ -74,8 +81,11 @@ def save(
 def resume(
     run: Run, cfg: TrainingConfig, policy: Policy, sampler: EpochSampler[Any], skips: Skips
 ) -> Progress:
-    """Restore the newest sound checkpoint if this run resumes; else start at step 1. Raises
-    UserError."""
+    """Restore the newest undamaged checkpoint if this run resumes; else start at step 1.
+
+    Raises:
+        UserError: the run has finished its steps, or its checkpoints are damaged.
+    """
     if not cfg.run.resume:
         return Progress(1, 0)
     found = checkpoint.load_latest(run.dir / "checkpoints")
@@ -85,7 +95,9 @@ def resume(
         run.say("no checkpoint yet: starting at step 1")
         return Progress(1, 0)
     if found.step >= cfg.steps and (run.dir / SUMMARY).exists():
-        raise UserError(f"{run.dir} has finished its {found.step} steps; raise --steps to train on")
+        raise UserError(
+            f"{run.dir} has finished its {found.step} steps; raise --steps to continue training"
+        )
     for warning in found.warnings:
         run.warn(warning)
     policy.restore(found.tensors, found.state["policy"])
@@ -104,7 +116,7 @@ def resume(
 
 
 def run_summary(cfg: TrainingConfig, policy: Policy, seconds: float) -> dict[str, Any]:
-    """Return the lines of summary.json about the run itself."""
+    """Return the part of summary.json about the run itself."""
     device = policy.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     return {"steps": cfg.steps, "seconds": round(seconds, 1), "device": name}

@@ -1,5 +1,4 @@
-"""Log-probs under the starting policy, computed once before the first step and kept in the run
-folder."""
+"""Log-probs under the starting policy, computed once before step 1 and kept in the run folder."""
 
 from __future__ import annotations
 
@@ -26,8 +25,15 @@ Sums = Callable[[Policy, Sequence[Example], int], Tensor]
 
 
 def with_reference(session: Session[Any, Example], sums: Sums) -> None:
-    """Give every example its reference log-probs: from the run's file if it resumes, else computed
-    and written. Raises UserError where that file belongs to other examples."""
+    """Give every example its reference log-probs, computed, or read if the run resumes.
+
+    Args:
+        session: the session, whose examples are replaced.
+        sums: computes them.
+
+    Raises:
+        UserError: the run's file belongs to different examples.
+    """
     run, path = session.run, session.run.dir / FILE
     sides = {"train": session.sampler.items, "heldout": session.heldout}
     everything = [example for examples in sides.values() for example in examples]
@@ -36,8 +42,8 @@ def with_reference(session: Session[Any, Example], sums: Sums) -> None:
         known = load_safetensors(path.read_bytes())
         if not torch.equal(known["fingerprint"], present):
             raise UserError(
-                f"{path} belongs to other examples: the training data changed since the run began; "
-                "start another run with another --run.dir"
+                f"cannot resume: {path} belongs to different examples, since the data has changed; "
+                "restore the data, or start a new run with another --run.dir"
             )
     else:
         run.say(f"scoring {len(everything)} pairs before training")

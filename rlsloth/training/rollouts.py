@@ -1,4 +1,4 @@
-"""A run's rollouts, step by step: sampled before each update, or while the one before runs."""
+"""The rollouts of each step, sampled before its update or during the previous one."""
 
 from __future__ import annotations
 
@@ -19,8 +19,11 @@ from rlsloth.run.run import Run
 
 
 class Rollouts:
-    """The groups of each step. With ``rollout.overlap`` only a run's first step waits for them:
-    every other trains on rollouts of the policy one update older."""
+    """Samples the groups of each step.
+
+    With ``rollout.overlap`` they are sampled during the previous step's update, from the policy
+    before it; only the first step waits for its groups.
+    """
 
     def __init__(
         self,
@@ -31,7 +34,16 @@ class Rollouts:
         run: Run,
         stack: ExitStack,
     ) -> None:
-        """Args: stack: closes the thread that samples in the background."""
+        """Prepare sampling.
+
+        Args:
+            cfg: the run's configuration.
+            collector: samples groups.
+            prompts: the training prompts.
+            policy: the policy, for its device.
+            run: for times.
+            stack: ends the thread that samples in the background.
+        """
         self._cfg = cfg
         self._collector = collector
         self._prompts = prompts
@@ -44,15 +56,14 @@ class Rollouts:
             self._pool = stack.enter_context(ThreadPoolExecutor(1, "rollouts"))
 
     def take(self, step: int) -> list[Group]:
-        """Return the groups of this step, unscored; the time counts as ``rollout``."""
+        """Return the unscored groups of this step; waiting counts as ``rollout`` time."""
         with self._run.timed("rollout"), advise("rollout", self._policy.model):
             groups, self._next = self._next or self._sample(step), None
         return groups
 
     @contextmanager
     def during_update(self, step: int) -> Iterator[None]:
-        """Run the update of ``step`` inside: while the next rollouts are sampled, or with the
-        engine's memory released."""
+        """Sample the next step's rollouts while the body runs, or release the engine's memory."""
         engine = self._collector.engine
         if self._pool is None or step == self._cfg.steps:
             engine.release()
@@ -65,12 +76,12 @@ class Rollouts:
             engine.interrupt()
             raise
         finally:
-            job.exception()  # whatever happens to the update, the engine must have come to rest
+            job.exception()  # wait for the engine, also if the update has failed
         with advise("rollout", self._policy.model):
             self._next = job.result()
 
     def cursor(self) -> SamplerState:
-        """Return the position in the prompts from which a resumed run's next ``take`` goes on."""
+        """Return the position in the prompts from which a resumed run continues."""
         return self._before if self._next is not None else self._prompts.state()
 
     def _sample(self, step: int) -> list[Group]:
@@ -80,7 +91,7 @@ class Rollouts:
         return self._collector.collect(prompts, self._cfg.group_size, sampling, step=step)
 
     def _event(self) -> Any:
-        """Mark the work on the update's stream that sampling waits for: the adapter's hand-over."""
+        """Record an event after the copy of the adapter, for which sampling must wait."""
         on_gpu = self._policy.device.type == "cuda"
         return torch.cuda.current_stream().record_event() if on_gpu else None
 
@@ -88,7 +99,7 @@ class Rollouts:
         if event is None:
             return self._sample(step)
         device = self._policy.device
-        # Decoding waits for each of its small kernels; the update's need not be on time.
+        # Decoding waits for each of its small kernels, which should not queue behind the update's.
         stream = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
         stream.wait_event(event)
         with torch.cuda.stream(stream):

@@ -1,4 +1,4 @@
-"""One run of any loop: configuration, run folder, policy, data, evaluation and progress."""
+"""A run of any loop: configuration, run folder, policy, data, evaluation and progress."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Config = TypeVar("Config", bound=TrainingConfig)
 Item = TypeVar("Item")
 Metrics = dict[str, float]
 HeldoutLoss = Callable[[Sequence[Example]], Metrics]
-"""Held-out examples to the figures of an evaluation, ``loss`` among them; changes nothing."""
+"""Function from held-out examples to the figures of an evaluation, with ``loss`` among them."""
 
 
 def step_metrics(stats: StepStats) -> Metrics:
@@ -39,21 +39,22 @@ def step_metrics(stats: StepStats) -> Metrics:
 
 @dataclass(slots=True)
 class Session(Generic[Config, Item]):
-    """One run of a loop. The loop trains; the session does everything around its steps."""
+    """A run of a loop. The loop computes updates; the session does everything around them."""
 
     cfg: Config
-    """The configuration with the plan's decisions in it; config.yaml holds what the user set."""
+    """The configuration with the memory plan's decisions; config.yaml has only the user's."""
     run: Run
     policy: Policy
     sampler: EpochSampler[Item]
     """Training prompts or examples, in the order of their epochs."""
     evaluator: Evaluator | None = None
-    """Answers held-out problems; None: nothing is sampled."""
+    """Solves held-out problems; None: the run does not sample."""
     heldout: Sequence[Example] = ()
     """Examples for the held-out loss."""
     heldout_loss: HeldoutLoss | None = None
+    """Measures the held-out loss; None: the run has none."""
     cursor: Callable[[], SamplerState] | None = None
-    """Position in the data that a checkpoint keeps; default: the sampler's own."""
+    """Returns the position in the data for a checkpoint; None: the sampler's own."""
     progress: Progress = field(default_factory=lambda: Progress(1, 0))
     skips: Skips = field(init=False)
     started: float = field(default_factory=time.monotonic)
@@ -62,7 +63,7 @@ class Session(Generic[Config, Item]):
         self.skips = Skips(self.cfg.optim.max_skipped)
 
     def begin(self) -> None:
-        """Go to the newest sound checkpoint if the run resumes; evaluate before step 1.
+        """Restore the newest undamaged checkpoint if the run resumes; else evaluate before step 1.
 
         Raises:
             UserError: the run cannot be resumed, or has nothing to evaluate on.
@@ -74,7 +75,7 @@ class Session(Generic[Config, Item]):
             self.progress.loss_before, self.progress.before = self.evaluate(0)
 
     def steps(self) -> Iterator[int]:
-        """Yield the number of each step that is left, with torch's generator seeded for it."""
+        """Yield the number of each remaining step, with torch's generator seeded for it."""
         for step in self.run.steps(self.progress.next_step, self.cfg.steps):
             # For dropout; sampling has a generator of its own.
             torch.manual_seed(derive_seed(self.cfg.seed, "dropout", step))
@@ -82,14 +83,14 @@ class Session(Generic[Config, Item]):
 
     @contextmanager
     def updating(self, what: str) -> Iterator[None]:
-        """Time an update, and advise where it runs out of memory; ``what`` picks the advice."""
+        """Time an update, and turn out-of-memory errors into advice; ``what`` is its key."""
         with self.run.timed("update"), advise(what, self.policy.model):
             yield
 
     def close_step(
         self, step: int, metrics: Mapping[str, float], batch: PackedBatch, *, tokens: int
     ) -> None:
-        """Log a step's figures; ``tokens``: how many it learned from."""
+        """Log a step's figures; ``tokens`` is the number that the step trained on or sampled."""
         self.progress.num_tokens += tokens
         self.progress.next_step = step + 1
         counts = {
@@ -99,7 +100,7 @@ class Session(Generic[Config, Item]):
         self.run.log(step, {**metrics, **counts})
 
     def end_step(self, step: int, batch: PackedBatch, *, skipped: bool) -> None:
-        """Count a skipped update, evaluate and save where it is time.
+        """Count a skipped update; evaluate and save a checkpoint if they are due.
 
         Raises:
             UserError: too many updates in a row were skipped.
@@ -114,8 +115,10 @@ class Session(Generic[Config, Item]):
                 save(self.run, self.policy, self.progress, cursor, self.skips, cfg.run.keep)
 
     def evaluate(self, step: int) -> tuple[float | None, EvalResult | None]:
-        """Measure the held-out loss and the accuracy on held-out problems, as far as the run has
-        them; both are logged."""
+        """Measure and log the held-out loss and the accuracy on held-out problems.
+
+        Each is None if the run does not have it.
+        """
         loss = None
         if self.heldout_loss is not None:
             with self.run.timed("eval"), advise("examples", self.policy.model), torch.no_grad():
@@ -131,11 +134,11 @@ class Session(Generic[Config, Item]):
         engine = self.evaluator.collector.engine
         engine.set_weights(self.policy.weights())
         result = self.evaluator.evaluate(step)
-        engine.release()  # its memory is the update's
+        engine.release()  # the update needs its memory
         return loss, result
 
     def finish(self) -> Path:
-        """Write the adapter, evaluate, and write the summary; returns the run folder."""
+        """Write the adapter, evaluate, and write the summary. Returns the run folder."""
         cfg, run = self.cfg, self.run
         save_adapter(self.policy.model, run.dir / "adapter")
         loss, result = self.evaluate(cfg.steps) if cfg.eval.at_end else (None, None)

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: raise the likelihood of given answers."""
+"""Supervised fine-tuning: raise the likelihood of examples' completions."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from rlsloth.training.session import Metrics, step_metrics
 
 
 def train(cfg: SftConfig) -> Path:
-    """Run SFT as configured; returns the run folder.
+    """Run SFT and return the run folder.
 
     Raises:
-        UserError: bad input, said before the first step where it can be known by then.
+        UserError: bad input; it is raised before the first step if it can be known by then.
     """
     with ExitStack() as stack:
         session = open_examples(cfg, stack, sft_examples)
@@ -43,14 +43,16 @@ def train(cfg: SftConfig) -> Path:
 
 
 def pack_examples(examples: Sequence[Example], tokens_per_microbatch: int) -> PackedBatch:
-    """Micro-batches without padding, in which no example sees another."""
+    """Pack examples into micro-batches without padding; no example sees another."""
     groups = [example.group() for example in examples]
     return pack(groups, tokens_per_microbatch, mask_truncated=False, keep_zero_advantage=True)
 
 
 def update(policy: Policy, batch: PackedBatch) -> tuple[Metrics, StepStats]:
-    """One optimizer update on the mean of -log p over the step's learnt tokens, however the step is
-    cut into micro-batches."""
+    """Make one optimizer update on the mean of -log p over the step's trained tokens.
+
+    The update does not depend on how the step is divided into micro-batches.
+    """
     sums = []
     for micro in batch.microbatches:
         out = policy.logprobs(to_device(micro, policy.device))
@@ -63,7 +65,7 @@ def update(policy: Policy, batch: PackedBatch) -> tuple[Metrics, StepStats]:
 
 
 def held_out_loss(policy: Policy, batch: PackedBatch) -> Metrics:
-    """Mean of -log p over the learnt tokens, in nats."""
+    """Return the mean of -log p over the trained tokens, nats a token."""
     nll = -sum(
         float(policy.eval_logprobs(to_device(micro, policy.device)).sum())
         for micro in batch.microbatches

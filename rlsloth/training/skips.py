@@ -1,4 +1,4 @@
-"""Updates whose gradient is not finite: counted, their batches kept, a hopeless run ended."""
+"""Updates that are skipped because their gradient is not finite."""
 
 from __future__ import annotations
 
@@ -12,23 +12,25 @@ from rlsloth.run.run import Run
 
 
 class Skips:
-    """Count updates skipped in a row, keep their batches, and end a hopeless run."""
+    """Counts updates skipped in a row, saves their batches, and ends a run that only skips."""
 
     in_a_row: int
-    """Skipped since the last update that was made; checkpoints keep it."""
+    """Number of updates skipped since the last one that was made; checkpoints keep it."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self.in_a_row = 0
 
     def check(self, skipped: bool, batch: PackedBatch, run: Run, step: int) -> None:
-        """Count a step. Raises UserError after too many skipped in a row."""
+        """Count a step. Raises UserError after ``optim.max_skipped`` skipped steps in a row."""
         if not skipped:
             self.in_a_row = 0
             return
         self.in_a_row += 1
         path = dump_batch(batch, run.dir / "skipped" / f"step_{step:05d}.safetensors")
-        run.warn(f"step {step}: gradient not finite, nothing was updated; its batch is in {path}")
+        run.warn(
+            f"step {step}: the gradient is NaN or infinite; update skipped, batch saved in {path}"
+        )
         if self.in_a_row >= self._limit:
             raise UserError(
                 f"the gradient was NaN or infinite for {self.in_a_row} steps in a row; lower "
@@ -37,7 +39,7 @@ class Skips:
 
 
 def dump_batch(batch: PackedBatch, path: Path) -> Path:
-    """Write a step's micro-batches as safetensors, names ``<micro-batch>.<field>``."""
+    """Write a step's micro-batches as safetensors with names ``<micro-batch>.<field>``."""
     from safetensors.torch import save_file
 
     path.parent.mkdir(parents=True, exist_ok=True)

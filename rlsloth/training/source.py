@@ -1,4 +1,4 @@
-"""What is exported or talked to: a run, an adapter, or a whole model."""
+"""A trained model on disk, as a run, an adapter or a whole model, for exports and chat."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ PEFT_CONFIG = "adapter_config.json"
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A trained model in its parts."""
+    """The parts of a trained model."""
 
     base: ModelConfig
-    """The base, to be loaded as it was trained on; the whole model where there is no adapter."""
+    """The base model as in training; the whole model if there is no adapter."""
     adapter: Path | None = None
-    """PEFT folder."""
+    """PEFT's folder."""
     run: Path | None = None
-    """The run that trained it."""
+    """Folder of the run that trained it."""
     identity: Identity | None = None
-    """The base as training saw it; None for adapters of others."""
+    """The base model that training used; None for adapters that rlsloth did not train."""
 
     @property
     def config(self) -> dict[str, Any]:
@@ -48,23 +48,27 @@ def find_source(
     precision: str | None = None,
     trust_remote_code: bool = False,
 ) -> Source:
-    """Look at what lies at ``path``: a run folder, an adapter folder, else a model.
+    """Find the parts of the model at ``path``: a run folder, an adapter folder, or a model.
 
     Args:
-        base: in place of the base that the adapter names.
-        precision: in place of training's.
+        path: folder, GGUF file or hub id.
+        base: base model to use instead of the one that the adapter names.
+        device: device to load it on.
+        precision: precision to use instead of training's.
+        trust_remote_code: whether a model may run code of its own.
 
     Raises:
-        UserError: a run without an adapter, or an adapter whose base is not there, or another.
+        UserError: the run has no adapter yet, or the adapter's base model is missing or a
+            different one.
     """
     folder = Path(path).expanduser()
     run, adapter = None, None
     if (folder / "student" / CONFIG).is_file():
-        raise UserError(f"{folder} is a distillation; did you mean {folder / 'student'}?")
+        raise UserError(f"{folder} is the folder of a distillation; pass {folder / 'student'}")
     if (folder / CONFIG).is_file():
         run, adapter = folder, folder / ADAPTER
         if not (adapter / PEFT_CONFIG).is_file():
-            raise UserError(f"{folder} has no adapter yet: let the run finish (--run.resume)")
+            raise UserError(f"{folder} has no adapter yet; finish the run with --run.resume")
     elif (folder / PEFT_CONFIG).is_file():
         adapter = folder
         if folder.name == ADAPTER and (folder.parent / CONFIG).is_file():
@@ -75,7 +79,7 @@ def find_source(
     identity = read_identity(adapter)
     named = _named_base(adapter, run, identity)
     if named["path"] is None and base is None:
-        raise UserError(f"adapter {adapter} names no base model; pass it with --base")
+        raise UserError(f"adapter {adapter} names no base model; pass --base MODEL")
     if base is not None:
         named |= {"path": base, "revision": None}
     if precision is not None:
@@ -84,14 +88,16 @@ def find_source(
     _check_there(model, adapter)
     if identity is not None:
         weights = hash_weights(model.path, model.revision)
-        if weights is not None:  # else the hub's, not fetched yet: load_adapter compares
+        if weights is not None:  # else not downloaded yet: load_adapter compares them
             refuse_other_base(identity, weights, adapter, model.path)
     return Source(model, adapter, run, identity)
 
 
 def _named_base(adapter: Path, run: Path | None, identity: Identity | None) -> dict[str, Any]:
-    """Path, revision and precision of the base: as recorded, as the run was configured, or as PEFT
-    says."""
+    """Return the base model's path, revision and precision.
+
+    They are read from the adapter's identity, else from the run's configuration, else from PEFT's.
+    """
     if identity is not None:
         return {key: getattr(identity, key) for key in ("path", "revision", "precision")}
     if run is not None:
@@ -102,13 +108,15 @@ def _named_base(adapter: Path, run: Path | None, identity: Identity | None) -> d
     try:
         config = json.loads((adapter / PEFT_CONFIG).read_bytes())
     except ValueError as error:
-        raise UserError(f"{adapter / PEFT_CONFIG} is damaged: {error}") from error
+        raise UserError(f"{adapter / PEFT_CONFIG} is not JSON ({error}); save it again") from error
     return {"path": config.get("base_model_name_or_path"), "revision": config.get("revision")}
 
 
 def prompting(config: Mapping[str, Any]) -> dict[str, Any]:
-    """How a run's configuration says that prompts are made: by ``data`` where it learnt given
-    answers and that says so, else by ``env``; empty without a run."""
+    """Return a run's settings for making prompts; empty without a run.
+
+    They are those of ``env``, replaced by those of ``data`` that are set (training on examples).
+    """
     env, data = config.get("env") or {}, config.get("data") or {}
     return {**env, **{key: value for key, value in data.items() if value not in (None, {})}}
 
@@ -131,6 +139,6 @@ def _check_there(base: ModelConfig, adapter: Path) -> None:
     )
     if local and not path.exists():
         raise UserError(
-            f"the base {base.path} of adapter {adapter} is not there (looked from {Path.cwd()}); "
-            "pass where it is with --base"
+            f"adapter {adapter} needs its base model, but {base.path} does not exist (current "
+            f"folder: {Path.cwd()}); pass its path with --base"
         )

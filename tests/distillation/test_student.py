@@ -69,5 +69,7 @@ def test_a_student_trains_on_the_dataset(
         UserError, match=r"taught/student was trained on another dataset: pass --student"
     ):
         distill("taught", *flags, "--resume", "--traces.keep", "1")
-    with pytest.raises(UserError, match="taught is a distillation; did you mean taught/student"):
+    with pytest.raises(
+        UserError, match="taught is the folder of a distillation; pass taught/student"
+    ):
         find_source("taught")

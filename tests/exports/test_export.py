@@ -45,7 +45,7 @@ def test_another_base_is_refused(
     other = make_base(tmp_path / "other", intermediate_size=64)
     for to in ("adapter", "merged"):
         refused(run, "--to", to, "--base", str(other), words=("was trained on", str(other)))
-    refused(run, "--base", "/nowhere/model", words=("/nowhere/model", "is not there", "--base"))
+    refused(run, "--base", "/nowhere/model", words=("/nowhere/model", "does not exist", "--base"))
     fine_tuned = Path(shutil.copytree(base, tmp_path / "fine-tuned"))
     change_weights(fine_tuned, "model.layers.1.mlp.up_proj.weight")
     refused(run, "--base", str(fine_tuned), words=("was trained on", "different weights"))
@@ -106,7 +106,7 @@ def test_sources_that_are_none(
     refused(base, words=("is neither a run", "nor an adapter"))
     refused(tmp_path / "nowhere", words=("is neither a run",))
     shutil.rmtree(run / "adapter")
-    refused(run, words=("has no adapter yet", "let the run finish"))
+    refused(run, words=("has no adapter yet", "--run.resume"))
 
 
 def test_what_is_overwritten(

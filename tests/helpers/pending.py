@@ -7,9 +7,6 @@ from collections.abc import Iterable
 PENDING: dict[str, set[str]] = {
     "docstring": {
         "rlsloth/losses/preference/base.py",
-        "rlsloth/training/progress.py",
-        "rlsloth/training/rollouts.py",
-        "rlsloth/training/source.py",
         "tests/examples/test_benchmarks.py",
         "tests/examples/test_benchmarks_supervised.py",
         "tests/losses/test_preference_trl.py",

@@ -196,7 +196,7 @@ def test_a_non_finite_update_is_skipped_dumped_and_counted(train: Train, spoil) 
     assert batch["0.target_ids"].shape == batch["0.advantages"].shape
     assert len(batch["0.token_ids"]) > 0
     log = (folder / "log.txt").read_text()
-    assert "warning: step 2: gradient not finite, nothing was updated" in log
+    assert "warning: step 2: the gradient is NaN or infinite; update skipped" in log
 
 
 def test_too_many_skips_in_a_row_end_the_run(train: Train, spoil, capsys) -> None:

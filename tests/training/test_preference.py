@@ -266,10 +266,10 @@ def test_report_of_a_run_on_pairs() -> None:
     assert {"Margin", "Chosen preferred", "Implicit rewards", "Log-probs"} <= set(charts)
     assert [line.name for line in charts["Implicit rewards"].lines] == ["chosen", "rejected"]
     assert charts["Rewards: accuracies"].percent
-    (held_out,) = (c for c in sections["Held-out questions"] if c.title == "Loss")
+    (held_out,) = (c for c in sections["Held-out problems"] if c.title == "Loss")
     assert not held_out.percent  # 0.69 is no share
 
 
 def test_dropout_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert command("dpo", "p", "--lora.dropout", "0.1") == 2
-    assert "lora.dropout is noise in every log-ratio" in capsys.readouterr().err
+    assert "lora.dropout adds noise to every log-ratio" in capsys.readouterr().err

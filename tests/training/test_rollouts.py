@@ -134,7 +134,7 @@ def test_an_update_takes_overlapped_tokens_of_one_step_before(overlap, updates, 
 
     check(oldest)
     for stale in (oldest - 1, 6):
-        with pytest.raises(RuntimeError, match=rf"version \[{stale}\] would train version 5"):
+        with pytest.raises(RuntimeError, match=rf"version \[{stale}\], but version 5"):
             check(stale)
 
 

@@ -163,7 +163,7 @@ def test_long_examples_are_left_out_and_said(capsys: pytest.CaptureFixture[str])
 def test_the_first_example_is_shown_with_its_mask(capsys: pytest.CaptureFixture[str]) -> None:
     assert command("sft", "d", "--steps", "1") == 0
     shown = capsys.readouterr().out
-    assert "learnt text in brackets: <|im_start|>user say " in shown
+    assert "trained text in brackets: <|im_start|>user say " in shown
     assert "<|im_start|>assistant [" in shown
 
 
@@ -177,7 +177,7 @@ def test_grpo_continues_the_adapter(capsys: pytest.CaptureFixture[str]) -> None:
     given += ["--env.train", "d.jsonl", "--env.heldout", "3", "--rewards", "./reward.py:short"]
     given += ["--model.path", "model", "--model.adapter", "run/adapter", "--run.dir", "rl", *more]
     assert cli.main(["grpo", *given]) == 0
-    assert "continuing run/adapter: its rank, alpha and targets" in capsys.readouterr().out
+    assert "continuing run/adapter with its rank, alpha and targets" in capsys.readouterr().out
     before = load_file("run/adapter/adapter_model.safetensors")
     after = load_file("rl/adapter/adapter_model.safetensors")
     changed = [float((after[n] - t).abs().max()) for n, t in before.items()]
@@ -249,9 +249,9 @@ def test_plan_of_given_answers(kind: str, longest: int, capsys: pytest.CaptureFi
 def test_report_shows_the_losses() -> None:
     assert command("sft", "d", "--eval.every", "2") == 0
     page = write_report(Path("run")).read_text()
-    assert "of the step&#39;s examples" in page
+    assert "step&#39;s examples" in page
     assert "near 0 by construction" not in page
-    assert ">Held-out questions<" in page
+    assert ">Held-out problems<" in page
 
 
 @pytest.mark.parametrize(
@@ -267,7 +267,7 @@ def test_report_shows_the_losses() -> None:
             ["--data.max-tokens", "5"],
             "error: --data.train d.jsonl: all 16 examples have more",
         ),
-        (["--tokens-per-microbatch", "20"], "error: an example of "),
+        (["--tokens-per-microbatch", "20"], "error: the longest example has "),
         (["--rewards", "math_verify"], "error: rewards has no effect without eval.generate"),
         (["--data.completion-column", "anser"], "error: d.jsonl has no column 'anser'; did you"),
         (["--model.path", "nowhere/"], "error: "),
@@ -296,7 +296,7 @@ def test_data_cannot_change_on_resume(capsys: pytest.CaptureFixture[str]) -> Non
     write_rows(Path("e.jsonl"), SFT[1:])
     more = ["--run.resume", "--steps", "9"]
     assert cli.main(["sft", "run/config.yaml", *more, "--data.train", "e.jsonl"]) == 2
-    assert "was made with data.train d.jsonl" in capsys.readouterr().err
+    assert "the run began with d.jsonl" in capsys.readouterr().err
     assert cli.main(["sft", "run/config.yaml", *more]) == 0
     assert len(steps()) == 9
     write_rows(Path("d.jsonl"), SFT[::-1])  # as many, under the same name
