@@ -31,7 +31,7 @@ def train(model: Path, folder: Path) -> Any:
         group_size=2,
         model=ModelConfig(path=str(model)),
         env=EnvConfig(heldout=4),
-        rollout=RolloutConfig(max_tokens=8),
+        rollout=RolloutConfig(engine="transformers", max_tokens=8),  # vLLM: test_training_vllm.py
         eval=EvalConfig(at_start=False, at_end=False),
         run=RunConfig(dir=folder),
     )

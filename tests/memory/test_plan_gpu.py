@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from helpers.allocations import stream
 from helpers.tiny import tiny_tokenizer
-from rlsloth.config import GrpoConfig, LoraConfig, ModelConfig, OptimConfig
+from rlsloth.config import GrpoConfig, LoraConfig, ModelConfig, OptimConfig, RolloutConfig
 from rlsloth.data.packing import to_device
 from rlsloth.kernels.nf4 import ahead
 from rlsloth.memory import plan as plan_module
@@ -81,7 +81,10 @@ def test_update_peak(folder, precision, checkpointing):
     model = ModelConfig(
         path=str(folder), precision=precision, gradient_checkpointing=checkpointing, device="cuda"
     )
-    cfg = GrpoConfig(model=model, lora=LoraConfig(rank=32), tokens_per_microbatch=TOKENS)
+    rollout = RolloutConfig(engine="transformers")  # auto would plan vLLM where it is installed
+    cfg = GrpoConfig(
+        model=model, lora=LoraConfig(rank=32), rollout=rollout, tokens_per_microbatch=TOKENS
+    )
     policy = Policy.load(model, cfg.lora, OptimConfig(), temperature=1.0, total_updates=4)
     like = grpo_request(cfg, PROMPT).micro_batch_stream()
     trees = TOKENS // (PROMPT + like.group * like.completion)

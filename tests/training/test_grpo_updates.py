@@ -10,6 +10,7 @@ import pytest
 from safetensors.torch import load_file
 
 from helpers.grpo_runs import QUICK, Train, adapter, rows, same
+from rlsloth.losses.policy_loss import policy_loss
 from rlsloth.records import LossOutput
 from rlsloth.run.metrics import UpdateFigures
 from rlsloth.training import grpo
@@ -173,7 +174,7 @@ def spoil(monkeypatch) -> Callable[[set[int]], None]:
                 out.total = out.total * float("nan")
             return out
 
-        original = grpo.policy_loss
+        original = policy_loss
         monkeypatch.setattr(grpo, "policy_loss", spoilt)
 
     return spoil

@@ -109,7 +109,11 @@ def test_gradient_does_not_depend_on_packing(kind: str) -> None:
         batch = preference.pack_examples(examples, tokens)
         total = 0.0
         for output in preference.losses(
-            policy, examples, batch, used, lambda m, p=policy: p.logprobs(m).logprobs
+            policy,
+            examples,
+            batch,
+            used,
+            lambda m, p=policy: p.logprobs(m).logprobs,  # type: ignore[misc]
         ):
             torch.autograd.backward(output.total)
             total += output.stats.loss

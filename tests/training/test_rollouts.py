@@ -94,7 +94,7 @@ def test_a_resumed_run_samples_again_what_was_ahead():
         (ahead,) = rollouts.take(2)
         assert rollouts.cursor() == parts.prompts.state() != state
     resumed.prompts.restore(state)
-    assert steps(resumed, first=2)[0][2] == ahead[2]
+    assert steps(resumed, first=2)[0][2] == ahead[2]  # type: ignore[index]
 
 
 def test_a_failed_update_interrupts_the_engine_and_waits_for_the_engine_to_rest():
@@ -107,7 +107,7 @@ def test_a_failed_update_interrupts_the_engine_and_waits_for_the_engine_to_rest(
         resting.set()
         raise RuntimeError("sampling was interrupted")
 
-    parts.collect = slow  # type: ignore[method-assign]
+    parts.collect = slow
     with ExitStack() as stack:
         rollouts = rollouts_of(parts, stack)
         with pytest.raises(ValueError, match="update"), rollouts.during_update(1):

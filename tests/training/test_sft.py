@@ -99,8 +99,9 @@ def test_gradient_does_not_depend_on_packing(budget: int) -> None:
     grads = []
     for tokens in (1, budget):  # 1: every example alone
         policy = policy_of()
-        step, kept = policy.step, {}
-        policy.step = lambda p=policy, s=step, k=kept: (  # type: ignore[method-assign,misc]
+        kept: dict[str, torch.Tensor] = {}
+        step = policy.step
+        policy.step = lambda p=policy, s=step, k=kept: (  # type: ignore[misc]
             k.update({n: v.grad.clone() for n, v in p.weights().tensors.items()}),
             s(),
         )[1]
