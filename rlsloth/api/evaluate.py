@@ -6,8 +6,6 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
-import yaml
-
 from rlsloth.api.cleanup import freeing_memory
 from rlsloth.api.objects import Reward, Rows, checked, passing_objects
 from rlsloth.api.result import RunResult
@@ -16,6 +14,7 @@ from rlsloth.errors import UserError
 from rlsloth.evaluation.intervals import difference_estimate
 from rlsloth.files import write_json
 from rlsloth.run.folder import CONFIG
+from rlsloth.run.saved_config import changed_settings
 
 EVALUATION = "eval.json"
 """File of figures that marks a folder as an evaluation."""
@@ -89,9 +88,11 @@ def _with_trained_adapter(cfg: GrpoConfig) -> GrpoConfig:
     if (folder / EVALUATION).exists():
         raise UserError(f"--run.dir {folder} holds an evaluation: pass another folder")
     run = cfg.run.model_copy(update={"dir": None, "resume": False})
-    started_from = yaml.safe_load((folder / CONFIG).read_text())["model"]["adapter"]
+    changes = changed_settings(
+        folder / CONFIG, cfg, "pass --model.path and --model.adapter instead"
+    )
     model = cfg.model
-    if started_from == (str(model.adapter) if model.adapter else None):
+    if "model.adapter" not in changes:
         if not (folder / "adapter").is_dir():
             raise UserError(
                 f"{folder} has no adapter yet: let the run finish (rlsloth grpo {folder / CONFIG} "

@@ -25,6 +25,8 @@ class LossConfig(Section):
     ratio: Literal["token", "sequence"] | None = None
     """Importance ratio per token or per sequence; default is the loss's own (sequence for gspo)."""
     epsilon_low: float = Field(default=0.2, ge=0)
+    """Lower clip: a ratio below 1 - epsilon_low gives no gradient where the advantage is
+    negative."""
     epsilon_high: float | None = Field(default=None, ge=0)
     """Upper clip; default epsilon_low. Higher (0.28) is DAPO's clip-higher. cispo: the cap of the
     ratio itself, default 5. gspo's sequence ratios move little: try 3e-4 and 4e-4."""
@@ -43,6 +45,7 @@ class LossConfig(Section):
     """Weight tokens by exp(trainer - rollout log-prob), per token or per sequence, truncated or
     masked."""
     correction_max: float = Field(default=3.0, gt=0)
+    """Upper bound of the correction's weight: truncated there, or masked above it."""
     correction_min: float | None = Field(default=None, ge=0)
     """Lower bound; default none."""
     gap_limit: float = Field(default=0.05, gt=0)

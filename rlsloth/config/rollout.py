@@ -20,9 +20,14 @@ class RolloutConfig(Section):
     max_tokens: int = Field(default=512, ge=1)
     """Longest completion; longer ones are cut and count as truncated."""
     temperature: float = Field(default=1.0, ge=0)
+    """Sampling temperature of training rollouts; 0 always takes the likeliest token. The trainer's
+    log-probs use it, too."""
     top_p: float = Field(default=1.0, gt=0, le=1)
+    """Sample from the likeliest tokens whose probabilities reach this sum; 1: from all."""
     top_k: int = Field(default=0, ge=0)
+    """Sample from this many likeliest tokens; 0: from all."""
     min_p: float = Field(default=0.0, ge=0, le=1)
+    """Leave out tokens less likely than this share of the likeliest; 0: none."""
     stop: list[Text] = []
     """Strings that end a completion."""
     max_sequences: int = Field(default=256, ge=1)
