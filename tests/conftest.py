@@ -7,7 +7,7 @@ llama-cpp-python, and ``test_x_vllm_gpu.py`` needs both of what it names.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator
 from functools import cache
 from pathlib import Path
 
@@ -43,11 +43,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.hookimpl(wrapper=True, trylast=True)
-def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+def pytest_runtest_call() -> Generator[None, object, object]:
     """Wait for imports that a refused run has left: pytest then reads the table of loggers."""
-    yield
-    if preload := sys.modules.get("rlsloth.training.preload"):
-        preload.finish_imports()
+    try:
+        return (yield)
+    finally:
+        if preload := sys.modules.get("rlsloth.training.preload"):
+            preload.finish_imports()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -62,7 +62,9 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder with a model, data, rewards and a configuration; it is the working directory."""
     folder = tmp_path_factory.mktemp("work")
     model = tiny_llama()
-    model.lm_head.weight.data *= 4  # or the head could not tell tokens apart, whatever is learnt
+    model.lm_head.weight.data *= (
+        4  # else the head could not separate tokens, whatever the adapter learns
+    )
     # Many ends, so that completions of a random model end: they are read from the folder.
     model.generation_config.eos_token_id = [2, *range(40, 60)]
     model.save_pretrained(folder / "model")

@@ -110,7 +110,7 @@ def test_truncated_sampling_reports_the_distribution_drawn_from(make_engine, sto
     assert {c.token_ids[0] for c in group} == set(np.flatnonzero(kept))
 
 
-# Reproducible, whatever runs beside
+# Reproducible, whatever else is in the batch
 
 
 def test_tokens_depend_on_the_seed_alone(make_engine):

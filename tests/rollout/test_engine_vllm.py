@@ -229,7 +229,7 @@ def test_the_tail_is_cut_and_what_waits_has_one_token(engine, prefixes):
 
 
 def test_cutting_cuts_no_more_than_the_tail(engine, policy, prefixes):
-    """With parts of completions told as they come, and a stop string."""
+    """With completions that vLLM returns in parts, and a stop string."""
     sampling = SamplingParams(max_tokens=24, seed=5, stop=(" is",))
     whole = engine.generate(prefixes, 4, sampling)
     cut = engine.generate(prefixes, 4, replace(sampling, cut_tail=0.5))

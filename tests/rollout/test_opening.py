@@ -49,7 +49,7 @@ pytestmark = pytest.mark.slow
 def start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[[str], tuple[Engine, list[str]]]:
-    """Opens the engine of a name; also what the run said."""
+    """Open the engine of a name; return it with the run's messages."""
     real = importlib.metadata.version
 
     def version(name: str) -> str:

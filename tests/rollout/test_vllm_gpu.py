@@ -119,7 +119,7 @@ def test_beside_other_work_on_a_stream_of_its_own(policy, engine):
 
 
 def test_what_is_cut_leaves_nothing_behind(policy, engine):
-    """With the next step under way when the others are cut, as vLLM schedules on a GPU."""
+    """The next step is already scheduled when the rest are cut, as vLLM does on a GPU."""
     engine.set_weights(changed(policy, 1))
     wanted = generate_again(engine, 20)
     limits = [2, 24, 24]

@@ -166,7 +166,7 @@ def test_any_rank_on_any_linears(make, lora, precision):
 
 
 def test_a_cache_for_a_few_is_shared_in_turn(make):
-    """Completions that are preempted begin anew, and are the same."""
+    """Completions that are preempted start again, and are the same."""
     policy = make()
     with start(policy) as engine:
         engine.set_weights(policy.weights())

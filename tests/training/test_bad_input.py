@@ -148,7 +148,7 @@ def test_prompt_longer_than_the_context(refused) -> None:
 
 
 def test_held_out_prompt_longer_than_the_context(refused) -> None:
-    """Said before training, not by the evaluation after it."""
+    """Refused before training, not by the evaluation after it."""
     write_rows("heldout.jsonl", {"question": "fine"}, {"question": "long " * 40})
     command = "grpo --env.validation heldout.jsonl --eval.at-end"
     refused(command, "prompt 2 has", "context of 128", "--model.max-context")
@@ -160,7 +160,7 @@ def test_prompt_and_completion_longer_than_a_microbatch(refused) -> None:
 
 
 def test_nothing_to_evaluate_on(refused) -> None:
-    """Said before training, not by the evaluation after it."""
+    """Refused before training, not by the evaluation after it."""
     command = "grpo --env.heldout 0 --eval.at-end"
     refused(command, "no held-out problems", "--env.validation FILE", "--env.heldout")
 

@@ -162,7 +162,7 @@ def test_the_adapter_is_a_peft_folder(whole: Path, workplace: Path) -> None:
 
 
 def test_eval_of_a_run(whole: Path, workplace: Path) -> None:
-    """Base and adapter, measured anew: the figures of the run itself."""
+    """The base model and the adapter have the figures that the run itself logged."""
     assert cli.main(["eval", f"{whole}/config.yaml"]) == 0
     (folder,) = (workplace / "runs").iterdir()
     figures = json.loads((folder / "eval.json").read_text())

@@ -80,7 +80,7 @@ def test_overlapped_steps_are_one_update_old_and_the_prompts_the_same():
     assert [prompts for _, _, prompts, _ in seen] == [
         prompts for _, _, prompts, _ in steps(Parts(overlap=False))
     ]
-    assert parts.released == [3]  # nothing is sampled beside the last update
+    assert parts.released == [3]  # nothing is sampled during the last update
 
 
 def test_a_resumed_run_samples_again_what_was_ahead():

@@ -1,4 +1,4 @@
-"""vLLM beside training on given answers: it samples held-out answers, and a teacher's traces."""
+"""vLLM in runs on examples: it solves held-out problems, and samples a teacher's traces."""
 
 from __future__ import annotations
 
