@@ -38,7 +38,7 @@ def main() -> None:
     if args.json:
         print(json.dumps([dataclasses.asdict(result) for result in results]))
         return
-    lines = table(beside(results, base))
+    lines = table(with_base_rows(results, base))
     print("\n".join(lines))
     if args.write:
         write(lines)
@@ -98,7 +98,7 @@ def _of_revision(revision: str, ops: list[str]) -> list[Result]:
     return [Result(**row) for row in json.loads(ran.stdout.splitlines()[-1])]
 
 
-def beside(results: list[Result], base: list[Result]) -> list[Result]:
+def with_base_rows(results: list[Result], base: list[Result]) -> list[Result]:
     """Insert the base revision's row after each of ours; its share is of its own floor."""
     old = {(r.op, r.shape): r for r in base if r.name == "ours"}
     merged = []

@@ -29,7 +29,7 @@ HOOKED = (
     (Run, ("steps",)),
     (Scorer, ("score",)),
 )
-"""What the scripts replace: they have a process of their own, tests do not."""
+"""Names that the scripts replace: they have a process of their own, tests do not."""
 
 
 @pytest.fixture(autouse=True)

@@ -68,7 +68,7 @@ def arguments(model, task, *more):
 
 @pytest.mark.parametrize("task", ["sft", "packed", "dpo", "orpo"])
 def test_trl_and_rlsloth_are_given_the_same(model, task):
-    """The same loss before any update, of the same number of tokens."""
+    """Every trainer has one loss before any update, over one number of tokens."""
     import supervised
 
     ours, theirs = (

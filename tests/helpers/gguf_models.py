@@ -157,8 +157,11 @@ def _step(step: str) -> Any:
 
 
 def _sentencepiece(space: str) -> PreTrainedTokenizerFast:
-    """As transformers makes them of sentencepiece models, with a ``space`` before a text: always
-    (Llama 2), never (Gemma), or not after special tokens (first)."""
+    """Tokenizers that transformers makes of sentencepiece models.
+
+    A ``space`` stands before a text always (Llama 2), never (Gemma), or not after special tokens
+    (first).
+    """
     marks = ["<unk>", "<s>", "</s>", *SPECIAL]
     pieces = [*marks, *(f"<0x{i:02X}>" for i in range(256))]
     backend = Tokenizer(BPE())

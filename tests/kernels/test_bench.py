@@ -57,7 +57,7 @@ def test_the_table_is_written_between_its_marks(tmp_path, monkeypatch):
         Result("rope", "T 1", "ours", 2.0, 0.5, 3.0, 1e-3),
     ]
     base = [Result("rope", "T 1", "ours", 4.0, 0.25, 3.0, 1e-3)]
-    lines = bench.table(bench.beside(results, base))
+    lines = bench.table(bench.with_base_rows(results, base))
     bench.write(lines)
     text = readme.read_text()
     assert text.startswith("before\n")

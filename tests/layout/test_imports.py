@@ -9,7 +9,6 @@ from collections.abc import Iterable
 
 import pytest
 
-from helpers.pending import unknown
 from helpers.rooms import LEVEL, rises
 from helpers.source import LINKED, MODULES, Module, circles, imported_modules, walk_imports
 
@@ -27,9 +26,9 @@ WITHOUT_TORCH = {"", "errors", "records", "seeding", "config", "files", "plugins
 """Rooms that the command line and the scoring workers load at once."""
 
 
-def none_but_pending(rule: str, found: Iterable[tuple[str, str]]) -> None:
-    """Fail with every violation of a rule whose key is not listed as pending."""
-    complaints = unknown(rule, found)
+def refuse(violations: Iterable[str]) -> None:
+    """Fail with every violation of a rule."""
+    complaints = list(violations)
     assert not complaints, "\n".join(complaints)
 
 
@@ -38,71 +37,56 @@ def test_every_room_has_a_place_in_the_order() -> None:
 
 
 def test_rooms_import_only_lower_rooms() -> None:
-    none_but_pending(
-        "order",
-        (
-            (f"{module.name} -> {other.split('.')[1]}", f"{module.place}:{line}: {other}")
-            for module in MODULES
-            if module.room
-            for other, line in rises(module)
-        ),
+    refuse(
+        f"{module.place}:{line}: {other}"
+        for module in MODULES
+        if module.room
+        for other, line in rises(module)
     )
 
 
 def test_rooms_take_nothing_but_the_version_from_the_package() -> None:
-    none_but_pending(
-        "package",
-        (
-            (module.name, f"{module.place}:{found.line}: {found.name or 'rlsloth'}")
-            for module in MODULES
-            if module.room
-            for other, found in imported_modules(module)
-            if other == "rlsloth" and found.name != "__version__"
-        ),
+    refuse(
+        f"{module.place}:{found.line}: {found.name or 'rlsloth'}"
+        for module in MODULES
+        if module.room
+        for other, found in imported_modules(module)
+        if other == "rlsloth" and found.name != "__version__"
     )
 
 
 def test_no_modules_import_each_other() -> None:
     edges = {m.name: {other for other, _ in imported_modules(m) if other != m.name}
              for m in MODULES if m.room}  # fmt: skip
-    none_but_pending("circle", ((" ".join(c), " <-> ".join(c)) for c in circles(edges)))
+    refuse(" <-> ".join(c) for c in circles(edges))
 
 
 def test_imports_are_absolute() -> None:
-    none_but_pending(
-        "relative",
-        (
-            (module.name, f"{module.place}:{found.line}: relative import")
-            for module in MODULES
-            for found in module.imports
-            if found.relative
-        ),
+    refuse(
+        f"{module.place}:{found.line}: relative import"
+        for module in MODULES
+        for found in module.imports
+        if found.relative
     )
 
 
 def test_linked_folders_are_imported_through_the_package() -> None:
-    none_but_pending(
-        "linked",
-        (
-            (module.name, f"{module.place}:{found.line}: import rlsloth.{found.module}")
-            for module in MODULES
-            for found in module.imports
-            if found.library in LINKED
-        ),
+    refuse(
+        f"{module.place}:{found.line}: import rlsloth.{found.module}"
+        for module in MODULES
+        for found in module.imports
+        if found.library in LINKED
     )
 
 
 @pytest.mark.parametrize("library", LIBRARIES)
 def test_a_library_is_imported_in_its_place_only(library: str) -> None:
-    none_but_pending(
-        "library",
-        (
-            (f"{module.name} -> {library}", f"{module.place}:{found.line}: {library}")
-            for module in MODULES
-            if not module.path.match(LIBRARIES[library])
-            for found in module.imports
-            if found.library == library
-        ),
+    refuse(
+        f"{module.place}:{found.line}: {library}"
+        for module in MODULES
+        if not module.path.match(LIBRARIES[library])
+        for found in module.imports
+        if found.library == library
     )
 
 
@@ -112,15 +96,12 @@ def is_bench(module: Module) -> bool:
 
 
 def test_triton_is_loaded_only_when_a_kernel_is_chosen() -> None:
-    none_but_pending(
-        "eager triton",
-        (
-            (module.name, f"{module.place}:{found.line}: import {other} where it is needed")
-            for module in MODULES
-            if not module.path.name.startswith("triton") and not is_bench(module)
-            for other, found in imported_modules(module)
-            if re.fullmatch(r"rlsloth\.kernels\.\w+\.triton\w*", other) and not found.lazy
-        ),
+    refuse(
+        f"{module.place}:{found.line}: import {other} where it is needed"
+        for module in MODULES
+        if not module.path.name.startswith("triton") and not is_bench(module)
+        for other, found in imported_modules(module)
+        if re.fullmatch(r"rlsloth\.kernels\.\w+\.triton\w*", other) and not found.lazy
     )
 
 
@@ -128,28 +109,22 @@ def test_vllm_is_loaded_only_when_it_is_chosen() -> None:
     """Modules that import vLLM at their top are themselves imported inside functions."""
     eager = {m.name for m in MODULES
              if any(i.library == "vllm" and not i.lazy for i in m.imports)}  # fmt: skip
-    none_but_pending(
-        "eager vllm",
-        (
-            (module.name, f"{module.place}:{found.line}: import {other} where it is needed")
-            for module in MODULES
-            if module.name not in eager
-            for other, found in imported_modules(module)
-            if other in eager and not found.lazy
-        ),
+    refuse(
+        f"{module.place}:{found.line}: import {other} where it is needed"
+        for module in MODULES
+        if module.name not in eager
+        for other, found in imported_modules(module)
+        if other in eager and not found.lazy
     )
 
 
 def test_kernels_need_only_torch_and_triton() -> None:
     allowed = {"torch", "triton", "rlsloth", "__future__", *sys.stdlib_module_names}
-    none_but_pending(
-        "kernels",
-        (
-            (module.name, f"{module.place}:{found.line}: {found.module}")
-            for module in MODULES
-            for found in module.imports
-            if module.room == "kernels" and not found.lazy and found.library not in allowed
-        ),
+    refuse(
+        f"{module.place}:{found.line}: {found.module}"
+        for module in MODULES
+        for found in module.imports
+        if module.room == "kernels" and not found.lazy and found.library not in allowed
     )
 
 
@@ -159,15 +134,12 @@ def is_command(module: Module) -> bool:
 
 
 def test_what_starts_at_once_does_not_import_torch() -> None:
-    none_but_pending(
-        "torch",
-        (
-            (module.name, f"{module.place}:{found.line}: {found.module}")
-            for module in MODULES
-            if module.room in WITHOUT_TORCH and not is_command(module)
-            for found in module.imports
-            if not found.lazy and found.library in ("torch", "transformers")
-        ),
+    refuse(
+        f"{module.place}:{found.line}: {found.module}"
+        for module in MODULES
+        if module.room in WITHOUT_TORCH and not is_command(module)
+        for found in module.imports
+        if not found.lazy and found.library in ("torch", "transformers")
     )
 
 

@@ -177,7 +177,7 @@ def dpo_groups(trainer: Any) -> list[Group]:
 
 
 def labelled_groups(trainer: Any) -> list[Group]:
-    """Of ORPO's and CPO's rows: prompt and completion joined, labels -100 over the prompt."""
+    """Rows for ORPO and CPO: prompt and completion joined, labels -100 over the prompt."""
     rows = []
     for row in trainer.train_dataset:
         sides = []

@@ -96,7 +96,7 @@ def test_only_the_cache_gives_way(policy, engine):
 
 
 def test_beside_other_work_on_a_stream_of_its_own(policy, engine):
-    """As rollout.overlap samples."""
+    """Sampling during an update, which is how rollout.overlap samples."""
     engine.set_weights(changed(policy, 2))
     wanted = generate_again(engine, 8)
     busy = torch.randn(4096, 4096, device="cuda", dtype=torch.bfloat16)

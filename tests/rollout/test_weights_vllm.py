@@ -194,7 +194,7 @@ def test_an_adapter_on_the_embedding_is_refused(make):
 
 
 def test_an_adapter_that_vllm_passes_over_is_refused(make, monkeypatch):
-    """As it does where it multiplies with a layer's weight in a way of its own."""
+    """Layers whose weight vLLM multiplies in a way of its own."""
     from vllm.model_executor.models.llama import LlamaMLP
 
     def forward(self: Any, x: Tensor) -> Tensor:

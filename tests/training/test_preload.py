@@ -48,7 +48,7 @@ def test_bad_input_is_raised_at_once():
 
 
 def test_loggers_can_be_read_once_imports_are_finished():
-    """As pytest reads them between a test's phases, and logging.config when it is configured."""
+    """Iterate over the loggers, which pytest does between a test's phases."""
     end, changed = threading.Event(), threading.Event()
     loggers = logging.root.manager.loggerDict
 
