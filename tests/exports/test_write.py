@@ -1,11 +1,10 @@
-"""GGUF files without llama.cpp: reading by transformers, tables, refusals, checks."""
+"""Written GGUF files without llama.cpp: reading by transformers, tables, refusals."""
 
 from __future__ import annotations
 
 import json
 import math
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,23 +13,22 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from helpers.gguf_models import FAMILIES, VOCAB, make_folder, room_for, text, tokenizer_of
+from helpers.gguf_models import (
+    FAMILIES,
+    VOCAB,
+    edit,
+    logits,
+    make_folder,
+    room_for,
+    text,
+    tokenizer_of,
+)
 from rlsloth.errors import UserError
-from rlsloth.exports.gguf import check as gguf_check
-from rlsloth.exports.gguf import quantize as gguf_quantize
-from rlsloth.exports.gguf.check import check_gguf
 from rlsloth.exports.gguf.families import read_config, rope_tensors
 from rlsloth.exports.gguf.pretokenizer import NAMES, pretokenizer_name
-from rlsloth.exports.gguf.tensors import plan
 from rlsloth.exports.gguf.vocab import read_vocabulary
 from rlsloth.exports.gguf.write import write_gguf
 from rlsloth.policy.gguf import restore_pretokenizer
-
-
-def logits(model: Any, ids: list[int]) -> torch.Tensor:
-    with torch.no_grad():
-        return model.eval()(torch.tensor([ids])).logits
-
 
 # Only these families can be read back: transformers' reader of GGUF files lacks the tensors of
 # llama3 and longrope, yarn, and Llama's attention biases, and uses defaults for some sizes.
@@ -183,14 +181,6 @@ def test_unknown_splits_are_refused(part, value):
         pretokenizer_name(Path("x"), backend | {part: value})
 
 
-# --- refusals ------------------------------------------------------------------------------------
-
-
-def edit(folder: Path, **values: Any) -> None:
-    file = folder / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | values))
-
-
 def refusal(folder: Path, out: Path, kind: Any = "bf16") -> str:
     before = sorted(out.parent.iterdir())
     with pytest.raises(UserError) as caught:
@@ -258,85 +248,3 @@ def test_a_full_disk_leaves_nothing(tmp_path):
         message = refusal(folder, out)
     assert f"cannot write {out}: " in message
     assert out.read_text() == "the old file"
-
-
-# --- checks --------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def written(tmp_path) -> tuple[Path, Path]:
-    folder = make_folder(tmp_path / "model", "qwen2")
-    write_gguf(folder, tmp_path / "model.gguf", "bf16")
-    return folder, tmp_path / "model.gguf"
-
-
-@pytest.fixture
-def without_llama_cpp(monkeypatch) -> None:
-    monkeypatch.setattr("rlsloth.exports.gguf.check.importlib.util.find_spec", lambda _: None)
-
-
-def test_a_sound_file(written, without_llama_cpp):
-    found = check_gguf(*written)
-    assert found.tensors == 27
-    assert found.keys > 20
-    assert found.tokens == 0
-
-
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        (
-            {"rms_norm_eps": 1e-3},
-            r"qwen2\.attention\.layer_norm_rms_epsilon is 9\.99.*, but 0\.001",
-        ),
-        ({"max_position_embeddings": 128}, r"qwen2\.context_length is 512, but 128"),
-    ],
-)
-def test_another_folder(values, message, written, without_llama_cpp):
-    edit(written[0], **values)
-    with pytest.raises(UserError, match=message):
-        check_gguf(*written)
-
-
-def test_another_template(written, without_llama_cpp):
-    (written[0] / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
-    with pytest.raises(UserError, match=r"tokenizer\.chat_template is .*, but "):
-        check_gguf(*written)
-
-
-def test_a_missing_tensor(written, without_llama_cpp, monkeypatch):
-    whole = plan
-    monkeypatch.setattr("rlsloth.exports.gguf.write.plan", lambda *a: whole(*a)[:-1])
-    write_gguf(written[0], written[1], "bf16")
-    with pytest.raises(UserError, match=r"tensor .* has shape none, but "):
-        check_gguf(*written)
-
-
-def test_a_cut_file(written, without_llama_cpp):
-    written[1].write_bytes(written[1].read_bytes()[:-5000])
-    with pytest.raises(UserError, match="cannot read this GGUF file"):
-        check_gguf(*written)
-
-
-def test_scores_by_transformers_keep_soft_caps(tmp_path):
-    folder = make_folder(tmp_path / "model", "gemma2", attn_logit_softcapping=0.01)
-    windows = torch.arange(3, 67)[None]
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager"
-    )
-    wanted = torch.nn.functional.cross_entropy(
-        logits(model, windows[0].tolist())[0, :-1], windows[0, 1:]
-    )
-    model.set_attn_implementation("sdpa")
-    without = torch.nn.functional.cross_entropy(
-        logits(model, windows[0].tolist())[0, :-1], windows[0, 1:]
-    )
-    assert abs(without - wanted) > 1e-3
-    found = gguf_check._nll_transformers(folder, windows).mean()
-    assert float(found) == pytest.approx(float(wanted), abs=1e-5)
-
-
-def test_k_quants_without_llama_cpp(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "llama_cpp", None)
-    with pytest.raises(UserError, match=r"pip install 'rlsloth\[gguf\]'"):
-        gguf_quantize.quantize(tmp_path / "a.gguf", tmp_path / "b.gguf", "q4_k_m")

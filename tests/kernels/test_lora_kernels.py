@@ -1,11 +1,9 @@
 """kernels/lora on a CPU: outputs and every gradient against the reference in float64."""
 
-import weakref
 from dataclasses import replace
 
 import pytest
 import torch
-from torch.utils.checkpoint import checkpoint
 
 from helpers.interpreted import AGREED, check_interpreted
 from helpers.lora_layers import (
@@ -28,9 +26,6 @@ from helpers.lora_layers import (
     siblings_reference,
     wide,
 )
-from rlsloth.kernels.lora import autograd as autograd_module
-from rlsloth.kernels.lora import layer as layer_module
-from rlsloth.kernels.lora import mlp as mlp_module
 from rlsloth.kernels.lora.bench import cases
 from rlsloth.kernels.lora.op import LoraLinear, lora_linear, lora_linears, lora_mlp
 from rlsloth.kernels.lora.reference import lora_linear_reference
@@ -154,115 +149,6 @@ def test_an_unused_sibling():
     assert all(grads[i] is None for i in (1, 2, 5, 6))
 
 
-@pytest.mark.parametrize("run", [siblings, mlp()])
-def test_only_the_adapters_are_differentiated(run):
-    """The input needs no gradient in the first layer, where it is an embedding's output."""
-    layers = make_mlp((NF4, NF4, NF4))[: 2 if run is siblings else 3]
-    x = input_like(10, 64)
-    with_x = x.clone().requires_grad_()
-    outputs, others = run(x, layers), run(with_x, layers)
-    ones = [torch.ones_like(y) for y in outputs]
-    grads = torch.autograd.grad(outputs, parameters(layers), ones)
-    wanted = torch.autograd.grad(others, parameters(layers), ones)
-    assert all(torch.equal(*pair) for pair in zip(grads, wanted, strict=True))
-
-
-def test_strided_inputs_and_gradients():
-    layers = make_mlp((NF4, PLAIN, NF4))
-    x = input_like(64, 14).t()
-    check(mlp(), mlp_reference(), layers, x)
-    leaf = x.detach().requires_grad_()
-    grads = []
-    for gradient in (torch.ones(1, 1).expand(14, 64), torch.ones(64, 14).t()):
-        y = lora_mlp(leaf, *layers, "silu")
-        grads.append(torch.autograd.grad(y, [leaf, *parameters(layers)], gradient))
-    for pair in zip(*grads, strict=True):
-        torch.testing.assert_close(*pair)
-
-
-def test_an_mlp_is_differentiated_once():
-    layers, x = make_mlp((NF4, NF4, NF4)), input_like(4, 64).requires_grad_()
-    y = lora_mlp(x, *layers, "silu")
-    torch.autograd.grad(y.sum(), x, retain_graph=True)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        torch.autograd.grad(y.sum(), x)
-    (y,) = lora_linears(x, (layers[0],))  # holds its saved tensors
-    first = torch.autograd.grad(y.sum(), x, retain_graph=True)[0]
-    assert torch.equal(first, torch.autograd.grad(y.sum(), x)[0])
-
-
-@pytest.mark.parametrize("run", [siblings, mlp()])
-def test_an_adapter_changed_in_between_is_noticed(run):
-    layers = make_mlp((NF4, NF4, NF4))[: 2 if run is siblings else 3]
-    x = input_like(4, 64).requires_grad_()
-    y = run(x, layers)[0]
-    with torch.no_grad():
-        layers[0].lora_b.add_(1.0)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        torch.autograd.grad(y.sum(), x)
-
-
-def test_checkpointing_does_not_run_down_again(monkeypatch):
-    layers = make_mlp((NF4, NF4, NF4))
-    runs = []
-    outer = mlp_module.outer
-
-    def counted(*arguments):
-        runs.append(1)
-        return outer(*arguments)
-
-    monkeypatch.setattr(mlp_module, "outer", counted)
-    x = input_like(20, 64).requires_grad_()
-    y = checkpoint(lambda x: x + lora_mlp(x, *layers, "silu"), x, use_reentrant=False)
-    y.sum().backward()
-    assert len(runs) == 1
-
-
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_under_activation_checkpointing(reentrant):
-    layers = make_mlp((NF4, PLAIN, NF4))
-    x = input_like(20, 64).requires_grad_()
-
-    def run(x):
-        up, _ = lora_linears(x, (layers[0], layers[1]))
-        return lora_mlp(x, *layers, "silu") + up.sum()
-
-    wanted = torch.autograd.grad(run(x).square().sum(), [x, *parameters(layers)])
-    y = checkpoint(run, x, use_reentrant=reentrant)
-    y.square().sum().backward()
-    for leaf, grad in zip([x, *parameters(layers)], wanted, strict=True):
-        close(leaf.grad, grad.double())  # shared adapters: the order of two parts is free
-
-
-def test_with_and_without_gradient_bitwise_the_same():
-    layers = make_mlp((NF4, NF4, NF4))
-    x = input_like(300, 64)  # more rows than are decoded without dequantising
-    with torch.no_grad():
-        old = [lora_mlp(x, *layers, "silu"), *lora_linears(x, tuple(layers[:2]))]
-    new = [lora_mlp(x, *layers, "silu"), *lora_linears(x, tuple(layers[:2]))]
-    assert all(y.requires_grad for y in new)
-    assert all(torch.equal(*pair) for pair in zip(old, new, strict=True))
-
-
-def test_no_uninitialised_memory_is_read(monkeypatch):
-    for name in ("empty", "empty_like"):
-        allocate = getattr(torch, name)
-
-        def poisoned(*args, allocate=allocate, **kwargs):
-            result = allocate(*args, **kwargs)
-            return result.fill_(float("nan")) if result.is_floating_point() else result
-
-        monkeypatch.setattr(torch, name, poisoned)
-    allocate = torch.Tensor.new_empty
-    monkeypatch.setattr(
-        torch.Tensor, "new_empty", lambda *args, **kw: allocate(*args, **kw).fill_(float("nan"))
-    )
-    for kinds in ((NF4, NF4, NF4), (PLAIN, BIASED, PLAIN), (OFF_NF4, NF4, OFF)):
-        layers = make_mlp(kinds)
-        check(mlp(), mlp_reference(), layers, input_like(30, 64))
-        check(siblings, siblings_reference, layers[:2], input_like(30, 64))
-
-
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
@@ -339,35 +225,6 @@ def check_triton_in_interpreter():
 
 def test_triton_kernels_in_their_interpreter():
     check_interpreted(__file__)
-
-
-def test_checkpointing_lets_go_of_adapter_copies(monkeypatch):
-    made = []
-
-    def watched(layers):
-        stacked = layer_module.stack(layers)
-        made.append(weakref.ref(stacked.a_RI))
-        return stacked
-
-    monkeypatch.setattr(autograd_module, "stack", watched)
-    monkeypatch.setattr(mlp_module, "stack", watched)
-    siblings, mlp = (make(64, 64), make(64, 64, seed=1)), make_mlp((PLAIN,) * 3)
-
-    def block(x):
-        return lora_mlp(x + sum(lora_linears(x, siblings)), *mlp, "silu")
-
-    x = torch.randn(300, 64, requires_grad=True)
-    plain = block(x)
-    assert [copy() is not None for copy in made] == [True] * 3  # they are kept for the backward
-    made.clear()
-    kept = checkpoint(block, x, use_reentrant=False)
-    assert [copy() for copy in made] == [None] * 3
-    plain.sum().backward()
-    want, x.grad = x.grad, None
-    made.clear()
-    kept.sum().backward()
-    assert torch.equal(x.grad, want)
-    assert [copy() for copy in made] == [None] * 3
 
 
 if __name__ == "__main__":
