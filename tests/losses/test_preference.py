@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from pydantic import ValidationError
-from torch import Tensor
 
-from helpers.micro_batches import make_micro
-from helpers.policies import VOCAB, make_groups, make_policy, one_by_one
-from rlsloth.data.packing import pack
+from helpers.trl_formulas import (
+    LENGTHS,
+    assert_same,
+    draw,
+    fake_model,
+    fake_trainer,
+    padded,
+    pairs_micro,
+    trl_dpo,
+)
 from rlsloth.losses.preference.base import (
     LabelledLogps,
     Normalizer,
     PairLogps,
     metrics,
-    normalizer,
     pair_logps,
-    score_prompts,
 )
 from rlsloth.losses.preference.dpo import DPO_LOSSES, dpo_loss
 from rlsloth.losses.preference.kto import kl_baseline, kto_loss
@@ -36,87 +37,6 @@ from rlsloth.losses.preference.methods import (
 from rlsloth.losses.preference.orpo import orpo_loss
 from rlsloth.losses.preference.simpo import simpo_loss
 from rlsloth.losses.ratio import rollout_sum
-from rlsloth.records import MicroBatch
-
-LENGTHS = [3, 7, 9, 1, 4, 4, 2, 8]
-"""Scored tokens of four pairs, chosen and rejected in turn."""
-
-
-def draw(count: int, seed: int, scale: float = 3.0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return -scale * torch.rand(count, generator=generator, dtype=torch.float64)
-
-
-def pairs_micro(lengths: list[int]) -> MicroBatch:
-    zeros_N = torch.zeros(sum(lengths))
-    source = tuple((r // 2, r % 2) for r in range(len(lengths)))
-    return replace(make_micro(lengths, zeros_N, zeros_N), source=source)
-
-
-def padded(values_N: Tensor, lengths: list[int]) -> tuple[Tensor, Tensor]:
-    """[R, 2 + T - 1] as TRL has them, after a prompt of two tokens, and the mask [R, 2 + T]."""
-    rows = [torch.cat([row.new_zeros(1), row]) for row in values_N.split(lengths)]
-    mask = [torch.tensor([0, 0] + [1] * n) for n in lengths]
-    pad = torch.nn.utils.rnn.pad_sequence
-    return pad(rows, batch_first=True), pad(mask, batch_first=True)
-
-
-def fake_trainer(**settings: Any) -> SimpleNamespace:
-    def same(x: Tensor) -> Tensor:
-        return x
-
-    accelerator = SimpleNamespace(
-        device=torch.device("cpu"), gather=same, gather_for_metrics=same, unwrap_model=same
-    )
-    return SimpleNamespace(
-        model=SimpleNamespace(training=True),
-        accelerator=accelerator,
-        aux_loss_enabled=False,
-        precompute_ref_logps=True,
-        _metrics={"train": defaultdict(list)},
-        _total_train_tokens=0,
-        _tp_size=1,
-        **settings,
-    )
-
-
-def fake_model(logprobs: Tensor) -> Any:
-    zeros = torch.zeros_like(logprobs)
-    outputs = SimpleNamespace(
-        log_probs=logprobs, entropy=zeros, mean_logits=zeros, is_top1=zeros.bool()
-    )
-    return lambda **kwargs: outputs
-
-
-def trl_dpo(
-    logprobs_N: Tensor, reference_N: Tensor, lengths: list[int], **settings: Any
-) -> tuple[Tensor, dict[str, list[float]]]:
-    from trl import DPOTrainer
-
-    order = [*range(0, len(lengths), 2), *range(1, len(lengths), 2)]  # all chosen, all rejected
-    logprobs, mask = padded(logprobs_N, lengths)
-    reference = padded(reference_N, lengths)[0].sum(1)
-    trainer = fake_trainer(
-        ld_alpha=None, f_divergence_type="reverse_kl", use_weighting=False, **settings
-    )
-    inputs = {
-        "input_ids": torch.zeros_like(mask[order]),
-        "attention_mask": torch.ones_like(mask[order]),
-        "completion_mask": mask[order],
-        "ref_chosen_logps": reference[::2],
-        "ref_rejected_logps": reference[1::2],
-    }
-    loss = DPOTrainer._compute_loss(trainer, fake_model(logprobs[order]), inputs, False)
-    return loss, trainer._metrics["train"]
-
-
-def assert_same(ours: Tensor, theirs: Tensor, leaf: Tensor, tolerance: float = 1e-12) -> None:
-    """Value and gradient."""
-    assert float(ours.detach()) == pytest.approx(float(theirs.detach()), rel=tolerance)
-    (got,) = torch.autograd.grad(ours, leaf)
-    (want,) = torch.autograd.grad(theirs, leaf)
-    assert want.abs().max() > 0
-    assert (got - want).abs().max() <= tolerance * want.abs().max()
 
 
 @pytest.mark.parametrize(
@@ -267,67 +187,6 @@ def test_kto_equals_trl(name: Any, drift: float, labels: list[bool]) -> None:
         assert got["kl"] == pytest.approx(max(drift, 0.0))
 
 
-def test_pairs_and_prompts_carry_the_stock_models_logprobs() -> None:
-    policy, groups = make_policy(), make_groups(4, groups=5, group_size=2)
-    groups[0].prompt_ids = groups[0].prompt_ids[:1]  # nothing to score
-    (micro,) = pack(groups, 10**6, mask_truncated=False, keep_zero_advantage=True).microbatches
-    micro = score_prompts(micro)
-    assert micro.target_ids.max() < VOCAB
-    logps = pair_logps(policy.eval_logprobs(micro), micro, policy.reference_logprobs(micro))
-    assert logps.prompt is not None
-    assert logps.prompt_tokens is not None
-    assert logps.reference_chosen is not None
-    lengths = []
-    for p, (g, _) in enumerate(micro.source[::2]):
-        group = groups[g]
-        first, rest = group.prompt_ids[:1], group.prompt_ids[1:]
-        lengths.append(len(rest))
-        with torch.no_grad():
-            chosen, rejected = (one_by_one(policy, group, r, 1.0) for r in group.rollouts)
-            with policy.base_model():
-                base = one_by_one(policy, group, group.rollouts[0], 1.0)
-        assert float(logps.chosen[p]) == pytest.approx(float(chosen.sum()), abs=1e-4)
-        assert float(logps.rejected[p]) == pytest.approx(float(rejected.sum()), abs=1e-4)
-        assert float(logps.chosen_mean[p]) == pytest.approx(float(chosen.mean()), abs=1e-4)
-        assert float(logps.rejected_tokens[p]) == len(rejected)
-        assert float(logps.reference_chosen[p]) == pytest.approx(float(base.sum()), abs=1e-4)
-        assert float(logps.prompt_tokens[p]) == len(rest)
-        prompt = float(policy.plain_logprobs(first, rest).sum()) if rest else 0.0
-        assert float(logps.prompt[p]) == pytest.approx(prompt, abs=1e-4)
-    assert 0 in lengths
-    counts = normalizer(groups, nll_prompt=True)
-    chosen_tokens = sum(group.rollouts[0].length for group in groups)
-    assert counts == Normalizer(len(groups), chosen_tokens + sum(lengths))
-    assert normalizer(groups) == Normalizer(len(groups), chosen_tokens)
-
-
-def losses_of(micros: list[MicroBatch], values: list[Tensor], counts: Normalizer) -> Any:
-    """(total, metrics) of three losses over micro-batches."""
-    outputs: dict[str, list[Any]] = defaultdict(list)
-    for micro, logprobs_N in zip(micros, values, strict=True):
-        logps = pair_logps(logprobs_N, micro, logprobs_N * 0.9 - 0.1)
-        cfg = DpoLossConfig(sft_weight=0.5)
-        outputs["dpo"].append(dpo_loss(logps, cfg, counts))
-        outputs["orpo"].append(orpo_loss(logps, OrpoLossConfig(nll_prompt=False), counts))
-        outputs["simpo"].append(simpo_loss(logps, SimpoLossConfig(), counts))
-    totals = {name: float(sum(o.total for o in parts)) for name, parts in outputs.items()}
-    figures = {name: metrics(o.stats for o in parts) for name, parts in outputs.items()}
-    return totals, figures
-
-
-def test_a_step_is_the_same_however_it_is_cut() -> None:
-    logprobs_N = draw(sum(LENGTHS), 8)
-    counts = Normalizer(4, sum(LENGTHS[::2]))
-    whole = losses_of([pairs_micro(LENGTHS)], [logprobs_N], counts)
-    parts = [LENGTHS[:2], LENGTHS[2:6], LENGTHS[6:]]
-    values = list(logprobs_N.split([sum(part) for part in parts]))
-    cut = losses_of([pairs_micro(part) for part in parts], values, counts)
-    for name in ("dpo", "orpo", "simpo"):
-        assert cut[0][name] == pytest.approx(whole[0][name], rel=1e-12)
-        assert cut[1][name] == pytest.approx(whole[1][name], rel=1e-12)
-        assert cut[1][name]["loss"] == pytest.approx(whole[0][name])
-
-
 def test_values_by_hand() -> None:
     chosen, rejected = torch.tensor([-1.0]), torch.tensor([-3.0])
     logps = PairLogps(
@@ -351,12 +210,6 @@ def test_values_by_hand() -> None:
 def test_label_smoothing_that_would_do_nothing_is_refused(name: Any) -> None:
     with pytest.raises(ValidationError, match=f"label_smoothing has no effect with {name}"):
         DpoLossConfig(name=name, label_smoothing=0.1)
-
-
-def test_a_pair_torn_apart_is_refused() -> None:
-    micro = replace(pairs_micro([2, 3]), source=((0, 0), (1, 1)))
-    with pytest.raises(AssertionError, match="both rollouts"):
-        pair_logps(torch.zeros(5), micro)
 
 
 def test_defaults_are_trls() -> None:
