@@ -8,6 +8,7 @@ python:tidy#3f2a9c015b7e an object that was passed from Python, see ``passing``
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import importlib.util
 import pkgutil
@@ -127,7 +128,9 @@ def _module_from_file(path: Path, what: str) -> Any:
     if not path.is_file():
         raise UserError(f"{what}: no file {path} (looked from {Path.cwd()})")
     # A name of its own: a user's rewards.py must not shadow an importable module of that name.
-    name = f"rlsloth_plugin_{path.stem}_{abs(hash(str(path.resolve()))):x}"
+    # A hash of the contents: a notebook that edits the file and trains again gets the new code.
+    digest = hashlib.sha256(str(path.resolve()).encode() + path.read_bytes()).hexdigest()[:16]
+    name = f"rlsloth_plugin_{path.stem}_{digest}"
     if name in sys.modules:
         return sys.modules[name]
     source = importlib.util.spec_from_file_location(name, path)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
@@ -25,7 +24,9 @@ def hash_code(item: Any) -> str:
 
 def hash_rows(rows: Iterable[Mapping[str, Any]]) -> str:
     """Hash the contents of rows, in their order."""
-    return _digest(json.dumps(sorted(row.items()), default=repr) for row in rows)
+    return _digest(
+        repr(sorted((str(key), repr(value)) for key, value in row.items())) for row in rows
+    )
 
 
 def _digest(texts: Iterable[str]) -> str:

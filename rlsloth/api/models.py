@@ -23,6 +23,7 @@ def export(config: ExportConfig) -> Path:
     """
     from rlsloth.exports.export import run_export
 
+    config = checked(config, ExportConfig)
     assert config.out is not None  # the configuration refuses that
     with freeing_memory():
         run_export(config)

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from rlsloth import plugins
 from rlsloth.api.fingerprint import hash_code, hash_rows
-from rlsloth.config import ProblemsConfig, Section
+from rlsloth.config import Section
 from rlsloth.config.sft import SupervisedConfig
 from rlsloth.errors import UserError
 
@@ -20,7 +20,7 @@ Reward = str | Callable[..., Any]
 """A reward's name, dotted path or file, or the function itself."""
 Rows = Iterable[Mapping[str, Any]]
 """Rows of a dataset: a list of dicts, a ``datasets.Dataset``, or any other iterable of mappings."""
-Config = TypeVar("Config", bound=ProblemsConfig)
+Config = TypeVar("Config", bound=Section)
 Part = TypeVar("Part", bound=Section)
 
 
@@ -132,6 +132,10 @@ def _rows_name(data: Rows, argument: str, objects: dict[str, Any]) -> str:
             else f"pass one of its parts, e.g. {argument}=data[{next(iter(data), 'train')!r}]"
         )
         raise UserError(f"{argument} is a {kind}, not rows: {remedy}")
+    if not isinstance(data, Iterable):
+        raise UserError(
+            f"{argument} is of type {kind}: pass a list of dicts, or a datasets.Dataset"
+        )
     rows: list[dict[str, Any]] = []
     for index, row in enumerate(data, 1):
         if not isinstance(row, Mapping):

@@ -50,8 +50,10 @@ def choose_engine(rollout: RolloutConfig, device_type: str, *, planned: bool = F
     able_kinds = [kind for kind in ENGINES if not _lacking(kind, rollout)]
     left_out = {kind.name: kind.why_not(device_type) for kind in able_kinds}
     usable = [kind for kind in able_kinds if not left_out[kind.name]]
-    if not usable and planned:
-        usable = able_kinds
+    if not usable and planned and able_kinds:
+        kind = able_kinds[0]
+        wants = ", ".join(dict.fromkeys(text for k in ENGINES if (text := _lacking(k, rollout))))
+        return Choice(kind, None, f"{kind.name} (auto: for {wants}; here: {left_out[kind.name]})")
     if not usable:
         wanted = " with ".join(
             dict.fromkeys(text for k in ENGINES if (text := _lacking(k, rollout)))

@@ -11,7 +11,7 @@ from rlsloth.memory.out_of_memory import free_memory
 from rlsloth.memory.workload import Request
 from rlsloth.policy.policy import Policy
 from rlsloth.rollout.engine import Engine, Opening
-from rlsloth.rollout.engines import AUTO, choose_engine
+from rlsloth.rollout.engines import choose_engine
 from rlsloth.run.run import Run
 
 
@@ -49,8 +49,7 @@ def open_engine(
     except UserError as error:
         name = choice.kind.name
         if choice.fallback is None:
-            named = f"--rollout.engine {name}: " if sampling.rollout.engine != AUTO else ""
-            raise UserError(f"{named}{error}") from error
+            raise UserError(f"--rollout.engine {name}: {error}") from error
         run.say(f"{name}: {error}; sampling with {choice.fallback.name}")
     free_memory()  # the failed engine's, which the error has kept until here
     return choice.fallback.open(opening)

@@ -160,7 +160,14 @@ def open_trackers(names: Sequence[str], folder: Path, config: Config) -> list[Tr
     Raises:
         UserError: a tracker's package is missing; the message has the command that installs it.
     """
-    return [_open(name, folder, config) for name in names]
+    opened: list[Tracker] = []
+    try:
+        opened.extend(_open(name, folder, config) for name in names)
+    except BaseException:
+        for tracker in opened:
+            tracker.close()
+        raise
+    return opened
 
 
 def _open(name: str, folder: Path, config: Config) -> Tracker:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -74,6 +75,7 @@ def open_grpo(
     Raises:
         UserError: bad input.
     """
+    started = time.monotonic()
     engine = choose_engine(cfg.rollout, pick_device(cfg.model.device).type)
     with in_parallel(import_transformers, partial(import_sampler, cfg.model, cfg.rollout)):
         problems = open_problems(cfg, cfg.seed, cfg.eval.reward, stack)
@@ -122,7 +124,8 @@ def open_grpo(
         f"{', '.join(problems.scorer.names)}; {policy.device}, attention {policy.backend}"
     )
     evaluator = Evaluator(cfg.eval, run, policy, collector, problems.deciding)
-    return Session(cfg, run, policy, EpochSampler(env.train, cfg.seed), evaluator)
+    sampler = EpochSampler(env.train, cfg.seed)
+    return Session(cfg, run, policy, sampler, evaluator, started=started)
 
 
 def open_examples(cfg: Supervised, stack: ExitStack, read: Reader) -> Session[Supervised, Example]:
@@ -136,6 +139,7 @@ def open_examples(cfg: Supervised, stack: ExitStack, read: Reader) -> Session[Su
     Raises:
         UserError: bad input.
     """
+    started = time.monotonic()
     finish_imports()
     problems = engine = None
     if cfg.eval.generate:
@@ -172,7 +176,7 @@ def open_examples(cfg: Supervised, stack: ExitStack, read: Reader) -> Session[Su
         f"{len(data.train)} examples, {len(data.heldout)} held out; {cfg.steps} steps of "
         f"{cfg.samples_per_step}; {policy.device}, attention {policy.backend}"
     )
-    return Session(cfg, run, policy, sampler, evaluator, data.heldout)
+    return Session(cfg, run, policy, sampler, evaluator, data.heldout, started=started)
 
 
 def open_teacher(

@@ -58,6 +58,7 @@ class Session(Generic[Config, Item]):
     progress: Progress = field(default_factory=lambda: Progress(1, 0))
     skips: Skips = field(init=False)
     started: float = field(default_factory=time.monotonic)
+    """Reading of the monotonic clock, in seconds, when opening began."""
 
     def __post_init__(self) -> None:
         self.skips = Skips(self.cfg.optim.max_skipped)

@@ -174,7 +174,7 @@ def test_the_command_refuses_a_run_with_objects(
 
 
 def test_other_data_is_refused_on_resume(interrupted: Path, configure: Configure) -> None:
-    with pytest.raises(UserError, match=r"env\.train python:list\(20 rows\)#"):
+    with pytest.raises(UserError, match=r"env\.train is now python:list\(20 rows\)#"):
         grpo(configure("stopped", resume=True), rewards=[letters], data=[*ROWS[1:], ROWS[0]])
 
 

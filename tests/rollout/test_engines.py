@@ -67,7 +67,10 @@ def test_a_setting_that_only_vllm_has_is_never_dropped(
     with pytest.raises(UserError, match=r"pass --rollout\.engine vllm") as caught:
         chosen("cuda", engine="transformers", **setting)
     assert f"transformers does not support {option}" in str(caught.value)
-    assert chosen("cuda", planned=True, **setting)[:2] == ("vllm", None)
+    name, fallback, text = chosen("cuda", planned=True, **setting)
+    assert (name, fallback) == ("vllm", None)
+    assert option in text
+    assert "not installed" in text
 
 
 def test_an_unknown_engine_is_refused_with_the_known_ones() -> None:

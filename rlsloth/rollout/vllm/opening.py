@@ -100,7 +100,8 @@ def size_cache(request: Request, sampling: Sampling, policy: Policy, context: in
             f"needs {rest / GIB:.1f} GiB and {plan.cache.size / GIB:.2f} GiB for one completion "
             f"of {context} tokens: lower --rollout.max-tokens or --rollout.max-sequences, pass "
             f"{'--rollout.overlap false, ' if request.overlap else ''}"
-            "--model.precision nf4, or --rollout.engine transformers"
+            "--model.precision nf4"
+            f"{'' if request.overlap else ', or --rollout.engine transformers'}"
         )
     return plan.cache
 
@@ -130,7 +131,7 @@ VLLM = EngineKind(
     VLLM_MEMORY,
     open_vllm,
     why_not=why_not,
-    why="vLLM is installed, and there is a GPU",
+    why="vLLM is installed; for a GPU",
     preload=preload,
     kv_caches=frozenset({"auto", "fp8", "fp8_per_token_head"}),
     supports_overlap=True,
