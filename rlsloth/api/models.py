@@ -10,6 +10,7 @@ from rlsloth.api.cleanup import freeing_memory
 from rlsloth.api.objects import Reward, Rows, checked, passing_objects
 from rlsloth.config.distill import DistillConfig
 from rlsloth.config.export import ExportConfig
+from rlsloth.errors import UserError
 
 
 def export(config: ExportConfig) -> Path:
@@ -23,7 +24,11 @@ def export(config: ExportConfig) -> Path:
     """
     from rlsloth.exports.export import run_export
 
-    config = checked(config, ExportConfig)
+    if not isinstance(config, ExportConfig):
+        raise UserError(
+            f"the configuration is of type {type(config).__name__}: pass ExportConfig(source=..., "
+            "out=...)"
+        )
     assert config.out is not None  # the configuration refuses that
     with freeing_memory():
         run_export(config)

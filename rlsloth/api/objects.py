@@ -20,7 +20,7 @@ Reward = str | Callable[..., Any]
 """A reward's name, dotted path or file, or the function itself."""
 Rows = Iterable[Mapping[str, Any]]
 """Rows of a dataset: a list of dicts, a ``datasets.Dataset``, or any other iterable of mappings."""
-Config = TypeVar("Config", bound=Section)
+Config = TypeVar("Config", bound=ProblemsConfig)
 Part = TypeVar("Part", bound=Section)
 
 
