@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from rlsloth import plugins
 from rlsloth.api.fingerprint import hash_code, hash_rows
-from rlsloth.config import Section
+from rlsloth.config import ProblemsConfig, Section
 from rlsloth.config.sft import SupervisedConfig
 from rlsloth.errors import UserError
 
