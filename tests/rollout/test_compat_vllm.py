@@ -96,6 +96,8 @@ def test_vllm_still_inspects_models_in_another_process(monkeypatch) -> None:
 def test_vllm_still_changes_threads_and_seeds(make, monkeypatch) -> None:
     monkeypatch.setattr(vllm_start, "state_restored", nullcontext)
     policy = make()
+    random.seed(12345)  # vLLM seeds with 0, and so may an earlier test
+    torch.manual_seed(12345)
     before = torch.set_num_threads, random.getstate(), torch.get_rng_state()
     with compat.state_restored():
         with start(policy):
