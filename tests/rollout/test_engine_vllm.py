@@ -348,7 +348,7 @@ def test_without_vllm_the_error_says_how_to_install_it(policy, monkeypatch):
         raise importlib.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(importlib.metadata, "version", missing)
-    with pytest.raises(UserError, match=r"not installed: pip install"):
+    with pytest.raises(UserError, match=r"not installed: run pip install"):
         make(policy)
 
 

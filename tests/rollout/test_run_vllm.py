@@ -85,7 +85,7 @@ def newer(monkeypatch: pytest.MonkeyPatch) -> None:
 
 REASONS = {
     "unknown": "vLLM does not support LlamaForCausalLM",
-    "newer": "is not among the releases that rlsloth knows",
+    "newer": "is installed, but rlsloth supports",
 }
 
 
