@@ -83,6 +83,6 @@ def test_samples_what_the_trainer_computes(family, policy_of):
 
 def test_a_family_that_vllm_leaves_to_transformers_is_refused_and_still_trains(policy_of):
     policy = policy_of("olmo2")
-    with pytest.raises(UserError, match="no implementation of its own of Olmo2ForCausalLM"):
+    with pytest.raises(UserError, match="no implementation of its own for Olmo2ForCausalLM"):
         start(policy)
     assert policy.plain_logprobs([5, 6], [7]).isfinite().all()
