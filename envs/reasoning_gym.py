@@ -144,7 +144,8 @@ def _row(task: str, dataset: Any, index: int) -> Row:
         same = False
     if not same:
         raise UserError(
-            f"reasoning_gym:{task} is not supported: its scorer needs values that JSON cannot hold"
+            f"reasoning_gym:{task} is not supported, since its scorer needs values that JSON "
+            "cannot hold: choose another task with --env.name reasoning_gym:TASK"
         )
     return {"question": entry["question"], "answer": answer, "task": task, "entry": entry}
 

@@ -5,7 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+)
 
 
 def _not_empty(value: Any) -> Any:
@@ -18,7 +26,7 @@ Params = dict[str, bool | int | float | str]
 """Parameters of a plugin or template, by name."""
 Text = Annotated[str, BeforeValidator(_not_empty)]
 """Text that is not empty."""
-Folder = Annotated[Path, BeforeValidator(_not_empty)]
+Folder = Annotated[Path, BeforeValidator(_not_empty), AfterValidator(Path.expanduser)]
 """A folder; not empty, since Path("") would be the working directory."""
 Beta = Annotated[float, Field(ge=0, lt=1)]
 """Decay rate of a moving average."""

@@ -171,7 +171,10 @@ def _jsonable(value: Any, where: str) -> Any:
             return item.isoformat()
         if isinstance(item, decimal.Decimal):
             return str(item)
-        raise UserError(f"{where}: {_kind(item)} cannot be passed to rewards; drop the column")
+        raise UserError(
+            f"{where}: {_kind(item)} cannot be sent to reward processes as JSON; drop the column, "
+            "or convert it to text"
+        )
 
     if value is None or isinstance(value, str | int | float):
         return value

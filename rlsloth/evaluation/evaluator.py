@@ -45,9 +45,14 @@ class Evaluator:
         with run.timed("eval"), advise("rollout", self.policy.model), weights:
             groups = collector.collect(problems, cfg.samples, sampling, step=step)
             report = collector.scorer.score(groups, step=step)
+        examples = {(each.reward, each.kind): f"; e.g. {each.detail}" for each in report.details}
         for reward in report.rewards:
             for kind, count in reward.failures.items():
-                run.warn(f"evaluation: reward {reward.name} failed on {count} completions ({kind})")
+                example = examples.get((reward.name, kind), "")
+                run.warn(
+                    f"evaluation: reward {reward.name} failed on {count} completions "
+                    f"({kind}{example}), which count as wrong"
+                )
         self._warn_unreachable(groups)
         result = assess(groups, self.deciding, cfg.correct_at)
         run.log_eval(step, name, result.metrics())

@@ -59,6 +59,7 @@ def reward_position(name: str | None, names: Sequence[str]) -> int:
     if name not in names:
         raise UserError(
             f"--eval.reward {name!r} is not among --rewards {' '.join(names)}{nearest(name, names)}"
+            "; pass one of them, or add it to --rewards"
         )
     return list(names).index(name)
 

@@ -92,7 +92,7 @@ def check_merged(
         raise UserError(
             f"the merged weights in {dtype} differ from the base model with its adapter by "
             f"{gap:.3g} nats a token on average, more than the limit of {LIMIT:g}: export with "
-            "--to adapter instead, and report this"
+            "--to adapter instead, and report this line with the model's name"
         )
     tensors = {tensor.data_ptr() for tensor in state.values()}
     return Reopened(len(tensors), len(token_ids), gap)

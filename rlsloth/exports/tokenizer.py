@@ -62,7 +62,8 @@ def _check_tokens(tokenizer: Any, base: Any, rows: int, place: str, adapter: Pat
         index, token = beyond[0]
         raise UserError(
             f"{place}: token {token!r} has id {index}, but the model has only {rows} embeddings; "
-            f"{len(beyond)} tokens were added without embeddings: remove them from the tokenizer"
+            f"{len(beyond)} tokens were added without embeddings: remove them from tokenizer.json "
+            "(added_tokens), or resize the model's embeddings"
         )
     known = base.get_vocab()
     added = sorted(token for token in vocabulary if token not in known)

@@ -57,7 +57,10 @@ def _own(found: Any, what: str) -> PolicyLoss:
     """A user's PolicyLoss, or one made of a user's function, with its results checked."""
     loss = found if isinstance(found, PolicyLoss) else PolicyLoss(found)
     if not callable(loss.surrogate):
-        raise UserError(f"{what} is a {type(found).__name__}, not a function or a PolicyLoss")
+        raise UserError(
+            f"{what} is a {type(found).__name__}, not a function or a PolicyLoss: name a function "
+            "(tokens, cfg) -> loss of each token, as in examples/own_loss.py"
+        )
     if unknown := loss.reads - OPTIONS:
         raise UserError(f"{what}: reads {sorted(unknown)}, but can name only {sorted(OPTIONS)}")
     try:

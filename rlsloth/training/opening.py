@@ -23,6 +23,7 @@ from rlsloth.environments.protocol import Environment
 from rlsloth.errors import UserError
 from rlsloth.evaluation.evaluator import Evaluator
 from rlsloth.evaluation.problems import (
+    Problems,
     heldout_problems,
     longest_prompt,
     open_problems,
@@ -64,7 +65,8 @@ from rlsloth.training.session import Session
 Training = TypeVar("Training", bound=TrainingConfig)
 Supervised = TypeVar("Supervised", bound=SupervisedConfig)
 PLAN = "plan.json"
-"""File in the run folder with the settings that the memory plan decided on this machine."""
+"""File in the run folder with the update's settings in use: the user's, or else the plan's for this
+machine."""
 
 
 def open_grpo(
@@ -76,15 +78,8 @@ def open_grpo(
         UserError: bad input.
     """
     started = time.monotonic()
-    engine = choose_engine(cfg.rollout, pick_device(cfg.model.device).type)
-    with in_parallel(import_transformers, partial(import_sampler, cfg.model, cfg.rollout)):
-        problems = open_problems(cfg, cfg.seed, cfg.eval.reward, stack)
+    problems, run = _start_sampling(cfg, stack)
     env = problems.env
-    run = stack.enter_context(Run.start(cfg))
-    refuse_changes(run, "env.")
-    run.say(f"rollout engine: {engine.text}")
-    if text := overlap_warning(questions_of(env.train), questions_of(env.heldout)):
-        run.warn(text)
     named = cfg.tokens_per_microbatch
     if trains:
         cfg = decide(cfg, partial(_grpo_request, cfg, env.train), run.say, run.warn).applied(cfg)
@@ -119,10 +114,7 @@ def open_grpo(
     if trains:
         _write_plan(run, cfg)
         _check_grpo(cfg, env, longest, policy.context)
-    run.say(
-        f"{len(env.train)} training prompts, {len(env.heldout)} held out; rewards: "
-        f"{', '.join(problems.scorer.names)}; {policy.device}, attention {policy.backend}"
-    )
+    _describe_sampling(run, problems, policy)
     evaluator = Evaluator(cfg.eval, run, policy, collector, problems.deciding)
     sampler = EpochSampler(env.train, cfg.seed)
     return Session(cfg, run, policy, sampler, evaluator, started=started)
@@ -193,15 +185,8 @@ def open_teacher(
     Raises:
         UserError: bad input.
     """
-    engine = choose_engine(cfg.rollout, pick_device(cfg.model.device).type)
-    with in_parallel(import_transformers, partial(import_sampler, cfg.model, cfg.rollout)):
-        problems = open_problems(cfg, cfg.seed, cfg.eval.reward, stack)
+    problems, run = _start_sampling(cfg, stack)
     env = problems.env
-    run = stack.enter_context(Run.start(cfg))
-    refuse_changes(run, "env.")
-    run.say(f"rollout engine: {engine.text}")
-    if text := overlap_warning(questions_of(env.train), questions_of(env.heldout)):
-        run.warn(text)
     policy = open_policy(cfg, run, temperature=cfg.rollout.temperature, total_updates=1)
     renderer = Renderer(policy.tokenizer, cfg.env, policy.eos_token_ids)
     renderer.check([*env.train, *env.heldout])
@@ -218,11 +203,31 @@ def open_teacher(
         longest=longest + cfg.rollout.max_tokens,
         temperatures=(cfg.rollout.temperature,),
     )
+    _describe_sampling(run, problems, policy)
+    return run, policy, collector
+
+
+def _start_sampling(cfg: GrpoConfig | TeacherConfig, stack: ExitStack) -> tuple[Problems, Run]:
+    """Open the problems while libraries are imported, then start the run. Raises UserError."""
+    engine = choose_engine(cfg.rollout, pick_device(cfg.model.device).type)
+    with in_parallel(import_transformers, partial(import_sampler, cfg.model, cfg.rollout)):
+        problems = open_problems(cfg, cfg.seed, cfg.eval.reward, stack)
+    run = stack.enter_context(Run.start(cfg))
+    refuse_changes(run, "env.")
+    run.say(f"rollout engine: {engine.text}")
+    env = problems.env
+    if text := overlap_warning(questions_of(env.train), questions_of(env.heldout)):
+        run.warn(text)
+    return problems, run
+
+
+def _describe_sampling(run: Run, problems: Problems, policy: Policy) -> None:
+    """Say in one line what is about to be sampled, and on what."""
+    env = problems.env
     run.say(
         f"{len(env.train)} training prompts, {len(env.heldout)} held out; rewards: "
         f"{', '.join(problems.scorer.names)}; {policy.device}, attention {policy.backend}"
     )
-    return run, policy, collector
 
 
 def open_policy(cfg: TrainingConfig, run: Run, *, temperature: float, total_updates: int) -> Policy:

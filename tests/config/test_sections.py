@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from pydantic import BaseModel, ValidationError
@@ -36,6 +37,10 @@ def options(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str
 def test_every_option_has_a_help_text(command: type[BaseModel]) -> None:
     missing = [name for name, text in options(command) if not text]
     assert not missing
+
+
+def test_a_tilde_is_the_home_folder() -> None:
+    assert RunConfig(dir=Path("~/runs")).dir == Path.home() / "runs"
 
 
 def test_a_section_never_changes() -> None:

@@ -12,7 +12,7 @@ import yaml
 
 from helpers.distillation import CONFIG, Distill
 from helpers.endpoint import REWARD, Server
-from helpers.tiny import tiny_llama, tiny_tokenizer
+from helpers.tiny import save_sampled_model
 from rlsloth.cli.read_config import read_config
 from rlsloth.config.distill import DistillConfig
 from rlsloth.distillation import chat_api, pipeline
@@ -49,12 +49,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder with a model, data, rewards and a configuration; it is the working directory."""
     folder = tmp_path_factory.mktemp("work")
-    model = tiny_llama()
-    model.lm_head.weight.data *= 4
-    # Many ends, so that completions of a random model end: they are read from the folder.
-    model.generation_config.eos_token_id = [2, *range(40, 60)]
-    model.save_pretrained(folder / "model")
-    tiny_tokenizer().save_pretrained(folder / "model")
+    save_sampled_model(folder / "model")
     rows = [{"question": f"Question {i}?", "answer": str(i), "text": "t"} for i in range(16)]
     (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "reward.py").write_text(LETTERS_REWARD)

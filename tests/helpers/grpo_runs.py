@@ -12,7 +12,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from helpers.tiny import tiny_llama, tiny_tokenizer
+from helpers.tiny import save_sampled_model
 from rlsloth.cli import main as cli
 
 REWARD = """
@@ -61,14 +61,7 @@ QUICK = (*NO_EVAL, "--optim.warmup-steps", "0", "--steps", "2")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder with a model, data, rewards and a configuration; it is the working directory."""
     folder = tmp_path_factory.mktemp("work")
-    model = tiny_llama()
-    model.lm_head.weight.data *= (
-        4  # else the head could not separate tokens, whatever the adapter learns
-    )
-    # Many ends, so that completions of a random model end: they are read from the folder.
-    model.generation_config.eos_token_id = [2, *range(40, 60)]
-    model.save_pretrained(folder / "model")
-    tiny_tokenizer().save_pretrained(folder / "model")
+    save_sampled_model(folder / "model")
     rows = [{"question": f"Question {i}?", "answer": str(i)} for i in range(40)]
     (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "reward.py").write_text(REWARD)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from tokenizers import Tokenizer, decoders, pre_tokenizers, processors
 from tokenizers.models import BPE
@@ -65,3 +67,16 @@ def tiny_llama(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return LlamaForCausalLM(config).float().eval()
+
+
+def save_sampled_model(folder: Path) -> None:
+    """Save a model whose random completions end, with its tokenizer.
+
+    Many tokens end a completion, and the head is scaled up: else it could not tell tokens apart,
+    whatever is learnt.
+    """
+    model = tiny_llama()
+    model.lm_head.weight.data *= 4
+    model.generation_config.eos_token_id = [2, *range(40, 60)]
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)

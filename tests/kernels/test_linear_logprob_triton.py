@@ -85,10 +85,10 @@ def check_fused_not_finite():
 
 
 def check_fused_known_weights():
-    import test_linear_logprob  # type: ignore[import-not-found]  # in the folder of this script
+    import test_linear_logprob_weights  # type: ignore[import-not-found]  # in the folder of this script
 
-    test_linear_logprob.test_adapter_on_the_head(False, torch.bfloat16)
-    test_linear_logprob.test_adapter_on_the_head(True, torch.bfloat16)
+    test_linear_logprob_weights.test_adapter_on_the_head(False, torch.bfloat16)
+    test_linear_logprob_weights.test_adapter_on_the_head(True, torch.bfloat16)
     hidden, weight, target, gradient = make(37, 24, 300, torch.bfloat16)
     gradient[::3] = 0.0
     leaves = [hidden.requires_grad_(), weight.requires_grad_()]

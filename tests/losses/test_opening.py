@@ -168,6 +168,13 @@ def test_a_function_or_an_entry_from_a_file(mine: Path) -> None:
     assert "loss.epsilon_low 0.1 has no effect with loss.name ./mine.py:entry" in text
 
 
+def test_an_edited_file_is_read_again_in_the_same_process(mine: Path) -> None:
+    mine.write_text(MINE)
+    first = open_loss(LossConfig(name="./mine.py:loss"))
+    mine.write_text(MINE + "\n# edited\n")
+    assert open_loss(LossConfig(name="./mine.py:loss")).surrogate is not first.surrogate
+
+
 def test_a_loss_from_a_module(mine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(mine.parent)
     package = mine.parent / "own_losses"

@@ -11,6 +11,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from rlsloth.cli import main as cli
 from rlsloth.config import GrpoConfig
 from rlsloth.errors import UserError
 from rlsloth.policy.policy import Policy
+from rlsloth.run.run import Run
 from rlsloth.training import grpo, opening, session
 
 pytestmark = pytest.mark.slow
@@ -250,3 +252,22 @@ def test_resume_after_an_interruption_without_a_checkpoint(
     assert cli.main([*command.split(), "--run.save_every", "2"]) == 0
     assert_same_run(whole, folder)
     assert [row["step"] for row in rows(folder, "eval_avg@4")] == [0, 6]
+
+
+def test_the_seconds_of_a_run_count_its_opening(train: Train, monkeypatch) -> None:
+    begun: list[float] = []
+    opened: list[Any] = []
+    real_start, real_open = Run.start, opening.open_grpo
+
+    def start(*arguments: Any) -> Any:
+        begun.append(time.monotonic())
+        return real_start(*arguments)
+
+    def open_grpo(*arguments: Any) -> Any:
+        opened.append(real_open(*arguments))
+        return opened[-1]
+
+    monkeypatch.setattr(Run, "start", start)
+    monkeypatch.setattr(grpo, "open_grpo", open_grpo)
+    train("seconds", *QUICK, "--steps", "1")
+    assert opened[0].started < begun[0]

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from helpers.groups import make_group
-from helpers.tiny import tiny_llama, tiny_tokenizer
+from helpers.tiny import save_sampled_model
 from rlsloth.cli import main as cli
 from rlsloth.config import AdvantageConfig
 from rlsloth.losses.advantages import assign_advantages
@@ -29,6 +29,9 @@ def letters(completion_ids, log_extra, log_metric, **_):
     log_extra("prompt", [str(len(ids)) for ids in completion_ids])
     log_metric("most_letters", max(counts))
     return [count / len(ids) for count, ids in zip(counts, completion_ids)]
+
+def broken(completions, **_):
+    raise ValueError("no luck")
 
 def clash(completions, log_metric, **_):
     log_metric("grad_norm", 1.0)
@@ -53,11 +56,7 @@ Train = Callable[..., tuple[list[dict[str, Any]], list[dict[str, Any]]]]
 def train(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Train]:
     """Run the command in a folder of its own; return metrics and samples of the steps."""
     folder = tmp_path_factory.mktemp("work")
-    model = tiny_llama()
-    model.lm_head.weight.data *= 4
-    model.generation_config.eos_token_id = [2, *range(40, 60)]
-    model.save_pretrained(folder / "model")
-    tiny_tokenizer().save_pretrained(folder / "model")
+    save_sampled_model(folder / "model")
     rows = [{"question": f"Question {i}?"} for i in range(12)]
     (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "reward.py").write_text(REWARD)
@@ -91,6 +90,16 @@ def test_logged_figures_reach_metrics_and_samples(train: Train) -> None:
         assert row["rewards/letters/retried_groups"] == 0
         rest = [n for n in row if not any(fnmatchcase(n, p) for p in TRAINER_METRICS)]
         assert rest == ["most_letters"]  # all other names are reserved
+
+
+def test_an_evaluation_names_the_exception_of_a_reward(
+    train: Train, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = "--rewards ./reward.py:broken --eval.at-start true --eval.samples 2 --steps 1"
+    train("broken", *options.split())
+    warning = next(x for x in capsys.readouterr().out.splitlines() if "evaluation: reward" in x)
+    assert "broken failed on 4 completions" in warning
+    assert "no luck" in warning
 
 
 def test_a_metric_of_the_trainer_stops_the_run_before_the_model_loads(

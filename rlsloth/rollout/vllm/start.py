@@ -129,7 +129,8 @@ def start_vllm(
             slots.clear()
             with suppress(Exception):
                 stop_vllm(None)
-            raise UserError(f"vLLM cannot start with {family}: {first_line(error)}") from error
+            text = f"vLLM cannot start with {family}: {first_line(error)}"
+            raise UserError(f"{text}; pass --rollout.engine transformers") from error
     return llm, slots
 
 
