@@ -14,7 +14,6 @@ from rlsloth.errors import UserError
 from rlsloth.evaluation.intervals import difference_estimate
 from rlsloth.files import write_json
 from rlsloth.run.folder import CONFIG
-from rlsloth.run.saved_config import changed_settings
 
 EVALUATION = "eval.json"
 """File of figures that marks a folder as an evaluation."""
@@ -82,17 +81,17 @@ def _with_trained_adapter(cfg: GrpoConfig) -> GrpoConfig:
     Raises:
         UserError: the folder holds an evaluation, or the run has no adapter yet.
     """
+    from rlsloth.training.source import read_config
+
     folder = cfg.run.dir
     if folder is None or not (folder / CONFIG).is_file():
         return cfg
     if (folder / EVALUATION).exists():
         raise UserError(f"--run.dir {folder} holds an evaluation: pass another folder")
     run = cfg.run.model_copy(update={"dir": None, "resume": False})
-    changes = changed_settings(
-        folder / CONFIG, cfg, "pass --model.path and --model.adapter instead"
-    )
+    started_from = read_config(folder)["model"].get("adapter")
     model = cfg.model
-    if "model.adapter" not in changes:
+    if started_from == (str(model.adapter) if model.adapter else None):
         if not (folder / "adapter").is_dir():
             raise UserError(
                 f"{folder} has no adapter yet: let the run finish (rlsloth grpo {folder / CONFIG} "

@@ -37,7 +37,7 @@ class Source:
     @property
     def config(self) -> dict[str, Any]:
         """The run's configuration; empty without a run."""
-        return _read_config(self.run) if self.run else {}
+        return read_config(self.run) if self.run else {}
 
 
 def find_source(
@@ -101,7 +101,7 @@ def _named_base(adapter: Path, run: Path | None, identity: Identity | None) -> d
     if identity is not None:
         return {key: getattr(identity, key) for key in ("path", "revision", "precision")}
     if run is not None:
-        model = _read_config(run)["model"]
+        model = read_config(run)["model"]
         return {key: model.get(key) for key in ("path", "revision")} | {
             "precision": model.get("precision", "auto")
         }
@@ -121,7 +121,7 @@ def prompting(config: Mapping[str, Any]) -> dict[str, Any]:
     return {**env, **{key: value for key, value in data.items() if value not in (None, {})}}
 
 
-def _read_config(run: Path) -> dict[str, Any]:
+def read_config(run: Path) -> dict[str, Any]:
     try:
         config = yaml.safe_load((run / CONFIG).read_bytes())
         return {**config, "model": dict(config["model"])}

@@ -9,13 +9,14 @@ import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import datasets
 import pandas
 import pytest
 
-from rlsloth import plugins
+from rlsloth import RunConfig, evaluate, plugins
 from rlsloth.api.fingerprint import hash_code, hash_rows
 from rlsloth.api.objects import checked, passing_objects
 from rlsloth.config import EnvConfig, GrpoConfig, RewardConfig
@@ -227,3 +228,22 @@ def test_hashes_of_rows() -> None:
     assert len({hash_rows(ROWS), hash_rows(ROWS[::-1]), hash_rows(ROWS[:1])}) == 3
     assert hash_rows([{"a": 1, "b": 2}]) == hash_rows([{"b": 2, "a": 1}])
     assert hash_rows([{"a": {1: 2, "b": 3}}])  # keys that have no order
+
+
+def test_a_damaged_run_is_not_evaluated(tmp_path: Path) -> None:
+    for text in ("model: [", "steps: 3\n", "- a\n"):
+        (tmp_path / "config.yaml").write_text(text)
+        with pytest.raises(UserError, match=re.escape(str(tmp_path))):
+            evaluate(GrpoConfig(run=RunConfig(dir=tmp_path)))
+
+
+@pytest.mark.parametrize("data", [42, [{1: "a", "b": 2}, 3]])
+def test_what_is_no_row_is_refused(data: Any) -> None:
+    with pytest.raises(UserError, match="list of dicts"), passing_objects(GrpoConfig(), data=data):
+        pass
+
+
+def test_rows_may_hold_anything() -> None:
+    rows: list[Any] = [{1: "a", "b": {(1, 2): 3}}]
+    with passing_objects(GrpoConfig(), data=rows) as named:
+        assert named.env.train.startswith("python:list(1 rows)#")
