@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from rlsloth.cli.config_files import Origins
+from rlsloth.cli.foreign_names import replacements
 from rlsloth.cli.keys import KeyPath, annotation_at, fields, is_section, known_keys, options, spelt
 from rlsloth.config import Section
 
@@ -71,10 +72,12 @@ def _unknown(
 
 
 def _did_you_mean(key: str, known: list[str], dashes: str = "") -> str:
-    """A suggestion: the key of that name in another section, else the nearest key."""
+    """A suggestion: the key of that name in another section, the option that does the work of
+    another trainer's option, else the nearest key."""
     section, _, leaf = key.rpartition(".")
     siblings = {k.rpartition(".")[2]: k for k in known if k.rpartition(".")[0] == section}
     near = [k for k in known if k.rpartition(".")[2] == leaf]
+    near = near or replacements(key, known)
     near = near or [siblings[n] for n in difflib.get_close_matches(leaf, siblings, 1, 0.6)]
     near = near or difflib.get_close_matches(key, known, 1, 0.5)
     return "; did you mean " + " or ".join(f"'{dashes}{k}'" for k in near) + "?" if near else ""

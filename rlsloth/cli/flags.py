@@ -99,6 +99,19 @@ def assign(into: dict[str, Any], flag: Flag, origins: Origins) -> None:
     origins[flag.path] = flag.typed
 
 
+def repeated_lists(flags: Sequence[Flag]) -> list[str]:
+    """One line for each option with several values that is passed twice, where the last would win
+    and drop the values before it in silence."""
+    problems = []
+    first: dict[KeyPath, Flag] = {}
+    for flag in flags:
+        before = first.setdefault(flag.path, flag)
+        if before is not flag and isinstance(flag.value, list) and isinstance(before.value, list):
+            both = " ".join([*before.value, *flag.value])
+            problems.append(f"{flag.typed} is passed twice: pass it once, {flag.typed} {both}")
+    return problems
+
+
 def _is_file(word: str) -> bool:
     return word.endswith(SUFFIXES) and not word.startswith("-")
 

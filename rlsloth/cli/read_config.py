@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from rlsloth.cli.config_files import Origins, merge_file, read_yaml
 from rlsloth.cli.explain import explain
-from rlsloth.cli.flags import assign, separate, sort_words
+from rlsloth.cli.flags import assign, repeated_lists, separate, sort_words
 from rlsloth.cli.help import print_help
 from rlsloth.cli.keys import fields, options
 from rlsloth.config import Section
@@ -88,6 +88,7 @@ def _read(
             merge_file(merged, file, read_yaml(file), model, origins)
         except UserError as error:
             problems.append(str(error))
+    problems += repeated_lists(words.flags)
     for flag in words.flags:
         assign(merged, flag, origins)
     config = None

@@ -21,7 +21,8 @@ class EvalConfig(Section):
     samples: int = Field(default=8, ge=1)
     """Completions of each problem: the k of avg@k, pass@k and maj@k."""
     temperature: float = Field(default=1.0, ge=0)
-    """Sampling temperature of evaluations; 0 takes the most likely token."""
+    """Sampling temperature of evaluations; 0 takes the most likely token, and one sample of each
+    problem, since more would be copies."""
     max_tokens: int | None = Field(default=None, ge=1)
     """Longest completion in tokens; default: rollout.max_tokens."""
     reward: str | None = None

@@ -23,7 +23,8 @@ class OptimConfig(Section):
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """Learning rate after the warm-up: constant, or falling to 0 at the last update."""
     warmup_steps: int = Field(default=0, ge=0)
-    """Optimizer updates over which the learning rate rises from 0."""
+    """Optimizer updates over which the learning rate rises to lr: by lr / warmup_steps with each,
+    the first included."""
     max_grad_norm: float = Field(default=1.0, gt=0)
     """Largest norm of the gradient; a larger gradient is scaled down to it."""
     max_skipped: int = Field(default=5, ge=1)

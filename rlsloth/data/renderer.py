@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
@@ -88,6 +89,12 @@ class Renderer:
         own = template_kwargs(prompt.columns.get("chat_template_kwargs"), where)
         text = self.render(list(prompt.messages), prompt.tools, where, own)
         return self.ids(text, begins=True)
+
+    def opened_tag(self, prompt: Prompt) -> str | None:
+        """Name of the tag, such as think, that the end of a rendered prompt opens; often None."""
+        text = self.tokenizer.decode(self.prompt_ids(prompt)[-16:])
+        opened = re.search(r"<([A-Za-z_]\w*)>\s*$", str(text))
+        return opened[1] if opened else None
 
     def render(
         self,

@@ -30,7 +30,12 @@ class EpochSampler(Generic[Item]):
     """A sampler that returns each item once an epoch, in an order that seed and epoch determine."""
 
     def __init__(
-        self, items: Sequence[Item], seed: int, what: str = "prompts", digest: str = ""
+        self,
+        items: Sequence[Item],
+        seed: int,
+        what: str = "prompts",
+        digest: str = "",
+        total: int | None = None,
     ) -> None:
         """Start the first epoch.
 
@@ -39,6 +44,7 @@ class EpochSampler(Generic[Item]):
             seed: seed of the shuffles.
             what: name of the items, for messages.
             digest: hash of the items' contents, by which ``restore`` refuses different ones.
+            total: items of the whole run; the last step takes what is left of them.
 
         Raises:
             UserError: there are no items.
@@ -49,10 +55,15 @@ class EpochSampler(Generic[Item]):
         self._what = what
         self._digest = digest
         self._seed = seed
+        self._total = total
         self._start_epoch(0)
 
     def take(self, k: int) -> list[Item]:
-        """Return the next k items, over as many epochs as necessary."""
+        """Return the next k items, over as many epochs as necessary; at the end of the run fewer,
+        but at least one."""
+        if self._total is not None:
+            before = self._epoch * len(self.items) + self._position
+            k = min(k, max(1, self._total - before))
         taken: list[Item] = []
         while len(taken) < k:
             if self._position == len(self._order):

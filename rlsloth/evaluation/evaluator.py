@@ -43,7 +43,8 @@ class Evaluator:
         )
         weights = collector.engine.base_model() if base else nullcontext()
         with run.timed("eval"), advise("rollout", self.policy.model), weights:
-            groups = collector.collect(problems, cfg.samples, sampling, step=step)
+            samples = cfg.samples if cfg.temperature else 1  # more would be copies
+            groups = collector.collect(problems, samples, sampling, step=step)
             report = collector.scorer.score(groups, step=step)
         examples = {(each.reward, each.kind): f"; e.g. {each.detail}" for each in report.details}
         for reward in report.rewards:

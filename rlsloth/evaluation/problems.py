@@ -6,14 +6,18 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
-from rlsloth.config import EvalConfig, ProblemsConfig
+from rlsloth.config import EvalConfig, ProblemsConfig, RewardConfig
 from rlsloth.data.renderer import Renderer
 from rlsloth.environments.loading import load_environment
 from rlsloth.environments.protocol import Environment
 from rlsloth.errors import UserError, nearest
 from rlsloth.records import Prompt
 from rlsloth.run.metrics import TRAINER_METRICS
+from rlsloth.run.run import Run
 from rlsloth.scoring.scorer import Scorer
+
+FORMAT = "format_tags"
+"""Built-in reward that reads the opening tag."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +78,20 @@ def heldout_problems(env: Environment, cfg: EvalConfig) -> Sequence[Prompt]:
             "--eval.every 0"
         )
     return problems
+
+
+def warn_of_open_tag(run: Run, renderer: Renderer, problems: Problems, cfg: RewardConfig) -> None:
+    """Name a tag that the chat template opens, which is then missing in completions."""
+    tag = renderer.opened_tag(problems.env.train[0])
+    if tag is None:
+        return
+    run.say(f"the prompt ends with <{tag}>: completions begin inside it, without the opening tag")
+    on = cfg.params.get(FORMAT, {}).get("first_tag_open")
+    if FORMAT in problems.scorer.names and not on:
+        run.warn(
+            f"{FORMAT} expects <{tag}> in the completion and will score 0: pass "
+            f"--reward.params.{FORMAT} first_tag_open true"
+        )
 
 
 def longest_prompt(renderer: Renderer, prompts: Sequence[Prompt], context: int) -> int:

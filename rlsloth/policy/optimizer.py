@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -46,7 +47,21 @@ def make_optimizer(
     scheduler = get_scheduler(
         schedule, optimizer, num_warmup_steps=cfg.warmup_steps, num_training_steps=total_steps
     )
+    if cfg.warmup_steps:
+        after = scheduler.lr_lambdas[0]
+        scheduler.lr_lambdas = [partial(_warmed_up, after, cfg.warmup_steps)] * len(
+            scheduler.lr_lambdas
+        )
+        resume_schedule(scheduler, 0)
     return optimizer, scheduler
+
+
+def _warmed_up(after: Callable[[int], float], warmup_steps: int, update: int) -> float:
+    """Factor of the learning rate for an update, counted from 0.
+
+    transformers' warm-up starts at 0, which would throw the first update away.
+    """
+    return (update + 1) / warmup_steps if update < warmup_steps else after(update)
 
 
 def flatten_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:

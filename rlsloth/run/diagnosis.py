@@ -22,6 +22,7 @@ def diagnose(
     reward_names: Sequence[str],
     mask_truncated: bool,
     cut_tail: float = 1.0,
+    temperature: float = 1.0,
 ) -> list[str]:
     """Return one sentence for each reason why this step's gradient is zero or small.
 
@@ -30,12 +31,17 @@ def diagnose(
         reward_names: in the order of each rollout's scores.
         mask_truncated: whether truncated completions carry no loss (``loss.mask_truncated``).
         cut_tail: share of completions that sampling waits for (``rollout.cut_tail``).
+        temperature: temperature of the rollouts (``rollout.temperature``).
     """
-    return list(findings(groups, reward_names, mask_truncated, cut_tail).values())
+    return list(findings(groups, reward_names, mask_truncated, cut_tail, temperature).values())
 
 
 def findings(
-    groups: Sequence[Group], reward_names: Sequence[str], mask_truncated: bool, cut_tail: float
+    groups: Sequence[Group],
+    reward_names: Sequence[str],
+    mask_truncated: bool,
+    cut_tail: float,
+    temperature: float,
 ) -> dict[str, str]:
     """Return kind of fault -> sentence for one step.
 
@@ -53,7 +59,7 @@ def findings(
         and not (mask_truncated and rollout.truncated)
     ]
     if not teaching:
-        found |= _no_gradient(groups, rollouts, reward_names, mask_truncated)
+        found |= _no_gradient(groups, rollouts, reward_names, mask_truncated, temperature)
     if "truncated" not in found and (clipped := _clipped(rollouts, cut_tail)):
         found["clipped"] = clipped
     return found
@@ -89,6 +95,7 @@ def _no_gradient(
     rollouts: Sequence[Rollout],
     reward_names: Sequence[str],
     mask_truncated: bool,
+    temperature: float,
 ) -> dict[str, str]:
     if mask_truncated and all(rollout.truncated for rollout in rollouts):
         return {
@@ -105,7 +112,22 @@ def _no_gradient(
             "masked": "no gradient: the only completions that differ in reward were cut off and "
             "are masked; raise --rollout.max-tokens"
         }
-    return {"equal": _equal(groups)}
+    if copies := _copies(groups, temperature):
+        return {"copies": copies}
+    return {"equal": _equal(groups, reward_names)}
+
+
+def _copies(groups: Sequence[Group], temperature: float) -> str:
+    """A warning of groups whose completions are all the same text."""
+    if any(len({tuple(r.token_ids) for r in group.rollouts}) > 1 for group in groups):
+        return ""
+    start = "no gradient: all completions of each group are the same"
+    if temperature == 0:
+        return f"{start}: --rollout.temperature is 0, which only evaluations can use; pass 1"
+    return (
+        f"{start} at --rollout.temperature {temperature:g}: raise it, or continue from an earlier "
+        "checkpoint, before the policy became certain"
+    )
 
 
 def _inapplicable(rollouts: Sequence[Rollout], reward_names: Sequence[str]) -> str:
@@ -145,7 +167,7 @@ def _spread(values: Sequence[float | None]) -> float:
     return max(known) - min(known) if known else 0.0
 
 
-def _equal(groups: Sequence[Group]) -> str:
+def _equal(groups: Sequence[Group], reward_names: Sequence[str]) -> str:
     values: Counter[float] = Counter()
     for group in groups:
         rewards = [rollout.reward for rollout in group.rollouts if rollout.reward is not None]
@@ -153,7 +175,7 @@ def _equal(groups: Sequence[Group]) -> str:
             values[round(float(np.mean(rewards)), 6)] += 1
     if len(values) == 1:
         value = next(iter(values))
-        start = f"no gradient: every completion scored {value:g}"
+        start = f"no gradient: every completion scored {value:g} by {' and '.join(reward_names)}"
         if value <= 0:
             return (
                 f"{start}: the task is too hard, or the answer's format is not recognised; "

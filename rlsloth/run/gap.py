@@ -35,10 +35,7 @@ class GapGuard:
         match self.loss.gap_action:
             case "warn":
                 for new in self._episodes.new({"gap": text} if text else {}):
-                    self._run.warn(
-                        f"{new}: rollouts come from a slightly different policy than the one that "
-                        "is trained"
-                    )
+                    self._run.warn(f"{new}: {self._cause()}")
             case "stop" if text:
                 raise UserError(
                     f"{text}: raise the limit or pass --loss.gap-action correct, and continue from "
@@ -59,6 +56,22 @@ class GapGuard:
             f"step {step}: log-probs of trainer and sampler{late} differ by {gap:.3g} nats a token "
             f"(above --loss.gap-limit {limit:g}{narrower})"
         )
+
+    def _cause(self) -> str:
+        """The rollout option that explains a gap by itself, or what a gap means."""
+        cfg = self._rollout
+        truncating = {
+            f"--rollout.top-p {cfg.top_p:g}": cfg.top_p < 1,
+            f"--rollout.top-k {cfg.top_k}": cfg.top_k > 0,
+            f"--rollout.min-p {cfg.min_p:g}": cfg.min_p > 0,
+        }
+        if on := [option for option, truncates in truncating.items() if truncates]:
+            return (
+                f"{' and '.join(on)} samples from a part of the distribution, where log-probs are "
+                "higher by construction than the trainer's of the whole; leave it out to measure "
+                "the gap"
+            )
+        return "rollouts come from a slightly different policy than the one that is trained"
 
     def _correct(self, text: str) -> None:
         self.loss = self.loss.model_copy(update={"correction": "token_truncate"})

@@ -53,12 +53,14 @@ class Watch:
         mask_truncated: bool,
         history: Iterable[Mapping[str, float | None]] = (),
         cut_tail: float = 1.0,
+        temperature: float = 1.0,
     ) -> None:
         """Args: history: rows of the steps before a resume (``Run.history``), so that trends keep
         their first window. For all other arguments see ``diagnose``."""
         self._names = list(reward_names)
         self._mask_truncated = mask_truncated
         self._cut_tail = cut_tail
+        self._temperature = temperature
         self._episodes = Episodes()
         self._explained = False
         names = ("reward", "entropy", "completions/mean_length", LOGP_GAP)
@@ -83,7 +85,9 @@ class Watch:
     def step(self, groups: Sequence[Group], metrics: Mapping[str, float]) -> list[str]:
         """Return the new warnings after a step; ``metrics`` include those of its updates."""
         self._follow(metrics)
-        found = findings(groups, self._names, self._mask_truncated, self._cut_tail)
+        found = findings(
+            groups, self._names, self._mask_truncated, self._cut_tail, self._temperature
+        )
         return self._episodes.new(found | self._drifts())
 
     def _follow(self, row: Mapping[str, float | None]) -> None:

@@ -45,7 +45,13 @@ def train(cfg: GrpoConfig) -> Path:
         collector = session.evaluator.collector
         scorer = collector.scorer
         session.begin()
-        watch = Watch(scorer.names, cfg.loss.mask_truncated, run.history(), cfg.rollout.cut_tail)
+        watch = Watch(
+            scorer.names,
+            cfg.loss.mask_truncated,
+            run.history(),
+            cfg.rollout.cut_tail,
+            cfg.rollout.temperature,
+        )
         guard = GapGuard(cfg.loss, cfg.rollout, run)
         rollouts = Rollouts(cfg, collector, session.sampler, policy, run, stack)
         session.cursor = rollouts.cursor

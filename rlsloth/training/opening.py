@@ -27,6 +27,7 @@ from rlsloth.evaluation.problems import (
     heldout_problems,
     longest_prompt,
     open_problems,
+    warn_of_open_tag,
 )
 from rlsloth.files import write_json
 from rlsloth.memory.decide import DEFAULT_PROMPT, decide
@@ -115,6 +116,7 @@ def open_grpo(
         _write_plan(run, cfg)
         _check_grpo(cfg, env, longest, policy.context)
     _describe_sampling(run, problems, policy)
+    warn_of_open_tag(run, renderer, problems, cfg.reward)
     evaluator = Evaluator(cfg.eval, run, policy, collector, problems.deciding)
     sampler = EpochSampler(env.train, cfg.seed)
     return Session(cfg, run, policy, sampler, evaluator, started=started)
@@ -145,8 +147,10 @@ def open_examples(cfg: Supervised, stack: ExitStack, read: Reader) -> Session[Su
     if engine is not None:
         run.say(f"rollout engine: {engine.text}")
     warn_of_data(run, data)
+    total = None
     if not cfg.steps:
-        steps = math.ceil((cfg.epochs or 1) * len(data.train) / cfg.samples_per_step)
+        total = math.ceil((cfg.epochs or 1) * len(data.train))
+        steps = math.ceil(total / cfg.samples_per_step)
         cfg = cfg.model_copy(update={"steps": steps, "epochs": None})
     named = cfg.tokens_per_microbatch
     request = partial(examples_request, cfg, data.longest)
@@ -163,7 +167,7 @@ def open_examples(cfg: Supervised, stack: ExitStack, read: Reader) -> Session[Su
     if problems is not None:
         warn_of_overlap(problems.env, data, run)
     _write_plan(run, cfg)
-    sampler = EpochSampler(data.train, cfg.seed, "examples", fingerprint(data.train))
+    sampler = EpochSampler(data.train, cfg.seed, "examples", fingerprint(data.train), total)
     run.say(
         f"{len(data.train)} examples, {len(data.heldout)} held out; {cfg.steps} steps of "
         f"{cfg.samples_per_step}; {policy.device}, attention {policy.backend}"

@@ -23,6 +23,17 @@ from rlsloth.errors import UserError
         ("--stepz=3", "--stepz: unknown option; did you mean '--steps'?"),
         ("--lr 3", "--lr: unknown option; did you mean '--optim.lr'?"),
         ("--optimizer.lr 3", "--optimizer.lr: unknown option; did you mean '--optim.lr'?"),
+        ("--learning_rate 3", "--learning_rate: unknown option; did you mean '--optim.lr'?"),
+        ("--learning-rate=3", "did you mean '--optim.lr'?"),
+        ("--num_generations 4", "did you mean '--group-size'?"),
+        (
+            "--per_device_train_batch_size 4",
+            "did you mean '--prompts-per-step' or '--group-size'?",
+        ),
+        ("--max_completion_length 4", "did you mean '--rollout.max-tokens'?"),
+        ("--actor.kl_loss_coef 4", "did you mean '--loss.beta'?"),
+        ("--rewards a --rewards b", "--rewards is passed twice: pass it once, --rewards a b"),
+        ("--rollout.stop=x --rollout.stop=y", "pass it once, --rollout.stop x y"),
         ("--xyzzy", "--xyzzy: unknown option (see rlsloth grpo --help)"),
         (
             "--steps abc",
@@ -67,6 +78,7 @@ def test_mistakes_in_flags(argv: str, line: str) -> None:
     [
         ("optim: {lrr: 3}", "run.yaml: unknown key optim.lrr; did you mean 'optim.lr'?"),
         ("lr: 3", "run.yaml: unknown key lr; did you mean 'optim.lr'?"),
+        ("output_dir: x", "run.yaml: unknown key output_dir; did you mean 'run.dir'?"),
         ("temperature: 3", "did you mean 'rollout.temperature' or 'eval.temperature'?"),
         ("groupsize: 4", "run.yaml: unknown key groupsize; did you mean 'group_size'?"),
         ("steps: 0", "run.yaml: steps = 0: must be greater than or equal to 1"),

@@ -28,6 +28,7 @@ def make_policy(
     dropout: float = 0.0,
     tied: bool = False,
     adapter: Path | None = None,
+    warmup_steps: int = 0,
 ) -> Policy:
     torch.manual_seed(0)
     attention.register()
@@ -39,7 +40,7 @@ def make_policy(
         loaded,
         ModelConfig(gradient_checkpointing=checkpointing, adapter=adapter),
         LoraConfig(rank=rank, targets=targets or ["all-linear"], dropout=dropout),
-        OptimConfig(name=optimizer, schedule=schedule),
+        OptimConfig(name=optimizer, schedule=schedule, warmup_steps=warmup_steps),
         temperature=temperature,
         total_updates=10,
     )

@@ -154,6 +154,14 @@ def test_the_schedule_counts_planned_updates():
     assert rates == pytest.approx([2e-5 * (1 - i / 10) for i in range(4)])
 
 
+def test_the_warm_up_wastes_no_update():
+    policy = make_policy(schedule="linear", warmup_steps=4)
+    rates = [policy.idle().learning_rate for _ in range(6)]
+    after = [1.0, 5 / 6]  # linear: from the end of the warm-up to 0 at update 10
+    assert rates == pytest.approx([2e-5 * f for f in (0.25, 0.5, 0.75, 1.0, *after)])
+    assert make_policy(warmup_steps=1).idle().learning_rate == pytest.approx(2e-5)
+
+
 def test_squares_hold_little_padding():
     """One long tree among many short ones does not pad them all to its length."""
     groups = make_groups(7, groups=20)

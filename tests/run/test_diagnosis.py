@@ -20,7 +20,7 @@ def make_group(scores, *, weights=(1.0, 1.0), truncated=(), failure=None):
         known = [w * v for w, v in zip(weights, values, strict=True) if v is not None]
         rollouts.append(
             Rollout(
-                token_ids=[1, 2],
+                token_ids=[1, number],
                 loss_mask=[True, True],
                 logprobs=[-1.0, -1.0],
                 policy_version=[0, 0],
@@ -57,11 +57,15 @@ def test_a_sound_step_has_no_warning():
 
 
 def test_all_zero_is_too_hard():
-    assert "every completion scored 0: the task is too hard" in only([ZEROS, ZEROS])
+    assert "every completion scored 0 by correct and short: the task is too hard" in only(
+        [ZEROS, ZEROS]
+    )
 
 
 def test_all_one_is_solved():
-    assert "every completion scored 1: the task is solved" in only([ONES, ONES])
+    assert "every completion scored 1 by correct and short: the task is solved" in only(
+        [ONES, ONES]
+    )
 
 
 def test_equal_within_groups_only():
@@ -71,6 +75,15 @@ def test_equal_within_groups_only():
 def test_equal_rewards_that_round_differently_are_equal():
     third = make_group([(1 / 3, 0.1 + 0.2), (1 / 3, 0.3)])
     assert "every completion scored 0.633333" in only([third])
+
+
+def test_greedy_sampling_is_the_cause():
+    copies = make_group([(0.0, 0.0), (0.0, 0.0)])
+    for rollout in copies.rollouts:
+        rollout.token_ids = [1, 2]
+    assert "--rollout.temperature is 0" in only([copies], temperature=0.0)
+    assert "--rollout.temperature 0.7: raise it" in only([copies], temperature=0.7)
+    assert "the task is too hard" in only([copies, ZEROS])
 
 
 def test_cancelling_rewards_are_named():

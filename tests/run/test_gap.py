@@ -96,3 +96,17 @@ def test_an_8_bit_cache_is_named_as_the_cause():
     assert ["--rollout.kv-cache auto" in text for text in run.warned] == [True] * 2
     with pytest.raises(UserError, match=r"--rollout\.kv-cache auto"):
         make("stop", run, "fp8").check(1, 0.2)
+
+
+@pytest.mark.parametrize(
+    "option", [{"top_p": 0.5}, {"top_k": 4}, {"min_p": 0.1}], ids=["top-p", "top-k", "min-p"]
+)
+def test_truncated_sampling_is_named_as_the_cause(option):
+    run = FakeRun()
+    cfg = GrpoConfig.model_validate({"rollout": option})
+    GapGuard(cfg.loss, cfg.rollout, run).check(1, 0.6)  # type: ignore[arg-type]
+    (warning,) = run.warned
+    ((name, value),) = option.items()
+    assert f"--rollout.{name.replace('_', '-')} {value}" in warning
+    assert "by construction" in warning
+    assert "different policy" not in warning
