@@ -55,6 +55,10 @@ class Renderer:
         self.turn_end = self._turn_end() if tokenizer.chat_template else None
         ends = {*eos_token_ids, tokenizer.eos_token_id, self.turn_end} - {None}
         self.stop_ids = tuple(sorted(ends))
+        self._stops: tuple[str, ...] = tuple(tokenizer.convert_ids_to_tokens(self.stop_ids))
+        unread = (tokenizer.bos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id)
+        self._hidden = {*self.stop_ids, *unread} - {None}
+        self._cuts = tuple({*self._stops, *tokenizer.all_special_tokens})
 
     def check(self, prompts: Sequence[Prompt]) -> None:
         """Check before training that prompts and tokenizer fit together.
@@ -155,20 +159,43 @@ class Renderer:
         """Tokenise a text that continues ``before``.
 
         If both texts together begin with ``before_ids``, from which sampling would continue, the
-        remaining ids are returned; otherwise the text is tokenised separately.
+        remaining ids are returned; otherwise the text is tokenised separately. The work does not
+        grow with ``before``: tokenizers split at special tokens, so only the text from the last
+        one on matters.
         """
-        whole = self.ids(before + text, begins=True)
-        if whole[: len(before_ids)] == before_ids:
-            return whole[len(before_ids) :]
+        cut = max((before.rfind(token) for token in self._cuts), default=-1)
+        tail = before[max(cut, 0) :]
+        tail_ids = self.ids(tail, begins=cut <= 0)
+        whole = self.ids(tail + text, begins=cut <= 0)
+        known = before_ids[len(before_ids) - len(tail_ids) :]
+        if known == tail_ids == whole[: len(tail_ids)]:
+            return whole[len(tail_ids) :]
         # SentencePiece adds a space before a separate text, so it is tokenised after a line break.
         line = self.ids("\n")
         apart = self.ids("\n" + text)
         return apart[len(line) :] if apart[: len(line)] == line else self.ids(text)
 
+    def without_end(self, text: str) -> str:
+        """A turn's text without the end tokens at its end; unchanged if it has none."""
+        bare = text
+        while (kept := bare.rstrip()).endswith(self._stops):
+            bare = next(kept.removesuffix(stop) for stop in self._stops if kept.endswith(stop))
+        return bare
+
+    def ends(self, text: str) -> bool:
+        """Whether a text has its end token already, with only white space after it."""
+        return text.rstrip().endswith(self._stops)
+
     def decode(self, token_ids: Sequence[int]) -> str:
-        """Decode sampled tokens to text, without special tokens."""
+        """Decode sampled tokens to text, without the tokens that begin, end or pad a turn.
+
+        All other special tokens are text of the model, such as ``<think>`` and ``<tool_call>``,
+        which rewards and environments read.
+        """
         text: str = self.tokenizer.decode(
-            token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+            [i for i in token_ids if i not in self._hidden],
+            skip_special_tokens=False,
+            clean_up_tokenization_spaces=False,
         )
         return text
 

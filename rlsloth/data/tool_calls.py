@@ -48,6 +48,8 @@ def _parse(text: str, closed: bool) -> ToolCall:
     arguments = call.get("arguments", {})
     if not isinstance(arguments, dict):
         return ToolCall(name, {}, "the tool call is malformed: arguments must be a JSON object")
+    if any("\ud800" <= c <= "\udfff" for c in json.dumps(call, ensure_ascii=False)):
+        return ToolCall("", {}, "the tool call is malformed: it holds half of a surrogate pair")
     return ToolCall(name, arguments)
 
 

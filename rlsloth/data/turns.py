@@ -67,6 +67,7 @@ def spoken(
     Raises:
         UserError: there is no assistant turn, or the template refuses or drops one.
     """
+    messages = [_unended(message, renderer) for message in messages]
     at = [i for i in range(first, len(messages)) if messages[i]["role"] == "assistant"]
     if not at:
         raise UserError(
@@ -83,6 +84,13 @@ def spoken(
         for turn, later in pairwise(turns)
     )
     return [_answer(renderer, part) for part in ([turns] if joined else [[t] for t in turns])]
+
+
+def _unended(message: Message, renderer: Renderer) -> Message:
+    """An assistant message without an end token of its own: the template writes one."""
+    if message["role"] != "assistant":
+        return message
+    return {**message, "content": renderer.without_end(message["content"])}
 
 
 def _answer(renderer: Renderer, turns: Sequence[_Turn]) -> Answer:

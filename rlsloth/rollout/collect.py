@@ -13,7 +13,7 @@ from functools import partial
 from rlsloth.data.renderer import Renderer
 from rlsloth.environments.protocol import Environment, Reply
 from rlsloth.errors import UserError
-from rlsloth.records import Completion, Group, Prompt, SamplingParams
+from rlsloth.records import Completion, Group, Message, Prompt, SamplingParams
 from rlsloth.rollout.engine import Engine
 from rlsloth.rollout.trajectory import Trajectory
 from rlsloth.seeding import derive_seed
@@ -146,7 +146,7 @@ def _read(
     if last or trajectory.sampled >= limits.sampled:
         trajectory.end("length")
         return
-    messages = list(reply.messages)
+    messages = [_encodable(message) for message in reply.messages]
     if not messages:
         raise UserError(
             f"{trajectory.where}: step returned no messages and done=False; return done=True to "
@@ -160,6 +160,15 @@ def _read(
         trajectory.end("length")
     else:
         trajectory.add_context(glue)
+
+
+def _encodable(message: Message) -> Message:
+    """A message whose text can be tokenised: lone surrogates, which no encoding has, are written as
+    escapes."""
+    content = message.get("content")
+    if not isinstance(content, str):
+        return message
+    return {**message, "content": content.encode("utf-8", "backslashreplace").decode()}
 
 
 def _sample(

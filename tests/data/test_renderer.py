@@ -105,6 +105,18 @@ def test_decode_drops_special_tokens_only() -> None:
     assert chat.decode(ids) == "é <tool_call> \n x ."
 
 
+def test_marks_of_the_content_are_text_even_where_they_are_special() -> None:
+    """People add <think> and <answer> as special tokens; rewards and the parser must see them."""
+    tokenizer = tiny_tokenizer()
+    marks = ["<think>", "</think>", "<answer>", "</answer>", "<tool_call>", "</tool_call>"]
+    tokenizer.add_special_tokens({"additional_special_tokens": marks})
+    chat = renderer(tokenizer)
+    written = "<think>2 and 2</think><answer>4</answer>"
+    assert chat.decode(chat.ids(f"{written}<|im_end|>")) == written
+    call = '<tool_call>{"name": "f", "arguments": {"a": 1}}</tool_call>'
+    assert parse_tool_calls(chat.decode(chat.ids(f"{call}<|im_end|>"))) == [ToolCall("f", {"a": 1})]
+
+
 def test_check_refuses_what_cannot_work() -> None:
     renderer().check([prompt()])
     bare = renderer(tiny_tokenizer(None))

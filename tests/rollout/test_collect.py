@@ -95,6 +95,25 @@ def test_failing_tools_are_counted_and_read_by_the_model() -> None:
     assert [m["role"] for m in rollout.messages] == ["assistant", *["tool"] * 4, "assistant"]
 
 
+def test_half_a_surrogate_pair_is_a_failure_that_the_model_reads() -> None:
+    """JSON can hold one, a tokenizer cannot: in the call, and in a tool's own result."""
+    env, renderer = calculator()
+    lone = '<tool_call>{"name": "calculate", "arguments": {"expression": "\\ud83d"}}</tool_call>'
+    engine = ScriptedEngine([[lone + END], ["2" + END]])
+    (rollout,) = run(engine, env, renderer)[0].rollouts
+    assert (rollout.tool_calls, rollout.tool_failures) == (1, 1)
+    assert "half of a surrogate pair" in rollout.messages[1]["content"]
+
+
+def test_a_tool_may_return_half_a_surrogate_pair(monkeypatch: pytest.MonkeyPatch) -> None:
+    env, renderer = calculator()
+    monkeypatch.setattr("rlsloth.envs.calculator.Calculator.calculate", lambda *_, **__: "a\ud83d")
+    engine = ScriptedEngine([[call("1+1") + END], ["2" + END]])
+    (rollout,) = run(engine, env, renderer)[0].rollouts
+    assert rollout.messages[1]["content"] == r"a\ud83d"
+    assert rollout.tool_failures == 0
+
+
 def test_rollouts_go_on_alone() -> None:
     """Six rollouts answer at once or call tools once or twice; each keeps its place."""
     env, renderer = calculator()
