@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
@@ -12,7 +11,8 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from rlsloth.config import DatasetConfig
-from rlsloth.data.tool_calls import ToolCall, call_message, parse_tool_calls, tools_as_text
+from rlsloth.data.tool_calls import ToolCall, call_message, tools_as_text
+from rlsloth.data.tool_formats import ToolFormat, calls_in, find_format
 from rlsloth.errors import UserError, first_line
 from rlsloth.records import Message, Prompt
 
@@ -123,7 +123,7 @@ class Renderer:
         """
         self._need_template()
         uses_tools = tools or any(m["role"] == "tool" or m.get("tool_calls") for m in messages)
-        if uses_tools and not self._template_takes_tools:
+        if uses_tools and self._tool_format is None:
             messages, tools = tools_as_text(messages, tools), ()
         prefill = messages[-1]["role"] == "assistant" and not whole
         return self._apply(
@@ -186,6 +186,11 @@ class Renderer:
         """Whether a text has its end token already, with only white space after it."""
         return text.rstrip().endswith(self._stops)
 
+    def ends_specially(self, text: str) -> bool:
+        """Whether a text ends with any special token, with only white space after it."""
+        added = self.tokenizer.added_tokens_decoder.values()
+        return text.rstrip().endswith(tuple(str(token) for token in added if token.special))
+
     def decode(self, token_ids: Sequence[int]) -> str:
         """Decode sampled tokens to text, without the tokens that begin, end or pad a turn.
 
@@ -199,7 +204,12 @@ class Renderer:
         )
         return text
 
-    parse_tool_calls = staticmethod(parse_tool_calls)
+    def parse_tool_calls(self, text: str, tools: Sequence[Any] = ()) -> list[ToolCall]:
+        """Parse the tool calls of a completion, in the form in which the template writes them.
+
+        A malformed call has an ``error``. ``tools`` are JSON schemas, for the arguments' types.
+        """
+        return calls_in(self._tool_format, text, tools)
 
     def reply_ids(self, turn_ids: Sequence[int], messages: Sequence[Message]) -> list[int]:
         """Tokenise the text between an assistant turn and the next one.
@@ -248,25 +258,14 @@ class Renderer:
         return ids[0] if ids and ids[0] in special else None
 
     @cached_property
-    def _template_takes_tools(self) -> bool:
-        """Whether the template renders tools, and writes calls in the form that we parse."""
-        function = {"name": "f", "description": _MARK, "parameters": {"type": "object"}}
-        call = ToolCall("f", {"value": _MARK})
-        messages: list[Message] = [
-            {"role": "user", "content": "a"},
-            {"role": "assistant", "content": "", "tool_calls": [call_message("0" * 9, call)]},
-            {"role": "tool", "name": "f", "content": "b", "tool_call_id": "0" * 9},
-        ]
-        try:
-            text = self._apply(messages, [{"type": "function", "function": function}], "tools")
-        except UserError:
-            return False
-        shown = text.partition(json.dumps(call.arguments))[0]
-        return _MARK in shown and call in parse_tool_calls(text)
+    def _tool_format(self) -> ToolFormat | None:
+        """The form in which the template writes calls; None if it writes none that we can parse."""
+        return find_format(self._apply, self.without_end)
 
     def _apply(
         self, messages: list[Message], tools: Sequence[Any], where: str, **kwargs: Any
     ) -> str:
+        messages = [_with_reasoning(message) for message in messages]
         try:
             text: str = self.tokenizer.apply_chat_template(
                 messages, tools=list(tools) or None, tokenize=False, **self._kwargs | kwargs
@@ -277,6 +276,13 @@ class Renderer:
                 "pass another model"
             ) from error
         return text
+
+
+def _with_reasoning(message: Message) -> Message:
+    """A message whose reasoning has all names that templates know: gpt-oss and LFM2.5 read
+    ``thinking``."""
+    reasoning = message.get("reasoning_content")
+    return {**message, "thinking": reasoning} if reasoning else message
 
 
 def template_kwargs(value: Any, where: str) -> dict[str, Any]:

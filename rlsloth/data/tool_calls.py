@@ -1,20 +1,16 @@
-"""Tool calls in the Hermes format: parsing them, and rendering them for templates without tools.
+"""Tool calls, and the text that shows them to a model whose chat template does not.
 
-The format is ``<tool_call>{"name": "f", "arguments": {}}</tool_call>``. Texts in this file are read
-by the model: changing them changes what it is trained on.
+Texts in this file are read by the model: changing them changes what it is trained on.
 """
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from rlsloth.records import Message
-
-_TOOL_CALL = re.compile(r"<tool_call>(.*?)(</tool_call>|\Z)", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,32 +21,6 @@ class ToolCall:
     arguments: dict[str, Any]
     error: str | None = None
     """Reason why the call cannot be made, written for the model; None for a well-formed call."""
-
-
-def parse_tool_calls(text: str) -> list[ToolCall]:
-    """Parse the calls in a completion, after its reasoning (``</think>``).
-
-    A malformed call has an ``error``.
-    """
-    answer = text.rpartition("</think>")[2]
-    return [_parse(m[1], closed=bool(m[2])) for m in _TOOL_CALL.finditer(answer)]
-
-
-def _parse(text: str, closed: bool) -> ToolCall:
-    try:
-        call = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        reason = "it has no </tool_call>" if not closed else f"it is not JSON ({error})"
-        return ToolCall("", {}, f"the tool call is malformed: {reason}")
-    name = call.get("name") if isinstance(call, dict) else None
-    if not isinstance(name, str) or not name:
-        return ToolCall("", {}, 'the tool call is malformed: it has no "name"')
-    arguments = call.get("arguments", {})
-    if not isinstance(arguments, dict):
-        return ToolCall(name, {}, "the tool call is malformed: arguments must be a JSON object")
-    if any("\ud800" <= c <= "\udfff" for c in json.dumps(call, ensure_ascii=False)):
-        return ToolCall("", {}, "the tool call is malformed: it holds half of a surrogate pair")
-    return ToolCall(name, arguments)
 
 
 def call_message(call_id: str, call: ToolCall) -> dict[str, Any]:

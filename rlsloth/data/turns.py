@@ -129,6 +129,8 @@ def _turn(
     if not _shows(written, messages[-1]):
         return _as_sampled(before, messages[-1], renderer, where)
     end = _end(written, renderer)
+    if end < 0 and messages[-1].get("tool_calls") and renderer.ends_specially(written):
+        end = len(written.rstrip())  # gpt-oss ends calls with a token of their own
     if end < 0:
         return _Turn(before, written.rstrip(), ended=False)
     return _Turn(before, written[:end], ended=True)
@@ -150,10 +152,15 @@ def _shows(written: str, message: Message) -> bool:
 
     Some templates drop reasoning, or begin a turn differently from their own generation prompt.
     """
-    content = "".join(f"{message.get('reasoning_content') or ''}{message['content']}".split())
-    if message.get("reasoning_content"):  # the template puts its own mark between the two
-        written = written.replace("</think>", "")
-    return bool(written.strip()) and content in "".join(written.split())
+    shown = "".join(written.split())
+    at = 0
+    for part in (message.get("reasoning_content") or "", message["content"]):
+        words = "".join(part.split())
+        at = shown.find(words, at)
+        if at < 0:
+            return False
+        at += len(words)
+    return bool(shown)
 
 
 def _as_sampled(before: str, message: Message, renderer: Renderer, where: str) -> _Turn:

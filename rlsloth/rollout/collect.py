@@ -83,8 +83,8 @@ def collect(
 def _start(
     env: Environment, group: int, prompt: Prompt, prompt_ids: list[int], n: int
 ) -> list[Trajectory]:
-    where, tools = f"environment {env.name}", bool(prompt.tools)
-    return [Trajectory(group, prompt_ids, env.start(prompt), where, tools) for _ in range(n)]
+    where = f"environment {env.name}"
+    return [Trajectory(group, prompt_ids, env.start(prompt), where, prompt.tools) for _ in range(n)]
 
 
 @dataclass(frozen=True, slots=True)

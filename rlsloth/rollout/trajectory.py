@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from rlsloth.data.renderer import Renderer
 from rlsloth.data.tool_calls import ToolCall
@@ -24,8 +25,8 @@ class Trajectory:
     """The environment's side of the conversation."""
     where: str
     """Name of the environment, for messages."""
-    has_tools: bool
-    """Whether the prompt offers tools."""
+    tools: Sequence[Any]
+    """JSON schemas of the tools that the prompt offers."""
     ended: bool = False
     turn_ids: list[int] = field(default_factory=list)
     """Tokens of the last sampled turn."""
@@ -59,8 +60,8 @@ class Trajectory:
         self.text = renderer.decode(completion.token_ids)
         self.messages.append({"role": "assistant", "content": self.text})
         self.turn_rewards.append(0.0)
-        calling = self.has_tools and completion.finish == "stop"
-        self.calls = renderer.parse_tool_calls(self.text) if calling else []
+        calling = self.tools and completion.finish == "stop"
+        self.calls = renderer.parse_tool_calls(self.text, self.tools) if calling else []
 
     def step(self) -> Reply | Awaitable[Reply]:
         """Pass the last turn to the environment. Raises UserError if the environment fails."""

@@ -15,7 +15,8 @@ from helpers.tiny import CHATML, tiny_tokenizer
 from helpers.tool_templates import HERMES, TOOL
 from rlsloth.config import EnvConfig
 from rlsloth.data.renderer import Renderer
-from rlsloth.data.tool_calls import ToolCall, parse_tool_calls
+from rlsloth.data.tool_calls import ToolCall
+from rlsloth.data.tool_formats import calls_in
 from rlsloth.errors import UserError
 from rlsloth.policy.gguf import restore_pretokenizer
 from rlsloth.records import Message, Prompt
@@ -41,6 +42,10 @@ def llama_tokenizer(template: str = LLAMA) -> PreTrainedTokenizerBase:
 
 def text(chat: Renderer, ids: Sequence[int]) -> str:
     return chat.tokenizer.decode(ids)
+
+
+def parsed(text: str) -> list[ToolCall]:
+    return calls_in(None, text, ())
 
 
 def prompt(*messages: Message, tools: Sequence[Any] = (), **columns: Any) -> Prompt:
@@ -114,7 +119,7 @@ def test_marks_of_the_content_are_text_even_where_they_are_special() -> None:
     written = "<think>2 and 2</think><answer>4</answer>"
     assert chat.decode(chat.ids(f"{written}<|im_end|>")) == written
     call = '<tool_call>{"name": "f", "arguments": {"a": 1}}</tool_call>'
-    assert parse_tool_calls(chat.decode(chat.ids(f"{call}<|im_end|>"))) == [ToolCall("f", {"a": 1})]
+    assert parsed(chat.decode(chat.ids(f"{call}<|im_end|>"))) == [ToolCall("f", {"a": 1})]
 
 
 def test_check_refuses_what_cannot_work() -> None:
@@ -160,11 +165,11 @@ def test_template_with_calls_in_another_form_gets_the_parsed_one() -> None:
 
 def test_parse_tool_calls() -> None:
     call = '<tool_call>\n{"name": "calculate", "arguments": {"expression": "1+1"}}\n</tool_call>'
-    parsed = ToolCall("calculate", {"expression": "1+1"})
-    assert parse_tool_calls("no call") == []
-    assert parse_tool_calls(f"so {call} and {call}") == [parsed, parsed]
-    assert parse_tool_calls(f"<think>{call}</think>{call}") == [parsed]
-    assert parse_tool_calls('<tool_call>{"name": "now"}</tool_call>') == [ToolCall("now", {})]
+    wanted = ToolCall("calculate", {"expression": "1+1"})
+    assert parsed("no call") == []
+    assert parsed(f"so {call} and {call}") == [wanted, wanted]
+    assert parsed(f"<think>{call}</think>{call}") == [wanted]
+    assert parsed('<tool_call>{"name": "now"}</tool_call>') == [ToolCall("now", {})]
 
 
 @pytest.mark.parametrize(
@@ -179,7 +184,7 @@ def test_parse_tool_calls() -> None:
     ],
 )
 def test_malformed_calls_carry_an_error(written: str, said: str) -> None:
-    (call,) = parse_tool_calls(written)
+    (call,) = parsed(written)
     assert call.error is not None
     assert said in call.error
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -77,8 +78,8 @@ def test_scoring_begins_before_the_last_group_is_sampled(tmp_path) -> None:
 class AlwaysCalling(Renderer):
     """Reads a call into whatever a random model babbles."""
 
-    @staticmethod
-    def parse_tool_calls(text: str) -> list[ToolCall]:
+    def parse_tool_calls(self, text: str, tools: Sequence[Any] = ()) -> list[ToolCall]:
+        assert tools
         return [ToolCall("calculate", {"expression": f"{len(text)} * 3"})]
 
 
