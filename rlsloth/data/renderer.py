@@ -11,6 +11,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from rlsloth.config import DatasetConfig
+from rlsloth.data.ends import Ends
 from rlsloth.data.tool_calls import ToolCall, call_message, tools_as_text
 from rlsloth.data.tool_formats import ToolFormat, calls_in, find_format
 from rlsloth.errors import UserError, first_line
@@ -31,6 +32,8 @@ class Renderer:
 
     stop_ids: tuple[int, ...]
     """Ids that end an assistant turn: end of sequence, and the template's end of turn."""
+    ends: Ends
+    """The same tokens as text."""
     turn_end: int | None
     """Id of the template's end of turn; None if it writes none."""
 
@@ -48,6 +51,7 @@ class Renderer:
             eos_token_ids: further end tokens, from the model's generation config.
         """
         self.tokenizer = tokenizer
+        self._name = tokenizer.name_or_path or "this model"
         self._kwargs: dict[str, Any] = dict(cfg.chat_template_kwargs)
         bos = tokenizer.bos_token_id
         plain = tokenizer("a")["input_ids"]
@@ -55,10 +59,10 @@ class Renderer:
         self.turn_end = self._turn_end() if tokenizer.chat_template else None
         ends = {*eos_token_ids, tokenizer.eos_token_id, self.turn_end} - {None}
         self.stop_ids = tuple(sorted(ends))
-        self._stops: tuple[str, ...] = tuple(tokenizer.convert_ids_to_tokens(self.stop_ids))
+        self.ends = Ends(tokenizer, self.stop_ids)
         unread = (tokenizer.bos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id)
         self._hidden = {*self.stop_ids, *unread} - {None}
-        self._cuts = tuple({*self._stops, *tokenizer.all_special_tokens})
+        self._cuts = tuple({*self.ends.stops, *tokenizer.all_special_tokens})
 
     def check(self, prompts: Sequence[Prompt]) -> None:
         """Check before training that prompts and tokenizer fit together.
@@ -69,7 +73,7 @@ class Renderer:
         """
         if not self.stop_ids:
             raise UserError(
-                f"the tokenizer of {self.tokenizer.name_or_path or 'this model'} has no "
+                f"the tokenizer of {self._name} has no "
                 "end-of-sequence token, so that completions would never end; set eos_token in its "
                 "tokenizer_config.json"
             )
@@ -138,7 +142,7 @@ class Renderer:
     def _need_template(self) -> None:
         if not self.tokenizer.chat_template:
             raise UserError(
-                f"the tokenizer of {self.tokenizer.name_or_path or 'this model'} has no chat "
+                f"the tokenizer of {self._name} has no chat "
                 "template, but the prompts are chat messages: pass an instruct model, or rename "
                 "the column to `prompt`, whose text is continued unchanged"
             )
@@ -174,22 +178,6 @@ class Renderer:
         line = self.ids("\n")
         apart = self.ids("\n" + text)
         return apart[len(line) :] if apart[: len(line)] == line else self.ids(text)
-
-    def without_end(self, text: str) -> str:
-        """A turn's text without the end tokens at its end; unchanged if it has none."""
-        bare = text
-        while (kept := bare.rstrip()).endswith(self._stops):
-            bare = next(kept.removesuffix(stop) for stop in self._stops if kept.endswith(stop))
-        return bare
-
-    def ends(self, text: str) -> bool:
-        """Whether a text has its end token already, with only white space after it."""
-        return text.rstrip().endswith(self._stops)
-
-    def ends_specially(self, text: str) -> bool:
-        """Whether a text ends with any special token, with only white space after it."""
-        added = self.tokenizer.added_tokens_decoder.values()
-        return text.rstrip().endswith(tuple(str(token) for token in added if token.special))
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Decode sampled tokens to text, without the tokens that begin, end or pad a turn.
@@ -242,7 +230,7 @@ class Renderer:
         at = min((end for end in ends if end >= 0), default=-1)
         if at < 0 or text.count(_MARK) < marks:
             raise UserError(
-                f"the chat template of {self.tokenizer.name_or_path or 'this model'} does not mark "
+                f"the chat template of {self._name} does not mark "
                 "where an assistant turn ends, which environments of several turns need; pass "
                 "another model"
             )
@@ -260,7 +248,7 @@ class Renderer:
     @cached_property
     def _tool_format(self) -> ToolFormat | None:
         """The form in which the template writes calls; None if it writes none that we can parse."""
-        return find_format(self._apply, self.without_end)
+        return find_format(self._apply, self.ends.removed)
 
     def _apply(
         self, messages: list[Message], tools: Sequence[Any], where: str, **kwargs: Any

@@ -143,7 +143,7 @@ def continued(renderer: Renderer, prompt: str, completion: str) -> Answer:
     """Plain text after plain text, and an end token."""
     prompt_ids = renderer.ids(prompt, begins=True)
     token_ids = renderer.next_ids(prompt, prompt_ids, completion)
-    if not renderer.ends(completion):
+    if not renderer.ends.end(completion):
         token_ids = [*token_ids, end_id(renderer)]
     return Answer(prompt_ids, token_ids, [True] * len(token_ids))
 
@@ -157,7 +157,7 @@ def _text(row: Row, index: int, renderer: Renderer, where: str) -> Example:
         )
     check_text(text, f"{where}, column 'text'")
     ids = renderer.ids(text, begins=True)
-    if not renderer.ends(text):
+    if not renderer.ends.end(text):
         ids.append(end_id(renderer))
     if len(ids) < 2:
         raise UserError(

@@ -90,7 +90,7 @@ def _unended(message: Message, renderer: Renderer) -> Message:
     """An assistant message without an end token of its own: the template writes one."""
     if message["role"] != "assistant":
         return message
-    return {**message, "content": renderer.without_end(message["content"])}
+    return {**message, "content": renderer.ends.removed(message["content"])}
 
 
 def _answer(renderer: Renderer, turns: Sequence[_Turn]) -> Answer:
@@ -129,7 +129,7 @@ def _turn(
     if not _shows(written, messages[-1]):
         return _as_sampled(before, messages[-1], renderer, where)
     end = _end(written, renderer)
-    if end < 0 and messages[-1].get("tool_calls") and renderer.ends_specially(written):
+    if end < 0 and messages[-1].get("tool_calls") and renderer.ends.end_specially(written):
         end = len(written.rstrip())  # gpt-oss ends calls with a token of their own
     if end < 0:
         return _Turn(before, written.rstrip(), ended=False)
