@@ -33,7 +33,7 @@ class Renderer:
     stop_ids: tuple[int, ...]
     """Ids that end an assistant turn: end of sequence, and the template's end of turn."""
     ends: Ends
-    """The same tokens as text."""
+    """Those tokens as text."""
     turn_end: int | None
     """Id of the template's end of turn; None if it writes none."""
 
