@@ -2,42 +2,42 @@
 
 from __future__ import annotations
 
+import re
 from fractions import Fraction
 from typing import Any
 
-from rlsloth.scoring.answers import (
-    after_hashes,
-    completion_text,
-    exact_number,
-    last_boxed,
-    marked_answer,
-    numbers_in,
-)
+from rlsloth.scoring.answers import after_hashes, completion_text, final_text, marked_answer
 from rlsloth.scoring.example import Example
+from rlsloth.scoring.figures import exact_number, numbers_in
+
+_MARKUP = re.compile(r"\\(?:text|mathrm|textbf|mbox)\s*\{|[{}]|\\[,;:! ]|\\?\$|\\?%|[£€¥°]|\*\*")
+_OPERATOR = re.compile(r"[-+*/^√×·÷_=\\]")
 
 
 def gsm8k_answer(
     completions: list[Any],
     answer: list[Any],
-    finish_reasons: list[str],
+    finish_reasons: list[str] | None = None,
     *,
     finished_only: bool = True,
 ) -> list[float | None]:
     r"""1 if the final number equals the one after ``####`` in the gold, exactly, else 0.
 
-    The final number is the one in the last \boxed{}, in the last <answer> tag or after ``####``,
-    else the last number of the completion. Units, $ and % are ignored: GSM8K's golds are bare
-    numbers. A gold without ``####`` must be a number as a whole; None if it is not.
+    The final number is the only one in the last \boxed{} or <answer> tag, the first after ``####``,
+    else the last number of the completion; what stands before the last </think> does not count.
+    Units, $ and % are ignored: GSM8K's golds are bare numbers. A gold without ``####`` must be a
+    number as a whole; None if it is not.
 
     Args:
         finished_only: A completion cut off by the length limit scores 0, whatever it broke at.
     """
+    finish = finish_reasons or ["stop"] * len(completions)
     scores: list[float | None] = []
-    for completion, gold, finish in zip(completions, answer, finish_reasons, strict=True):
+    for completion, gold, reason in zip(completions, answer, finish, strict=True):
         expected = _gold(str(gold))
         if expected is None:
             scores.append(None)
-        elif finished_only and finish == "length":
+        elif finished_only and reason == "length":
             scores.append(0.0)
         else:
             scores.append(float(_final_number(completion_text(completion)) == expected))
@@ -50,16 +50,30 @@ def _gold(gold: str) -> Fraction | None:
 
 
 def _final_number(text: str) -> Fraction | None:
+    text = final_text(text)
     marked = marked_answer(text)
-    whole = None if marked is None else _value(marked)
+    if marked is None:
+        found = numbers_in(text)
+        return _value(found[-1]) if found else None
+    whole = _value(marked)
     if whole is not None:
         return whole
-    found = numbers_in(text if marked is None else marked)
-    if not found:
+    if marked == after_hashes(text):
+        # "#### 5 of 10": GSM8K's own reading is the first number after the hashes.
+        found = numbers_in(marked)
+        return _value(found[0]) if found else None
+    return _only_number(marked)
+
+
+def _only_number(marked: str) -> Fraction | None:
+    """The one number among words and units, or the right side of an equation; None for
+    expressions and for several numbers."""
+    words = _MARKUP.sub(" ", marked.rpartition("=")[2])
+    found = numbers_in(words)
+    if len(found) != 1:
         return None
-    # "#### 5 of 10": GSM8K's own reading is the first number after the hashes.
-    is_hashed = marked is not None and last_boxed(text) is None and marked == after_hashes(text)
-    return _value(found[0] if is_hashed else found[-1])
+    rest = words.replace(found[0], " ", 1)
+    return None if re.search(r"\d", rest) or _OPERATOR.search(rest) else _value(found[0])
 
 
 def _value(text: str) -> Fraction | None:
@@ -72,6 +86,8 @@ EXAMPLES = (
     Example(
         r"\boxed{18} dollars, as 9 * 2 = 18 and 3 + 4 = 7", 1.0, "a box wins", {"answer": "#### 18"}
     ),
+    Example(r"\boxed{20-9}", 0.0, "an expression is not its last number", {"answer": "#### 9"}),
+    Example("<think>72?</think> 71", 0.0, "a draft is no answer", {"answer": "#### 72"}),
     Example("That is $20%$.", 1.0, "units are ignored", {"answer": "#### 20"}),
     Example("5-3", 0.0, "a minus between numbers is no sign", {"answer": "#### -3"}),
     Example("The total is 72", 0.0, "cut off", {"answer": "#### 72"}, finish="length"),

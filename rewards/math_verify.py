@@ -1,45 +1,47 @@
-"""Mathematical equality with a gold answer, by exact arithmetic and the math-verify library."""
+"""Mathematical equality with a gold answer. What the answer holds is read as a whole, or not."""
 
 from __future__ import annotations
 
-import re
-from fractions import Fraction
-from functools import lru_cache
-from typing import Any
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, get_args
 
-import sympy
-from math_verify import parse, verify
-
-from rlsloth.errors import UserError
-from rlsloth.scoring.answers import (
-    after_hashes,
-    completion_text,
-    exact_number,
-    last_boxed,
-    marked_answer,
-    plain,
-)
+from rlsloth.errors import UserError, describe_exception
+from rlsloth.rewards._math.budget import OutOfTimeError, cpu_limit
+from rlsloth.rewards._math.judge import Gold, Verdict, gold_texts, judge, read_gold
+from rlsloth.rewards._math.values import TooLargeError
+from rlsloth.scoring.answers import completion_text
 from rlsloth.scoring.example import Example
 
-_DELIMITED = re.compile(r"(?<!\\)\$|\\\(|\\\[")
-_PROSE = re.compile(r"(?<![\\{A-Za-z])[A-Za-z]{2,} [A-Za-z]{2,}")
+ANSWER_SECONDS = 1.0
+"""CPU time for one answer; a group of answers that all reach it still ends within its own limit."""
+LATER_SECONDS = 0.2
+"""CPU time for an answer of a call in which three have reached ANSWER_SECONDS."""
+_FAILURES = {"timeout": "timeout", "error": "raised"}
 
 
 def math_verify(
     completions: list[Any],
-    finish_reasons: list[str],
+    finish_reasons: list[str] | None = None,
     solution: list[Any] | None = None,
     answer: list[Any] | None = None,
+    log_metric: Callable[[str, float], None] | None = None,
+    log_extra: Callable[[str, list[Any]], None] | None = None,
+    log_failure: Callable[[int, str, str], None] | None = None,
     *,
     finished_only: bool = True,
 ) -> list[float | None]:
     r"""1 if the final answer equals the gold one mathematically, else 0.
 
-    The gold is the row's ``solution``, else its ``answer``: the part marked by its last \boxed{} or
-    ``####``, or all of it. The answer is the part marked by the completion's last \boxed{},
-    <answer> tag or ``####``, else the expression that math-verify finds. Rational numbers are
-    compared exactly; an irrational number and a decimal are compared to math-verify's six digits.
-    None if the gold cannot be read.
+    It can be called as a function: ``math_verify([r"\boxed{1/2}"], answer=["0.5"])`` gives [1.0].
+    Completions are texts, or lists of chat messages of which the last counts.
+
+    The gold is the row's ``solution`` if that is marked by \boxed{} or ``####`` or is one
+    expression, else its ``answer``; a list holds golds of which any may be met. The answer is what
+    follows the last </think>: in the last \boxed{} or <answer> tag, after ``####``, after "the
+    answer is", in the last formula, or the last number. It counts only if all of it can
+    be read. None if the gold cannot be read, or if the comparison fails or takes more than a second
+    of CPU time.
 
     Args:
         finished_only: A completion cut off by the length limit scores 0. Without it, a policy is
@@ -49,89 +51,60 @@ def math_verify(
         UserError: the data has neither column.
     """
     if solution is None and answer is None:
-        raise UserError("reward 'math_verify' needs a column 'solution' or 'answer' with the gold")
-    absent = [None] * len(completions)
-    rows = zip(completions, finish_reasons, solution or absent, answer or absent, strict=True)
-    return [
-        _score(
-            None if finished_only and finish == "length" else completion_text(completion),
-            second if first is None else first,
+        raise UserError(
+            "reward 'math_verify' needs a column 'solution' or 'answer' with the gold: add one, or "
+            "rename yours"
         )
-        for completion, finish, first, second in rows
-    ]
+    absent = [None] * len(completions)
+    finish = finish_reasons or ["stop"] * len(completions)
+    rows = zip(completions, finish, solution or absent, answer or absent, strict=True)
+    verdicts: list[Verdict | None] = []
+    for row, (completion, reason, first, second) in enumerate(rows):
+        cut_off = finished_only and reason == "length"
+        text = None if cut_off else completion_text(completion)
+        seconds = LATER_SECONDS if verdicts.count("timeout") >= 3 else ANSWER_SECONDS
+        verdict, detail = _verdict(text, first, second, seconds)
+        verdicts.append(verdict)
+        if log_failure is not None and verdict in _FAILURES:
+            log_failure(row, _FAILURES[verdict], detail)
+    if log_extra is not None:
+        log_extra("math_verify/verdict", verdicts)
+    if log_metric is not None:
+        counts = Counter(verdicts)
+        for name in get_args(Verdict):
+            log_metric(f"rewards/math_verify/{name}", counts[name] / len(verdicts))
+    scores = {"right": 1.0, "wrong": 0.0, "unparsed": 0.0}
+    return [None if verdict is None else scores.get(verdict) for verdict in verdicts]
 
 
-def _score(text: str | None, gold: Any) -> float | None:
-    if not isinstance(gold, (str, int, float)):
-        return None
-    gold_text, bare = _gold_text(str(gold))
-    gold_number = exact_number(gold_text)
-    gold_parsed = () if gold_number is not None else _parse(gold_text)
-    if gold_number is None and not gold_parsed:
-        return None
-    if text is None:
-        return 0.0
-    text = plain(text)
-    if bare:
-        text = re.sub(r"\\?%", "", text)
-    marked = marked_answer(text)
-    number = exact_number(marked) if marked is not None else None
-    if number is not None and gold_number is not None:
-        return float(number == gold_number)
-    parsed = _parse(text if marked is None else marked)
-    return float(bool(parsed) and _equal(gold_text, gold_parsed or _parse(gold_text), parsed))
+def _golds(solution: Any, answer: Any) -> list[Gold]:
+    """The golds of a row that can be read."""
+    for column in (solution, answer):
+        golds = [gold for text in gold_texts(column) if (gold := read_gold(text)) is not None]
+        if golds:
+            return golds
+    return []
 
 
-def _gold_text(gold: str) -> tuple[str, bool]:
-    """The gold answer, and whether it is GSM8K's: a number whose unit (%) the question names."""
-    boxed = last_boxed(gold)
-    if boxed is not None:
-        return plain(boxed), False
-    hashed = after_hashes(gold)
-    return plain(gold if hashed is None else hashed).strip(), hashed is not None
-
-
-@lru_cache(maxsize=1024)
-def _parse(text: str) -> tuple[Any, ...]:
-    """Return the expression that math-verify finds, and its text; empty if there is none.
-
-    math-verify's own timeouts are off: they count wall-clock time, so a busy machine would turn
-    right answers into wrong ones. The scorer's CPU budget replaces them.
-    """
-    if not _DELIMITED.search(text) and not _PROSE.search(text):
-        text = f"${text}$"
-    return tuple(parse(text, parsing_timeout=None))
-
-
-def _equal(gold_text: str, gold: tuple[Any, ...], answer: tuple[Any, ...]) -> bool:
-    exact_gold = exact_number(gold_text)
-    if exact_gold is None:
-        exact_gold = _rational(gold)
-    exact_answer = _rational(answer)
-    if exact_gold is not None and exact_answer is not None:
-        return exact_gold == exact_answer
-    if _differ_in_order(gold, answer) or _differ_in_order(answer, gold):
-        return False
-    # verify() is not symmetric: the gold comes first.
-    return bool(verify(gold[0], answer[0], timeout_seconds=None, allow_set_relation_comp=True))
-
-
-def _rational(parsed: tuple[Any, ...]) -> Fraction | None:
-    """The exact value of a parsed rational number such as 1/2^99; None for anything else."""
-    expression = parsed[0]
-    if isinstance(expression, sympy.Float):
-        return exact_number(parsed[-1])  # as written: a Float holds 15 digits
-    if not isinstance(expression, sympy.Expr) or not expression.is_number:
-        return None
-    decimals = {number: sympy.Rational(str(number)) for number in expression.atoms(sympy.Float)}
-    value = expression.xreplace(decimals).doit()
-    return Fraction(int(value.p), int(value.q)) if value.is_Rational else None
-
-
-def _differ_in_order(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
-    """Whether one is written as a set, {1, 2}, and the other as a pair or an interval, (1, 2)."""
-    is_set = isinstance(one[0], sympy.FiniteSet) and "\\{" in one[-1]
-    return is_set and isinstance(other[0], (sympy.Tuple, sympy.Interval))
+def _verdict(
+    text: str | None, solution: Any, answer: Any, seconds: float
+) -> tuple[Verdict | None, str]:
+    """The verdict on a completion (text None: it was cut off), and what failed."""
+    try:
+        with cpu_limit(seconds):
+            golds = _golds(solution, answer)
+            if not golds:
+                return None, ""
+            if text is None:
+                return "wrong", ""
+            found = [judge(text, gold) for gold in golds]
+    except (OutOfTimeError, TooLargeError) as error:
+        large = isinstance(error, TooLargeError)
+        why = "the answer's value is too large" if large else f"more than {seconds:g} s of CPU time"
+        return "timeout", why
+    except Exception as error:  # sympy raises many kinds
+        return "error", describe_exception(error)
+    return "right" if "right" in found else found[0], ""
 
 
 EXAMPLES = (
@@ -143,6 +116,9 @@ EXAMPLES = (
     ),
     Example("The answer is 72.", 1.0, "gold after ####", {"answer": "48 + 24 = 72\n#### 72"}),
     Example(r"\boxed{48} no, \boxed{72}", 1.0, "the last box counts", {"answer": "#### 72"}),
+    Example(r"\boxed{1} and \boxed{2}", 1.0, "two boxes, one answer", {"answer": "1, 2"}),
+    Example(r"<think>\boxed{72}</think> 71", 0.0, "a draft is no answer", {"answer": "72"}),
+    Example(r"\boxed{2+\mathrm{e}}", 0.0, "a part is no answer", {"answer": "2"}),
     Example(r"\boxed{1,234.50}", 1.0, "thousands separator", {"answer": "1234.5"}),
     Example(r"\boxed{0.1000001}", 0.0, "no rounding", {"answer": "0.1"}),
     Example(r"\boxed{10}", 0.0, "10% is 1/10", {"answer": r"10\%"}),

@@ -9,8 +9,9 @@ from typing import Any
 from reasoning_gym.factory import DATASETS, get_score_answer_fn
 
 from rlsloth.errors import UserError, nearest
-from rlsloth.scoring.answers import completion_text, last_tag, numbers_in
+from rlsloth.scoring.answers import completion_text, last_tag
 from rlsloth.scoring.example import Example
+from rlsloth.scoring.figures import numbers_in
 
 
 def reasoning_gym(

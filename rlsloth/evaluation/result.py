@@ -15,7 +15,8 @@ from rlsloth.evaluation.intervals import (
     pass_at_k,
 )
 from rlsloth.records import Group, Rollout
-from rlsloth.scoring.answers import exact_number, marked_answer, numbers_in
+from rlsloth.scoring.answers import marked_answer
+from rlsloth.scoring.figures import exact_number, numbers_in
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,8 @@ from rlsloth.rewards.length import length
 from rlsloth.rewards.math_verify import math_verify
 from rlsloth.rewards.reasoning_gym import reasoning_gym
 from rlsloth.rewards.repetition import repetition
-from rlsloth.scoring.answers import exact_number, last_boxed, last_tag, numbers_in
+from rlsloth.scoring.answers import last_boxed, last_tag
+from rlsloth.scoring.figures import exact_number, numbers_in
 
 BUILT_IN = builtin_names("rlsloth.rewards")
 
