@@ -11,7 +11,7 @@ PACKAGE = python_files("rlsloth", *LINKED)
 TESTS = python_files("tests")
 ALL = [*PACKAGE, *TESTS, *python_files("examples")]
 
-MAX_LINES, MAX_TEST_LINES, MAX_MEAN_LINES = 300, 400, 130
+MAX_LINES, MAX_MEAN_LINES = 300, 130
 MAX_FUNCTION_LINES = 60
 MARKER = re.compile(r"pytest\.mark\.(gpu|vllm|gguf)\b")
 BAD_OPENINGS = ("What ", "Of ", "Where ", "The same ", "As ")
@@ -21,13 +21,9 @@ def lines(path: Path) -> int:
     return len(path.read_text().splitlines())
 
 
-def limit(path: Path) -> int:
-    return MAX_TEST_LINES if path in TESTS else MAX_LINES
-
-
 def test_files_are_short() -> None:
     complaints = [
-        f"{place(p)}: {lines(p)} lines, at most {limit(p)}" for p in ALL if lines(p) > limit(p)
+        f"{place(p)}: {lines(p)} lines, at most {MAX_LINES}" for p in ALL if lines(p) > MAX_LINES
     ]
     assert not complaints, "\n".join(complaints)
 
