@@ -78,6 +78,12 @@ def test_every_folder_of_tests_is_named_after_a_room() -> None:
     assert [p.name for p in (ROOT / "tests").glob("*.py")] == ["conftest.py"]
 
 
+def test_contributing_names_tests_that_exist() -> None:
+    named = re.findall(r"`(\w+/test_\w+\.py)`", (ROOT / "CONTRIBUTING.md").read_text())
+    assert len(named) >= 6  # one for each kind of plugin
+    assert [name for name in named if not (ROOT / "tests" / name).is_file()] == []
+
+
 def test_no_module_is_named_like_one_of_the_standard_library() -> None:
     named = [
         place(path)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from helpers.fake_engine import FAKE
-from helpers.tiny import tiny_llama, tiny_tokenizer
+from helpers.one_step import QUESTIONS, make_place, take_step
 from rlsloth.cli import main as cli
 from rlsloth.config import RolloutConfig
 from rlsloth.errors import UserError
@@ -85,19 +84,11 @@ def test_an_engine_is_a_file_of_its_own_and_an_entry(
     """Files touched to add an engine: the engine's own (helpers/fake_engine.py) and the table."""
     monkeypatch.setattr(engines, "ENGINES", [FAKE, *engines.ENGINES])
     monkeypatch.chdir(tmp_path)
-    tiny_llama().save_pretrained("model")
-    tiny_tokenizer().save_pretrained("model")
-    rows = [{"question": f"Question {i}?", "answer": str(i)} for i in range(8)]
-    Path("data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    make_place(tmp_path)
     Path("reward.py").write_text(
         "def one(completions, **_):\n    return [1.0] * len(completions)\n"
     )
-    options = (
-        "--model.path model --model.device cpu --env.train data.jsonl --env.heldout 2 --steps 1 "
-        "--prompts-per-step 2 --group-size 2 --rewards ./reward.py:one --rollout.max-tokens 4 "
-        "--eval.at-start false --eval.at-end false --run.dir run --rollout.kv-cache fp8"
-    )
-    assert cli.main(["grpo", *options.split()]) == 0
+    take_step(f"{QUESTIONS} --rewards ./reward.py:one --rollout.kv-cache fp8")
     assert "rollout engine: fake (auto: it is a test)" in capsys.readouterr().out
     assert cli.main(["plan", "--model.path", "model", "--memory-gb", "4"]) == 0
     printed = capsys.readouterr().out
