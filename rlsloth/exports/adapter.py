@@ -12,12 +12,13 @@ import torch
 
 from rlsloth.config import ModelConfig
 from rlsloth.errors import UserError
+from rlsloth.policy.adapter_check import ADAPTER_WEIGHTS as WEIGHTS
+from rlsloth.policy.adapter_check import check_adapter_folder
 from rlsloth.policy.compat import forget_parsed_gguf
-from rlsloth.policy.lora import TRAINED, load_adapter
-from rlsloth.policy.meta_model import read_meta_model
+from rlsloth.policy.folder_check import read_header
+from rlsloth.policy.lora import load_adapter
+from rlsloth.policy.support import read_meta_model
 from rlsloth.training.source import PEFT_CONFIG, Source
-
-WEIGHTS = "adapter_model.safetensors"
 
 
 def write_adapter(source: Source, tokenizer: Any, out: Path) -> int:
@@ -38,11 +39,7 @@ def write_adapter(source: Source, tokenizer: Any, out: Path) -> int:
         UserError: the adapter has no weights, or they do not fit the base model.
     """
     assert source.adapter is not None
-    if not (source.adapter / WEIGHTS).is_file():
-        raise UserError(
-            f"adapter {source.adapter} has no {WEIGHTS}; copy that file back into the folder, or "
-            "pass another adapter or run"
-        )
+    check_adapter_folder(source.adapter)
     shutil.copyfile(source.adapter / WEIGHTS, out / WEIGHTS)
     config = json.loads((source.adapter / PEFT_CONFIG).read_bytes())
     config |= {
@@ -69,24 +66,9 @@ def _check_fit(base: ModelConfig, folder: Path) -> int:
     Raises:
         UserError: the adapter lacks a tensor, or has one that belongs to no module.
     """
-    import peft
-    from safetensors import safe_open
-
     empty = read_meta_model(base)
     forget_parsed_gguf()
     with torch.device("meta"), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*meta parameter in the current model")
-        warnings.filterwarnings("ignore", message="Found missing adapter keys")
-        model = load_adapter(empty, folder, base.path, to_train=False)
-    wanted = set(
-        peft.get_peft_model_state_dict(model, adapter_name=TRAINED, save_embedding_layers=False)
-    )
-    with safe_open(folder / WEIGHTS, "pt") as file:
-        found = set(file.keys())
-    if wanted != found:
-        raise UserError(
-            f"adapter {folder} does not fit base model {base.path}: {len(wanted - found)} tensors "
-            f"are missing and {len(found - wanted)} belong to no module (first: "
-            f"{min(wanted ^ found)}); pass the base model that it was trained on with --base"
-        )
-    return len(found)
+        load_adapter(empty, folder, base.path, to_train=False)
+    return len(read_header(folder / WEIGHTS))

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from rlsloth.config import ModelConfig
-from rlsloth.errors import UserError, first_line
-from rlsloth.policy.files import READ_ERRORS, locate
+from rlsloth.errors import UserError
+from rlsloth.policy.files import ModelFiles, locate
 from rlsloth.policy.identity import hash_template, hash_tokenizer
 from rlsloth.training.source import PEFT_CONFIG, Source
 
@@ -86,28 +86,18 @@ def _trains_embeddings(adapter: Path | None) -> bool:
 
 def _read_base(base: ModelConfig) -> tuple[Any, int]:
     """Read the base model's tokenizer and the number of rows of its embedding."""
-    files = locate(base)
-    try:
-        with files.reading():
-            config, tokenizer = files.read_config(), files.read_tokenizer()
-    except READ_ERRORS as error:
-        raise _unreadable(base.path, error) from error
+    files = locate(base, "base model")
+    with files.reading():
+        config, tokenizer = files.read_config(), files.read_tokenizer()
     if files.gguf is not None:
         tokenizer.model_max_length = config.max_position_embeddings
     return tokenizer, int(config.get_text_config().vocab_size)
 
 
 def _read(folder: str) -> Any:
+    """Read the tokenizer in an adapter's folder."""
     from transformers import AutoTokenizer
 
-    try:
+    files = ModelFiles(folder, {}, None, "adapter")
+    with files.refusing():
         return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise _unreadable(folder, error) from error
-
-
-def _unreadable(path: str, error: Exception) -> UserError:
-    return UserError(
-        f"cannot read the tokenizer or configuration of {path}: {first_line(error)}; check that "
-        "its files are complete"
-    )

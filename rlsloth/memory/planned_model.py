@@ -10,8 +10,8 @@ import torch
 from rlsloth.config import EnvConfig, LoraConfig, ModelConfig
 from rlsloth.errors import UserError, first_line
 from rlsloth.memory.shape import ModelShape, read_shape
-from rlsloth.policy.files import READ_ERRORS, locate
-from rlsloth.policy.meta_model import read_meta_model
+from rlsloth.policy.files import locate
+from rlsloth.policy.support import read_meta_model
 from rlsloth.records import Prompt
 
 TOKENIZED = 64
@@ -37,29 +37,13 @@ def model_shape(model: ModelConfig, lora: LoraConfig) -> ModelShape:
     if model.fused_kernels:
         wrap(built)
     try:
-        shape = read_shape(built)
-    except (AttributeError, TypeError, ValueError) as error:
+        return read_shape(built)
+    except (AttributeError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(
             f"--model.path {model.path}: cannot plan the memory of "
             f"{type(built.get_base_model()).__name__} ({first_line(error, 100)}); pass "
             "--tokens-per-microbatch and --model.gradient-checkpointing instead of a plan"
         ) from error
-    _refuse_nf4_experts(model, shape)
-    return shape
-
-
-def _refuse_nf4_experts(model: ModelConfig, shape: ModelShape) -> None:
-    """Raise UserError if most weights are experts, which NF4 would not make smaller.
-
-    Loading refuses the same (policy/load.py).
-    """
-    every = sum(weight.count for weight in shape.weights)
-    experts = sum(weight.count for weight in shape.weights if weight.group == "experts")
-    if model.precision == "nf4" and 2 * experts > every:
-        raise UserError(
-            f"--model.precision nf4: {experts / every:.0%} of the weights of {model.path} are "
-            "experts, which bitsandbytes does not quantise; pass --model.precision bf16"
-        )
 
 
 def longest_prompt(model: ModelConfig, env: EnvConfig, prompts: Sequence[Prompt]) -> int:
@@ -76,5 +60,5 @@ def longest_prompt(model: ModelConfig, env: EnvConfig, prompts: Sequence[Prompt]
         renderer = Renderer(locate(model).read_tokenizer(), env)
         longest = sorted(prompts, key=characters)[-TOKENIZED:]
         return max((len(renderer.prompt_ids(prompt)) for prompt in longest), default=0)
-    except (UserError, *READ_ERRORS):
+    except UserError:
         return 0

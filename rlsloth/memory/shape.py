@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from rlsloth.kernels.lora.layer import ALIGNMENT
+from rlsloth.policy.config_values import value_of
 from rlsloth.policy.layers import decoder_layers
 
 Group = Literal["linears", "experts", "embeddings", "head", "norms and biases"]
@@ -259,10 +260,14 @@ def _layer(layer: Any, config: Any, dtype: torch.dtype) -> Layer:
     attention = getattr(layer, "self_attn", None)
     heads = config.num_attention_heads
     size = getattr(attention, "head_dim", None) or config.hidden_size // heads
+    key_heads = value_of(config, "num_key_value_heads")
+    if key_heads is None:  # not given, or layers differ in it
+        keys = found.get("self_attn.k_proj")
+        key_heads = _shape_of(_weight_of(keys))[0] // size if keys is not None else heads
     down = next((x for n, x in found.items() if n.endswith("down_proj")), None)
     width = _shape_of(_weight_of(down))[1] if down is not None else config.intermediate_size
     if experts:
-        width = getattr(config, "moe_intermediate_size", None) or config.intermediate_size
+        width = value_of(config, "moe_intermediate_size") or config.intermediate_size
     window = getattr(attention, "sliding_window", None)
     if window is None and getattr(config, "layer_types", None) is None:
         window = getattr(config, "sliding_window", None)
@@ -270,7 +275,7 @@ def _layer(layer: Any, config: Any, dtype: torch.dtype) -> Layer:
         on_kernels={"lora_qkv", "lora_o", "rope"} <= kernels
         and ("lora_mlp" in kernels or bool(experts)),
         queries=heads * size,
-        keys=0 if attention is None else (config.num_key_value_heads or heads) * size,
+        keys=0 if attention is None else key_heads * size,
         heads=heads,
         normed=hasattr(attention, "q_norm"),
         sandwich=hasattr(layer, "pre_feedforward_layernorm"),

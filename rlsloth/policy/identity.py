@@ -18,6 +18,7 @@ import numpy as np
 
 from rlsloth.config import ModelConfig
 from rlsloth.errors import UserError, first_line
+from rlsloth.policy.folder_check import INDEX, WEIGHTS, read_header, weight_files
 from rlsloth.policy.gguf import gguf_file
 
 FILE = "rlsloth.json"
@@ -106,12 +107,7 @@ def hash_weights(path: str, revision: str | None = None) -> str | None:
         return None
     found: dict[str, bytes] = {}
     for file in files:
-        try:
-            found |= _tensors(file)
-        except (OSError, ValueError, KeyError, struct.error) as error:
-            raise UserError(
-                f"{file}: cannot read weights: {first_line(error)}; download or copy the file again"
-            ) from error
+        found |= _tensors(file)
     digest = hashlib.sha256()
     for name in sorted(found):
         digest.update(f"{name}\n".encode() + found[name])
@@ -119,18 +115,11 @@ def hash_weights(path: str, revision: str | None = None) -> str | None:
 
 
 def _weight_files(path: str, revision: str | None) -> list[Path]:
-    """List the safetensors files that transformers would read: a single one, or those of an index.
-
-    Empty if there are none.
-    """
-    single = _find(path, "model.safetensors", revision)
-    if single is not None:
-        return [single]
-    index = _find(path, "model.safetensors.index.json", revision)
-    if index is None:
-        return []
-    names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-    return [index.parent / name for name in names]
+    """List the safetensors files that transformers would read; empty if there are none."""
+    for name in (WEIGHTS, INDEX):
+        if (found := _find(path, name, revision)) is not None:
+            return weight_files(found.parent)
+    return []
 
 
 def _find(path: str, name: str, revision: str | None) -> Path | None:
@@ -151,19 +140,16 @@ def _tensors(file: Path) -> dict[str, bytes]:
     """Read each tensor's name -> its shape and a sample of its values, as bytes.
 
     Raises:
-        ValueError: the file is damaged.
+        UserError: the file is damaged.
     """
-    found = {}
+    header, found = read_header(file), {}
     # Unbuffered, because a mapped file or a buffer would read far more than is needed.
     with open(file, "rb", buffering=0) as opened:
-        (size,) = struct.unpack("<Q", opened.read(8))
-        if size > file.stat().st_size:
-            raise ValueError("its header is longer than the file")
-        header: dict[str, Any] = json.loads(opened.read(size))
-        header.pop("__metadata__", None)
+        (length,) = struct.unpack("<Q", opened.read(8) or b"")
         for name, entry in header.items():
             begin, end = entry["data_offsets"]
-            raw = _spread(opened, 8 + size + begin, end - begin, _WIDTHS.get(entry["dtype"], 1))
+            width = _WIDTHS.get(entry["dtype"], 1)
+            raw = _spread(opened, 8 + length + begin, end - begin, width)
             found[name] = f"{entry['shape']}".encode() + _as_float32(raw, entry["dtype"])
     return found
 
@@ -174,8 +160,6 @@ def _spread(file: RawIOBase, begin: int, count: int, width: int) -> bytes:
     The sample consists of WINDOWS evenly spread windows of WIDTH values of ``width`` bytes each,
     including the first and the last values.
 
-    Raises:
-        ValueError: the file is shorter than that.
     """
     values, starts, length = count // width, [0], count
     if values > WINDOWS * WIDTH:
@@ -185,10 +169,7 @@ def _spread(file: RawIOBase, begin: int, count: int, width: int) -> bytes:
     for start in starts:
         file.seek(begin + start)
         parts.append(file.read(length) or b"")
-    raw = b"".join(parts)
-    if len(raw) != length * len(starts):
-        raise ValueError("it ends too early, so it is incomplete")
-    return raw
+    return b"".join(parts)
 
 
 def _as_float32(raw: bytes, dtype: str) -> bytes:

@@ -3,21 +3,32 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
 from rlsloth.config import ModelConfig
-from rlsloth.errors import UserError, first_line
+from rlsloth.errors import UserError
 from rlsloth.policy.attention.interface import NAME, register
 from rlsloth.policy.compat import forget_parsed_gguf, keep_nf4_weights
-from rlsloth.policy.files import READ_ERRORS, ModelFiles, locate, unreadable
+from rlsloth.policy.files import ModelFiles, locate
+from rlsloth.policy.gguf_check import GgufHeader, check_gguf, unread_keys
+from rlsloth.policy.gguf_tokenizer import end_ids
+from rlsloth.policy.gguf_tokenizer import unread_keys as unread_tokenizer_keys
 from rlsloth.policy.identity import IDENTITY, identify
-from rlsloth.policy.meta_model import build_meta_model
-from rlsloth.policy.tokenizer import check_gguf_exists, load_tokenizer
+from rlsloth.policy.support import (
+    expert_share,
+    held_precision,
+    refuse_unsupported,
+    stored_in_nf4,
+    stored_method,
+)
+from rlsloth.policy.tokenizer import load_tokenizer
+
+ATTENTION_AT_LOADING = "eager"
+"""Attention that transformers sets while it loads, whatever config.json names; then ours is set."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,18 +88,21 @@ def load_model(cfg: ModelConfig) -> LoadedModel:
     device = pick_device(cfg.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)  # CUDA graphs are captured on the current device
-    precision = cfg.precision
-    if precision == "auto":
-        precision = "bf16" if device.type == "cuda" else "fp32"
+    precision = held_precision(cfg, device.type)
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
     if precision == "nf4" and device.type == "cpu":
         dtype = torch.float32
     files = locate(cfg)
+    tokenizer = load_tokenizer(cfg)
+    config = files.read_config()
+    with files.refusing():
+        refuse_unsupported(cfg, config, files)
     if files.gguf is not None:
-        model, tokenizer = _from_gguf(files, dtype, precision == "nf4", device)
+        model = _from_gguf(files, dtype, precision == "nf4", device)
+        tokenizer.model_max_length = model.config.max_position_embeddings
     else:
-        tokenizer = load_tokenizer(cfg)
-        model = _pretrained(cfg, dtype, precision == "nf4", device)
+        model = _pretrained(cfg, config, dtype, precision == "nf4", device)
+    precision = held_precision(cfg, device.type, config)
     model.requires_grad_(False)
     for module in model.modules():
         # With dropout in the base, the trained distribution would differ from the sampled one.
@@ -100,12 +114,6 @@ def load_model(cfg: ModelConfig) -> LoadedModel:
         # One grouped product over all experts. A loop over experts would wait for the device in
         # every layer, and decoding could not be captured as a CUDA graph.
         model.set_experts_implementation("grouped_mm")
-    if not getattr(model, "_supports_attention_backend", False):
-        raise UserError(
-            f"--model.path {cfg.path}: {type(model).__name__} does not use transformers' attention "
-            "interface, which packed training needs; pass a model of another family (see README, "
-            "Models)"
-        )
     identity = identify(cfg, precision, model, tokenizer)
     if identity is None:
         print(
@@ -136,16 +144,6 @@ def _nf4(dtype: torch.dtype) -> Any:
     )
 
 
-def _stored(config: Any) -> str:
-    """Name the quantisation method of a checkpoint; empty if it is not quantised."""
-    stored = getattr(config, "quantization_config", None)
-    if not stored:
-        return ""
-    if stored.get("load_in_4bit") or stored.get("load_in_8bit"):  # old checkpoints name no method
-        return "bitsandbytes"
-    return str(stored.get("quant_method") or "an unnamed method")
-
-
 def _unpacked(stored: str) -> Any:
     """Make transformers' setting that dequantises a checkpoint in MXFP4 (gpt-oss) or FP8.
 
@@ -157,88 +155,39 @@ def _unpacked(stored: str) -> Any:
     return kinds[stored](dequantize=True) if stored in kinds else None
 
 
-def _experts(config: Any, trust_remote_code: bool = False) -> tuple[float, int]:
-    """Count a model's weights, and the share of experts among them.
-
-    Experts are parameters of three dimensions. bitsandbytes quantises linear layers only.
-
-    Returns:
-        The share of experts, set to 0 if it is at most half, and the number of all weights.
-    """
-    model = build_meta_model(config, trust_remote_code)
-    total = sum(p.numel() for p in model.parameters())
-    experts = sum(p.numel() for p in model.parameters() if p.dim() == 3)
-    return experts / total if experts > total / 2 else 0.0, total
-
-
-def _refuse_nf4_experts(path: str | Path, config: Any, trust_remote_code: bool = False) -> None:
-    """Raise UserError if most weights are experts, which NF4 would not make smaller."""
-    share, total = _experts(config, trust_remote_code)
-    if share:
-        raise UserError(
-            f"--model.precision nf4: {share:.0%} of the weights of {path} are experts, which "
-            "bitsandbytes does not quantise; pass --model.precision bf16 "
-            f"({2 * total / 2**30:.0f} GiB of weights)"
-        )
-
-
-def _refuse_stored(cfg: ModelConfig, config: Any, nf4: bool) -> None:
-    """Raise UserError for a checkpoint whose quantisation cannot be trained on."""
-    stored = _stored(config)
-    if stored not in ("", "bitsandbytes", "fp8", "mxfp4"):
-        share, _ = _experts(config, cfg.trust_remote_code)
-        hint = "" if share else " (with --model.precision nf4 for 4 bits)"
-        raise UserError(
-            f"--model.path {cfg.path}: its weights are quantised with {stored}, which rlsloth "
-            f"cannot train on; pass the unquantised checkpoint{hint}"
-        )
-    if nf4:
-        _refuse_nf4_experts(cfg.path, config, cfg.trust_remote_code)
-    if nf4 and stored in ("fp8", "mxfp4"):
-        raise UserError(
-            f"--model.precision nf4: the weights of {cfg.path} are stored in {stored} already; "
-            "pass the unquantised checkpoint, or --model.precision bf16 to unpack this one"
-        )
-
-
-def _pretrained(cfg: ModelConfig, dtype: torch.dtype, nf4: bool, device: torch.device) -> Any:
+def _pretrained(
+    cfg: ModelConfig, config: Any, dtype: torch.dtype, nf4: bool, device: torch.device
+) -> Any:
+    """Load a folder or a hub model; ``config`` is its configuration in transformers."""
     from transformers import AutoModelForCausalLM
 
     files = locate(cfg)
     options = dict(files.options)
+    stored = stored_method(config)
+    unpacked = _unpacked(stored)
+    quantization = _nf4(dtype) if nf4 and not stored_in_nf4(config) else unpacked
+    if quantization is not None:
+        # The key must be absent rather than None: None makes transformers ignore the
+        # checkpoint's own quantisation and read packed numbers as weights.
+        options["quantization_config"] = quantization
     try:
-        config = files.read_config()
-        _refuse_stored(cfg, config, nf4)
-        unpacked = _unpacked(_stored(config))
-        quantization = _nf4(dtype) if nf4 else unpacked
-        if quantization is not None:
-            # The key must be absent rather than None: None makes transformers ignore the
-            # checkpoint's own quantisation and read packed numbers as weights.
-            options["quantization_config"] = quantization
-        model, found = AutoModelForCausalLM.from_pretrained(
-            files.source,
-            output_loading_info=True,
-            dtype=dtype,
-            device_map={"": str(device)},
-            use_safetensors=True,  # never unpickle
-            **options,
-        )
-    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
-            helps = (
-                not nf4 and not _stored(config) and not _experts(config, cfg.trust_remote_code)[0]
+        with files.refusing():
+            model, found = AutoModelForCausalLM.from_pretrained(
+                files.source,
+                output_loading_info=True,
+                dtype=dtype,
+                device_map={"": str(device)},
+                use_safetensors=True,  # never unpickle
+                attn_implementation=ATTENTION_AT_LOADING,
+                **options,
             )
-            hint = "; pass --model.precision nf4" if helps else ""
-            raise UserError(
-                f"--model.path {cfg.path}: the model does not fit the GPU's memory"
-                f"{hint or '; pass a smaller one'}"
-            ) from error
-        raise unreadable(cfg, error) from error
-    if missing := sorted(found["missing_keys"]):
+    except torch.OutOfMemoryError as error:
+        helps = not nf4 and not stored and not expert_share(config, cfg.trust_remote_code)[0]
+        hint = "; pass --model.precision nf4" if helps else "; pass a smaller one"
         raise UserError(
-            f"--model.path {cfg.path}: {len(missing)} tensors are missing ({missing[0]}, ...) and "
-            "would be initialised at random; download the model again"
-        )
+            f"--model.path {cfg.path}: the model does not fit the GPU's memory{hint}"
+        ) from error
+    _refuse_missing(files, found["missing_keys"])
     if unpacked:
         # transformers unpacks MXFP4 to bf16 even if dtype is another type. Buffers are left as they
         # are, because positions need float32.
@@ -248,36 +197,45 @@ def _pretrained(cfg: ModelConfig, dtype: torch.dtype, nf4: bool, device: torch.d
     return model
 
 
-def _from_gguf(
-    files: ModelFiles, dtype: torch.dtype, nf4: bool, device: torch.device
-) -> tuple[Any, Any]:
-    """Load a GGUF file as a dequantised model and its tokenizer.
+def _refuse_missing(files: ModelFiles, missing: Iterable[str]) -> None:
+    """Raise UserError if the files lack tensors of the model."""
+    if names := sorted(missing):
+        raise UserError(
+            f"{files.option} {files.path}: {len(names)} tensors are missing ({names[0]}, ...) and "
+            "would be initialised at random; download the model again"
+        )
+
+
+def _from_gguf(files: ModelFiles, dtype: torch.dtype, nf4: bool, device: torch.device) -> Any:
+    """Load a GGUF file as a dequantised model.
 
     With ``nf4``, bitsandbytes quantises the dequantised weights to NF4.
     """
     from transformers import AutoModelForCausalLM
 
-    path = files.gguf
-    assert path is not None
-    check_gguf_exists(path)
-    try:
-        with files.reading():
-            tokenizer = files.read_tokenizer()
-            model = AutoModelForCausalLM.from_pretrained(files.source, dtype=dtype, **files.options)
-    except READ_ERRORS as error:
-        raise UserError(
-            f"--model.path {path}: transformers cannot read this GGUF file: {first_line(error)}; "
-            "download it again, or pass the model's folder or hub id"
-        ) from error
+    assert files.gguf is not None
+    header = check_gguf(files.gguf)
+    with files.reading(), files.refusing():
+        model, found = AutoModelForCausalLM.from_pretrained(
+            files.source,
+            output_loading_info=True,
+            dtype=dtype,
+            attn_implementation=ATTENTION_AT_LOADING,
+            **files.options,
+        )
     forget_parsed_gguf()
-    tokenizer.model_max_length = model.config.max_position_embeddings
+    _refuse_missing(files, found["missing_keys"])
+    _refuse_biases(files, model, header)
+    if unread := [*unread_keys(header), *unread_tokenizer_keys(header.values)]:
+        print(f"{files.gguf}: metadata that is not read: {', '.join(unread)}", flush=True)
+    if ends := end_ids(header.values):
+        model.generation_config.eos_token_id = ends if len(ends) > 1 else ends[0]
     # The weights are dequantised now, but the configuration still says otherwise.
     del model.config.quantization_config
     if not nf4:
-        return model.to(device), tokenizer
-    _refuse_nf4_experts(path, model.config)
+        return model.to(device)
     state = model.state_dict()
-    config, family = model.config, type(model)
+    config, family, generation = model.config, type(model), model.generation_config
     del model
     model = family.from_pretrained(
         None,
@@ -287,4 +245,16 @@ def _from_gguf(
         device_map={"": str(device)},
         quantization_config=_nf4(dtype),
     )
-    return model, tokenizer
+    model.generation_config = generation
+    return model
+
+
+def _refuse_biases(files: ModelFiles, model: Any, header: GgufHeader) -> None:
+    """Refuse biases in a GGUF file that transformers' reader drops (Llama with biases)."""
+    own = any(name.endswith(".bias") for name, _ in model.named_parameters())
+    dropped = [] if own else [name for name in header.tensors if name.endswith(".bias")]
+    if dropped:
+        raise UserError(
+            f"{files.option} {files.path}: transformers drops {len(dropped)} biases of this GGUF "
+            f"file ({dropped[0]}, ...); pass the model's folder or hub id"
+        )

@@ -7,12 +7,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from torch import nn
 
 from rlsloth.config import LoraConfig, ModelConfig
 from rlsloth.errors import UserError, first_line, nearest
 from rlsloth.files import replacing_folder
+from rlsloth.policy.adapter_check import check_adapter_folder, refuse_misfit
 from rlsloth.policy.compat import adapt_dense_mlps
 from rlsloth.policy.identity import (
     IDENTITY,
@@ -173,32 +175,32 @@ def load_adapter(model: Any, folder: Path, path: str, *, to_train: bool) -> Any:
     """
     import peft
 
-    if not (folder / "adapter_config.json").is_file():
-        inner = folder / "adapter"
-        there = (inner / "adapter_config.json").is_file()
-        hint = f"; did you mean {inner}?" if there else ""
-        raise UserError(
-            f"--model.adapter {folder}: this folder has no adapter_config.json"
-            f"{hint or '; pass the folder of a PEFT adapter'}"
-        )
+    check_adapter_folder(folder)
     recorded, here = read_identity(folder), getattr(model, IDENTITY, None)
     if recorded is not None and here is not None:
         refuse_other_base(recorded, here.weights, folder, path)
     try:
         config, reference = (peft.PeftConfig.from_pretrained(str(folder)) for _ in range(2))
         written = adapt_dense_mlps(model, config, TRAINED)
-        wrapped = peft.PeftModel.from_pretrained(
-            model, str(folder), TRAINED, is_trainable=to_train, config=config
-        )
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Found missing adapter keys")  # refused below
+            wrapped = peft.PeftModel.from_pretrained(
+                model, str(folder), TRAINED, is_trainable=to_train, config=config
+            )
+        # from_pretrained does not return which tensors it could not place.
+        loaded = wrapped.load_adapter(str(folder), TRAINED, is_trainable=to_train)
         if to_train:
             adapt_dense_mlps(model, reference, REFERENCE)
             wrapped.add_adapter(REFERENCE, reference)
             wrapped.load_adapter(str(folder), REFERENCE, is_trainable=False)
-    except (RuntimeError, ValueError, OSError, SafetensorError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # PEFT's, for a folder that anyone may have written
         raise UserError(
             f"adapter {folder} does not fit {path}: {first_line(error)}; pass the base model that "
             "it was trained on"
         ) from error
+    refuse_misfit(wrapped, TRAINED, folder, path, loaded)
     if written:
         config.target_parameters = {*(config.target_parameters or ()), *written}
     wrapped.set_adapter(TRAINED)

@@ -54,3 +54,8 @@ ALIASES = {
     "deepseek-r1-qwen": "qwen2",
 }
 """Other name in a GGUF file -> the name in SPLITS."""
+ADDS_BOS = (
+    "llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2",
+    "jina-v5-nano", "tekken", "chameleon",
+)  # fmt: skip
+"""Names with which llama.cpp adds the bos token before a text unless the file says otherwise."""

@@ -7,7 +7,8 @@ from typing import Any
 
 from rlsloth.config import ModelConfig
 from rlsloth.errors import UserError
-from rlsloth.policy.files import READ_ERRORS, locate, unreadable
+from rlsloth.policy.files import locate
+from rlsloth.policy.folder_check import refuse_adapter
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 """Files of which a folder with a tokenizer contains at least one."""
@@ -20,14 +21,9 @@ def load_tokenizer(cfg: ModelConfig) -> Any:
         UserError: the model has no tokenizer, or it cannot be read.
     """
     files = locate(cfg)
-    if files.gguf is not None:
-        check_gguf_exists(files.gguf)
-    else:
+    if files.gguf is None:
         _check_folder(cfg)
-    try:
-        return files.read_tokenizer()
-    except READ_ERRORS as error:
-        raise unreadable(cfg, error) from error
+    return files.read_tokenizer()
 
 
 def read_context(cfg: ModelConfig) -> int:
@@ -36,21 +32,9 @@ def read_context(cfg: ModelConfig) -> int:
     Raises:
         UserError: the model's configuration cannot be read.
     """
-    try:
-        config = locate(cfg).read_config().get_text_config()
-    except READ_ERRORS as error:
-        raise unreadable(cfg, error) from error
+    config = locate(cfg).read_config().get_text_config()
     limit = int(config.max_position_embeddings)
     return min(cfg.max_context or limit, limit)
-
-
-def check_gguf_exists(file: Path) -> None:
-    """Raise UserError if a GGUF file does not exist."""
-    if not file.is_file():
-        raise UserError(
-            f"--model.path {file}: there is no such file (current folder: {Path.cwd()}); check the "
-            "path"
-        )
 
 
 def _check_folder(cfg: ModelConfig) -> None:
@@ -65,6 +49,8 @@ def _check_folder(cfg: ModelConfig) -> None:
             f"--model.path {cfg.path} is a file, but not a .gguf file; pass a folder, a .gguf file "
             "or a hub id"
         )
+    if path.is_dir():
+        refuse_adapter(path)
     if path.is_dir() and not any((path / name).exists() for name in TOKENIZER_FILES):
         raise UserError(
             f"--model.path {path}: the folder has no tokenizer (none of "

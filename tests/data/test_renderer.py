@@ -18,7 +18,7 @@ from rlsloth.data.renderer import Renderer
 from rlsloth.data.tool_calls import ToolCall
 from rlsloth.data.tool_formats import calls_in
 from rlsloth.errors import UserError
-from rlsloth.policy.gguf import restore_pretokenizer
+from rlsloth.policy.gguf_tokenizer import restore_tokenizer
 from rlsloth.records import Message, Prompt
 
 pytestmark = pytest.mark.slow
@@ -228,7 +228,7 @@ def smollm2() -> PreTrainedTokenizerBase:
     folder = Path(spec.origin).parent
     (file,) = folder.glob("*.gguf")
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file.name)
-    restore_pretokenizer(tokenizer, file)
+    restore_tokenizer(tokenizer, file)
     return tokenizer
 
 

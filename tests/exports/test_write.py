@@ -28,7 +28,7 @@ from rlsloth.exports.gguf.families import read_config, rope_tensors
 from rlsloth.exports.gguf.pretokenizer import NAMES, pretokenizer_name
 from rlsloth.exports.gguf.vocab import read_vocabulary
 from rlsloth.exports.gguf.write import write_gguf
-from rlsloth.policy.gguf import restore_pretokenizer
+from rlsloth.policy.gguf_tokenizer import restore_tokenizer
 
 # Only these families can be read back: transformers' reader of GGUF files lacks the tensors of
 # llama3 and longrope, yarn, and Llama's attention biases, and uses defaults for some sizes.
@@ -62,7 +62,7 @@ def test_transformers_reads_the_same_tokenizer(family, tmp_path):
     path = tmp_path / "model.gguf"
     write_gguf(folder, path, "f16")
     again = AutoTokenizer.from_pretrained(tmp_path, gguf_file=path.name)
-    restore_pretokenizer(again, path)
+    restore_tokenizer(again, path)
     ours = AutoTokenizer.from_pretrained(folder)
     sample = text()[:3000] + " 12345 isn't <|im_start|>x<|im_end|>"
     want = ours(sample, add_special_tokens=False).input_ids

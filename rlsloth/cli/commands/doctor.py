@@ -170,12 +170,16 @@ def _within(seconds: float, check: Callable[[], bool]) -> bool:
 
 def model_checks(path: str) -> list[Check]:
     """Checks of a model: modules that run on rlsloth's kernels, and modules that do not."""
+    from rlsloth.policy.folder_check import WEIGHTS, weight_files
     from rlsloth.policy.wrap.preview import preview
 
     name, report = preview(path)
     found = f"{report.wrapped_layers} of {report.layers} layers on rlsloth's kernels"
     advice = "" if report.kernels else "trains correctly on transformers' own modules, slower"
     checks = [Check("model", name, found, "note" if advice else "ok", advice)]
+    folder = Path(path).expanduser()
+    if folder.is_dir() and not weight_files(folder):
+        checks.append(Check("model", "weights", "none", "note", f"copy {WEIGHTS} to {folder}"))
     for kernel, count in report.kernels.items():
         checks.append(Check("model", kernel, f"{count} modules", "ok"))
     for left in report.left:

@@ -10,6 +10,7 @@ from torch import Tensor
 from rlsloth.policy.attention.backend import Backend, has_gpu
 from rlsloth.policy.attention.layout import PackedLayout
 from rlsloth.policy.attention.repeated import repeated_keys
+from rlsloth.policy.config_values import differs_by_layer, value_of
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, packed: PackedLayout, scale: float) -> Tensor:
@@ -37,8 +38,10 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, packed: PackedLayout, scale: float)
 
 def _takes(config: Any) -> bool:
     """Tell whether all heads have one size that torch's kernel supports without padding."""
+    if differs_by_layer(config, "head_dim"):  # Gemma 4
+        return False
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    further = (getattr(config, name, None) or size for name in ("v_head_dim", "global_head_dim"))
+    further = (value_of(config, name) or size for name in ("v_head_dim", "global_head_dim"))
     return size % 8 == 0 and size <= 256 and all(other == size for other in further)
 
 

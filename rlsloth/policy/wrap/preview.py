@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from rlsloth.config import ModelConfig
-from rlsloth.policy.meta_model import read_meta_model
+from rlsloth.policy.support import read_meta_model
 from rlsloth.policy.wrap.report import WrapReport
 from rlsloth.policy.wrap.wrap import wrap
 
@@ -18,7 +18,7 @@ def preview(path: str) -> tuple[str, WrapReport]:
         The name of the model's class, and the report.
 
     Raises:
-        UserError: the configuration cannot be read, or is not a causal language model's.
+        UserError: the configuration cannot be read, or training would refuse the model.
     """
     model = read_meta_model(ModelConfig(path=path), option="--model")
     return type(model).__name__, wrap(model)
