@@ -1,4 +1,4 @@
-"""Files and folders that a crash leaves old or new, never half written; JSON lines, locks, hashes.
+"""Files and folders that a crash leaves old or new, never half written; JSON lines, hashes.
 
 Hidden siblings of the file or folder ``x`` while it is written:
 
@@ -6,6 +6,8 @@ Hidden siblings of the file or folder ``x`` while it is written:
     .x.partial-<hex>   the new folder; locked by its writer, so that the next one recognises what a
                        killed process left
     .x.replaced        the old folder, between the two renames that swap them
+
+A write that fails raises a WriteError, which names the file and the number of bytes.
 """
 
 from __future__ import annotations
@@ -22,19 +24,18 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import Any, TypeVar
 
-from rlsloth.errors import UserError, first_line
+from rlsloth.errors import UserError, first_line, naming_writes
 
 Parsed = TypeVar("Parsed")
 
 
-class LockedError(Exception):
-    """Another living process holds the lock; ``owner`` is its process id, or ``unknown``."""
-
-    def __init__(self, owner: str) -> None:
-        super().__init__(f"locked by process {owner}")
-        self.owner = owner
+def _bytes_in(path: Path) -> int:
+    """Bytes of a file, or of all files in a folder, as far as they can be counted."""
+    with contextlib.suppress(OSError):
+        return sum(file.lstat().st_size for file in [path, *path.rglob("*")] if not file.is_dir())
+    return 0
 
 
 # --- whole files and folders ---------------------------------------------------------------------
@@ -44,10 +45,15 @@ def write_atomically(path: Path, data: bytes | str) -> None:
     """Write a file whole or not at all; it is on disk when this returns.
 
     Raises:
-        OSError: the file system refuses; an old file, if any, is untouched.
+        WriteError: the file system refuses; an old file, if any, is untouched.
     """
-    with replacing_file(path) as temporary, open(temporary, "wb") as file:
-        file.write(data.encode() if isinstance(data, str) else data)
+    encoded = data.encode() if isinstance(data, str) else data
+    with (
+        naming_writes(path, lambda: len(encoded), _temporary(path)),
+        replacing_file(path) as temporary,
+        open(temporary, "wb") as file,
+    ):
+        file.write(encoded)
 
 
 @contextmanager
@@ -58,17 +64,26 @@ def replacing_file(path: Path) -> Iterator[Path]:
     process left is overwritten.
 
     Raises:
-        OSError: the file system refuses.
+        WriteError: the file system refuses.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        yield temporary
-        _sync(temporary)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
+    temporary = _temporary(path)
+    written = 0
+    with naming_writes(path, lambda: written, temporary):
+        try:
+            yield temporary
+            _sync(temporary)
+            os.replace(temporary, path)
+        except BaseException:
+            written = _bytes_in(temporary)
+            with contextlib.suppress(OSError):  # the reason is the first failure
+                temporary.unlink(missing_ok=True)
+            raise
+        written = _bytes_in(path)
+        sync_folder(path.parent)
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.tmp")
 
 
 @contextmanager
@@ -79,19 +94,20 @@ def replacing_folder(path: Path) -> Iterator[Path]:
     left next to ``path`` is removed first, or put back where it is the only copy.
 
     Raises:
-        OSError: the file system refuses.
+        WriteError: the file system refuses.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    _sweep(path)
+    sweep(path.parent, path.name)
     temporary, lock = _locked_folder(path)
     try:
-        yield temporary
-        readable = temporary.stat().st_mode & 0o666
-        for file in [p for p in temporary.rglob("*") if p.is_file()]:
-            file.chmod(readable)  # safetensors writes for the owner alone
-            _sync(file)
-        sync_folder(temporary)
-        _swap(temporary, path)
+        with naming_writes(path, lambda: _bytes_in(temporary), temporary):
+            yield temporary
+            readable = temporary.stat().st_mode & 0o666
+            for file in [p for p in temporary.rglob("*") if p.is_file()]:
+                file.chmod(readable)  # safetensors writes for the owner alone
+                _sync(file)
+            sync_folder(temporary)
+            _swap(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         os.close(lock)
@@ -115,15 +131,21 @@ def _replaced(path: Path) -> Path:
     return path.with_name(f".{path.name}.replaced")
 
 
-def _sweep(path: Path) -> None:
-    """Remove partial folders without a writer; restore a replaced folder that has no successor."""
-    old = _replaced(path)
-    if old.exists():
+def sweep(folder: Path, name: str | None = None) -> None:
+    """Remove what killed writers left in a folder.
+
+    Partial folders without a writer go; a replaced folder comes back where it has no successor.
+    Without ``name`` this is for all files and folders in a folder that this process has locked, so
+    temporary files go, too.
+    """
+    known = "*" if name is None else glob.escape(name)
+    for old in folder.glob(f".{known}.replaced"):
+        path = old.with_name(old.name.removeprefix(".").removesuffix(".replaced"))
         if path.exists():
             shutil.rmtree(old, ignore_errors=True)
         else:
             os.replace(old, path)
-    for partial in path.parent.glob(f".{glob.escape(path.name)}.partial-*"):
+    for partial in folder.glob(f".{known}.partial-*"):
         with contextlib.suppress(OSError):  # in use, without locks, or already gone
             lock = os.open(partial, os.O_RDONLY | os.O_DIRECTORY)
             try:
@@ -131,6 +153,9 @@ def _sweep(path: Path) -> None:
                 shutil.rmtree(partial, ignore_errors=True)
             finally:
                 os.close(lock)
+    for path in folder.glob(".*.tmp") if name is None else ():
+        with contextlib.suppress(OSError):
+            path.unlink()
 
 
 def _locked_folder(path: Path) -> tuple[Path, int]:
@@ -147,18 +172,16 @@ def _locked_folder(path: Path) -> tuple[Path, int]:
             os.close(lock)
 
 
-def sweep_temporary_files(folder: Path) -> None:
-    """Remove temporary files that a kill left in a folder which this process has locked."""
-    for path in folder.glob(".*.tmp"):
-        with contextlib.suppress(OSError):
-            path.unlink()
-
-
 def write_synced(path: Path, data: bytes) -> None:
-    """Write a file and flush it to disk; its name is durable after ``sync_folder``."""
-    with open(path, "wb") as file:
-        file.write(data)
-    _sync(path)
+    """Write a file and flush it to disk; its name is durable after ``sync_folder``.
+
+    Raises:
+        WriteError: the file system refuses.
+    """
+    with naming_writes(path, lambda: len(data)):
+        with open(path, "wb") as file:
+            file.write(data)
+        _sync(path)
 
 
 def _sync(path: Path) -> None:
@@ -193,19 +216,20 @@ def append_json_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Add rows to a file; they are on disk when this returns.
 
     Raises:
-        OSError: the file system refuses; none of the rows stays in the file.
+        WriteError: the file system refuses; none of the rows stays in the file.
     """
     data = json_lines(rows)
     size = path.stat().st_size if path.exists() else 0
-    try:
-        with open(path, "ab") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-    except BaseException:
-        if path.exists():
-            os.truncate(path, size)
-        raise
+    with naming_writes(path, lambda: len(data)):
+        try:
+            with open(path, "ab") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+        except BaseException:
+            if path.exists():
+                os.truncate(path, size)
+            raise
 
 
 def read_json_lines(path: Path, parse: Callable[[Any], Parsed], remedy: str) -> Iterator[Parsed]:
@@ -266,32 +290,6 @@ def flatten(tree: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{key}"] = value
     return flat
-
-
-# --- locks and hashes ----------------------------------------------------------------------------
-
-
-def lock(path: Path) -> IO[str]:
-    """Take a lock file for this process and write the process id into it.
-
-    Closing the returned file releases the lock; the kernel does so when the process ends, however
-    it ends.
-
-    Raises:
-        LockedError: another process holds it.
-    """
-    file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 (open for as long as the lock is held)
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.seek(0)
-        owner = file.read().strip() or "unknown"
-        file.close()
-        raise LockedError(owner) from None
-    file.truncate(0)
-    file.write(f"{os.getpid()}\n")
-    file.flush()
-    return file
 
 
 def sha256(path: Path) -> str:

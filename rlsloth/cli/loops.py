@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -54,22 +54,25 @@ def read_loop(
 
 
 def run_loop(name: str, train: Callable[[Loop], object], config: Loop) -> int:
-    """Train; after an interrupt print the command that continues the run.
+    """Train; after a signal print the command that continues the run.
 
     Returns:
-        The exit status: 0, or 130 after an interrupt.
+        The exit status: 0; or 130, 143 or 129 after Ctrl-C, SIGTERM or SIGHUP.
     """
+    from rlsloth.run.console import tell
+
     try:
         train(config)
-    except KeyboardInterrupt:
-        folder = config.run.dir or "FOLDER"
-        where = "" if config.run.dir else " (FOLDER: the run folder named in the first line)"
-        print(
+    except KeyboardInterrupt as stop:
+        folder = getattr(stop, "folder", None) or config.run.dir or "FOLDER"
+        where = "" if folder != "FOLDER" else " (FOLDER: the run folder named in the first line)"
+        quoted = shlex.quote(str(folder))
+        tell(
             "interrupted; to continue from the last checkpoint: "
-            f"rlsloth {name} {folder}/config.yaml --run.dir {folder} --run.resume{where}",
-            file=sys.stderr,
+            f"rlsloth {name} {quoted}/config.yaml --run.dir {quoted} --run.resume{where}",
+            error=True,
         )
-        return 130
+        return int(getattr(stop, "status", 130))
     return 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import sys
@@ -9,7 +10,7 @@ from collections.abc import Sequence
 
 from rlsloth import __version__
 from rlsloth.cli.table import COMMANDS, overview
-from rlsloth.errors import UserError, nearest
+from rlsloth.errors import UserError, nearest, visible
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -17,19 +18,30 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit status: 0 success, 1 a failed check, 2 bad input or a file that cannot be read or
-        written, 130 interrupted, 141 the output was closed (``| head``).
+        written, 130 interrupted, 143 or 129 ended by SIGTERM or SIGHUP, 141 the output was closed
+        (``| head``). A training run whose output was closed goes on to its end.
     """
+    status = 1
     try:
         try:
-            return _main(list(sys.argv[1:] if argv is None else argv))
+            status = _main(list(sys.argv[1:] if argv is None else argv))
         finally:
             sys.stdout.flush()
     except BrokenPipeError:
         if not _has_lost_its_reader():
             raise
-        # The rest of the buffer would be flushed at exit, and fail again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _turn_off_stdout()
         return 141
+    except OSError:  # of the flush: a closed terminal, a full disk
+        _turn_off_stdout()
+    console = sys.modules.get("rlsloth.run.console")  # imported by runs
+    return 141 if console is not None and console.reader_lost() else status
+
+
+def _turn_off_stdout() -> None:
+    """Point stdout at the null device: the rest of its buffer would be flushed at exit, and fail
+    again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _has_lost_its_reader() -> bool:
@@ -53,16 +65,22 @@ def _main(args: list[str]) -> int:
     try:
         return _run(name, rest)
     except UserError as error:
-        print("error: " + str(error).replace("\n", "\nerror: "), file=sys.stderr)
+        _complain("error: " + str(error).replace("\n", "\nerror: "))
         return 2
     except BrokenPipeError:
         raise
     except _file_errors() as error:
-        print(f"error: {_file_error_text(error)}", file=sys.stderr)
+        _complain(f"error: {_file_error_text(error)}")
         return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as stop:
+        _complain("interrupted")
+        return int(getattr(stop, "status", 130))
+
+
+def _complain(text: str) -> None:
+    """Print on stderr, if it is still there; text of models and servers cannot move the cursor."""
+    with contextlib.suppress(OSError):
+        print(visible(text), file=sys.stderr)
 
 
 def _run(name: str, argv: list[str]) -> int:

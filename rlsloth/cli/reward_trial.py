@@ -14,7 +14,7 @@ from rich.table import Table
 
 from rlsloth import plugins
 from rlsloth.config import RewardConfig
-from rlsloth.errors import UserError
+from rlsloth.errors import UserError, visible
 from rlsloth.records import FinishReason, Group, Prompt, Rollout, Score
 from rlsloth.scoring.example import Example
 from rlsloth.scoring.report import ScoringReport
@@ -203,7 +203,7 @@ def _group(
 def _print_failures(console: Console, report: ScoringReport) -> None:
     for failure in report.details:
         console.print(
-            f"row {failure.prompt_index + 1}: {failure.kind}: {failure.detail}",
+            visible(f"row {failure.prompt_index + 1}: {failure.kind}: {failure.detail}"),
             style="red",
             markup=False,
         )
@@ -218,6 +218,6 @@ def _result(score: Score) -> str:
 
 
 def _short(text: str) -> str:
-    line = " ".join(text.split())
+    line = visible(" ".join(text.split()))
     shown = line if len(line) <= SHOWN_CHARACTERS else line[: SHOWN_CHARACTERS - 1] + "…"
     return shown.replace("[", r"\[")  # rich's markup

@@ -21,5 +21,8 @@ class RewardConfig(Section):
     counted."""
     wall_seconds: float = Field(default=60.0, gt=0, le=86400)
     """Most wall-clock seconds for one completion, for rewards that sleep or wait."""
+    pass_env: list[str] = []
+    """Environment variables that rewards see although their names look like a key's or a token's,
+    e.g. OPENAI_API_KEY; all other such variables are hidden from them."""
     memory_gb: float = Field(default=4.0, gt=0, le=65536)
     """Largest address space of a process in GiB."""

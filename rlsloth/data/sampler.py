@@ -96,7 +96,8 @@ class EpochSampler(Generic[Item]):
                 f"{state['seed']}, but now there are {here[1]} and seed {here[0]}; restore the "
                 "data and --seed, or start a new run"
             )
-        if state.get("digest", "") != self._digest:
+        saved = state.get("digest", "")
+        if saved and saved != self._digest:  # earlier versions saved none for prompts
             raise UserError(
                 f"cannot resume: the {self._what} have changed since the run began (through the "
                 "dataset or the tokenizer); restore them, or start a new run"

@@ -28,6 +28,8 @@ LONGEST_WAIT = 120.0
 """Seconds of the longest wait of our own choice."""
 LONGEST_RETRY_AFTER = 600.0
 """Seconds of the longest wait that a server may demand; beyond it the run ends."""
+MAX_MODELS = 1000
+"""Models of the server's list that are read, to name the nearest one."""
 CHECK_SECONDS = 60.0
 """Seconds that the list of models may take."""
 _RETRIED = {408, 409, 425, 429, *range(500, 600)} - {501, 505}
@@ -83,7 +85,8 @@ class ChatApi:
             raise self._unreachable(error, 1) from None
         listed = answer.get("data")
         if isinstance(listed, list):
-            self._models = [str(m["id"]) for m in listed if isinstance(m, dict) and "id" in m]
+            ids = [m.get("id") for m in listed[:MAX_MODELS] if isinstance(m, dict)]
+            self._models = [name for name in ids if isinstance(name, str)]
 
     def complete(self, body: Mapping[str, Any]) -> dict[str, Any]:
         """Return the answer to a chat completion; broken connections, 429 and 5xx are tried again.
@@ -125,7 +128,7 @@ class ChatApi:
         if not response.complete:
             raise _RefusedError(_OK, f"more than {MAX_BYTES >> 20} MiB")
         answer = _parse(text)
-        if self._key is not None and self._key.is_in(json.dumps(answer, ensure_ascii=False)):
+        if self._key is not None and self._key.is_in(_plain(answer)):
             raise _RefusedError(_OK, f"the API key of {self._key.variable}, which is not saved")
         return answer
 
@@ -197,6 +200,14 @@ def _parse(text: str) -> dict[str, Any]:
         status = code if isinstance(code, int) and 300 <= code < 600 else _OK
         raise _RefusedError(status, _words(text[:MAX_ERROR_BYTES]))
     return answer
+
+
+def _plain(answer: dict[str, Any]) -> str:
+    """The text of an answer without JSON's escapes."""
+    try:
+        return json.dumps(answer, ensure_ascii=False)
+    except RecursionError:
+        raise _RefusedError(_OK, "JSON that is nested too deeply") from None
 
 
 def _words(text: str) -> str:

@@ -10,8 +10,12 @@ from rlsloth.records import FinishReason, Rollout
 
 UNKNOWN_TOKEN = -1
 """Token id of every token of a reply: a server returns their number alone."""
-MAX_TOKENS = 10**7
-"""Largest number of tokens that is believed."""
+SPARE_TOKENS = 16
+"""Tokens beyond the requested limit that are believed: servers count marks of a turn's end."""
+MAX_TOKEN_BYTES = 1024
+"""Bytes of the longest token that is believed."""
+MAX_WORD = 200
+"""Characters of a finish reason or a model's name."""
 _CUT = ("length", "content_filter")
 _REASONING = ("reasoning_content", "reasoning")
 """Fields with the reasoning: DeepSeek and vLLM use the first, other servers the second."""
@@ -38,14 +42,21 @@ class Reply:
         return Rollout(ids, [True] * self.tokens, zeros, ids, finish, self.text, [message])
 
 
-def read_reply(reply: dict[str, Any], seed: int, url: str) -> Reply:
-    """Read the first choice of a chat completion.
+def read_reply(reply: dict[str, Any], seed: int, url: str, limit: int) -> Reply:
+    """Read the one choice of a chat completion.
+
+    Args:
+        reply: the response's JSON.
+        seed: seed of the request.
+        url: the endpoint, for messages.
+        limit: most tokens that were requested.
 
     Raises:
-        UserError: it has another shape, or no text although nothing cut it off.
+        UserError: it has another shape, no text although nothing cut it off, or a number of tokens
+            that its text or the limit rules out.
     """
     choice, message = _choice(reply, url)
-    finish = str(choice.get("finish_reason") or "stop")
+    finish = _word(choice.get("finish_reason") or "stop", url, "finish_reason")
     content = message.get("content")
     thought = next((message[name] for name in _REASONING if message.get(name)), "")
     if content is None and not thought and finish not in _CUT and not message.get("refusal"):
@@ -61,7 +72,18 @@ def read_reply(reply: dict[str, Any], seed: int, url: str) -> Reply:
     if thought:
         content = f"<think>\n{thought.strip()}\n</think>\n\n{content.lstrip()}"
     model = reply.get("model")
-    return Reply(content, _tokens(reply, url), finish, None if model is None else str(model), seed)
+    served = None if model is None else _word(model, url, "model")
+    tokens = _tokens(reply, url, limit)
+    size = len(content.encode())
+    if size > MAX_TOKEN_BYTES * tokens:
+        raise _bad(url, f"{size:,} bytes of text as usage.completion_tokens {tokens}")
+    return Reply(content, tokens, finish, served, seed)
+
+
+def _word(value: object, url: str, name: str) -> str:
+    if not isinstance(value, str) or len(value) > MAX_WORD:
+        raise _bad(url, f"an invalid {name} ({_shown(value)})")
+    return _as_text(value)
 
 
 def _choice(reply: dict[str, Any], url: str) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -70,17 +92,25 @@ def _choice(reply: dict[str, Any], url: str) -> tuple[dict[str, Any], dict[str, 
     if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
         found = "an empty list" if choices == [] else _shown(choices)
         raise _bad(url, f"no choices ({found})")
+    if len(choices) > 1:
+        raise _bad(url, f"{len(choices):,} choices where one was requested")
     message = choices[0].get("message")
     if not isinstance(message, dict):
         raise _bad(url, f"a choice without a message ({_shown(message)})")
     return choices[0], message
 
 
-def _tokens(reply: dict[str, Any], url: str) -> int:
+def _tokens(reply: dict[str, Any], url: str, limit: int) -> int:
     usage = reply.get("usage")
     tokens = usage.get("completion_tokens") if isinstance(usage, dict) else None
-    if not isinstance(tokens, int) or isinstance(tokens, bool) or not 0 <= tokens <= MAX_TOKENS:
+    if not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 0:
         raise _bad(url, f"an invalid usage.completion_tokens ({_shown(tokens)})")
+    if tokens > limit + SPARE_TOKENS:
+        raise UserError(
+            f"{url} returned usage.completion_tokens ({_shown(tokens)}), but at most "
+            f"--rollout.max-tokens {limit} were requested: check that the server keeps to the "
+            "limit (see --endpoint.limit-name), or raise --rollout.max-tokens"
+        )
     return tokens
 
 

@@ -112,9 +112,12 @@ class EndpointTeacher:
     def _sample(self, job: tuple[Prompt, int]) -> Reply:
         prompt, seed = job
         try:
-            return read_reply(self._api.complete(self._body(prompt, seed)), seed, self._url)
+            return self._read(self._api.complete(self._body(prompt, seed)), seed)
         except UserError as error:
             raise UserError(f"problem {prompt.index + 1}: {error}") from error
+
+    def _read(self, answer: dict[str, Any], seed: int) -> Reply:
+        return read_reply(answer, seed, self._url, self._cfg.rollout.max_tokens)
 
     def _body(self, prompt: Prompt, seed: int) -> dict[str, Any]:
         """Make a request; fields that OpenAI's own API lacks are sent only if they are set."""

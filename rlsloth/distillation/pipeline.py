@@ -7,6 +7,7 @@ Rejection sampling as in RFT (arXiv:2308.01825) and the distilled models of Deep
 from __future__ import annotations
 
 import gc
+import shlex
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
@@ -24,12 +25,19 @@ from rlsloth.distillation.source import chosen_prompts, describe_source
 from rlsloth.environments.loading import load_environment
 from rlsloth.environments.protocol import Environment
 from rlsloth.errors import UserError
+from rlsloth.files import write_json
 from rlsloth.records import Prompt
+from rlsloth.run.console import tell
 from rlsloth.run.folder import CONFIG, METRICS, SUMMARY
 from rlsloth.run.metrics import count_tokens, rollout_metrics
+from rlsloth.run.report.page import is_complete, write_report
 from rlsloth.run.run import Run
+from rlsloth.scoring.patience import FailedRounds
 from rlsloth.scoring.report import ScoringReport
 from rlsloth.scoring.scorer import Scorer
+
+PROBLEMS = "problems"
+"""Figure of the teacher's log: number of problems that raw.jsonl has after a chunk."""
 
 
 class Teacher(Protocol):
@@ -70,20 +78,40 @@ def distill(cfg: DistillConfig) -> Path:
                 out.rmdir()
             raise
         except KeyboardInterrupt:
-            if raw.path.exists():
-                print(f"to continue: rlsloth distill {out / CONFIG} --resume", file=sys.stderr)
+            _say_how_to_continue(out, raw)
             raise
+    else:
+        _complete_teacher(out / TEACHER, raw)
     before = dataset_hash(out, cfg)
     path, selection = write_dataset(out, cfg)
     write_config(out, cfg)  # only now, since it describes the dataset that is there
     write_card(out, cfg, selection, shared)
-    print(
+    tell(
         f"{path}: kept {selection.kept} traces of {selection.kept_problems} problems; "
         f"{selection.verified} of {selection.samples} were verified"
     )
     if cfg.train_student:
-        _train_student(cfg, out, path, same=dataset_hash(out, cfg) == before)
+        try:
+            _train_student(cfg, out, path, same=dataset_hash(out, cfg) == before)
+        except KeyboardInterrupt:
+            _say_how_to_continue(out, raw)
+            raise
     return path
+
+
+def _say_how_to_continue(out: Path, raw: RawFile) -> None:
+    if raw.path.exists():
+        command = f"rlsloth distill {shlex.quote(str(out / CONFIG))} --resume"
+        tell(f"to continue: {command}", error=True)
+
+
+def _complete_teacher(folder: Path, raw: RawFile) -> None:
+    """Write the summary and report of a teacher whose run was killed after its last problem."""
+    if (folder / METRICS).exists() and not is_complete(folder):
+        problems = list(raw.read())
+        samples = sum(len(problem.samples) for problem in problems)
+        write_json(folder / SUMMARY, {"problems": len(problems), "samples": samples})
+        write_report(folder)
 
 
 def _replay(
@@ -130,10 +158,11 @@ def _sample(cfg: DistillConfig, out: Path, raw: RawFile, prompts: Sequence[Promp
         raw.cut_torn()  # only now, when the log's lock keeps other processes away
         source = describe_source(teacher.env, cfg.env, cfg.rewards)
         done = _replay(raw, prompts, selection, teacher.about, source)
-        history = run.history()
+        history = [row for row in run.history() if row.get(PROBLEMS, 0) <= done]
         if teacher.resumes:
             run.truncate_after(len(history))
             run.accept_config()
+        failed = FailedRounds()
         tokens = int(history[-1]["num_tokens"]) if history else 0
         starts = range(done, len(prompts), cfg.traces.chunk)
         steps = run.steps(len(history) + 1, len(history) + len(starts))
@@ -146,14 +175,19 @@ def _sample(cfg: DistillConfig, out: Path, raw: RawFile, prompts: Sequence[Promp
             with run.timed("reward"):
                 report = teacher.scorer.score(groups, step=step)
             _warn_failures(run, report)
+            failed.check(report)
             problems = [make_problem(a, source, teacher.about) for a in answered]
-            write_config(out, cfg)  # only now, so that a start that fails leaves nothing behind
-            raw.append(problems)
+            tokens += count_tokens(groups)
+            figures = rollout_metrics(groups, names, num_tokens=tokens)
+            figures |= {k: v for k, v in report.metrics.items() if k not in figures}
+            with run.stopper.finishing():
+                write_config(out, cfg)  # only now, so that a start that fails leaves nothing behind
+                # First the log: a resume drops the figures of problems that raw.jsonl lacks.
+                run.log(step, figures | {PROBLEMS: float(at + len(chunk))})
+                raw.append(problems)
             for problem in problems:
                 selection.choose(problem)
             written = sum(sample.tokens for problem in problems for sample in problem.samples)
-            tokens += count_tokens(groups)
-            run.log(step, rollout_metrics(groups, names, num_tokens=tokens) | report.metrics)
             run.say(
                 f"problems {at + len(chunk)}/{len(prompts)}: "
                 f"{selection.verified / selection.samples:.0%} verified, {selection.kept} kept, "
@@ -202,7 +236,9 @@ def _train_student(cfg: DistillConfig, out: Path, path: Path, *, same: bool) -> 
                 "student"
             )
         if (folder / SUMMARY).exists():
-            print(f"{folder}: the student is already trained")
+            if not is_complete(folder):
+                write_report(folder)
+            tell(f"{folder}: the student is already trained")
             return
         run = run.model_copy(update={"dir": folder, "resume": begun})
     gc.collect()  # the teacher's memory is the student's now

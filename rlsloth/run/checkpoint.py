@@ -104,6 +104,31 @@ def save(
     return final
 
 
+def repair(root: Path, newest: Path, keep: int) -> None:
+    """Finish what a killed or failed ``save`` left undone: pruning, ``latest``, partial folders.
+
+    Damaged checkpoints that are newer than ``newest`` stay until the next ``save``.
+
+    Args:
+        newest: the checkpoint that ``load_latest`` read.
+        keep: number of checkpoints to keep, as for ``save``.
+    """
+    _remove_leftovers(root)
+    known = _checkpoints(root)
+    step = next(at for at, path in known.items() if path == newest)
+    kept = [path for at, path in known.items() if at <= step][:keep]
+    for path in _step_folders(root):
+        older = int(path.name.rpartition("_")[2]) < step
+        if path not in known.values() or (older and path not in kept):
+            _discard(path)
+    place = root / newest.name.removeprefix(_REPLACED)
+    if newest != place:
+        os.replace(newest, place)
+    latest = root / LATEST
+    if not latest.is_file() or latest.read_text(errors="replace") != f"{place.name}\n":
+        write_atomically(latest, f"{place.name}\n")
+
+
 def load_latest(root: Path) -> Checkpoint | None:
     """Read the newest checkpoint whose every byte matches its manifest; None if there is none.
 
@@ -170,7 +195,7 @@ def _discard(path: Path) -> None:
 
 
 def _remove_leftovers(root: Path) -> None:
-    for path in root.glob(f"{_PARTIAL}*"):
+    for path in [*root.glob(f"{_PARTIAL}*"), *root.glob(".*.tmp")]:
         if path.is_dir():
             shutil.rmtree(path)
         else:
@@ -179,12 +204,12 @@ def _remove_leftovers(root: Path) -> None:
 
 def _disk_message(final: Path, contents: Mapping[str, bytes], error: OSError) -> str:
     needed = sum(map(len, contents.values()))
+    words = os.strerror(error.errno) if error.errno else str(error)
     with contextlib.suppress(OSError):
         free = shutil.disk_usage(final.parent).free
-        reason = f"{error.strerror or error}; it needs {needed:,} bytes, {free:,} are free"
+        reason = f"{words}; it needs {needed:,} bytes, {free:,} are free"
         return f"cannot write checkpoint {final}: {reason}. Earlier checkpoints are intact"
-    reason = f"{error.strerror or error}; it needs {needed:,} bytes"
-    return f"cannot write checkpoint {final}: {reason}"
+    return f"cannot write checkpoint {final}: {words}; it needs {needed:,} bytes"
 
 
 # --- reading -------------------------------------------------------------------------------------

@@ -22,14 +22,8 @@ from typing import IO, Any
 
 from rlsloth.config import ModelConfig, RunConfig, TrainingConfig
 from rlsloth.errors import UserError
-from rlsloth.files import (
-    LockedError,
-    json_lines,
-    lock,
-    read_json_lines,
-    sweep_temporary_files,
-    write_atomically,
-)
+from rlsloth.files import json_lines, read_json_lines, sweep, write_atomically
+from rlsloth.run.locking import LockedError, lock
 from rlsloth.run.saved_config import Changes, changed_settings, save_config
 
 LOCK = ".lock"
@@ -76,7 +70,7 @@ def sample_files(folder: Path) -> dict[int, Path]:
 
 
 def open_folder(run: RunConfig, model: ModelConfig, root: Path) -> tuple[Path, IO[str]]:
-    """Find or make the run folder and lock it; remove temporary files that a kill left in it.
+    """Find or make the run folder and lock it; remove what killed writers left in it.
 
     Returns:
         The folder and the open lock file; closing the file releases the folder.
@@ -105,8 +99,30 @@ def open_folder(run: RunConfig, model: ModelConfig, root: Path) -> tuple[Path, I
             "or pass another folder with --run.dir"
         )
     for place in (folder, folder / SAMPLES):
-        sweep_temporary_files(place)
+        sweep(place)
     return folder, held
+
+
+def drop_after(folder: Path, step: int, *, evaluation: bool) -> None:
+    """Delete metrics and samples of later steps, and the summary of an earlier end.
+
+    Args:
+        evaluation: whether the evaluation after ``step`` is dropped, too.
+    """
+    rows = [
+        row
+        for row in read_rows(folder)
+        if row["step"] <= step and not (evaluation and row["step"] == step and _is_evaluation(row))
+    ]
+    rewrite_rows(folder, rows)
+    (folder / SUMMARY).unlink(missing_ok=True)
+    for at, path in sample_files(folder).items():
+        if at > step:
+            path.unlink()
+
+
+def _is_evaluation(row: Mapping[str, Any]) -> bool:
+    return all(name == "step" or name.startswith("eval_") for name in row)
 
 
 def _new_folder(root: Path, model: str) -> Path:

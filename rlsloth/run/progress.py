@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.text import Text
 
+from rlsloth.errors import visible
+from rlsloth.run.console import open_console
 from rlsloth.run.metrics import is_number
 
 _SHOWN = (
@@ -27,20 +29,11 @@ _SHOWN_WITHOUT_REWARD = (
 """Metrics shown by loops that do not sample, and so have no rewards."""
 
 
-def open_console() -> Console:
-    """Open the console on stdout; in a notebook it writes plain lines.
-
-    There rich would print each line as a block of HTML, or, where FORCE_COLOR is set (Jupyter sets
-    it for its kernels), move the cursor of a terminal that is none.
-    """
-    console = Console(highlight=False, soft_wrap=True)
-    if console.is_jupyter:
-        return Console(highlight=False, soft_wrap=True, force_jupyter=False, force_terminal=False)
-    return console
-
-
 class Display:
-    """The console of a run. Text is printed as plain: markup and control characters do nothing."""
+    """The console of a run. Text is printed as plain: markup and control characters do nothing.
+
+    A console that goes away ends nothing.
+    """
 
     def __init__(self, total: int, console: Console | None = None) -> None:
         self._console = console or open_console()
@@ -117,12 +110,4 @@ class Display:
     def _print(self, text: str, style: str = "") -> None:
         encoding = self._console.encoding
         safe = text.encode(encoding, "backslashreplace").decode(encoding)
-        self._console.print(Text(printable(safe), style=style))
-
-
-def printable(text: str) -> str:
-    """The text without control characters: sampled text must not move the cursor or change
-    colours."""
-    return "".join(
-        c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text
-    )
+        self._console.print(Text(visible(safe), style=style))

@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import IO, Any, Self
 
 from rlsloth.config import TrainingConfig
-from rlsloth.errors import UserError
+from rlsloth.errors import UserError, describe_exception, first_line, naming_writes, visible
 from rlsloth.files import append_json_lines, write_json
 from rlsloth.records import Group
 from rlsloth.run import folder as run_folder
@@ -21,6 +21,7 @@ from rlsloth.run.metrics import is_number
 from rlsloth.run.progress import Display
 from rlsloth.run.report.page import write_report
 from rlsloth.run.samples import as_text, completion_text, write_samples
+from rlsloth.run.stopping import Stopped, Stopper
 from rlsloth.run.trackers import Tracker, check_trackers, open_trackers
 
 _SHOWN_CHARACTERS = 400
@@ -28,6 +29,8 @@ _SHOWN_CHARACTERS = 400
 
 class Run:
     """One training run. A context manager: on any exit the report is written and the lock released.
+
+    Neither its console, nor log.txt, nor its trackers, nor its report can end it.
 
     Example:
         with Run.start(cfg) as run:
@@ -39,11 +42,16 @@ class Run:
 
     changes: dict[str, tuple[object, object]]
     """Settings that a resumed run changes: dotted key -> (old, new), in YAML's types."""
+    stopper: Stopper
+    """Stops the run at a signal; it listens inside the context manager."""
 
     def __init__(self, folder: Path, lock: IO[str], cfg: TrainingConfig, *, made: bool) -> None:
         """Use `start`."""
         self.dir = folder
         self.changes = {}
+        self.stopper = Stopper()
+        self._listening = contextlib.ExitStack()
+        self._logs = True  # until log.txt cannot be written
         self._lock = lock
         self._made = made  # else the files in it may be the user's
         self._cfg = cfg
@@ -144,7 +152,7 @@ class Run:
         self._write(step, row | {f"{prefix}runtime": self._clock.take_phase("eval")})
 
     def _write(self, step: int, metrics: Mapping[str, float]) -> None:
-        row = {name: float(value) for name, value in metrics.items()}
+        row = {name: float(value) for name, value in metrics.items() if name != "step"}
         append_json_lines(self.dir / run_folder.METRICS, [{"step": step, **row}])
         known = {name: value for name, value in row.items() if is_number(value)}
         for tracker in list(self._trackers):
@@ -153,8 +161,8 @@ class Run:
             except Exception as error:  # a tracker's outage must not end a training run
                 self._trackers.remove(tracker)
                 self.warn(
-                    f"tracker {tracker.name} failed and is switched off ({error}); metrics.jsonl "
-                    "is still written"
+                    f"tracker {tracker.name} failed and is switched off ({first_line(error)}); "
+                    "metrics.jsonl is still written"
                 )
 
     def log_samples(self, step: int, groups: Sequence[Group], reward_names: Sequence[str]) -> None:
@@ -185,44 +193,68 @@ class Run:
 
     def _keep(self, kind: str, text: str) -> None:
         line = f"{datetime.now():%Y-%m-%d %H:%M:%S} {kind}{_line(text)}\n"
-        with open(
-            self.dir / run_folder.LOG, "a", encoding="utf-8", errors="backslashreplace"
-        ) as file:
-            file.write(line)
+        path = self.dir / run_folder.LOG
+        try:
+            with (
+                naming_writes(path, lambda: len(line.encode(errors="backslashreplace"))),
+                open(path, "a", encoding="utf-8", errors="backslashreplace") as file,
+            ):
+                file.write(line)
+        except OSError as error:
+            if self._logs:
+                self._display.say(f"warning: messages are not logged: {error}", "yellow")
+            self._logs = False
+        else:
+            self._logs = True
 
-    def truncate_after(self, step: int) -> None:
+    def truncate_after(self, step: int, *, evaluation: bool = False) -> None:
         """Delete metrics and samples of later steps, so that a resumed run has each step once.
 
         Call it on every resume, with -1 when there is no checkpoint: it also drops an incomplete
         last line, as a crash leaves it.
+
+        Args:
+            evaluation: whether the evaluation after ``step`` is dropped, too, to be made again.
         """
-        rows = [row for row in self.history() if row["step"] <= step]
-        run_folder.rewrite_rows(self.dir, rows)
-        (self.dir / run_folder.SUMMARY).unlink(missing_ok=True)
-        for at, path in run_folder.sample_files(self.dir).items():
-            if at > step:
-                path.unlink()
+        run_folder.drop_after(self.dir, step, evaluation=evaluation)
 
     def finish(self, summary: Mapping[str, Any]) -> None:
-        """Write summary.json and report.html, close the trackers and release the lock."""
+        """Write summary.json and report.html, close the trackers and release the lock.
+
+        A kill before the summary is there leaves a run that a resume evaluates again; after it,
+        one whose report a resume writes.
+        """
         try:
-            write_json(self.dir / run_folder.SUMMARY, summary)
-            report = write_report(self.dir)
-            self.say(f"report in {report}")
+            with self.stopper.closing():
+                write_json(self.dir / run_folder.SUMMARY, summary)
+                self.report()
         finally:
             self._close()
 
+    def report(self) -> None:
+        """Write report.html, or warn why it cannot be written."""
+        try:
+            path = write_report(self.dir, self.warn)
+        except Exception as error:  # a damaged file of the run, or a full disk
+            known = isinstance(error, (OSError, UserError))
+            reason = str(error) if known else describe_exception(error)
+            self.warn(f"could not write report.html: {reason}")
+            return
+        self.say(f"report in {path}")
+
     def _close(self) -> None:
+        self._listening.close()
         self._display.stop()
         for tracker in self._trackers:
             try:
                 tracker.close()
             except Exception as error:
-                self.warn(f"tracker {tracker.name} could not be closed ({error})")
+                self.warn(f"tracker {tracker.name} could not be closed ({first_line(error)})")
         self._trackers = []
         self._lock.close()
 
     def __enter__(self) -> Self:
+        self._listening.enter_context(self.stopper.listening())
         return self
 
     def __exit__(
@@ -231,23 +263,21 @@ class Run:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        if isinstance(error, Stopped):
+            error.folder = self.dir
         if self._lock.closed:  # finish() was called
+            self._listening.close()
             return
         began = (self.dir / run_folder.METRICS).exists()
         refused = kind is not None and issubclass(kind, UserError) and self._made and not began
         try:
-            if kind is not None:
-                # Not printed: the command line prints the exception.
-                self._keep(
-                    "warning: ", f"stopped by {kind.__name__}{f': {error}' if str(error) else ''}"
-                )
-            if not refused:
-                write_report(self.dir)
-        except Exception as fault:  # a full disk, for example: log.txt cannot be written either
-            self._display.say(
-                _line(f"warning: could not write the report ({type(fault).__name__}: {fault})"),
-                "yellow",
-            )
+            with self.stopper.closing():
+                if kind is not None:
+                    # Not printed: the command line prints the exception.
+                    reason = f": {error}" if str(error) else ""
+                    self._keep("warning: ", f"stopped by {kind.__name__}{reason}")
+                if not refused:
+                    self.report()
         finally:
             self._close()
             if refused:
@@ -255,4 +285,4 @@ class Run:
 
 
 def _line(text: str) -> str:
-    return " ".join(text.split())
+    return visible(" ".join(text.split()))

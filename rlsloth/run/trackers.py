@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
-from rlsloth.errors import UserError, nearest
+from rlsloth.errors import UserError, first_line, nearest
 from rlsloth.files import flatten
 
 Config = Mapping[str, Any]
@@ -26,6 +26,8 @@ class Tracker(Protocol):
 
     name: ClassVar[str]
     """Name of the tracker in ``run.trackers``, and of the Python package that it needs."""
+    remedy: ClassVar[str]
+    """Advice for a tracker that cannot start."""
 
     def __init__(self, folder: Path, config: Config) -> None:
         """Start, or go on where a resumed run stopped; ``folder`` is the run folder.
@@ -47,6 +49,7 @@ class TensorBoard(Tracker):
     """Event files in the run folder: ``tensorboard --logdir runs``."""
 
     name = "tensorboard"
+    remedy = "check that files can be written in the run folder"
 
     def __init__(self, folder: Path, config: Config) -> None:
         importlib.import_module("tensorboard")
@@ -67,6 +70,7 @@ class Wandb(Tracker):
     """Weights & Biases, with its own environment variables (WANDB_MODE=offline, ...)."""
 
     name = "wandb"
+    remedy = "run wandb login, or set WANDB_MODE=offline"
 
     def __init__(self, folder: Path, config: Config) -> None:
         wandb = importlib.import_module("wandb")
@@ -91,6 +95,7 @@ class MLflow(Tracker):
     """MLflow, with its own variables MLFLOW_TRACKING_URI and MLFLOW_EXPERIMENT_NAME."""
 
     name = "mlflow"
+    remedy = "check MLFLOW_TRACKING_URI and MLFLOW_EXPERIMENT_NAME"
 
     def __init__(self, folder: Path, config: Config) -> None:
         self._mlflow = importlib.import_module("mlflow")
@@ -117,6 +122,7 @@ class Trackio(Tracker):
     """Trackio, which stays on this machine unless TRACKIO_SPACE_ID is set."""
 
     name = "trackio"
+    remedy = "check TRACKIO_PROJECT and TRACKIO_SPACE_ID"
 
     def __init__(self, folder: Path, config: Config) -> None:
         self._trackio = importlib.import_module("trackio")
@@ -158,7 +164,7 @@ def open_trackers(names: Sequence[str], folder: Path, config: Config) -> list[Tr
     """Start the trackers of a run, in the order of their names.
 
     Raises:
-        UserError: a tracker's package is missing; the message has the command that installs it.
+        UserError: a tracker's package is missing, or it cannot start; the message has the remedy.
     """
     opened: list[Tracker] = []
     try:
@@ -177,4 +183,10 @@ def _open(name: str, folder: Path, config: Config) -> Tracker:
         raise UserError(
             f"--run.trackers {name} needs a package that is not installed ({error}); "
             f"run: pip install {name}"
+        ) from error
+    except (Exception, SystemExit) as error:
+        remedy = getattr(TRACKERS[name], "remedy", "read the tracker's documentation")
+        raise UserError(
+            f"--run.trackers {name}: it cannot start ({first_line(error)}); {remedy}, or leave the "
+            "tracker out: metrics.jsonl is always written"
         ) from error

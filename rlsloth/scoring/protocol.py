@@ -1,13 +1,15 @@
 """Messages between a scorer and its workers: one JSON object a line, over a socket.
 
-Nothing is pickled: a reward gets plain JSON values and can return numbers and text only.
+Nothing is pickled: a reward gets plain JSON values and can return numbers and text only. The module
+``replies`` checks the messages of a worker.
 """
 
 from __future__ import annotations
 
 from typing import Any, Literal, TypedDict
 
-FailureKind = Literal["raised", "timeout", "crashed", "not finite", "wrong length", "wrong type"]
+FailureKind = Literal["raised", "timeout", "crashed", "not finite", "wrong length", "wrong type",
+                      "invalid reply"]  # fmt: skip
 
 
 class RewardSetup(TypedDict):
@@ -50,6 +52,8 @@ class Ready(TypedDict):
 class Call(TypedDict):
     """Completions of one prompt for one reward to score."""
 
+    call: int
+    """Number of the call, which its reply repeats."""
     reward: int
     step: int
     cpu_seconds: float
@@ -75,6 +79,8 @@ class Failure(TypedDict):
 class Reply(TypedDict):
     """The result of a call."""
 
+    call: int
+    """Number of the call."""
     values: list[float | None]
     row_failures: list[Failure]
     error: Failure | None
@@ -97,6 +103,7 @@ class Died(TypedDict):
 def failed(kind: FailureKind, detail: str) -> Reply:
     """Make the reply to a call that failed as a whole."""
     return Reply(
+        call=0,
         values=[],
         row_failures=[],
         error=Failure(row=0, kind=kind, detail=detail),

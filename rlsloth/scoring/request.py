@@ -64,6 +64,7 @@ def group_call(group: Group, reward: int, name: str, info: RewardInfo, step: int
     messages = group.prompt.messages
     wants_ids = info["accepts"] is None or "completion_ids" in info["accepts"]
     return Call(
+        call=0,
         reward=reward,
         step=step,
         cpu_seconds=0.0,

@@ -9,6 +9,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from rlsloth.errors import UserError
+from rlsloth.scoring.replies import MAX_METRICS, MAX_NAME
 
 
 @dataclass(slots=True)
@@ -28,11 +29,17 @@ class RewardLog:
 
         Raises:
             UserError: the trainer logs a metric of that name.
+            ValueError: the name is too long, or there are too many metrics.
         """
         if any(fnmatchcase(str(name), pattern) for pattern in self.reserved):
             raise UserError(
                 f"reward {self.reward!r} calls log_metric({name!r}, ...), but the trainer logs a "
                 "metric of that name: choose another name in the reward"
+            )
+        if len(str(name)) > MAX_NAME or len(self.metrics) >= MAX_METRICS:
+            raise ValueError(
+                f"log_metric takes names of up to {MAX_NAME} characters, and {MAX_METRICS} metrics "
+                "a call"
             )
         self.metrics.append((str(name), float(value)))
 

@@ -20,7 +20,8 @@ from rlsloth.errors import UserError, nearest
 from rlsloth.plugins import builtin_names, is_passed, passed, passed_name
 from rlsloth.records import Group, Prompt, Rollout
 from rlsloth.scoring.passed import pickle_reward
-from rlsloth.scoring.process import WorkerProcess
+from rlsloth.scoring.patience import Hangs
+from rlsloth.scoring.process import WorkerProcess, hung
 from rlsloth.scoring.protocol import Call, Reply, RewardSetup, Setup
 from rlsloth.scoring.report import Outcome, ScoringReport, assign_scores
 from rlsloth.scoring.request import accepted_columns, group_call
@@ -53,7 +54,8 @@ class Scorer:
             memory_bytes=int(cfg.memory_gb * 2**30),
             reserved_metrics=list(reserved_metrics),
         )
-        self._workers = [WorkerProcess(setup) for _ in range(cfg.workers)]
+        self._workers = [WorkerProcess(setup, cfg.pass_env) for _ in range(cfg.workers)]
+        self._hangs = Hangs(cfg.wall_seconds)
         self._idle: queue.SimpleQueue[WorkerProcess] = queue.SimpleQueue()
         for worker in self._workers:
             self._idle.put(worker)
@@ -99,9 +101,9 @@ class Scorer:
         Submitted groups are not scored again.
 
         Raises:
-            UserError: a reward cannot be imported, raised UserError itself, or logged a metric of
-                the trainer's; a column is missing, has the name of an argument, or cannot be
-                written as JSON.
+            UserError: a reward cannot be imported, raised UserError itself, hangs in call after
+                call, or logged a metric of the trainer's; a column is missing, has the name of an
+                argument, or cannot be written as JSON.
         """
         for group in groups:
             if id(group) not in self._submitted:
@@ -146,7 +148,12 @@ class Scorer:
         # full budget.
         share = min(stop - start, 2)
         part["cpu_seconds"] = self._cfg.cpu_seconds * share
+        name = self.names[call["reward"]]
+        self._hangs.check(name)
         reply = worker.call(part, self._cfg.wall_seconds * share)
+        # A group's common call may be too slow without any hang: its completions are called again.
+        if stop - start == 1 or not hung(reply):
+            self._hangs.count(name, hung=hung(reply))
         if reply["user_error"] is not None:
             raise UserError(reply["user_error"])
         return reply

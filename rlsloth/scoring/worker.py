@@ -2,8 +2,8 @@
 
 The process forks before anything is loaded. The child loads the rewards and answers calls. The
 parent, the supervisor, runs no foreign code: it reports the child's death to the scorer, and once
-the scorer itself is gone, however it ended, it kills the whole process group, so that neither a
-busy reward nor a process that a reward started outlives the run.
+the scorer itself is gone, however it ended, it kills all that the child has started, so that
+neither a busy reward nor a process of a reward outlives the run, in whatever session it is.
 
 CPU time is budgeted by two kernel timers. ITIMER_PROF raises CpuBudgetExceeded in Python code,
 which costs nothing but the call. A loop inside a C extension (a huge integer power) never sees a
@@ -21,9 +21,7 @@ import inspect
 import json
 import os
 import resource
-import select
 import signal
-import socket
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -34,7 +32,6 @@ from rlsloth import plugins
 from rlsloth.errors import UserError, describe_exception, nearest
 from rlsloth.scoring.protocol import (
     Call,
-    Died,
     Ready,
     Reply,
     RewardInfo,
@@ -42,9 +39,13 @@ from rlsloth.scoring.protocol import (
     Setup,
     failed,
 )
+from rlsloth.scoring.replies import most_bytes
 from rlsloth.scoring.reward_log import RewardLog
+from rlsloth.scoring.supervisor import supervise
 from rlsloth.scoring.validate import InvalidReturnError, validate
 
+_dumps = json.dumps
+"""Taken before a reward is loaded, which may replace it."""
 KILL_GRACE_SECONDS = 0.25
 """CPU time between the exception and the kill of a reward that swallows the exception."""
 
@@ -65,7 +66,7 @@ class Reward:
 def main() -> None:
     fd = int(sys.argv[1])
     os.set_inheritable(fd, False)
-    _supervise(fd)
+    supervise(fd)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     # A forked child of a reward must neither reply for the worker nor hold its socket open.
     os.register_at_fork(after_in_child=lambda: os.close(fd))
@@ -84,33 +85,9 @@ def main() -> None:
         reply = answer(rewards[call["reward"]], call, setup["reserved_metrics"])
         if os.getpid() != own_pid:
             os._exit(0)
-        _send(fd, reply)
+        _send(fd, _reply(call, reply))
         if reply["retire"]:
             return
-
-
-def _supervise(fd: int) -> None:
-    """Fork, and return in the child only; the parent kills the group after either end's death."""
-    scorer_gone = select.poll()
-    scorer_gone.register(fd, 0)  # POLLHUP is always reported, and no data is taken from the child
-
-    def child_changed(_signum: int, _frame: FrameType | None) -> None:
-        pid, status = os.waitpid(-1, os.WNOHANG)
-        if pid == 0:  # stopped or continued, not dead
-            return
-        # The newline ends a reply that the child's death cut short.
-        channel = socket.socket(fileno=fd)
-        with contextlib.suppress(OSError):
-            died = Died(died=os.waitstatus_to_exitcode(status))
-            channel.sendall(b"\n" + json.dumps(died).encode() + b"\n")
-        os.killpg(0, signal.SIGKILL)
-
-    signal.signal(signal.SIGCHLD, child_changed)
-    if os.fork() == 0:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        return
-    scorer_gone.poll()
-    os.killpg(0, signal.SIGKILL)
 
 
 def _limit_memory(size: int) -> None:
@@ -121,8 +98,21 @@ def _limit_memory(size: int) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (size, size))
 
 
+def _reply(call: Call, reply: Reply) -> Reply:
+    """The reply with the call's number; a failure in place of one that is too long."""
+    limit = most_bytes(len(call["completions"]))
+    size = len(_dumps(reply))
+    if size >= limit:
+        reply = failed(
+            "invalid reply",
+            f"the result has {size:,} bytes, more than {limit:,}: log less with log_extra",
+        )
+    reply["call"] = call["call"]
+    return reply
+
+
 def _send(fd: int, message: Ready | Reply) -> None:
-    data = memoryview(json.dumps(message).encode() + b"\n")
+    data = memoryview(_dumps(message).encode() + b"\n")
     while data:
         data = data[os.write(fd, data) :]
 
@@ -167,6 +157,7 @@ def _warm_up(reward: Reward) -> None:
         arguments = _arguments(
             reward,
             Call(
+                call=0,
                 reward=0,
                 step=0,
                 cpu_seconds=0.0,
@@ -193,6 +184,7 @@ def answer(reward: Reward, call: Call, reserved_metrics: Sequence[str]) -> Reply
             result = _run(reward.function, arguments)
             values, row_failures = validate(result, rows)
         reply = Reply(
+            call=0,
             values=values,
             row_failures=row_failures,
             error=None,

@@ -14,7 +14,6 @@ from rlsloth.losses.advantages import assign_advantages
 from rlsloth.losses.base import PolicyLoss
 from rlsloth.losses.opening import open_loss
 from rlsloth.losses.policy_loss import normalizer, policy_loss
-from rlsloth.memory.out_of_memory import advise
 from rlsloth.policy.policy import Policy
 from rlsloth.records import LossStats, PackedBatch
 from rlsloth.run.gap import GapGuard
@@ -26,6 +25,7 @@ from rlsloth.run.metrics import (
     update_metrics,
 )
 from rlsloth.run.watch import Watch
+from rlsloth.scoring.patience import FailedRounds
 from rlsloth.scoring.shaping import penalize_overlong
 from rlsloth.training.opening import open_grpo
 from rlsloth.training.rollouts import Rollouts
@@ -55,10 +55,12 @@ def train(cfg: GrpoConfig) -> Path:
         guard = GapGuard(cfg.loss, cfg.rollout, run)
         rollouts = Rollouts(cfg, collector, session.sampler, policy, run, stack)
         session.cursor = rollouts.cursor
+        failed = FailedRounds()
         for step in session.steps():
             groups = rollouts.take(step)
             with run.timed("reward"):  # the time that sampling did not hide
                 report = scorer.score(groups, step=step)
+            failed.check(report)
             penalize_overlong(
                 groups, max_tokens=cfg.rollout.max_tokens, buffer=cfg.loss.overlong_buffer
             )
@@ -69,16 +71,15 @@ def train(cfg: GrpoConfig) -> Path:
                 mask_truncated=cfg.loss.mask_truncated,
                 keep_zero_advantage=cfg.loss.beta > 0,
             )
-            with run.timed("update"):
-                with rollouts.during_update(step), advise("update", policy.model):
+            with session.updating("update"):
+                with rollouts.during_update(step):
                     updates = update(policy, batch, cfg, loss, guard.loss)
                 collector.engine.set_weights(policy.weights())
             tokens = count_tokens(groups)
-            metrics = {
-                **rollout_metrics(groups, scorer.names, num_tokens=tokens),
-                **update_metrics(updates, clipping=loss.clipping, beta=cfg.loss.beta),
-                **report.metrics,
-            }
+            metrics = rollout_metrics(groups, scorer.names, num_tokens=tokens)
+            metrics |= update_metrics(updates, clipping=loss.clipping, beta=cfg.loss.beta)
+            # What a reward logs never takes the place of the trainer's own figure.
+            metrics |= {k: v for k, v in report.metrics.items() if k not in metrics}
             session.close_step(step, metrics, batch, tokens=tokens)
             run.log_samples(step, groups, scorer.names)
             watch.report(groups, metrics, run.warn, run.say)

@@ -42,6 +42,7 @@ from rlsloth.rollout.collector import Collector
 from rlsloth.rollout.engines import choose_engine
 from rlsloth.rollout.trial import probe_packing, trial_backward
 from rlsloth.run.run import Run
+from rlsloth.training import contents
 from rlsloth.training.collector import open_collector, open_evaluator
 from rlsloth.training.examples import (
     check_longest,
@@ -60,7 +61,7 @@ from rlsloth.training.preload import (
     import_transformers,
     in_parallel,
 )
-from rlsloth.training.progress import refuse_changes
+from rlsloth.training.progress import Contents, refuse_changes
 from rlsloth.training.session import Session
 
 Training = TypeVar("Training", bound=TrainingConfig)
@@ -118,8 +119,15 @@ def open_grpo(
     _describe_sampling(run, problems, policy)
     warn_of_open_tag(run, renderer, problems, cfg.reward)
     evaluator = Evaluator(cfg.eval, run, policy, collector, problems.deciding)
-    sampler = EpochSampler(env.train, cfg.seed)
-    return Session(cfg, run, policy, sampler, evaluator, started=started)
+    sampler = EpochSampler(
+        env.train, cfg.seed, digest=contents.hash_prompts(env, env.train) if trains else ""
+    )
+    inputs: Contents = {}
+    if trains:
+        inputs = contents.of_model(cfg.model, policy) | contents.of_problems(cfg, env)
+    session = Session(cfg, run, policy, sampler, evaluator, contents=inputs, started=started)
+    stack.push(session.leave)
+    return session
 
 
 def open_examples(cfg: Supervised, stack: ExitStack, read: Reader) -> Session[Supervised, Example]:
@@ -172,7 +180,14 @@ def open_examples(cfg: Supervised, stack: ExitStack, read: Reader) -> Session[Su
         f"{len(data.train)} examples, {len(data.heldout)} held out; {cfg.steps} steps of "
         f"{cfg.samples_per_step}; {policy.device}, attention {policy.backend}"
     )
-    return Session(cfg, run, policy, sampler, evaluator, data.heldout, started=started)
+    inputs = contents.of_model(cfg.model, policy) | contents.of_examples(data.heldout)
+    if problems is not None:
+        inputs |= contents.of_problems(cfg, problems.env)
+    session = Session(
+        cfg, run, policy, sampler, evaluator, data.heldout, contents=inputs, started=started
+    )
+    stack.push(session.leave)
+    return session
 
 
 def open_teacher(

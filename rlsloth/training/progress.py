@@ -15,9 +15,12 @@ from rlsloth.evaluation.intervals import Estimate
 from rlsloth.evaluation.result import EvalResult
 from rlsloth.policy.policy import Policy
 from rlsloth.run import checkpoint
-from rlsloth.run.folder import SUMMARY
+from rlsloth.run.report.page import is_complete
 from rlsloth.run.run import Run
 from rlsloth.training.skips import Skips
+
+Contents = dict[str, str]
+"""Name of an input, such as ``held-out prompts`` -> digest of its contents."""
 
 
 @dataclass(slots=True)
@@ -58,9 +61,22 @@ def save(
     progress: Progress,
     sampler: SamplerState,
     skips: Skips,
+    contents: Contents,
+    *,
+    missing: bool,
     keep: int,
 ) -> None:
     """Write a checkpoint from which ``resume`` continues bit by bit.
+
+    Args:
+        run: the run.
+        policy: its weights and optimizer.
+        progress: the progress after the last step.
+        sampler: position in the data.
+        skips: counter of skipped updates.
+        contents: digests of the run's inputs.
+        missing: whether the evaluation after the step is due and not complete.
+        keep: number of checkpoints to keep.
 
     Raises:
         UserError: the checkpoint cannot be written.
@@ -73,46 +89,80 @@ def save(
         "loss_before": progress.loss_before,
         "prompts": sampler,
         "skipped_in_a_row": skips.in_a_row,
+        "contents": contents,
+        "evaluation_missing": missing,
         "policy": scalars,
     }
     checkpoint.save(run.dir / "checkpoints", progress.next_step - 1, tensors, state, keep)
 
 
 def resume(
-    run: Run, cfg: TrainingConfig, policy: Policy, sampler: EpochSampler[Any], skips: Skips
-) -> Progress:
+    run: Run,
+    cfg: TrainingConfig,
+    policy: Policy,
+    sampler: EpochSampler[Any],
+    skips: Skips,
+    contents: Contents,
+) -> tuple[Progress, bool]:
     """Restore the newest undamaged checkpoint if this run resumes; else start at step 1.
 
+    Returns:
+        The progress, and whether the evaluation after its last step has to be made.
+
     Raises:
-        UserError: the run has finished its steps, or its checkpoints are damaged.
+        UserError: the run has finished its steps, its inputs have changed, or its checkpoints are
+            damaged.
     """
     if not cfg.run.resume:
-        return Progress(1, 0)
-    found = checkpoint.load_latest(run.dir / "checkpoints")
+        return Progress(1, 0), False
+    root = run.dir / "checkpoints"
+    found = checkpoint.load_latest(root)
     if found is None:
         run.truncate_after(-1)
         run.accept_config()
         run.say("no checkpoint yet: starting at step 1")
-        return Progress(1, 0)
-    if found.step >= cfg.steps and (run.dir / SUMMARY).exists():
+        return Progress(1, 0), False
+    ended = is_complete(run.dir)  # else its end was killed, and is made again
+    if found.step >= cfg.steps and ended:
         raise UserError(
             f"{run.dir} has finished its {found.step} steps; raise --steps to continue training"
         )
     for warning in found.warnings:
         run.warn(warning)
-    policy.restore(found.tensors, found.state["policy"])
     sampler.restore(found.state["prompts"])
+    _compare(run, contents, found.state.get("contents"))
+    policy.restore(found.tensors, found.state["policy"])
     skips.in_a_row = found.state.get("skipped_in_a_row", 0)
-    run.truncate_after(found.step)
+    missing = not ended and found.state.get("evaluation_missing", found.step >= cfg.steps)
+    checkpoint.repair(root, found.path, cfg.run.keep)
+    run.truncate_after(found.step, evaluation=missing)
     run.accept_config()
     run.say(f"resumed from {found.path} after step {found.step}")
     before = found.state["before"]
-    return Progress(
+    progress = Progress(
         found.state["next_step"],
         found.state["num_tokens"],
         _result(before) if before else None,
         found.state.get("loss_before"),
     )
+    return progress, missing
+
+
+def _compare(run: Run, now: Contents, then: Contents | None) -> None:
+    """Refuse changed inputs. Raises UserError."""
+    if then is None:
+        run.say(
+            "the checkpoint is of an earlier version, which kept no digests: whether data, base "
+            "model, rewards and environment are as before is not checked"
+        )
+        return
+    changed = [name for name, digest in now.items() if then.get(name, digest) != digest]
+    if changed:
+        raise UserError(
+            f"cannot resume {run.dir}: the contents have changed since the run began of "
+            f"{', '.join(changed)}; restore them, or start another run (--model.adapter continues "
+            "this run's adapter)"
+        )
 
 
 def run_summary(cfg: TrainingConfig, policy: Policy, seconds: float) -> dict[str, Any]:

@@ -38,7 +38,9 @@ def with_reference(session: Session[Any, Example], sums: Sums) -> None:
     sides = {"train": session.sampler.items, "heldout": session.heldout}
     everything = [example for examples in sides.values() for example in examples]
     present = torch.tensor(list(bytes.fromhex(fingerprint(everything))))
-    if path.exists() and session.cfg.run.resume:
+    # Without a checkpoint nothing compares the base model with the one that scored the pairs.
+    begun = any((run.dir / "checkpoints").glob("step_*"))
+    if path.exists() and session.cfg.run.resume and begun:
         known = load_safetensors(path.read_bytes())
         if not torch.equal(known["fingerprint"], present):
             raise UserError(

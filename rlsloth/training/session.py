@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import TracebackType
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -14,6 +15,7 @@ import torch
 from rlsloth.config import TrainingConfig
 from rlsloth.data.example import Example
 from rlsloth.data.sampler import EpochSampler, SamplerState
+from rlsloth.errors import UserError
 from rlsloth.evaluation.evaluator import Evaluator
 from rlsloth.evaluation.result import EvalResult, result_summary
 from rlsloth.memory.out_of_memory import advise
@@ -22,7 +24,7 @@ from rlsloth.policy.policy import Policy
 from rlsloth.records import PackedBatch, StepStats
 from rlsloth.run.run import Run
 from rlsloth.seeding import derive_seed
-from rlsloth.training.progress import Progress, resume, run_summary, save
+from rlsloth.training.progress import Contents, Progress, resume, run_summary, save
 from rlsloth.training.skips import Skips
 
 Config = TypeVar("Config", bound=TrainingConfig)
@@ -57,8 +59,16 @@ class Session(Generic[Config, Item]):
     """Returns the position in the data for a checkpoint; None: the sampler's own."""
     progress: Progress = field(default_factory=lambda: Progress(1, 0))
     skips: Skips = field(init=False)
+    contents: Contents = field(default_factory=dict)
+    """Digests of the run's inputs, which a resume compares."""
     started: float = field(default_factory=time.monotonic)
     """Reading of the monotonic clock, in seconds, when opening began."""
+    _rest: SamplerState | None = field(init=False, default=None)
+    """Position in the data while the policy is between two steps; None: an update is under way."""
+    _saved: int = field(init=False, default=0)
+    """Step of the newest checkpoint; 0: there is none."""
+    _missing: bool = field(init=False, default=False)
+    """Whether the last step's evaluation is due and not complete."""
 
     def __post_init__(self) -> None:
         self.skips = Skips(self.cfg.optim.max_skipped)
@@ -66,14 +76,23 @@ class Session(Generic[Config, Item]):
     def begin(self) -> None:
         """Restore the newest undamaged checkpoint if the run resumes; else evaluate before step 1.
 
+        An evaluation that is missing after the checkpoint's step is made.
+
         Raises:
             UserError: the run cannot be resumed, or has nothing to evaluate on.
         """
-        self.progress = resume(self.run, self.cfg, self.policy, self.sampler, self.skips)
+        self.progress, missing = resume(
+            self.run, self.cfg, self.policy, self.sampler, self.skips, self.contents
+        )
+        self._saved = self.progress.next_step - 1
         if self.evaluator is not None:
             self.evaluator.collector.engine.set_weights(self.policy.weights())
-        if self.progress.next_step == 1 and self.cfg.eval.at_start:
+        self._rest = self.sampler.state()
+        done = self.progress.next_step - 1
+        if done == 0 and self.cfg.eval.at_start:
             self.progress.loss_before, self.progress.before = self.evaluate(0)
+        elif missing and self._evaluates_after(done):
+            self.evaluate(done)
 
     def steps(self) -> Iterator[int]:
         """Yield the number of each remaining step, with torch's generator seeded for it."""
@@ -84,7 +103,12 @@ class Session(Generic[Config, Item]):
 
     @contextmanager
     def updating(self, what: str) -> Iterator[None]:
-        """Time an update, and turn out-of-memory errors into advice; ``what`` is its key."""
+        """Time an update, and turn out-of-memory errors into advice; ``what`` is its key.
+
+        From here to the step's end in ``end_step`` no signal stops the run.
+        """
+        self.run.stopper.hold()
+        self._rest = None
         with self.run.timed("update"), advise(what, self.policy.model):
             yield
 
@@ -105,15 +129,60 @@ class Session(Generic[Config, Item]):
 
         Raises:
             UserError: too many updates in a row were skipped.
+            Stopped: a signal came during the update.
         """
         cfg = self.cfg
         self.skips.check(skipped, batch, self.run, step)
-        if cfg.eval.every and step % cfg.eval.every == 0 and step < cfg.steps:
+        self._rest = self.cursor() if self.cursor else self.sampler.state()
+        self._missing = self._evaluates_after(step)
+        self.run.stopper.release()
+        if self._missing:
             self.evaluate(step)
+            self._missing = False
         if step == cfg.steps or (cfg.run.save_every and step % cfg.run.save_every == 0):
-            with self.run.timed("checkpoint"):
-                cursor = self.cursor() if self.cursor else self.sampler.state()
-                save(self.run, self.policy, self.progress, cursor, self.skips, cfg.run.keep)
+            with self.run.timed("checkpoint"), self.run.stopper.finishing():
+                # The last step's evaluation is part of the run's end, which may never come.
+                self._save(missing=step == cfg.steps)
+
+    def _evaluates_after(self, step: int) -> bool:
+        every = self.cfg.eval.every
+        return bool(every and step % every == 0 and 0 < step < self.cfg.steps)
+
+    def _save(self, *, missing: bool) -> None:
+        """Save a checkpoint of the last step; ``missing``: its evaluation may still be missing."""
+        assert self._rest is not None
+        save(
+            self.run,
+            self.policy,
+            self.progress,
+            self._rest,
+            self.skips,
+            self.contents,
+            missing=missing,
+            keep=self.cfg.run.keep,
+        )
+        self._saved = self.progress.next_step - 1
+
+    def leave(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Save a checkpoint when an exception or a signal ends the run between two updates.
+
+        The step that it interrupts is made again on resume.
+        """
+        done = self.progress.next_step - 1
+        if kind is None or self._rest is None or done == self._saved:
+            return
+        with self.run.stopper.closing():
+            try:
+                self._save(missing=self._missing)
+            except (UserError, OSError) as failure:
+                self.run.warn(f"no checkpoint of step {done}: {failure}")
+            else:
+                self.run.say(f"checkpoint of step {done} saved; --run.resume continues from it")
 
     def evaluate(self, step: int) -> tuple[float | None, EvalResult | None]:
         """Measure and log the held-out loss and the accuracy on held-out problems.

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from rlsloth.errors import UserError
+from rlsloth.files import replacing_file
 from rlsloth.records import MicroBatch, PackedBatch
 from rlsloth.run.run import Run
 
@@ -43,13 +44,12 @@ def dump_batch(batch: PackedBatch, path: Path) -> Path:
     from safetensors.torch import save_file
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(
-        {
-            f"{i}.{field}": value
-            for i, micro in enumerate(batch.microbatches)
-            for field in MicroBatch.__slots__
-            if isinstance(value := getattr(micro, field), torch.Tensor)
-        },
-        path,
-    )
+    tensors = {
+        f"{i}.{field}": value
+        for i, micro in enumerate(batch.microbatches)
+        for field in MicroBatch.__slots__
+        if isinstance(value := getattr(micro, field), torch.Tensor)
+    }
+    with replacing_file(path) as temporary:
+        save_file(tensors, temporary)
     return path

@@ -1,4 +1,4 @@
-"""Atomic files and folders, JSON lines, locks and hashes, under faults and kills."""
+"""Atomic files and folders, JSON lines and hashes, under faults and kills."""
 
 from __future__ import annotations
 
@@ -15,16 +15,14 @@ import pytest
 
 from rlsloth.errors import UserError
 from rlsloth.files import (
-    LockedError,
     append_json_lines,
     finite,
     flatten,
-    lock,
     read_json_lines,
     replacing_file,
     replacing_folder,
     sha256,
-    sweep_temporary_files,
+    sweep,
     truncate_torn_line,
     write_atomically,
     write_json,
@@ -124,9 +122,9 @@ def test_a_kill_between_the_two_renames_loses_nothing(tmp_path: Path) -> None:
 def test_temporary_files_are_swept_and_nothing_else(tmp_path: Path) -> None:
     for name in (".environment-20260101-000000.json.tmp", ".lock", "a.tmp", "b"):
         (tmp_path / name).write_text("")
-    sweep_temporary_files(tmp_path)
+    sweep(tmp_path)
     assert names(tmp_path) == [".lock", "a.tmp", "b"]
-    sweep_temporary_files(tmp_path / "absent")
+    sweep(tmp_path / "absent")
 
 
 def test_json_lines_come_back_without_a_torn_one(tmp_path: Path) -> None:
@@ -172,16 +170,6 @@ def test_values_that_json_lacks(tmp_path: Path) -> None:
 
 def test_flatten() -> None:
     assert flatten({"a": {"b": {0: 1}, "c": [2]}, "d": None}) == {"a.b.0": 1, "a.c": [2], "d": None}
-
-
-def test_a_lock_names_its_owner_and_ends_with_it(tmp_path: Path) -> None:
-    path = tmp_path / "lock"
-    held = lock(path)
-    with pytest.raises(LockedError) as found:
-        lock(path)
-    assert found.value.owner == str(os.getpid())
-    held.close()
-    lock(path).close()
 
 
 def test_sha256(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from helpers.run_folders import NAMES, config, make_group, make_rollout, rows
 from rlsloth.config import GrpoConfig
 from rlsloth.errors import UserError
 from rlsloth.run import folder as run_folder
-from rlsloth.run.progress import Display, printable
+from rlsloth.run.progress import Display
 from rlsloth.run.run import Run
 
 # --- starting
@@ -238,7 +238,6 @@ def test_say_and_warn_stay_one_line_and_harmless(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "[red]not markup[/red]" in printed
     assert "\x1b" not in printed
-    assert printable("a\tb\x00") == "a\tb\N{REPLACEMENT CHARACTER}"
 
 
 def test_a_terminal_shows_a_bar_with_phase_and_time_left():

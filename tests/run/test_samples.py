@@ -72,7 +72,7 @@ def test_a_column_named_like_one_of_the_samples_gets_its_own(tmp_path: Path) -> 
 
 def test_the_report_shows_logged_columns_apart_from_rewards(tmp_path: Path) -> None:
     saved(tmp_path, scored({"mine": 7}, {}))
-    (step,) = embedded_samples(tmp_path)["steps"]
+    (step,) = embedded_samples(tmp_path, pytest.fail)["steps"]
     assert step["rewards"] == ["right"]
     assert [row["extras"] for row in step["rows"]] == [["mine: 7"], []]
 

@@ -10,7 +10,7 @@ from rlsloth.cli.flags import with_first_word
 from rlsloth.cli.read_config import read_config
 from rlsloth.config import EnvConfig
 from rlsloth.config.export import ChatConfig
-from rlsloth.errors import UserError
+from rlsloth.errors import UserError, visible
 from rlsloth.records import Message, Prompt
 
 if TYPE_CHECKING:
@@ -126,7 +126,7 @@ def _streamer(tokenizer: Any) -> Any:
 
         def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
             self.text += text
-            print(text, end="\n" if stream_end else "", flush=True)
+            print(visible(text), end="\n" if stream_end else "", flush=True)
 
     return Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
 
@@ -178,7 +178,7 @@ def _talk(talker: Talker) -> None:
         try:
             answer = talker.answer(conversation)
         except UserError as error:
-            print(f"{error}; a new conversation begins", file=sys.stderr)
+            print(f"{visible(str(error))}; a new conversation begins", file=sys.stderr)
             conversation = talker.opening()
             continue
         conversation.append({"role": "assistant", "content": answer})

@@ -31,20 +31,28 @@ _WARNINGS = 30
 """Warnings shown, the last ones."""
 
 
-def write_report(folder: Path) -> Path:
+def is_complete(folder: Path) -> bool:
+    """Whether a run has ended: its report is there and not older than its summary."""
+    summary, report = folder / run_folder.SUMMARY, folder / REPORT
+    ended = summary.is_file() and report.is_file()
+    return ended and report.stat().st_mtime_ns >= summary.stat().st_mtime_ns
+
+
+def write_report(folder: Path, warn: Callable[[str], None] = lambda _: None) -> Path:
     """Write report.html into a run folder, atomically.
 
-    Each file of the run folder may be missing. Text from models and data is shown and never run:
-    markup is escaped, and the page's content policy allows only its own script and no connection.
+    Each file of the run folder may be missing; ``warn`` is called for each that is damaged. Text
+    from models and data is shown and never run: markup is escaped, and the page's content policy
+    allows only its own script and no connection.
 
     Returns:
         The page's path.
     """
     rows = merged_rows(run_folder.read_rows(folder))
     config_text = _read(folder / run_folder.CONFIG)
-    config = _mapping(config_text, yaml.safe_load)
-    summary = _read_json(folder / run_folder.SUMMARY)
-    environment = _read_json(folder / "environment.json")
+    config = _mapping(folder / run_folder.CONFIG, yaml.safe_load, warn)
+    summary = _mapping(folder / run_folder.SUMMARY, json.loads, warn)
+    environment = _mapping(folder / "environment.json", json.loads, warn)
     script = _read(_HERE / "report.js")
     sections = [
         (title, [draw(chart) for chart in charts]) for title, charts in chart_sections(rows)
@@ -67,7 +75,7 @@ def write_report(folder: Path) -> Path:
             thinned=len(rows) > MAX_POINTS,
             max_points=MAX_POINTS,
             charts_json=_json([drawing.data for drawing in drawings]),
-            samples_json=_json(embedded_samples(folder)),
+            samples_json=_json(embedded_samples(folder, warn)),
             style=Markup(_read(_HERE / "report.css")),
             script=Markup(script),
             script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
@@ -102,16 +110,19 @@ def _read(path: Path) -> str:
     return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    return _mapping(_read(path), json.loads)
-
-
-def _mapping(text: str, parse: Callable[[str], Any]) -> dict[str, Any]:
-    """The mapping in a file's text; empty if the file is missing or damaged, so that there is a
-    report in any case."""
-    with contextlib.suppress(yaml.YAMLError, ValueError):
+def _mapping(
+    path: Path, parse: Callable[[str], Any], warn: Callable[[str], None]
+) -> dict[str, Any]:
+    """The mapping in a file; empty if the file is missing or damaged, so that there is a report in
+    any case."""
+    text = _read(path)
+    if not text:
+        return {}
+    with contextlib.suppress(yaml.YAMLError, ValueError, RecursionError):
         value = parse(text)
-        return value if isinstance(value, dict) else {}
+        if isinstance(value, dict):
+            return value
+    warn(f"{path} is damaged and left out of the report")
     return {}
 
 
@@ -131,11 +142,18 @@ def merged_rows(rows: Rows) -> Rows:
 
 def _subtitle(config: Mapping[str, Any], environment: Mapping[str, Any]) -> list[str]:
     """Model, rewards, device and start of the run, as far as they are known."""
-    device = environment.get("device", {}).get("name", "")
+    device = str(_inner(environment, "device").get("name", ""))
     started = str(environment.get("started", ""))[:16].replace("T", " ")
-    model = str(config.get("model", {}).get("path", ""))
-    rewards = ", ".join(map(str, config.get("rewards", [])))
+    model = str(_inner(config, "model").get("path", ""))
+    rewards = config.get("rewards")
+    rewards = ", ".join(map(str, rewards)) if isinstance(rewards, list) else ""
     return [part for part in (model, rewards, device, started) if part]
+
+
+def _inner(values: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """A mapping within a mapping; empty where a damaged file has something else."""
+    found = values.get(key)
+    return found if isinstance(found, Mapping) else {}
 
 
 def _result(summary: Mapping[str, Any]) -> dict[str, Any] | None:

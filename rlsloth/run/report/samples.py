@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 
+from rlsloth.errors import first_line
 from rlsloth.run.folder import sample_files
 from rlsloth.run.samples import EXTRA, FIXED_COLUMNS
 
@@ -21,8 +21,10 @@ MAX_CHARACTERS = 4000
 tends to be at the end."""
 
 
-def embedded_samples(folder: Path) -> dict[str, Any]:
+def embedded_samples(folder: Path, warn: Callable[[str], None]) -> dict[str, Any]:
     """Samples for the page's script: evenly spaced steps and rows, whatever their rewards.
+
+    ``warn`` is called for each file that cannot be read.
 
     Returns:
         ``steps_total``, ``max_steps``, ``max_rows`` and ``steps``: step, total, reward names and
@@ -34,7 +36,7 @@ def embedded_samples(folder: Path) -> dict[str, Any]:
         "steps_total": len(paths),
         "max_steps": MAX_STEPS,
         "max_rows": MAX_ROWS,
-        "steps": [found for step, path in chosen if (found := _step(step, path))],
+        "steps": [found for step, path in chosen if (found := _step(step, path, warn))],
     }
 
 
@@ -45,21 +47,23 @@ def evenly(count: int, limit: int) -> list[int]:
     return [round(i * (count - 1) / (limit - 1)) for i in range(limit)]
 
 
-def _step(step: int, path: Path) -> dict[str, Any] | None:
+def _step(step: int, path: Path, warn: Callable[[str], None]) -> dict[str, Any] | None:
     """Samples of one step; None for a damaged file."""
     try:
-        table = pq.read_table(path)
-    except pa.ArrowInvalid:
+        with open(path, "rb") as file:
+            table = pq.read_table(file)
+        extras = [column.name for column in table.schema if column.metadata == EXTRA]
+        names = [name for name in table.column_names if name not in (*FIXED_COLUMNS, *extras)]
+        rows = table.take(evenly(table.num_rows, MAX_ROWS)).to_pylist()
+        return {
+            "step": step,
+            "total": table.num_rows,
+            "rewards": names,
+            "rows": [_row(row, names, extras) for row in rows],
+        }
+    except Exception as error:  # a flipped byte can raise anything, in pyarrow or here
+        warn(f"{path} is damaged and left out of the report ({first_line(error)})")
         return None
-    extras = [column.name for column in table.schema if column.metadata == EXTRA]
-    names = [name for name in table.column_names if name not in (*FIXED_COLUMNS, *extras)]
-    rows = table.take(evenly(table.num_rows, MAX_ROWS)).to_pylist()
-    return {
-        "step": step,
-        "total": table.num_rows,
-        "rewards": names,
-        "rows": [_row(row, names, extras) for row in rows],
-    }
 
 
 def _row(row: dict[str, Any], names: Sequence[str], extras: Sequence[str]) -> dict[str, Any]:
