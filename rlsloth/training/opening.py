@@ -61,7 +61,7 @@ from rlsloth.training.preload import (
     import_transformers,
     in_parallel,
 )
-from rlsloth.training.progress import Contents, refuse_changes
+from rlsloth.training.progress import refuse_changes
 from rlsloth.training.session import Session
 
 Training = TypeVar("Training", bound=TrainingConfig)
@@ -119,12 +119,8 @@ def open_grpo(
     _describe_sampling(run, problems, policy)
     warn_of_open_tag(run, renderer, problems, cfg.reward)
     evaluator = Evaluator(cfg.eval, run, policy, collector, problems.deciding)
-    sampler = EpochSampler(
-        env.train, cfg.seed, digest=contents.hash_prompts(env, env.train) if trains else ""
-    )
-    inputs: Contents = {}
-    if trains:
-        inputs = contents.of_model(cfg.model, policy) | contents.of_problems(cfg, env)
+    sampler = EpochSampler(env.train, cfg.seed, digest=contents.hash_prompts(env, env.train))
+    inputs = contents.of_model(cfg.model, policy) | contents.of_problems(cfg, env)
     session = Session(cfg, run, policy, sampler, evaluator, contents=inputs, started=started)
     stack.push(session.leave)
     return session

@@ -137,7 +137,19 @@ def test_a_reply_of_another_form_is_refused(change: Callable[[dict[str, Any]], A
 
 def mutated(value: Any, random_: random.Random) -> Any:
     """A copy of a JSON value with one part replaced, dropped or doubled."""
-    odd = [None, True, -1, 1e308, float("nan"), "\x1b]0;x\x07", [], {}, [[[]]], "x" * 500, 2**70]
+    odd: list[Any] = [
+        None,
+        True,
+        -1,
+        1e308,
+        float("nan"),
+        "\x1b]0;x\x07",
+        [],
+        {},
+        [[[]]],
+        "x" * 500,
+        2**70,
+    ]
     if isinstance(value, dict) and value and random_.random() < 0.8:
         key = random_.choice(list(value))
         changed = {**value, key: mutated(value[key], random_)}
