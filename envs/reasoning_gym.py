@@ -1,17 +1,25 @@
 """Environment of generated reasoning tasks: ``reasoning_gym:<task>``.
 
-Problems are generated in a child process with a deadline: with some parameters a generator searches
-forever (base_conversion from base 2 to base 2), some print, and some depend on hash order.
+Problems are generated in a child process that may not stall: with some parameters a generator
+searches forever (base_conversion from base 2 to base 2), some print, some depend on hash order.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import importlib.metadata
 import json
 import os
+import queue
 import random
 import subprocess
 import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from rlsloth.config import EnvConfig
@@ -20,11 +28,19 @@ from rlsloth.data.prompts import make_prompts
 from rlsloth.data.rows import Row
 from rlsloth.environments.protocol import SingleTurn, declare
 from rlsloth.errors import UserError, nearest
+from rlsloth.files import write_atomically
+from rlsloth.scoring.typed_json import from_json, to_json
 
 DRAWS = 2000
 """Default of the parameter ``size``, the number of problems to draw; duplicates are dropped."""
-DEADLINE_SECONDS = 60.0
-"""Longest time that all problems may take to generate."""
+STALL_SECONDS = 60.0
+"""Longest time between two problems."""
+SLOW_SECONDS = 5.0
+"""Time after which generated problems are worth a cache."""
+TOLD_SECONDS = 10.0
+"""Time between two lines of progress."""
+CACHE_FORMAT = 1
+"""Raised when rows change, so that older files are not read."""
 
 
 @declare(single_turn=True, generates=True)
@@ -44,43 +60,134 @@ def reasoning_gym(cfg: EnvConfig, seed: int) -> SingleTurn:
     return SingleTurn(cfg.name, train, heldout, default_rewards=("reasoning_gym",))
 
 
-def generate(
-    task: str, params: dict[str, Any], deadline_seconds: float = DEADLINE_SECONDS
-) -> list[Row]:
+def generate(task: str, params: dict[str, Any], stall_seconds: float = STALL_SECONDS) -> list[Row]:
     """Draw ``params["size"]`` problems, and return a row for each distinct question.
 
+    Problems that took longer than `SLOW_SECONDS` are kept in a cache for the next start.
+
     Raises:
-        UserError: the task or a parameter is unknown, the task refuses a value, or time is up.
+        UserError: the task or a parameter is unknown, the task refuses a value, or no problem came
+            for ``stall_seconds``.
     """
-    request = json.dumps({"task": task, "params": params})
-    # The child imports from the same folders as this process, whatever its working directory.
-    path = os.pathsep.join(p or os.getcwd() for p in sys.path)
-    try:
-        child = subprocess.run(
-            [sys.executable, "-P", "-m", __name__],
-            input=request.encode(),
-            capture_output=True,
-            timeout=deadline_seconds,
-            env={**os.environ, "PYTHONPATH": path, "PYTHONHASHSEED": "0"},
-        )
-    except subprocess.TimeoutExpired as late:
-        done = (late.stdout or b"").count(b"\n")
-        raise UserError(
-            f"reasoning_gym:{task} generated {done} of {params['size']} problems in "
-            f"{deadline_seconds:g} s: lower --env.params.size, or change its other parameters"
-        ) from None
-    if child.returncode not in (0, 2):
-        last = (child.stderr.decode(errors="replace").strip().splitlines() or ["no message"])[-1]
-        raise UserError(
-            f"reasoning_gym:{task}: the generator exited with status {child.returncode} ({last})"
-        )
-    replies = [json.loads(line) for line in child.stdout.splitlines()]
-    if child.returncode == 2:
-        raise UserError(replies[-1]["error"])
+    request = json.dumps({"task": task, "params": params}, sort_keys=True)
+    cache = _cache(request)
+    rows = _cached(cache)
+    if rows is None:
+        started = time.monotonic()
+        rows = _generate(task, request, int(params["size"]), stall_seconds)
+        if time.monotonic() - started > SLOW_SECONDS:
+            with contextlib.suppress(OSError):  # a cache is no reason to stop
+                cache.parent.mkdir(parents=True, exist_ok=True)
+                write_atomically(cache, "".join(json.dumps(row) + "\n" for row in rows))
     distinct: dict[str, Row] = {}
-    for row in replies:
+    for row in rows:
         distinct.setdefault(row["question"], row)
     return list(distinct.values())
+
+
+def _cache(request: str) -> Path:
+    """The file of a request's problems; another release of reasoning-gym has other files."""
+    release = f"{importlib.metadata.version('reasoning-gym')} {CACHE_FORMAT}"
+    name = hashlib.sha256(f"{release} {request}".encode()).hexdigest()[:24]
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return root / "rlsloth" / "reasoning_gym" / f"{name}.jsonl"
+
+
+def _cached(path: Path) -> list[Row] | None:
+    try:
+        return [json.loads(line) for line in path.read_text().splitlines()]
+    except (OSError, ValueError):  # absent, or damaged
+        return None
+
+
+def _generate(task: str, request: str, size: int, stall_seconds: float) -> list[Row]:
+    rows: list[Row] = []
+    started = told = time.monotonic()
+    for line in _child_lines(task, request, stall_seconds):
+        reply = json.loads(line)
+        if "error" in reply:
+            raise UserError(reply["error"])
+        rows.append(reply)
+        if time.monotonic() - told > TOLD_SECONDS:
+            told = time.monotonic()
+            left = (told - started) * (size - len(rows)) / len(rows)
+            print(
+                f"reasoning_gym:{task}: {len(rows)} of {size} problems, about {left:.0f} s more "
+                "(--env.params.size draws fewer)",
+                flush=True,
+            )
+    return rows
+
+
+def _child_lines(task: str, request: str, stall_seconds: float) -> Iterator[bytes]:
+    """Yield the lines that a child process writes for a request.
+
+    Raises:
+        UserError: the child failed, or wrote nothing for too long.
+    """
+    # The child imports from the same folders as this process, but works in an empty one, since
+    # some tasks write files.
+    path = os.pathsep.join(os.path.abspath(p or ".") for p in sys.path)
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile() as errors:
+        child = subprocess.Popen(
+            [sys.executable, "-P", "-m", __name__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            cwd=folder,
+            env={**os.environ, "PYTHONPATH": path, "PYTHONHASHSEED": "0"},
+        )
+        try:
+            for count, line in enumerate(_lines(child, request, stall_seconds)):
+                if line is None:
+                    raise UserError(
+                        f"reasoning_gym:{task}: no problem came for {stall_seconds:g} s after "
+                        f"{count}: lower --env.params.size, or change its other parameters"
+                    )
+                yield line
+            if child.wait() not in (0, 2):
+                errors.seek(0)
+                text = errors.read().decode(errors="replace").strip()
+                last = (text.splitlines() or ["no message"])[-1]
+                raise UserError(
+                    f"reasoning_gym:{task}: the generator exited with status {child.returncode} "
+                    f"({last})"
+                )
+        finally:
+            child.kill()
+            child.wait()
+
+
+def _lines(
+    child: subprocess.Popen[bytes], request: str, stall_seconds: float
+) -> Iterator[bytes | None]:
+    """Yield lines as a child writes them, and None if it stalls."""
+    assert child.stdin is not None
+    assert child.stdout is not None
+    arrived: queue.Queue[bytes | None] = queue.Queue()
+    output = child.stdout
+
+    def read() -> None:
+        for line in output:
+            arrived.put(line)
+        arrived.put(None)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    with contextlib.suppress(BrokenPipeError), child.stdin:
+        child.stdin.write(request.encode())
+    ended = False
+    try:
+        while (line := arrived.get(timeout=stall_seconds)) is not None:
+            yield line
+        ended = True
+    except queue.Empty:
+        yield None
+    finally:
+        if not ended:
+            child.kill()
+        reader.join()
+        output.close()
 
 
 def _child() -> int:
@@ -135,19 +242,31 @@ def _row(task: str, dataset: Any, index: int) -> Row:
         raise UserError(
             f"reasoning_gym:{task} failed to generate problem {index}: {_text(error)}"
         ) from None
-    answer = entry["answer"]
-    try:
-        carried = json.loads(json.dumps(entry))
-        # Some scorers distinguish lists from tuples, which JSON cannot: no answer would be right.
-        same = answer is None or _score(dataset, carried) == _score(dataset, entry)
-    except (TypeError, ValueError):
-        same = False
-    if not same:
-        raise UserError(
-            f"reasoning_gym:{task} is not supported, since its scorer needs values that JSON "
-            "cannot hold: choose another task with --env.name reasoning_gym:TASK"
-        )
-    return {"question": entry["question"], "answer": answer, "task": task, "entry": entry}
+    carried = _carried(task, dataset, entry)
+    return {
+        "question": entry["question"],
+        "answer": entry["answer"],
+        "task": task,
+        "entry": carried,
+    }
+
+
+def _carried(task: str, dataset: Any, entry: Row) -> Row:
+    """An entry as JSON in which the task's scorer finds what it needs."""
+    for convert in (lambda value: value, to_json):
+        try:
+            carried: Row = json.loads(json.dumps(convert(entry)))
+            # Some scorers distinguish lists from tuples: no answer would be right.
+            if entry["answer"] is None or _score(dataset, from_json(carried)) == _score(
+                dataset, entry
+            ):
+                return carried
+        except Exception:  # a scorer may raise anything on what it does not expect
+            continue
+    raise UserError(
+        f"reasoning_gym:{task} is not supported, since its scorer needs values that JSON cannot "
+        "hold: choose another task with --env.name reasoning_gym:TASK"
+    )
 
 
 def _score(dataset: Any, entry: Row) -> float:

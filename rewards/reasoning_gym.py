@@ -12,6 +12,7 @@ from rlsloth.errors import UserError, nearest
 from rlsloth.scoring.answers import completion_text, last_tag
 from rlsloth.scoring.example import Example
 from rlsloth.scoring.figures import numbers_in
+from rlsloth.scoring.typed_json import from_json
 
 
 def reasoning_gym(
@@ -47,19 +48,9 @@ def reasoning_gym(
     scores: list[float | None] = []
     for completion, name, row, finish in zip(completions, task, entry, finish_reasons, strict=True):
         found = None if finished_only and finish == "length" else find(completion_text(completion))
-        row = _with_tuples(row) if name in _TUPLE_TASKS else row
+        row = from_json(row)
         scores.append(0.0 if found is None else float(_scorer(name)(found, row)))
     return scores
-
-
-# The scorers of these tasks compare tuples, which JSON has turned into lists.
-_TUPLE_TASKS = frozenset({"arc_agi", "rearc"})
-
-
-def _with_tuples(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _with_tuples(item) for key, item in value.items()}
-    return tuple(_with_tuples(item) for item in value) if isinstance(value, list) else value
 
 
 def _last_number(text: str) -> str | None:

@@ -8,6 +8,7 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from rlsloth.envs import reasoning_gym
 from rlsloth.envs.calculator import Calculator, evaluate, show
 from rlsloth.envs.reasoning_gym import generate
 from rlsloth.errors import UserError
+from rlsloth.rewards.reasoning_gym import reasoning_gym as score_rewards
 
 pytestmark = pytest.mark.slow
 
@@ -107,15 +109,14 @@ def test_generation_depends_on_the_seed_alone() -> None:
     assert draw(0) != draw(1)
 
 
-def in_this_process(
-    command: list[str], *, input: bytes, **_: Any
-) -> subprocess.CompletedProcess[bytes]:
+def in_this_process(task: str, request: str, stall_seconds: float) -> Iterator[bytes]:
     """Run the generator without a child, which would take seconds to import the tasks."""
+    del task, stall_seconds
     out = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out):
-        patch.setattr(sys, "stdin", io.StringIO(input.decode()))
-        status = reasoning_gym._child()
-    return subprocess.CompletedProcess(command, status, out.getvalue().encode(), b"")
+        patch.setattr(sys, "stdin", io.StringIO(request))
+        reasoning_gym._child()
+    yield from out.getvalue().encode().splitlines()
 
 
 @pytest.mark.parametrize(
@@ -126,13 +127,12 @@ def in_this_process(
         ("reasoning_gym:chain_sum", {"min_term": 2}, r"'min_term'; did you mean 'min_terms'\?"),
         ("reasoning_gym:chain_sum", {"min_terms": "x"}, r"--env.params.min_terms: .*integer"),
         ("reasoning_gym:chain_sum", {"min_terms": 7}, "max_terms must be >= min_terms"),
-        ("reasoning_gym:arc_agi", {"size": 2}, "JSON cannot hold"),
     ],
 )
 def test_reasoning_gym_refuses(
     name: str, params: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(subprocess, "run", in_this_process)
+    monkeypatch.setattr(reasoning_gym, "_child_lines", in_this_process)
     with pytest.raises(UserError, match=message):
         load(name, params=params)
 
@@ -145,9 +145,46 @@ def test_the_generator_reports_its_refusal() -> None:
 def test_a_generator_that_hangs_is_stopped() -> None:
     start = time.monotonic()
     params = {"size": 5, "seed": 0, "min_base": 2, "max_base": 2}
-    with pytest.raises(UserError, match=r"base_conversion generated 0 of 5 problems in 1 s: lower"):
-        generate("base_conversion", params, deadline_seconds=1)
+    with pytest.raises(UserError, match=r"base_conversion: no problem came for 1 s after 0: lower"):
+        generate("base_conversion", params, stall_seconds=1)
     assert time.monotonic() - start < 10
+
+
+@pytest.mark.parametrize("task", ["gsm_symbolic", "arc_agi"])  # fractions, tuples
+def test_values_that_json_loses_reach_the_scorer(
+    task: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reasoning_gym, "_child_lines", in_this_process)
+    rows = generate(task, {"size": 3, "seed": 0})
+    for row in json.loads(json.dumps(rows)):
+        reply = [f"<answer>{row['answer']}</answer>"]
+        assert score_rewards(reply, [task], [row["entry"]], ["stop"]) == [1.0]
+
+
+def test_slow_generation_is_kept_and_the_cache_may_be_damaged(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(reasoning_gym, "_child_lines", in_this_process)
+    params = {"size": 3, "seed": 0}
+    made = generate("chain_sum", params)
+    assert not (tmp_path / "cache").exists(), "quick"
+    monkeypatch.setattr(reasoning_gym, "SLOW_SECONDS", 0.0)
+    assert generate("chain_sum", params) == made
+    (file,) = (tmp_path / "cache/rlsloth/reasoning_gym").iterdir()
+    monkeypatch.setattr(reasoning_gym, "_child_lines", lambda *_: pytest.fail("from the cache"))
+    assert generate("chain_sum", params) == made
+    file.write_text(file.read_text()[:-9])
+    monkeypatch.setattr(reasoning_gym, "_child_lines", in_this_process)
+    assert generate("chain_sum", params) == made
+
+
+def test_the_generator_leaves_the_working_folder_alone(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert generate("chain_sum", {"size": 2, "seed": 0})
+    assert list(tmp_path.iterdir()) == []
 
 
 # calculator
