@@ -253,9 +253,9 @@ def _row(task: str, dataset: Any, index: int) -> Row:
 
 def _carried(task: str, dataset: Any, entry: Row) -> Row:
     """An entry as JSON in which the task's scorer finds what it needs."""
-    for convert in (lambda value: value, to_json):
+    for typed in (False, True):
         try:
-            carried: Row = json.loads(json.dumps(convert(entry)))
+            carried: Row = json.loads(json.dumps(to_json(entry) if typed else entry))
             # Some scorers distinguish lists from tuples: no answer would be right.
             if entry["answer"] is None or _score(dataset, from_json(carried)) == _score(
                 dataset, entry

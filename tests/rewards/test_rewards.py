@@ -24,6 +24,7 @@ from rlsloth.rewards.reasoning_gym import reasoning_gym
 from rlsloth.rewards.repetition import repetition
 from rlsloth.scoring.answers import last_boxed, last_tag
 from rlsloth.scoring.figures import exact_number, numbers_in
+from rlsloth.scoring.typed_json import to_json
 
 BUILT_IN = builtin_names("rlsloth.rewards")
 
@@ -233,7 +234,7 @@ def test_reasoning_gym_entries_survive_json() -> None:
     from reasoning_gym import create_dataset
 
     for task in ("chain_sum", "countdown", "letter_counting", "arc_agi"):
-        entry = json.loads(json.dumps(create_dataset(task, size=1, seed=3)[0]))
+        entry = json.loads(json.dumps(to_json(create_dataset(task, size=1, seed=3)[0])))
         answer = f"<answer>{entry['answer']}</answer>"
         assert reasoning_gym([answer], [task], [entry], ["stop"]) == [1.0], task
 
