@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from rlsloth.config import EnvConfig
 from rlsloth.data.prompts import load_prompts, make_prompts
+from rlsloth.data.reading import Reading
 from rlsloth.data.rows import Row
 from rlsloth.environments.protocol import SingleTurn, declare
 from rlsloth.errors import UserError
@@ -21,7 +22,10 @@ def dataset(cfg: EnvConfig, seed: int) -> SingleTurn:
             f"--env.params: environment dataset has no parameters, got {', '.join(cfg.params)}"
         )
 
-    def make(rows: list[Row], source: str) -> list[Prompt]:
-        return make_prompts(rows, cfg, source)
+    reading = Reading.of(cfg)
 
-    return SingleTurn(cfg.name, *load_prompts(cfg, seed, make), source=cfg.train)
+    def make(rows: list[Row], source: str) -> list[Prompt]:
+        return make_prompts(rows, cfg, source, reading=reading, gold=True)
+
+    prompts = load_prompts(cfg, seed, make, reading)
+    return SingleTurn(cfg.name, *prompts, source=cfg.train, reading=reading)

@@ -10,6 +10,7 @@ from rlsloth.config.data import ExamplesConfig
 from rlsloth.config.sft import SupervisedConfig
 from rlsloth.data.example import Example
 from rlsloth.data.heldout import split_heldout
+from rlsloth.data.reading import Reading
 from rlsloth.data.renderer import Renderer
 from rlsloth.data.rows import Row, load_rows
 from rlsloth.errors import UserError
@@ -17,8 +18,8 @@ from rlsloth.records import Prompt
 
 MANY = 2000
 """Number of rows from which a line announces tokenising, which takes 1 to 2 ms a row."""
-Reader = Callable[[Sequence[Row], Any, Renderer, str], list[Example]]
-"""Function (rows, data configuration, renderer, name of the dataset) -> examples."""
+Reader = Callable[[Sequence[Row], Any, Renderer, str, Reading | None], list[Example]]
+"""Function (rows, data configuration, renderer, name of the dataset, reading) -> examples."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +32,10 @@ class Examples:
     """Number of examples that were dropped because they are longer than ``limit``."""
     limit: int
     """Largest number of tokens of a prompt with one completion."""
+    notes: tuple[str, ...] = ()
+    """Lines about the columns, to be shown with the first example."""
+    warnings: tuple[str, ...] = ()
+    """Lines about rows that were left out or changed."""
 
     @property
     def longest(self) -> Example:
@@ -59,20 +64,23 @@ def load_examples(cfg: SupervisedConfig, read: Reader, tokenizer: Any, context: 
             "completions would never end; set eos_token in its tokenizer_config.json"
         )
 
-    def examples(source: str, split: str, limit: int | None = None) -> list[Example]:
-        rows = load_rows(source, split, limit)
+    limit = min(context, data.max_tokens or context)
+    reading = Reading.of(data, limit)
+
+    def examples(source: str, split: str, most: int | None = None) -> list[Example]:
+        rows = load_rows(source, split, most, reading)
         if len(rows) >= MANY:
             print(f"tokenising {len(rows)} rows of {source}", flush=True)
-        return read(rows, data, renderer, source)
+        return read(rows, data, renderer, source, reading)
 
     train = examples(data.train, data.train_split, data.limit)
-    limit = min(context, data.max_tokens or context)
     kept = [example for example in train if example.longest <= limit]
     left_out = len(train) - len(kept)
     if not kept:
         raise UserError(
             f"--data.train {data.train}: all {len(train)} examples have more than {limit} tokens; "
-            "raise --data.max-tokens or --model.max-context"
+            "raise --data.max-tokens or --model.max-context, or divide plain text with "
+            "--data.long-text split"
         )
     if data.validation is None:
         kept, heldout = _split(kept, data, cfg.seed)
@@ -86,7 +94,7 @@ def load_examples(cfg: SupervisedConfig, read: Reader, tokenizer: Any, context: 
             "--data.heldout, or switch evaluation off with --eval.at-start false --eval.at-end "
             "false"
         )
-    return Examples(kept, heldout, left_out, limit)
+    return Examples(kept, heldout, left_out, limit, reading.notes(), reading.warnings())
 
 
 def _split(

@@ -1,185 +1,290 @@
-"""Rows for supervised fine-tuning in TRL's formats: text, prompt and completion, or messages."""
+"""Rows for supervised fine-tuning: conversations, prompts with completions, or plain text."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Protocol
 
-from rlsloth.config.data import SftDataConfig
+from rlsloth.config.data import ExamplesConfig, SftDataConfig
+from rlsloth.data.columns import (
+    MESSAGES,
+    NAMES,
+    arrange,
+    columns_of,
+    find,
+    find_completion,
+    find_prompt,
+    named_column,
+)
+from rlsloth.data.completions import Completions, read_turns, reasoning_column
 from rlsloth.data.example import Example, make_example
 from rlsloth.data.heldout import question_text
-from rlsloth.data.prompts import (
-    PROMPT_COLUMNS,
-    check_text,
-    make_prompts,
-    named_column,
-    read_message,
-    row_tools,
-)
+from rlsloth.data.prompt_reader import PromptReader, prompt_reader
+from rlsloth.data.reading import Reading
 from rlsloth.data.renderer import Renderer, template_kwargs
 from rlsloth.data.rows import Row
+from rlsloth.data.text import check_text
+from rlsloth.data.tool_calls import read_tools
 from rlsloth.data.turns import Answer, end_id, spoken
 from rlsloth.errors import UserError
-from rlsloth.records import Message, Prompt
+from rlsloth.records import Prompt
 
-COMPLETION_COLUMNS = ("completion", "answer", "solution", "response", "output")
+
+class Format(Protocol):
+    """A format of rows, and the columns that it reads."""
+
+    @property
+    def column(self) -> str:
+        """Column with the trained text."""
+        ...
+
+    def note(self, reading: Reading) -> None:
+        """Note the columns that are read."""
+        ...
+
+    def read(self, index: int, row: Row, where: str) -> list[Example]:
+        """Make the examples of a row. Raises UserError."""
+        ...
 
 
 def sft_examples(
-    rows: Sequence[Row], cfg: SftDataConfig, renderer: Renderer, source: str
+    rows: Sequence[Row],
+    cfg: SftDataConfig,
+    renderer: Renderer,
+    source: str,
+    reading: Reading | None = None,
 ) -> list[Example]:
     """Make at least one example from each row, in the rows' order.
 
-    If rows have several formats, prompt and completion come first, then ``messages``, then
+    If a row has several formats, conversations come first, then prompt and completion, then
     ``text``. A completion is a string or messages: a string continues a prompt that is a plain
-    string, and is an assistant turn after messages. In ``messages``, the loss is on the assistant's
-    turns; in ``text``, on everything, with an end token.
+    string, and is an assistant turn after messages. In conversations, the loss is on the
+    assistant's turns; in ``text``, on everything, with an end token.
 
     Args:
         rows: the rows.
         cfg: the section ``data``.
         renderer: renders conversations to tokens.
         source: name of the dataset, for messages.
+        reading: decides about bad rows, and collects what a run says about the data.
 
     Raises:
         UserError: columns are missing, or a row is empty, malformed or has no token for the loss.
     """
-    columns = list(dict.fromkeys(c for row in rows for c, v in row.items() if v is not None))
-    kind = _kind(columns, cfg)
-    if kind == "text":
-        return [_text(row, i, renderer, f"{source} row {i + 1}") for i, row in enumerate(rows)]
-    if kind == "messages":
-        found = []
-        for i, row in enumerate(rows):
-            found += _conversation(row, i, cfg, renderer, f"{source} row {i + 1}")
+    reading = reading or Reading.of(cfg)
+    rows = arrange(rows, cfg, source)
+    columns = columns_of(rows, filled=True)
+    main = _format(rows, columns, cfg, renderer, source, reading)
+    main.note(reading)
+    formats: dict[frozenset[str], Format] = {}
+
+    def read(index: int, row: Row) -> list[Example]:
+        chosen = main
+        if row.get(main.column) is None:  # rows of several datasets in one
+            filled = frozenset(c for c, v in row.items() if v is not None)
+            if filled not in formats:
+                formats[filled] = _other(rows, filled, cfg, renderer, source, reading) or main
+            chosen = formats[filled]
+        return chosen.read(index, row, f"{source} row {index + 1}")
+
+    found = [example for part in reading.each(rows, source, read) for example in part]
+    reading.leave(columns)
+    return found
+
+
+def _other(
+    rows: Sequence[Row],
+    filled: frozenset[str],
+    cfg: SftDataConfig,
+    renderer: Renderer,
+    source: str,
+    reading: Reading,
+) -> Format | None:
+    """Choose the format of rows that lack the column of the others; None if there is none."""
+    same = [row for row in rows if {c for c, v in row.items() if v is not None} == filled]
+    columns = columns_of(same, filled=True)
+    try:
+        found = _format(same, columns, cfg, renderer, source, reading)
+    except UserError:
+        return None
+    found.note(reading)
+    return found
+
+
+def _format(
+    rows: Sequence[Row],
+    columns: list[str],
+    cfg: SftDataConfig,
+    renderer: Renderer,
+    source: str,
+    reading: Reading,
+) -> Format:
+    """Choose the rows' format by their columns. Raises UserError if they have none."""
+    if cfg.prompt_column is not None:
+        named_column(columns_of(rows), cfg.prompt_column, source)
+    prompt = cfg.prompt_column or find_prompt(columns)
+    completion = cfg.completion_column or find_completion(columns, prompt)
+    open_end = False
+    if not (cfg.completion_column or cfg.prompt_template):
+        column = _conversations(rows, columns, cfg)
+        open_end = column is not None and completion is not None and not _answered(rows, column)
+        if column is not None and not open_end:
+            whole = prompt_reader(rows, cfg, source, column=column)
+            return Conversations(whole, cfg, renderer, reading)
+        prompt = column or prompt
+    named = cfg.prompt_column or cfg.completion_column or cfg.prompt_template or open_end
+    if not (named or (prompt and completion)) and (text := find("text", columns)):
+        return Texts(text, cfg, renderer, reading)
+    completion = completion_column(columns, cfg, prompt, source)
+    reasoning = reasoning_column(rows, columns)
+    reader = prompt_reader(
+        rows,
+        cfg,
+        source,
+        column=None if cfg.prompt_template else prompt,
+        taken=(completion, reasoning),
+        conversational=Completions.is_chat(rows, completion, reasoning),
+    )
+    return Completed(Completions(reader, completion, reasoning, renderer, reading), cfg)
+
+
+def _conversations(rows: Sequence[Row], columns: list[str], cfg: SftDataConfig) -> str | None:
+    """Name the column of whole conversations; None if there is none."""
+    named = cfg.prompt_column
+    if named is None or named in MESSAGES:
+        return named or find("messages", columns)
+    lists = any(isinstance(row.get(named), list) for row in rows)
+    return named if lists and find_completion(columns, named) is None else None
+
+
+def _answered(rows: Sequence[Row], column: str) -> bool:
+    """Whether the first conversation ends with a turn to learn from."""
+    value = next((row[column] for row in rows if row.get(column) is not None), None)
+    try:
+        turns = read_turns(value, column)
+    except UserError:
+        return True  # read again where the row is known
+    return bool(turns[-1]["role"] == "assistant")
+
+
+def completion_column(
+    columns: list[str], cfg: ExamplesConfig, prompt: str | None, source: str
+) -> str:
+    """Name the column with completions. Raises UserError if there is none."""
+    if cfg.completion_column is not None:
+        return named_column(columns, cfg.completion_column, source)
+    found = find_completion(columns, prompt)
+    if found is not None:
         return found
-    column = completion_column(columns, cfg.completion_column, source)
-    chat = any(isinstance(row.get(column), list) for row in rows)
-    prompts = make_prompts(rows, cfg, source, conversational=chat, scored=False)
-    return [
-        make_example(prompt.index, question_text(prompt), [_loss_on(answer, cfg)])
-        for prompt, row in zip(prompts, rows, strict=True)
-        for answer in completed(
-            renderer, prompt, row.get(column), f"{source} row {prompt.index + 1}, {column}"
-        )
-    ]
-
-
-def _kind(columns: list[str], cfg: SftDataConfig) -> Literal["completion", "messages", "text"]:
-    """Choose the rows' format by their columns."""
-    if cfg.prompt_column == "messages":
-        return "messages"
-    has_prompt = any(column in columns for column in PROMPT_COLUMNS if column != "messages")
-    has_answer = any(column in columns for column in COMPLETION_COLUMNS)
-    if cfg.prompt_column or cfg.completion_column or (has_prompt and has_answer):
-        return "completion"
-    if "messages" in columns:
-        return "messages"
-    return "text" if "text" in columns else "completion"
-
-
-def completion_column(columns: list[str], wanted: str | None, source: str) -> str:
-    """Name the column with completions.
-
-    Args:
-        columns: columns of the dataset.
-        wanted: value of ``data.completion_column``.
-        source: name of the dataset, for messages.
-
-    Raises:
-        UserError: there is no such column.
-    """
-    have = f"(columns: {', '.join(columns)})"
-    if wanted is not None:
-        return named_column(columns, wanted, source)
-    for column in COMPLETION_COLUMNS:
-        if column in columns:
-            return column
+    known = (*NAMES["completion"][:4], "answer", "messages", "conversations", "text")
     raise UserError(
-        f"{source} has none of the columns {', '.join(COMPLETION_COLUMNS)}, messages, text: pass "
-        f"the column of completions with --data.completion-column {have}"
+        f"{source} has none of the columns {', '.join(known)}: pass the column of completions "
+        f"with --data.completion-column, or that of conversations with --data.columns.messages "
+        f"(columns: {', '.join(columns)})"
     )
 
 
-def completed(renderer: Renderer, prompt: Prompt, value: Any, where: str) -> list[Answer]:
-    """Tokenise a prompt with its completion, which is a string or messages.
+@dataclass(frozen=True, slots=True)
+class Completed:
+    """Rows of a prompt with its completion."""
 
-    Raises:
-        UserError: the completion is malformed, or the chat template refuses it.
-    """
-    if isinstance(prompt.messages, str):
-        if not isinstance(value, str):
+    completions: Completions
+    cfg: SftDataConfig
+
+    @property
+    def column(self) -> str:
+        """Column with completions."""
+        return self.completions.column
+
+    def note(self, reading: Reading) -> None:
+        """Note the columns that are read."""
+        self.completions.note(reading)
+
+    def read(self, index: int, row: Row, where: str) -> list[Example]:
+        """Make the examples of a row. Raises UserError."""
+        prompt, answers = self.completions.read(index, row, where)
+        question = question_text(prompt)
+        return [make_example(index, question, [_loss_on(a, self.cfg)]) for a in answers]
+
+
+@dataclass(frozen=True, slots=True)
+class Conversations:
+    """Rows of whole conversations, whose assistant turns are learnt."""
+
+    reader: PromptReader
+    cfg: SftDataConfig
+    renderer: Renderer
+    reading: Reading
+
+    @property
+    def column(self) -> str:
+        """Column with conversations."""
+        return self.reader.column
+
+    def note(self, reading: Reading) -> None:
+        """Note the columns that are read."""
+        reading.use(self.column)
+        reading.use(self.reader.system)
+        reading.use(self.reader.tools)
+        reading.use("chat_template_kwargs", hidden=True)
+
+    def read(self, index: int, row: Row, where: str) -> list[Example]:
+        """Make the examples of a row. Raises UserError."""
+        place = f"{where}, column {self.column!r}"
+        turns = read_turns(row.get(self.column), place, self.reading.keys, texts=True)
+        messages = self.reader.with_system(turns, self.reader.system_of(row, where), where)
+        tools = read_tools(row.get("tools"), where)
+        own = template_kwargs(row.get("chat_template_kwargs"), where)
+        answers = spoken(self.renderer, messages, 0, where, tools, own)
+        first = next(i for i, m in enumerate(messages) if m["role"] == "assistant")
+        question = question_text(Prompt(index, tuple(messages[:first]), {}))
+        return [make_example(index, question, [_loss_on(a, self.cfg)]) for a in answers]
+
+
+@dataclass(frozen=True, slots=True)
+class Texts:
+    """Rows of plain text, all of which is learnt."""
+
+    column: str
+    cfg: SftDataConfig
+    renderer: Renderer
+    reading: Reading
+
+    def note(self, reading: Reading) -> None:
+        """Note the columns that are read."""
+        reading.use(self.column)
+
+    def read(self, index: int, row: Row, where: str) -> list[Example]:
+        """Make the examples of a row: one, or several of a long text. Raises UserError."""
+        where = f"{where}, column {self.column!r}"
+        text = row.get(self.column)
+        if not isinstance(text, str):
             raise UserError(
-                f"{where}: the prompt is text, so the completion must be text, but this is "
-                f"{type(value).__name__}; make both text, or both messages"
+                f"{where}: expected text, this is {type(text).__name__}; fill it or drop the row"
             )
-        check_text(value, where)
-        return [continued(renderer, prompt.messages, value)]
-    messages = list(prompt.messages)
-    if messages[-1]["role"] == "assistant":
-        raise UserError(
-            f"{where}: the prompt ends with an assistant turn; move it to the completion"
-        )
-    turns = read_turns(value, where)
-    own = template_kwargs(prompt.columns.get("chat_template_kwargs"), where)
-    return spoken(renderer, [*messages, *turns], len(messages), where, prompt.tools, own)
+        check_text(text, where)
+        ids = self.renderer.ids(text, begins=True)
+        if not self.renderer.ends.end(text):
+            ids.append(end_id(self.renderer))
+        if len(ids) < 2:
+            raise UserError(
+                f"{where}: {text!r} has a single token, after which nothing can be predicted; "
+                "drop the row"
+            )
+        parts = [Answer(p[:1], p[1:], [True] * (len(p) - 1)) for p in self._parts(ids)]
+        return [make_example(index, text, [part]) for part in parts]
 
-
-def read_turns(value: Any, where: str) -> list[Message]:
-    """Read messages; a text means one assistant turn.
-
-    Raises:
-        UserError: the value is neither, or empty.
-    """
-    if isinstance(value, str):
-        check_text(value, where)
-        return [{"role": "assistant", "content": value}]
-    if not isinstance(value, list) or not value:
-        raise UserError(f"{where}: expected text or a list of messages")
-    return [read_message(m, f"{where}, message {i}") for i, m in enumerate(value, 1)]
-
-
-def continued(renderer: Renderer, prompt: str, completion: str) -> Answer:
-    """Plain text after plain text, and an end token."""
-    prompt_ids = renderer.ids(prompt, begins=True)
-    token_ids = renderer.next_ids(prompt, prompt_ids, completion)
-    if not renderer.ends.end(completion):
-        token_ids = [*token_ids, end_id(renderer)]
-    return Answer(prompt_ids, token_ids, [True] * len(token_ids))
-
-
-def _text(row: Row, index: int, renderer: Renderer, where: str) -> Example:
-    text = row.get("text")
-    if not isinstance(text, str):
-        raise UserError(
-            f"{where}, column 'text': expected text, this is {type(text).__name__}; fill it or "
-            "drop the row"
-        )
-    check_text(text, f"{where}, column 'text'")
-    ids = renderer.ids(text, begins=True)
-    if not renderer.ends.end(text):
-        ids.append(end_id(renderer))
-    if len(ids) < 2:
-        raise UserError(
-            f"{where}, column 'text': {text!r} has a single token, after which nothing can be "
-            "predicted; drop the row"
-        )
-    return make_example(index, text, [Answer(ids[:1], ids[1:], [True] * (len(ids) - 1))])
-
-
-def _conversation(
-    row: Row, index: int, cfg: SftDataConfig, renderer: Renderer, where: str
-) -> list[Example]:
-    messages = read_turns(row.get("messages"), f"{where}, column 'messages'")
-    if cfg.system_prompt is not None:
-        messages = [m for m in messages if m["role"] != "system"]
-        messages.insert(0, {"role": "system", "content": cfg.system_prompt})
-    tools = row_tools(row.get("tools"), where)
-    own = template_kwargs(row.get("chat_template_kwargs"), where)
-    answers = spoken(renderer, messages, 0, where, tools, own)
-    first = next(i for i, m in enumerate(messages) if m["role"] == "assistant")
-    question = question_text(Prompt(index, tuple(messages[:first]), {}))
-    return [make_example(index, question, [_loss_on(a, cfg)]) for a in answers]
+    def _parts(self, ids: list[int]) -> list[list[int]]:
+        """Cut or split tokens that are longer than the limit. Parts overlap by one token, which is
+        the context of the next one's first."""
+        limit = self.reading.limit
+        if self.cfg.long_text == "leave_out" or limit is None or len(ids) <= limit:
+            return [ids]
+        self.reading.long_texts += 1
+        if self.cfg.long_text == "cut":
+            return [ids[:limit]]
+        return [ids[start : start + limit] for start in range(0, len(ids) - 1, limit - 1)]
 
 
 def _loss_on(answer: Answer, cfg: SftDataConfig) -> Answer:

@@ -9,7 +9,7 @@ after that end is context only.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -40,6 +40,8 @@ class _Turn:
     """Rendered text of the turn, including its end token if ``ended``."""
     ended: bool
     """Whether the template writes an end token."""
+    learnt: bool = True
+    """Whether its tokens are in the loss."""
 
 
 def spoken(
@@ -54,7 +56,7 @@ def spoken(
 
     All turns become one answer, unless the template renders earlier turns differently (Qwen3 drops
     their reasoning). Then each turn becomes an answer of its own, after the conversation as the
-    model would see it at that point.
+    model would see it at that point. Turns of weight 0 are context only.
 
     Args:
         renderer: renders conversations.
@@ -78,12 +80,21 @@ def spoken(
             f"{where}: the conversation begins with an assistant turn, which has no prompt; put a "
             "user turn before it"
         )
-    turns = [_turn(renderer, messages[: i + 1], tools, where, kwargs) for i in at]
+    learnt = {i for i in at if messages[i].get("weight", 1) != 0}
+    if not learnt:
+        raise UserError(
+            f"{where}: every assistant turn has weight 0, so that nothing is learnt; drop the row"
+        )
+    turns = [
+        replace(_turn(renderer, messages[: i + 1], tools, where, kwargs), learnt=i in learnt)
+        for i in at
+    ]
     joined = all(
         turn.ended and later.before.startswith(turn.before + turn.words)
         for turn, later in pairwise(turns)
     )
-    return [_answer(renderer, part) for part in ([turns] if joined else [[t] for t in turns])]
+    apart = [[turn] for turn in turns if turn.learnt]
+    return [_answer(renderer, part) for part in ([turns] if joined else apart)]
 
 
 def _unended(message: Message, renderer: Renderer) -> Message:
@@ -104,7 +115,7 @@ def _answer(renderer: Renderer, turns: Sequence[_Turn]) -> Answer:
         words = renderer.next_ids(turn.before, ids, turn.words)
         words += [] if turn.ended else [end_id(renderer)]
         ids += words
-        loss_mask += [False] * len(between) + [True] * len(words)
+        loss_mask += [False] * len(between) + [turn.learnt] * len(words)
         shown = turn.before + turn.words
     return Answer(prompt_ids, ids[len(prompt_ids) :], loss_mask)
 

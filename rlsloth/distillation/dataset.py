@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rlsloth.config.distill import DistillConfig
+from rlsloth.data.columns import CONTEXT, MESSAGES, REASONING, SYSTEM
 from rlsloth.data.rows import Row
 from rlsloth.distillation.raw import Problem, RawFile, Sample
 from rlsloth.distillation.selection import Selection, pass_rate, refuse_nothing
@@ -22,11 +23,14 @@ TAKEN = (
     "completion",
     "tools",
     "provenance",
-    "messages",
     "text",
     "chosen",
     "rejected",
     "label",
+    *MESSAGES,
+    *SYSTEM,
+    *CONTEXT,
+    *REASONING,
 )
 """Names of columns that are written here, or that would make trainers read the rows in another
 format. A column of the source with such a name is written as source_<name>."""

@@ -25,7 +25,7 @@ class LocalTeacher:
     def __init__(self, cfg: DistillConfig, folder: Path, stack: ExitStack, *, resume: bool) -> None:
         """Load the model, the environment and the rewards; ``stack`` closes them. Raises
         UserError."""
-        model, run = _resolve(cfg)
+        model, run = resolve_teacher(cfg)
         self.resumes = resume
         self._cfg = cfg
         teacher = cfg.teacher_config(model, folder, resume=resume)
@@ -52,7 +52,7 @@ class LocalTeacher:
         ]
 
 
-def _resolve(cfg: DistillConfig) -> tuple[ModelConfig, Path | None]:
+def resolve_teacher(cfg: DistillConfig) -> tuple[ModelConfig, Path | None]:
     """Find the teacher's base with its adapter, and the run that trained it. Raises UserError."""
     if cfg.teacher is None:
         return cfg.model, None

@@ -68,7 +68,7 @@ def distill(cfg: DistillConfig) -> Path:
     """
     out = open_out(cfg)
     raw = RawFile(out)
-    env = load_environment(cfg.env, cfg.seed)
+    env = _fitting(load_environment(cfg.env, cfg.seed), cfg)
     prompts, shared = chosen_prompts(env, cfg)
     if _replay(raw, prompts, Selection(cfg.traces, cfg.seed)) < len(prompts):
         try:
@@ -194,6 +194,21 @@ def _sample(cfg: DistillConfig, out: Path, raw: RawFile, prompts: Sequence[Promp
                 f"{written / (monotonic() - began):,.0f} tokens/s"
             )
         run.finish({"problems": selection.problems, "samples": selection.samples})
+
+
+def _fitting(env: Environment, cfg: DistillConfig) -> Environment:
+    """Leave out overlong prompts; the teacher's run does the same and says so. Raises UserError."""
+    if cfg.env.max_prompt_tokens is None:
+        return env
+    if cfg.endpoint.url is not None:
+        raise UserError(
+            "--env.max-prompt-tokens counts tokens, but the tokenizer of a server is not known: "
+            "leave the option out, and long rows with another --env.train"
+        )
+    from rlsloth.distillation.local import resolve_teacher
+    from rlsloth.training.data_lines import fitting_environment
+
+    return fitting_environment(resolve_teacher(cfg)[0], cfg.env, env)[0]
 
 
 def _open_teacher(cfg: DistillConfig, out: Path, stack: ExitStack) -> Teacher:

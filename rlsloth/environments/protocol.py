@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
+from rlsloth.data.reading import Reading
 from rlsloth.records import Message, Prompt
 
 GENERATED = "generated"
@@ -123,6 +124,8 @@ class SingleTurn:
     default_rewards: tuple[str, ...] = ()
     single_turn: bool = True
     source: str = GENERATED
+    reading: Reading | None = None
+    """Findings about the dataset, which a run prints; None if it reads none."""
 
     def start(self, prompt: Prompt) -> Episode:
         """Begin an episode of one turn."""

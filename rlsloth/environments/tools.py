@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from rlsloth.config import EnvConfig
 from rlsloth.data.heldout import split_heldout
 from rlsloth.data.prompts import load_prompts, make_prompts
+from rlsloth.data.reading import Reading
 from rlsloth.data.rows import Row
 from rlsloth.environments.protocol import GENERATED, Episode, Reply
 from rlsloth.errors import UserError, describe_exception
@@ -116,6 +117,8 @@ class ToolEnvironment:
     tools: tuple[str, ...]
     source: str
     single_turn: bool = False
+    reading: Reading | None = None
+    """Findings about the dataset, which a run prints; None if it reads none."""
 
     def start(self, prompt: Prompt) -> ToolEpisode:
         """Begin an episode with a new instance, reset with the prompt's columns.
@@ -160,18 +163,23 @@ def tool_environment(
     names = _tool_names(probe, name)
     schemas = [_schema(getattr(probe, tool), name) for tool in names]
 
+    reading = Reading.of(cfg)
+
     def make(rows: list[Row], where: str) -> list[Prompt]:
-        prompts = make_prompts(rows, cfg, where, schemas, conversational=True)
+        prompts = make_prompts(rows, cfg, where, schemas, conversational=True, reading=reading)
         return [_observed(_instance(factory, name), prompt, name) for prompt in prompts]
 
     source = cfg.train if rows is None else GENERATED
     if rows is None:
-        train, heldout = load_prompts(cfg, seed, make)
+        train, heldout = load_prompts(cfg, seed, make, reading)
     else:
         train, heldout = split_heldout(make(rows, name), cfg.heldout, seed)
     if not default_rewards and hasattr(probe, "get_reward"):
         default_rewards = ("environment",)
-    return ToolEnvironment(name, train, heldout, default_rewards, factory, names, source)
+    found = reading if rows is None else None
+    return ToolEnvironment(
+        name, train, heldout, default_rewards, factory, names, source, reading=found
+    )
 
 
 def _check_params(name: str, factory: Callable[..., Any], cfg: EnvConfig) -> None:

@@ -7,9 +7,10 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 
 from rlsloth.config import EvalConfig, ProblemsConfig, RewardConfig
+from rlsloth.data.reading import NAMED
 from rlsloth.data.renderer import Renderer
 from rlsloth.environments.loading import load_environment
-from rlsloth.environments.protocol import Environment
+from rlsloth.environments.protocol import Environment, Episode
 from rlsloth.errors import UserError, nearest
 from rlsloth.records import Prompt
 from rlsloth.run.metrics import TRAINER_METRICS
@@ -80,6 +81,80 @@ def heldout_problems(env: Environment, cfg: EvalConfig) -> Sequence[Prompt]:
     return problems
 
 
+@dataclass(frozen=True, slots=True)
+class Shortened:
+    """An environment without its overlong prompts."""
+
+    inner: Environment
+    train: Sequence[Prompt]
+    heldout: Sequence[Prompt]
+
+    @property
+    def name(self) -> str:
+        """The name as configured."""
+        return self.inner.name
+
+    @property
+    def default_rewards(self) -> tuple[str, ...]:
+        """Rewards of the environment itself."""
+        return self.inner.default_rewards
+
+    @property
+    def single_turn(self) -> bool:
+        """Whether every rollout ends with its first completion."""
+        return self.inner.single_turn
+
+    @property
+    def source(self) -> str:
+        """The dataset that the prompts come from."""
+        return self.inner.source
+
+    def start(self, prompt: Prompt) -> Episode:
+        """Begin the episode of one rollout of a prompt."""
+        return self.inner.start(prompt)
+
+
+def without_overlong(
+    env: Environment, renderer: Renderer, limit: int
+) -> tuple[Environment, str | None]:
+    """Leave out prompts of more than ``limit`` tokens (``env.max_prompt_tokens``).
+
+    Returns:
+        The environment, and a line that counts those left out and names the first ones.
+
+    Raises:
+        UserError: no training prompt is left.
+    """
+    lengths = {
+        kind: [len(renderer.prompt_ids(prompt)) for prompt in prompts]
+        for kind, prompts in (("train", env.train), ("heldout", env.heldout))
+    }
+    kept = {
+        kind: [p for p, n in zip(prompts, lengths[kind], strict=True) if n <= limit]
+        for kind, prompts in (("train", env.train), ("heldout", env.heldout))
+    }
+    long = [
+        f"prompt {prompt.index + 1} has {length}"
+        for kind, prompts in (("train", env.train), ("heldout", env.heldout))
+        for prompt, length in zip(prompts, lengths[kind], strict=True)
+        if length > limit
+    ]
+    if not long:
+        return env, None
+    if not kept["train"]:
+        raise UserError(
+            f"--env.max-prompt-tokens {limit} leaves no training prompt: the shortest has "
+            f"{min(lengths['train'], default=0)} tokens; raise it"
+        )
+    first = ", ".join(long[:NAMED])
+    more = ", ..." if len(long) > NAMED else ""
+    text = (
+        f"{len(long)} prompts of more than --env.max-prompt-tokens {limit} are left out "
+        f"({first}{more})"
+    )
+    return Shortened(env, kept["train"], kept["heldout"]), text
+
+
 def warn_of_open_tag(run: Run, renderer: Renderer, problems: Problems, cfg: RewardConfig) -> None:
     """Name a tag that the chat template opens, which is then missing in completions."""
     tag = renderer.opened_tag(problems.env.train[0])
@@ -102,7 +177,8 @@ def longest_prompt(renderer: Renderer, prompts: Sequence[Prompt], context: int) 
         if length >= context:
             raise UserError(
                 f"prompt {prompt.index + 1} has {length} tokens and fills the model's context of "
-                f"{context}; remove it, or raise --model.max-context"
+                f"{context}; leave such prompts out with --env.max-prompt-tokens {context // 2}, "
+                "or raise --model.max-context if the model's own limit is higher"
             )
         longest = max(longest, length)
     return longest

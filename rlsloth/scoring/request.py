@@ -33,7 +33,8 @@ def accepted_columns(prompt: Prompt, name: str, info: RewardInfo) -> dict[str, A
     for column in columns:
         if column in RESERVED:
             raise UserError(
-                f"the dataset's column {column!r} has the name of a reward argument: rename it"
+                f"the dataset's column {column!r} has the name of a reward argument: rename it, or "
+                f"leave it out with --env.drop-columns {column}"
             )
         if column in info["parameters"]:
             raise UserError(
@@ -44,8 +45,8 @@ def accepted_columns(prompt: Prompt, name: str, info: RewardInfo) -> dict[str, A
     if missing:
         raise UserError(
             f"reward {name!r} needs a column {missing[0]!r}{nearest(missing[0], list(columns))} "
-            f"(row {row} has: {', '.join(sorted(columns)) or 'none'}): add it to the dataset, or "
-            "rename one"
+            f"(row {row} has: {', '.join(sorted(columns)) or 'none'}): add it to the dataset as "
+            f"text, numbers or lists, or name its column with --env.columns.{missing[0]} COLUMN"
         )
     accepts = info["accepts"]
     accepted = {k: v for k, v in columns.items() if accepts is None or k in accepts}

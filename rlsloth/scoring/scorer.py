@@ -90,6 +90,11 @@ class Scorer:
             for reward in range(len(self.names)):
                 self._score(Group(prompt, [], [_empty_rollout()]), reward, 0)
 
+    def takes(self, column: str) -> bool:
+        """Whether some reward is called with a column of the data."""
+        every = [info["accepts"] for info in self._workers[0].rewards()]
+        return any(accepts is None or column in accepts for accepts in every)
+
     def submit(self, group: Group, *, step: int = 0) -> None:
         """Begin to score a complete group in the background; ``score`` then waits for it."""
         jobs = [self._threads.submit(self._score, group, r, step) for r in range(len(self.names))]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import pairwise
 
 from rlsloth.config.sft import SupervisedConfig
-from rlsloth.data.example import Example, hash_question
+from rlsloth.data.example import hash_question
 from rlsloth.data.examples import Examples
 from rlsloth.data.heldout import overlap_warning, question_text
 from rlsloth.environments.protocol import Environment
@@ -29,6 +29,8 @@ def check_longest(cfg: SupervisedConfig, data: Examples) -> None:
 
 def warn_of_data(run: Run, data: Examples) -> None:
     """Warn of examples that are left out, and of held-out questions among the training examples."""
+    for warning in data.warnings:
+        run.warn(warning)
     if data.left_out:
         run.warn(
             f"{data.left_out} examples of more than {data.limit} tokens are left out; raise "
@@ -48,12 +50,16 @@ def warn_of_overlap(env: Environment, data: Examples, run: Run) -> None:
         run.warn(text)
 
 
-def show_first(run: Run, policy: Policy, example: Example) -> None:
-    """Print the first example with its trained text in brackets: a wrong mask raises no error."""
+def show_first(run: Run, policy: Policy, data: Examples) -> None:
+    """Print the first example with its trained text in brackets, since a wrong mask raises no
+    error, and the columns that were read and those that were not."""
+    example = data.train[0]
     token_ids, mask = example.answers[0]
     parts = [policy.tokenizer.decode(example.prompt_ids.tolist())[-_SHOWN_CHARACTERS:]]
     edges = [0, *(i + 1 for i in range(len(mask) - 1) if mask[i] != mask[i + 1]), len(mask)]
     for start, end in pairwise(edges):
         text = policy.tokenizer.decode(token_ids[start:end].tolist())[:_SHOWN_CHARACTERS]
         parts.append(f"[{text}]" if mask[start] else text)
+    for note in data.notes:
+        run.say(note)
     run.say(f"first example, trained text in brackets: {''.join(parts)}")

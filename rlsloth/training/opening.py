@@ -44,6 +44,7 @@ from rlsloth.rollout.trial import probe_packing, trial_backward
 from rlsloth.run.run import Run
 from rlsloth.training import contents
 from rlsloth.training.collector import open_collector, open_evaluator
+from rlsloth.training.data_lines import fitting_problems, say_of_prompts
 from rlsloth.training.examples import (
     check_longest,
     show_first,
@@ -139,10 +140,11 @@ def open_examples(cfg: Supervised, stack: ExitStack, read: Reader) -> Session[Su
     """
     started = time.monotonic()
     finish_imports()
-    problems = engine = None
+    problems = engine = overlong = None
     if cfg.eval.generate:
         engine = choose_engine(cfg.rollout, pick_device(cfg.model.device).type)
         problems = open_problems(cfg, cfg.seed, cfg.eval.reward, stack)
+        problems, overlong = fitting_problems(cfg.model, cfg.env, problems)
         heldout_problems(problems.env, cfg.eval)
     data = load_examples(cfg, read, load_tokenizer(cfg.model), read_context(cfg.model))
     check_longest(cfg, data)
@@ -163,12 +165,13 @@ def open_examples(cfg: Supervised, stack: ExitStack, read: Reader) -> Session[Su
         tokens = max(cfg.microbatch, data.longest.packed)
         cfg = cfg.model_copy(update={"tokens_per_microbatch": tokens})
     policy = open_policy(cfg, run, temperature=1.0, total_updates=cfg.steps)
-    show_first(run, policy, data.train[0])
+    show_first(run, policy, data)
     with advise("trial", policy.model):
         probe_packing(policy, data.train[0].group())
         trial_backward(policy)
     evaluator = open_evaluator(cfg, problems, policy, run, stack) if problems else None
     if problems is not None:
+        say_of_prompts(run, problems, overlong)
         warn_of_overlap(problems.env, data, run)
     _write_plan(run, cfg)
     sampler = EpochSampler(data.train, cfg.seed, "examples", fingerprint(data.train), total)
@@ -227,9 +230,11 @@ def _start_sampling(cfg: GrpoConfig | TeacherConfig, stack: ExitStack) -> tuple[
     engine = choose_engine(cfg.rollout, pick_device(cfg.model.device).type)
     with in_parallel(import_transformers, partial(import_sampler, cfg.model, cfg.rollout)):
         problems = open_problems(cfg, cfg.seed, cfg.eval.reward, stack)
+    problems, overlong = fitting_problems(cfg.model, cfg.env, problems)
     run = stack.enter_context(Run.start(cfg))
     refuse_changes(run, "env.")
     run.say(f"rollout engine: {engine.text}")
+    say_of_prompts(run, problems, overlong)
     env = problems.env
     if text := overlap_warning(questions_of(env.train), questions_of(env.heldout)):
         run.warn(text)

@@ -223,7 +223,7 @@ def test_completion_may_have_tool_turns_which_are_not_learnt() -> None:
 @pytest.mark.parametrize(
     ("rows", "words"),
     [
-        ([{"a": "x"}], "has none of the columns completion, answer"),
+        ([{"a": "x"}], "has none of the columns completion, solution"),
         ([{"prompt": "x", "completion": " "}], "d.jsonl row 1, completion: empty"),
         ([{"text": ""}], "d.jsonl row 1, column 'text': empty"),
         ([{"text": 3}], "expected text, this is int"),

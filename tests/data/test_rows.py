@@ -105,7 +105,7 @@ def test_other_shapes_of_json(tmp_path: Path, text: str, said: str) -> None:
 def test_unknown_file_types_are_no_hub_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("rows.data").write_text("q\n1\n")
-    for name in ("x.csv", "rows.data"):
+    for name in ("x.zip", "rows.data"):
         with pytest.raises(UserError, match=rf"{name}: .*convert it to \.jsonl, \.json, \.parquet"):
             load_rows(name)
 
@@ -117,9 +117,9 @@ def test_missing_file_and_folder_without_data(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"folder .* has no \.jsonl"):
         load_rows(str(tmp_path / "empty"))
-    (tmp_path / "a.csv").write_text("q\n1\n")
+    (tmp_path / "a.xlsx").write_text("q\n1\n")
     with pytest.raises(UserError, match="convert it to"):
-        load_rows(str(tmp_path / "a.csv"))
+        load_rows(str(tmp_path / "a.xlsx"))
 
 
 class FakeHub:
