@@ -209,9 +209,9 @@ def _read_table(path: Path, separator: str, refuse: Refuse) -> Iterator[Row]:
     """Read a table of text with a header. Every value is text, or None for an empty cell."""
     csv.field_size_limit(_LONGEST_CELL)
     with _open(path) as file, io.TextIOWrapper(file, encoding="utf-8-sig", newline="") as text:
-        header = text.readline()
-        text.seek(0)
-        if separator not in header and ";" in header:  # what spreadsheets of some countries write
+        header = file.readline()
+        file.seek(0)
+        if separator.encode() not in header and b";" in header:  # of spreadsheets in some countries
             separator = ";"
         table = csv.reader(text, delimiter=separator, strict=True)
         names: list[str] = []

@@ -12,6 +12,7 @@ from typing import Any
 
 from rlsloth.data.formats import FILES, LINES_FIRST, kind_of, read_file, without_nulls
 from rlsloth.data.hub import is_saved, read_folder, read_hub, read_saved
+from rlsloth.data.text import is_text
 from rlsloth.errors import UserError, nearest
 from rlsloth.plugins import is_passed, passed
 
@@ -109,7 +110,7 @@ def _passed_rows(source: str) -> Iterator[Row]:
     rows: Iterable[Row] = passed(source, "dataset")
     for number, row in enumerate(rows, 1):
         for key in row:
-            if not isinstance(key, str):
+            if not isinstance(key, str) or not is_text(key):
                 raise UserError(
                     f"row {number}: the names of columns are text, but one is {key!r}; rename it"
                 )

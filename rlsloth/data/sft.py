@@ -165,7 +165,7 @@ def _answered(rows: Sequence[Row], column: str) -> bool:
         turns = read_turns(value, column)
     except UserError:
         return True  # read again where the row is known
-    return bool(turns[-1]["role"] == "assistant")
+    return not turns or bool(turns[-1]["role"] == "assistant")
 
 
 def completion_column(
