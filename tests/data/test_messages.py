@@ -118,7 +118,7 @@ def test_messages_that_are_refused(message: Any, words: str) -> None:
 
 
 def test_turns_of_weight_zero_are_context() -> None:
-    turns = [
+    turns: list[Any] = [
         {"role": "user", "content": "a"},
         {"role": "assistant", "content": "b", "weight": 0},
         {"role": "user", "content": "c"},

@@ -77,8 +77,8 @@ class Shapes:
         return {self.random.choice(names): self.any(depth + 1) for _ in range(3)}
 
     def call(self) -> Row:
-        values = [{"a": 1}, '{"a": 1}', "{", None, [], 3, {"a": "\ud800"}, {"a": None}]
-        call = {"name": self.random.choice(["f", "", None, 3]), "arguments": None}
+        values: list[Any] = [{"a": 1}, '{"a": 1}', "{", None, [], 3, {"a": "\ud800"}, {"a": None}]
+        call: Row = {"name": self.random.choice(["f", "", None, 3]), "arguments": None}
         call["arguments"] = self.random.choice(values)
         return call if self.random.random() < 0.5 else {"type": "function", "function": call}
 
@@ -110,7 +110,7 @@ class Shapes:
     def row(self) -> Row:
         """Draw a row."""
         self.budget = 60
-        sound = [
+        sound: list[Row] = [
             {"question": "q", "answer": "a"}, {"messages": self.messages()},
             {"prompt": self.messages()[:1], "completion": "a", "label": True},
             {"prompt": "q", "chosen": "a", "rejected": "b"}, {"text": "hello"}, {},

@@ -209,6 +209,7 @@ def test_rows_of_labelled_datasets(name: str) -> None:
 def test_rows_of_datasets_with_gold_answers(name: str) -> None:
     row, wanted, gold = PROMPTS[name]
     (prompt,) = make_prompts([row], EnvConfig(), "d", gold=True)
+    assert not isinstance(prompt.messages, str)
     assert " ".join(f"{m['role']}: {m['content']}" for m in prompt.messages) == wanted
     assert prompt.columns["answer"] == gold
 
