@@ -53,12 +53,7 @@ def make_prompts(
     rows = arrange(rows, cfg, source)
     columns = columns_of(rows)
     reader = prompt_reader(rows, cfg, source, conversational=conversational, tools=tools)
-    for name in ("prompts", "completions"):
-        if name in columns:
-            raise UserError(
-                f"{source}: rewards are called with {name!r}; rename that column, or leave it out "
-                f"with --{cfg.SECTION}.drop-columns {name}"
-            )
+    _refuse_arguments(columns, cfg, source)
     place = _gold(columns, rows) if gold else None
     passed = [c for c in columns if c not in NOT_PASSED]
     left_out = unsendable_columns(rows, passed)
@@ -82,6 +77,16 @@ def make_prompts(
         reading.remarks[f"gold answers, passed to rewards as answer: column {place}"] = None
     reading.unused |= dict.fromkeys(left_out)
     return list(reading.each(rows, source, read))
+
+
+def _refuse_arguments(columns: Sequence[str], cfg: DatasetConfig, source: str) -> None:
+    """Refuse columns with the names of arguments of every reward."""
+    for name in ("prompts", "completions"):
+        if name in columns:
+            raise UserError(
+                f"{source}: rewards are called with {name!r}; rename that column, or leave it out "
+                f"with --{cfg.SECTION}.drop-columns {name}"
+            )
 
 
 def _gold(columns: Sequence[str], rows: Sequence[Row]) -> str | None:

@@ -208,7 +208,7 @@ def _fitting(env: Environment, cfg: DistillConfig) -> Environment:
     from rlsloth.distillation.local import resolve_teacher
     from rlsloth.training.data_lines import fitting_environment
 
-    return fitting_environment(resolve_teacher(cfg)[0], cfg.env, env)[0]
+    return fitting_environment(resolve_teacher(cfg)[0], cfg.env, env)
 
 
 def _open_teacher(cfg: DistillConfig, out: Path, stack: ExitStack) -> Teacher:

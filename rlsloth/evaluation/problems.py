@@ -88,6 +88,8 @@ class Shortened:
     inner: Environment
     train: Sequence[Prompt]
     heldout: Sequence[Prompt]
+    left_out: str
+    """Line that counts the prompts left out, and names the first ones."""
 
     @property
     def name(self) -> str:
@@ -114,13 +116,8 @@ class Shortened:
         return self.inner.start(prompt)
 
 
-def without_overlong(
-    env: Environment, renderer: Renderer, limit: int
-) -> tuple[Environment, str | None]:
+def without_overlong(env: Environment, renderer: Renderer, limit: int) -> Environment:
     """Leave out prompts of more than ``limit`` tokens (``env.max_prompt_tokens``).
-
-    Returns:
-        The environment, and a line that counts those left out and names the first ones.
 
     Raises:
         UserError: no training prompt is left.
@@ -140,7 +137,7 @@ def without_overlong(
         if length > limit
     ]
     if not long:
-        return env, None
+        return env
     if not kept["train"]:
         raise UserError(
             f"--env.max-prompt-tokens {limit} leaves no training prompt: the shortest has "
@@ -152,7 +149,7 @@ def without_overlong(
         f"{len(long)} prompts of more than --env.max-prompt-tokens {limit} are left out "
         f"({first}{more})"
     )
-    return Shortened(env, kept["train"], kept["heldout"]), text
+    return Shortened(env, kept["train"], kept["heldout"], text)
 
 
 def warn_of_open_tag(run: Run, renderer: Renderer, problems: Problems, cfg: RewardConfig) -> None:

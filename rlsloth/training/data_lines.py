@@ -8,41 +8,35 @@ from rlsloth.config import EnvConfig, ModelConfig
 from rlsloth.data.reading import Reading
 from rlsloth.data.renderer import Renderer
 from rlsloth.environments.protocol import Environment
-from rlsloth.evaluation.problems import Problems, without_overlong
+from rlsloth.evaluation.problems import Problems, Shortened, without_overlong
+from rlsloth.policy.policy import Policy
 from rlsloth.policy.tokenizer import load_tokenizer
 from rlsloth.run.run import Run
 
 
-def fitting_environment(
-    model: ModelConfig, cfg: EnvConfig, env: Environment
-) -> tuple[Environment, str | None]:
+def fitting_environment(model: ModelConfig, cfg: EnvConfig, env: Environment) -> Environment:
     """Leave out prompts longer than ``env.max_prompt_tokens``.
-
-    Returns:
-        The environment, and a line about the prompts left out.
 
     Raises:
         UserError: no training prompt is left.
     """
     if cfg.max_prompt_tokens is None:
-        return env, None
+        return env
     return without_overlong(env, Renderer(load_tokenizer(model), cfg), cfg.max_prompt_tokens)
 
 
-def fitting_problems(
-    model: ModelConfig, cfg: EnvConfig, problems: Problems
-) -> tuple[Problems, str | None]:
+def fitting_problems(model: ModelConfig, cfg: EnvConfig, problems: Problems) -> Problems:
     """Leave out problems with overlong prompts, as ``fitting_environment`` does."""
-    env, text = fitting_environment(model, cfg, problems.env)
-    return replace(problems, env=env), text
+    return replace(problems, env=fitting_environment(model, cfg, problems.env))
 
 
-def say_of_prompts(run: Run, problems: Problems, overlong: str | None) -> None:
+def say_of_prompts(run: Run, problems: Problems) -> None:
     """Print which columns prompts are made of, which no reward takes, and what is left out."""
-    env = getattr(problems.env, "inner", problems.env)
+    env = problems.env
+    if isinstance(env, Shortened):
+        run.warn(env.left_out)
+        env = env.inner
     reading = getattr(env, "reading", None)
-    if overlong is not None:
-        run.warn(overlong)
     if not isinstance(reading, Reading):
         return
     if problems.env.single_turn and problems.env.train:
@@ -51,3 +45,12 @@ def say_of_prompts(run: Run, problems: Problems, overlong: str | None) -> None:
         run.say(line)
     for line in reading.warnings():
         run.warn(line)
+
+
+def describe_sampling(run: Run, problems: Problems, policy: Policy) -> None:
+    """Say in one line what is about to be sampled, and on what."""
+    env = problems.env
+    run.say(
+        f"{len(env.train)} training prompts, {len(env.heldout)} held out; rewards: "
+        f"{', '.join(problems.scorer.names)}; {policy.device}, attention {policy.backend}"
+    )

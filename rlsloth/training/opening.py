@@ -44,7 +44,7 @@ from rlsloth.rollout.trial import probe_packing, trial_backward
 from rlsloth.run.run import Run
 from rlsloth.training import contents
 from rlsloth.training.collector import open_collector, open_evaluator
-from rlsloth.training.data_lines import fitting_problems, say_of_prompts
+from rlsloth.training.data_lines import describe_sampling, fitting_problems, say_of_prompts
 from rlsloth.training.examples import (
     check_longest,
     show_first,
@@ -117,7 +117,7 @@ def open_grpo(
     if trains:
         _write_plan(run, cfg)
         _check_grpo(cfg, env, longest, policy.context)
-    _describe_sampling(run, problems, policy)
+    describe_sampling(run, problems, policy)
     warn_of_open_tag(run, renderer, problems, cfg.reward)
     evaluator = Evaluator(cfg.eval, run, policy, collector, problems.deciding)
     sampler = EpochSampler(env.train, cfg.seed, digest=contents.hash_prompts(env, env.train))
@@ -140,11 +140,11 @@ def open_examples(cfg: Supervised, stack: ExitStack, read: Reader) -> Session[Su
     """
     started = time.monotonic()
     finish_imports()
-    problems = engine = overlong = None
+    problems = engine = None
     if cfg.eval.generate:
         engine = choose_engine(cfg.rollout, pick_device(cfg.model.device).type)
         problems = open_problems(cfg, cfg.seed, cfg.eval.reward, stack)
-        problems, overlong = fitting_problems(cfg.model, cfg.env, problems)
+        problems = fitting_problems(cfg.model, cfg.env, problems)
         heldout_problems(problems.env, cfg.eval)
     data = load_examples(cfg, read, load_tokenizer(cfg.model), read_context(cfg.model))
     check_longest(cfg, data)
@@ -171,7 +171,7 @@ def open_examples(cfg: Supervised, stack: ExitStack, read: Reader) -> Session[Su
         trial_backward(policy)
     evaluator = open_evaluator(cfg, problems, policy, run, stack) if problems else None
     if problems is not None:
-        say_of_prompts(run, problems, overlong)
+        say_of_prompts(run, problems)
         warn_of_overlap(problems.env, data, run)
     _write_plan(run, cfg)
     sampler = EpochSampler(data.train, cfg.seed, "examples", fingerprint(data.train), total)
@@ -221,7 +221,7 @@ def open_teacher(
         longest=longest + cfg.rollout.max_tokens,
         temperatures=(cfg.rollout.temperature,),
     )
-    _describe_sampling(run, problems, policy)
+    describe_sampling(run, problems, policy)
     return run, policy, collector
 
 
@@ -230,24 +230,15 @@ def _start_sampling(cfg: GrpoConfig | TeacherConfig, stack: ExitStack) -> tuple[
     engine = choose_engine(cfg.rollout, pick_device(cfg.model.device).type)
     with in_parallel(import_transformers, partial(import_sampler, cfg.model, cfg.rollout)):
         problems = open_problems(cfg, cfg.seed, cfg.eval.reward, stack)
-    problems, overlong = fitting_problems(cfg.model, cfg.env, problems)
+    problems = fitting_problems(cfg.model, cfg.env, problems)
     run = stack.enter_context(Run.start(cfg))
     refuse_changes(run, "env.")
     run.say(f"rollout engine: {engine.text}")
-    say_of_prompts(run, problems, overlong)
+    say_of_prompts(run, problems)
     env = problems.env
     if text := overlap_warning(questions_of(env.train), questions_of(env.heldout)):
         run.warn(text)
     return problems, run
-
-
-def _describe_sampling(run: Run, problems: Problems, policy: Policy) -> None:
-    """Say in one line what is about to be sampled, and on what."""
-    env = problems.env
-    run.say(
-        f"{len(env.train)} training prompts, {len(env.heldout)} held out; rewards: "
-        f"{', '.join(problems.scorer.names)}; {policy.device}, attention {policy.backend}"
-    )
 
 
 def open_policy(cfg: TrainingConfig, run: Run, *, temperature: float, total_updates: int) -> Policy:

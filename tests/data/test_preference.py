@@ -6,12 +6,12 @@ import re
 from typing import Any
 
 import pytest
-from rlsloth.data.labelled import labelled_examples
-from rlsloth.data.pairs import pair_examples
 
 from helpers.examples import renderer, shown
 from rlsloth.config.data import KtoDataConfig, PreferenceDataConfig
 from rlsloth.data.example import Example
+from rlsloth.data.labelled import labelled_examples
+from rlsloth.data.pairs import pair_examples
 from rlsloth.errors import UserError
 
 

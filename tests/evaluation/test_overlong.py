@@ -9,7 +9,7 @@ from rlsloth.config import EnvConfig
 from rlsloth.data.prompts import make_prompts
 from rlsloth.environments.protocol import SingleTurn
 from rlsloth.errors import UserError
-from rlsloth.evaluation.problems import longest_prompt, without_overlong
+from rlsloth.evaluation.problems import Shortened, longest_prompt, without_overlong
 
 
 def environment() -> SingleTurn:
@@ -22,16 +22,15 @@ def test_overlong_prompts_are_left_out_and_counted() -> None:
     env = environment()
     with pytest.raises(UserError, match=r"prompt 3 has \d+ tokens .*--env\.max-prompt-tokens 64"):
         longest_prompt(renderer(), env.train, 128)
-    fitting, text = without_overlong(env, renderer(), 64)
+    fitting = without_overlong(env, renderer(), 64)
+    assert isinstance(fitting, Shortened)
     assert [prompt.index for prompt in fitting.train] == [0, 1, 3, 4]
     assert [prompt.index for prompt in fitting.heldout] == [6, 7]
     assert (fitting.name, fitting.source, fitting.single_turn) == ("dataset", "d", True)
-    assert text is not None
-    assert text.startswith(
-        "2 prompts of more than --env.max-prompt-tokens 64 are left out (prompt 3"
-    )
+    counted = "2 prompts of more than --env.max-prompt-tokens 64 are left out (prompt 3"
+    assert fitting.left_out.startswith(counted)
     assert longest_prompt(renderer(), fitting.train, 128) <= 64
-    assert without_overlong(fitting, renderer(), 64) == (fitting, None)
+    assert without_overlong(fitting, renderer(), 64) is fitting
 
 
 def test_a_limit_that_leaves_nothing() -> None:

@@ -7,8 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from rlsloth.data.labelled import labelled_examples
-from rlsloth.data.pairs import pair_examples
 from safetensors.torch import load_file
 from torch.nn.functional import logsigmoid
 
@@ -29,6 +27,8 @@ from rlsloth.config.data import KtoDataConfig, PreferenceDataConfig
 from rlsloth.config.preference import PreferenceConfig
 from rlsloth.data.example import Example
 from rlsloth.data.examples import Examples, load_examples
+from rlsloth.data.labelled import labelled_examples
+from rlsloth.data.pairs import pair_examples
 from rlsloth.losses.preference.methods import (
     DpoConfig,
     DpoLossConfig,
