@@ -69,7 +69,7 @@ def math_verify(
             log_failure(row, _FAILURES[verdict], detail)
     if log_extra is not None:
         log_extra("math_verify/verdict", verdicts)
-    if log_metric is not None:
+    if log_metric is not None and verdicts:
         counts = Counter(verdicts)
         for name in get_args(Verdict):
             log_metric(f"rewards/math_verify/{name}", counts[name] / len(verdicts))
@@ -79,8 +79,9 @@ def math_verify(
 
 def _golds(solution: Any, answer: Any) -> list[Gold]:
     """The golds of a row that can be read."""
-    for column in (solution, answer):
+    for column, may_be_words in ((solution, answer is None), (answer, True)):
         golds = [gold for text in gold_texts(column) if (gold := read_gold(text)) is not None]
+        golds = [gold for gold in golds if may_be_words or not gold.words]
         if golds:
             return golds
     return []

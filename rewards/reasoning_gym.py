@@ -9,7 +9,7 @@ from typing import Any
 from reasoning_gym.factory import DATASETS, get_score_answer_fn
 
 from rlsloth.errors import UserError, nearest
-from rlsloth.scoring.answers import completion_text, last_tag
+from rlsloth.scoring.answers import completion_text, final_text, last_tag
 from rlsloth.scoring.example import Example
 from rlsloth.scoring.figures import numbers_in
 from rlsloth.scoring.typed_json import from_json
@@ -19,14 +19,18 @@ def reasoning_gym(
     completions: list[Any],
     task: list[str],
     entry: list[dict[str, Any]],
-    finish_reasons: list[str],
+    finish_reasons: list[str] | None = None,
+    log_metric: Callable[[str, float], None] | None = None,
     *,
     extract: str = "answer_tag",
     finished_only: bool = True,
 ) -> list[float | None]:
     """The score from 0 to 1 that reasoning-gym's own scorer for the row's task gives the answer.
 
-    A completion in which no answer is found scores 0; no other way to find one is tried.
+    A completion in which no answer is found after the last </think> scores 0; no other way to find
+    one is tried. So does an answer on which the task's scorer raises, such as prose where it
+    expects a number, unless it raises on the row's own answer, too. The metric
+    ``rewards/reasoning_gym/scorer_raised`` is the share of such answers.
 
     Args:
         extract: How to find the answer. answer_tag: the last <answer>...</answer>. last_number:
@@ -46,10 +50,26 @@ def reasoning_gym(
         )
     find = _EXTRACTORS[extract]
     scores: list[float | None] = []
-    for completion, name, row, finish in zip(completions, task, entry, finish_reasons, strict=True):
-        found = None if finished_only and finish == "length" else find(completion_text(completion))
+    raised = 0
+    reasons = finish_reasons or ["stop"] * len(completions)
+    for completion, name, row, finish in zip(completions, task, entry, reasons, strict=True):
+        cut_off = finished_only and finish == "length"
+        found = None if cut_off else find(final_text(completion_text(completion)))
+        if found is None:
+            scores.append(0.0)
+            continue
         row = from_json(row)
-        scores.append(0.0 if found is None else float(_scorer(name)(found, row)))
+        try:
+            scores.append(float(_scorer(name)(found, row)))
+        except UserError:
+            raise
+        except Exception:
+            # Raises, too, if the row or the scorer is at fault rather than the answer.
+            _scorer(name)(str(row.get("answer")), row)
+            scores.append(0.0)
+            raised += 1
+    if log_metric is not None and scores:
+        log_metric("rewards/reasoning_gym/scorer_raised", raised / len(scores))
     return scores
 
 

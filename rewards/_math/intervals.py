@@ -76,9 +76,10 @@ def _is_variable(term: Term) -> bool:
 
 def same_intervals(gold: list[Interval], answer: list[Interval]) -> bool:
     """Whether two unions have the same intervals."""
-    if len(gold) != len(answer):
+    left, right = _merged(gold), _merged(answer)
+    if len(left) != len(right):
         return False
-    pairs = zip(sorted(gold, key=_start), sorted(answer, key=_start), strict=True)
+    pairs = zip(left, right, strict=True)
     return all(
         one.low_in == other.low_in
         and one.high_in == other.high_in
@@ -86,6 +87,27 @@ def same_intervals(gold: list[Interval], answer: list[Interval]) -> bool:
         and same_terms(one.high, other.high)
         for one, other in pairs
     )
+
+
+def _merged(intervals: list[Interval]) -> list[Interval]:
+    """Intervals in order, those that touch or overlap as one."""
+    found: list[Interval] = []
+    for interval in sorted(intervals, key=_start):
+        last = found[-1] if found else None
+        if last is None or not _touch(last, interval):
+            found.append(interval)
+        elif _size(interval.high) > _size(last.high):
+            found[-1] = Interval(last.low, last.low_in, interval.high, interval.high_in)
+        else:
+            closed = last.high_in or (interval.high_in and last.high == interval.high)
+            found[-1] = Interval(last.low, last.low_in, last.high, closed)
+    return found
+
+
+def _touch(left: Interval, right: Interval) -> bool:
+    if same_terms(left.high, right.low):
+        return left.high_in or right.low_in
+    return _size(right.low) < _size(left.high)
 
 
 def _start(interval: Interval) -> tuple[float, float]:

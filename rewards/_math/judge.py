@@ -12,6 +12,7 @@ from rlsloth.rewards._math.clean import clean
 from rlsloth.rewards._math.compare import same
 from rlsloth.rewards._math.foreign import foreign_same
 from rlsloth.rewards._math.forms import Foreign, Form, Listing, Relation, Words
+from rlsloth.rewards._math.intervals import as_intervals
 from rlsloth.rewards._math.prose import CUE, candidates
 from rlsloth.rewards._math.read import read_clean
 from rlsloth.scoring.answers import after_hashes, final_text, marked_answer
@@ -43,6 +44,8 @@ class Gold:
     reading: Reading
     bare: bool
     """It is GSM8K's: a number whose unit (%) the question names."""
+    words: bool
+    """It is words without a mark, which may be prose."""
 
 
 @lru_cache(maxsize=8192)
@@ -69,7 +72,8 @@ def read_gold(text: str) -> Gold | None:
         return None
     if marked is None and _is_prose(reading.form, text):
         return None
-    return Gold(reading, hashed is not None)
+    words = marked is None and isinstance(reading.form, Words)
+    return Gold(reading, hashed is not None, words)
 
 
 def _stated(text: str) -> Reading | None:
@@ -131,26 +135,28 @@ def _same(gold: Reading, answer: Reading) -> bool:
         return True
     if same(gold.form, answer.form):
         return True
-    if (
-        isinstance(gold.form, Foreign)
-        or isinstance(answer.form, Foreign)
-        or _relational(gold, answer)
+    forms = (gold.form, answer.form)
+    if any(isinstance(form, Foreign) for form in forms) or (
+        all(map(_is_set, forms)) and not _all_intervals(*forms)
     ):
         one, other = (Foreign(_MEMBER.sub("", reading.source)) for reading in (gold, answer))
         return foreign_same(one, other)
     return False
 
 
-def _relational(*readings: Reading) -> bool:
-    """Whether one of them is a set or an inequality, which the library may still compare."""
-    return any(
-        (isinstance(reading.form, Relation) and not reading.form.is_equation)
-        or (
-            isinstance(reading.form, Listing)
-            and reading.form.brackets in ("union", "minus", "intersection")
-        )
-        for reading in readings
-    )
+def _is_set(form: Form) -> bool:
+    """Whether a form is one that the library may still compare: a set, or an inequality."""
+    if isinstance(form, Relation):
+        return not form.is_equation
+    if isinstance(form, Listing):
+        joined = form.brackets in ("union", "minus", "intersection")
+        return joined or (len(form.items) == 2 and form.brackets not in ("", "<>", "matrix"))
+    return False
+
+
+def _all_intervals(*forms: Form) -> bool:
+    """Whether all forms are unions of intervals, on which ``same`` has decided."""
+    return all(as_intervals(form) is not None for form in forms)
 
 
 def gold_texts(gold: Any) -> list[str]:

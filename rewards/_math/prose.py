@@ -9,7 +9,7 @@ from itertools import pairwise
 
 CUE = re.compile(
     r"(?:final\s+|correct\s+)?answers?(?:\s+(?:is|are|to\s+(?:the|this|your)\s+\w+\s+is)\b|\s*[:=])\s*:?"
-    r"|(?:答案|答え|結果|结果|解答|正解)\s*(?:是|为|為|は|[:：=])\s*:?|(?:respuesta|réponse|antwort)\s*(?:es|est|ist|:)",
+    r"|(?:答案|答え|結果|结果|解答|正解)\s*(?:是|为|為|は|[:：=])\s*[:：]?|(?:respuesta|réponse|antwort)\s*(?:es|est|ist|:)",
     re.IGNORECASE,
 )  # fmt: skip
 _COPULA = re.compile(r"(?:是|为|為|は|等于|等於)\s*:?")

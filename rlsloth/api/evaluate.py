@@ -12,6 +12,7 @@ from rlsloth.api.result import RunResult
 from rlsloth.config import GrpoConfig
 from rlsloth.errors import UserError
 from rlsloth.evaluation.intervals import difference_estimate
+from rlsloth.evaluation.result import paired_scores
 from rlsloth.files import write_json
 from rlsloth.run.folder import CONFIG
 
@@ -59,7 +60,7 @@ def _measure(cfg: GrpoConfig) -> RunResult:
             run.say("no --model.adapter: only the base model was evaluated")
         else:
             adapter = evaluator.evaluate(0, name="adapter")
-            gain = difference_estimate(base.scores, adapter.scores)
+            gain = difference_estimate(*paired_scores(base, adapter))
             run.say(
                 f"adapter - base: {gain.value:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}] "
                 f"avg@{base.samples}, paired by problem"

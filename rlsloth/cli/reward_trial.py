@@ -15,6 +15,7 @@ from rich.table import Table
 from rlsloth import plugins
 from rlsloth.config import RewardConfig
 from rlsloth.errors import UserError, visible
+from rlsloth.evaluation.result import verdict_counts
 from rlsloth.records import FinishReason, Group, Prompt, Rollout, Score
 from rlsloth.scoring.example import Example
 from rlsloth.scoring.report import ScoringReport
@@ -71,9 +72,11 @@ def _test_rows(spec: str, data: Path, limit: int) -> int:
     values: list[float] = []
     seconds: list[float] = []
     failures = 0
+    scored: list[Group] = []
     console = Console()
     for group, score, elapsed in _scored(spec, _read_rows(data, limit), console):
         seconds.append(elapsed)
+        scored.append(group)
         failures += score.failure is not None
         if score.value is not None:
             values.append(score.value)
@@ -90,6 +93,8 @@ def _test_rows(spec: str, data: Path, limit: int) -> int:
         f"{len(seconds) - len(values) - failures} not applicable; "
         f"{sum(seconds) / len(seconds) * 1e3:.1f} ms a row, slowest {max(seconds) * 1e3:.1f} ms"
     )
+    for counts in verdict_counts(scored):
+        console.print(counts)
     return int(failures > 0)
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from rlsloth.config import EvalConfig
 from rlsloth.evaluation.problems import heldout_problems
-from rlsloth.evaluation.result import EvalResult, assess, describe
+from rlsloth.evaluation.result import EvalResult, assess, describe, verdict_counts
 from rlsloth.memory.out_of_memory import advise
 from rlsloth.policy.policy import Policy
 from rlsloth.records import Group
@@ -31,7 +31,7 @@ class Evaluator:
         """Evaluate the policy, or with ``base`` the model without its adapter, and log the result.
 
         Raises:
-            UserError: there are no held-out problems, or the deciding reward does not apply to one.
+            UserError: there are no held-out problems, or none gets a score of the deciding reward.
         """
         cfg, collector, run = self.cfg, self.collector, self.run
         problems = heldout_problems(collector.env, cfg)
@@ -52,13 +52,32 @@ class Evaluator:
                 example = examples.get((reward.name, kind), "")
                 run.warn(
                     f"evaluation: reward {reward.name} failed on {count} completions "
-                    f"({kind}{example}), which count as wrong"
+                    f"({kind}{example}), which are left out"
                 )
         self._warn_unreachable(groups)
         result = assess(groups, self.deciding, cfg.correct_at)
+        self._warn_left_out(groups)
         run.log_eval(step, name, result.metrics())
         run.say(f"evaluation {name or f'after step {step}'}: {describe(result)}")
+        for line in verdict_counts(groups):
+            run.say(line)
         return result
+
+    def _warn_left_out(self, groups: Sequence[Group]) -> None:
+        """Name the problems to which the deciding reward does not apply."""
+        rows = [
+            group.prompt.index + 1
+            for group in groups
+            if all(r.scores[self.deciding].value is None for r in group.rollouts)
+        ]
+        if rows:
+            named = ", ".join(map(str, rows[:5])) + (", ..." if len(rows) > 5 else "")
+            self.run.warn(
+                f"evaluation: {len(rows)} of {len(groups)} held-out problems are left out, since "
+                f"reward {groups[0].rollouts[0].scores[self.deciding].name} gives them no score "
+                f"(row {named}): check the gold of these rows, or pass another reward with "
+                "--eval.reward"
+            )
 
     def _warn_unreachable(self, groups: Sequence[Group]) -> None:
         """Warn if no score reaches ``eval.correct_at``, which makes the accuracy 0."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,8 +16,11 @@ from rlsloth.evaluation.intervals import (
     pass_at_k,
 )
 from rlsloth.records import Group, Rollout
-from rlsloth.scoring.answers import marked_answer
+from rlsloth.scoring.answers import final_text, marked_answer
 from rlsloth.scoring.figures import exact_number, numbers_in
+
+VERDICT = "/verdict"
+"""End of the name of a column in which a reward logs its verdicts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +43,12 @@ class EvalResult:
     """Mean number of sampled tokens."""
     scores: tuple[float, ...]
     """[problems] avg@k of each problem, for paired comparisons."""
+    rows: tuple[int, ...] = ()
+    """[problems] ``Prompt.index`` of each problem."""
+    failed: int = 0
+    """Samples that are left out since the deciding reward failed on them."""
+    left_out: int = 0
+    """Problems that are left out since no sample of theirs has a score."""
 
     def named(self) -> list[tuple[str, Estimate]]:
         """Estimates with their usual names."""
@@ -52,48 +62,71 @@ class EvalResult:
         for key, estimate in self.named():
             row[key] = estimate.value
             row[f"{key}_low"], row[f"{key}_high"] = estimate.low, estimate.high
-        return row | {"clipped_ratio": self.truncated, "mean_length": self.mean_length}
+        return row | {
+            "clipped_ratio": self.truncated,
+            "mean_length": self.mean_length,
+            "failed": float(self.failed),
+            "left_out": float(self.left_out),
+        }
 
 
 def assess(groups: Sequence[Group], reward: int, correct_at: float) -> EvalResult:
     """The result of scored groups, one a problem; ``reward`` is the position of the deciding
     reward.
 
+    A sample on which that reward failed is no wrong answer: it is left out and counted. So is a
+    problem to which it does not apply, such as one whose gold cannot be read.
+
     Raises:
-        UserError: the deciding reward does not apply to a problem.
+        UserError: no sample of any problem has a score.
     """
-    verdicts = [[_correct(r, reward, correct_at) for r in g.rollouts] for g in groups]
-    answers = [[_answer(r) for r in g.rollouts] for g in groups]
+    counted = [[r for r in g.rollouts if _counts(r, reward)] for g in groups]
+    kept = [(g, rs) for g, rs in zip(groups, counted, strict=True) if rs]
+    if not kept:
+        score = groups[0].rollouts[0].scores[reward]
+        raise UserError(
+            f"evaluation: reward {score.name} gives no score to any of {len(groups)} held-out "
+            f"problems (row {groups[0].prompt.index + 1}: {score.detail or 'it does not apply'}): "
+            "check the column with the gold, or pass another reward with --eval.reward"
+        )
+    verdicts = [[_correct(r, reward, correct_at) for r in rs] for _, rs in kept]
+    answers = [[_answer(r) for r in rs] for _, rs in kept]
     samples = len(groups[0].rollouts)
     rollouts = [r for g in groups for r in g.rollouts]
     scores = tuple(avg_at_k(v) for v in verdicts)
     return EvalResult(
-        problems=len(groups),
+        problems=len(kept),
         samples=samples,
         avg=mean_estimate(scores),
         passed=tuple(
-            (j, mean_estimate([pass_at_k(samples, sum(v), j) for v in verdicts]))
+            (j, mean_estimate([pass_at_k(len(v), sum(v), min(j, len(v))) for v in verdicts]))
             for j in _draws(samples)
         ),
         majority=mean_estimate([maj_at_k(a, v) for a, v in zip(answers, verdicts, strict=True)]),
         truncated=statistics.fmean(r.truncated for r in rollouts),
         mean_length=statistics.fmean(r.length for r in rollouts),
         scores=scores,
+        rows=tuple(g.prompt.index for g, _ in kept),
+        failed=sum(r.scores[reward].failure is not None for r in rollouts),
+        left_out=len(groups) - len(kept),
     )
 
 
+def _counts(rollout: Rollout, reward: int) -> bool:
+    """Whether a sample has a score of the deciding reward."""
+    return rollout.scores[reward].value is not None
+
+
 def _correct(rollout: Rollout, reward: int, correct_at: float) -> bool:
-    score = rollout.scores[reward]
-    if rollout.truncated:
-        return False
-    if score.failure is not None:
-        return False  # the scorer's report counts and names failures
-    if score.value is None:
-        raise UserError(
-            f"evaluation: reward {score.name} does not apply to a held-out problem, so it cannot "
-            "decide which completions are correct; pass another one with --eval.reward"
-        )
-    return score.value >= correct_at
+    value = rollout.scores[reward].value
+    return not rollout.truncated and value is not None and value >= correct_at
+
+
+def paired_scores(base: EvalResult, other: EvalResult) -> tuple[list[float], list[float]]:
+    """The scores of two evaluations on the problems that both count, for `difference_estimate`."""
+    theirs = dict(zip(other.rows, other.scores, strict=True))
+    mine = {row: score for row, score in zip(base.rows, base.scores, strict=True) if row in theirs}
+    return list(mine.values()), [theirs[row] for row in mine]
 
 
 def _draws(samples: int) -> list[int]:
@@ -103,16 +136,18 @@ def _draws(samples: int) -> list[int]:
 
 
 def _answer(rollout: Rollout) -> str | None:
-    """The answer in a rollout: marked by a box, a tag or ####, else its last number, else its text.
+    """The answer in a rollout, after its reasoning: marked by a box, a tag or ####, else its last
+    number, else its text.
 
     Numbers are compared by value: 12 and 12.0 are one answer.
     """
     if rollout.truncated:
         return None
-    answer = marked_answer(rollout.text)
+    text = final_text(rollout.text)
+    answer = marked_answer(text)
     if answer is None:
-        numbers = numbers_in(rollout.text)
-        answer = numbers[-1] if numbers else rollout.text
+        numbers = numbers_in(text)
+        answer = numbers[-1] if numbers else text
     value = exact_number(answer)
     return str(value) if value is not None else answer.strip() or None
 
@@ -124,7 +159,26 @@ def describe(result: EvalResult) -> str:
         f"{name} {e.value:.3f} [{e.low:.3f}, {e.high:.3f}]" for name, e in (first, most, majority)
     ]
     cut = f"cut off {result.truncated:.0%}, {result.mean_length:.0f} tokens"
-    return "  ".join(parts) + f"  ({result.problems} problems, {cut})"
+    notes = [f"{result.problems} problems", cut]
+    if result.failed:
+        notes.append(f"{result.failed} samples without a verdict left out")
+    if result.left_out:
+        notes.append(f"{result.left_out} problems without a verdict left out")
+    return "  ".join(parts) + f"  ({', '.join(notes)})"
+
+
+def verdict_counts(groups: Sequence[Group]) -> list[str]:
+    """The verdicts that rewards logged in columns ``<reward>/verdict``, counted, a line each."""
+    counts: dict[str, Counter[str]] = {}
+    for extras in (rollout.extras for group in groups for rollout in group.rollouts):
+        for column, verdict in extras.items():
+            if column.endswith(VERDICT) and verdict is not None:
+                counts.setdefault(column.removesuffix(VERDICT), Counter())[str(verdict)] += 1
+    return [
+        f"verdicts of {reward}: "
+        + ", ".join(f"{number} {verdict}" for verdict, number in found.most_common())
+        for reward, found in sorted(counts.items())
+    ]
 
 
 def result_summary(before: EvalResult | None, after: EvalResult | None) -> dict[str, object]:

@@ -18,6 +18,7 @@ RESERVED = (
     "trainer_state",
     "log_extra",
     "log_metric",
+    "log_failure",
 )
 """Arguments that do not come from the row's columns."""
 

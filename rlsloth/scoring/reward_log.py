@@ -1,4 +1,4 @@
-"""The logging arguments of a reward, TRL's ``log_metric`` and ``log_extra``."""
+"""The logging arguments of a reward: TRL's ``log_metric``, ``log_extra``, and ``log_failure``."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, get_args
 
 from rlsloth.errors import UserError
+from rlsloth.scoring.protocol import Failure, FailureKind
 from rlsloth.scoring.replies import MAX_METRICS, MAX_NAME
 
 
@@ -23,6 +24,7 @@ class RewardLog:
     """Names of the trainer's own metrics, as shell patterns."""
     metrics: list[tuple[str, float]] = field(default_factory=list)
     extras: dict[str, list[Any]] = field(default_factory=dict)
+    failures: list[Failure] = field(default_factory=list)
 
     def metric(self, name: str, value: float) -> None:
         """Log a number under ``name``; a step's metric is its mean over the calls.
@@ -56,6 +58,16 @@ class RewardLog:
             )
         json.dumps(plain)  # raises inside the reward, where the mistake is
         self.extras[str(column)] = plain
+
+    def failure(self, row: int, kind: FailureKind, detail: str) -> None:
+        """Mark one completion's score as failed, so that it counts as no score rather than 0.
+
+        Raises:
+            ValueError: no such completion, or no such kind of failure.
+        """
+        if not 0 <= row < self.rows or kind not in get_args(FailureKind):
+            raise ValueError(f"log_failure({row}, {kind!r}, ...) of {self.rows} completions")
+        self.failures.append(Failure(row=row, kind=kind, detail=str(detail)))
 
 
 def _plain(value: Any) -> Any:

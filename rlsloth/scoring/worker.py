@@ -183,6 +183,9 @@ def answer(reward: Reward, call: Call, reserved_metrics: Sequence[str]) -> Reply
         with _cpu_budget(call["cpu_seconds"]):
             result = _run(reward.function, arguments)
             values, row_failures = validate(result, rows)
+        for failure in log.failures:
+            values[failure["row"]] = None
+        row_failures += log.failures
         reply = Reply(
             call=0,
             values=values,
@@ -244,6 +247,7 @@ def _arguments(reward: Reward, call: Call, log: RewardLog) -> dict[str, Any]:
         "trainer_state": SimpleNamespace(global_step=call["step"]),
         "log_extra": log.extra,
         "log_metric": log.metric,
+        "log_failure": log.failure,
         **{name: _repeat(value, rows) for name, value in call["columns"].items()},
     }
     accepts = reward.info["accepts"]

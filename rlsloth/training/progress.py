@@ -182,4 +182,5 @@ def _plain(result: EvalResult) -> dict[str, Any]:
 def _result(row: Mapping[str, Any]) -> EvalResult:
     estimates = {name: Estimate(*row[name]) for name in ("avg", "majority")}
     passed = tuple((j, Estimate(*e)) for j, e in row["passed"])
-    return EvalResult(**{**row, **estimates, "passed": passed, "scores": tuple(row["scores"])})
+    rows = {name: tuple(row.get(name, ())) for name in ("scores", "rows")}
+    return EvalResult(**{**row, **estimates, "passed": passed, **rows})
