@@ -100,7 +100,9 @@ class Renderer:
 
     def opened_tag(self, prompt: Prompt) -> str | None:
         """Name of the tag, such as think, that the end of a rendered prompt opens; often None."""
-        text = self.tokenizer.decode(self.prompt_ids(prompt)[-16:])
+        text = self.tokenizer.decode(
+            self.prompt_ids(prompt)[-16:], clean_up_tokenization_spaces=False
+        )
         opened = re.search(r"<([A-Za-z_]\w*)>\s*$", str(text))
         return opened[1] if opened else None
 

@@ -84,7 +84,7 @@ def load_model(cfg: ModelConfig) -> LoadedModel:
         UserError: the model or its tokenizer is missing, cannot be read, or cannot be trained.
     """
     register()
-    _quiet()
+    quiet_libraries()
     device = pick_device(cfg.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)  # CUDA graphs are captured on the current device
@@ -125,7 +125,7 @@ def load_model(cfg: ModelConfig) -> LoadedModel:
     return LoadedModel(model, tokenizer, device, dtype)
 
 
-def _quiet() -> None:
+def quiet_libraries() -> None:
     """Silence transformers' progress bars and a notice of bitsandbytes: they bury our own lines."""
     from transformers.utils import logging as transformers_logging
 

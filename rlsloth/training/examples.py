@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import pairwise
 
 from rlsloth.config.sft import SupervisedConfig
@@ -55,10 +56,11 @@ def show_first(run: Run, policy: Policy, data: Examples) -> None:
     error, and the columns that were read and those that were not."""
     example = data.train[0]
     token_ids, mask = example.answers[0]
-    parts = [policy.tokenizer.decode(example.prompt_ids.tolist())[-_SHOWN_CHARACTERS:]]
+    decode = partial(policy.tokenizer.decode, clean_up_tokenization_spaces=False)
+    parts = [str(decode(example.prompt_ids.tolist()))[-_SHOWN_CHARACTERS:]]
     edges = [0, *(i + 1 for i in range(len(mask) - 1) if mask[i] != mask[i + 1]), len(mask)]
     for start, end in pairwise(edges):
-        text = policy.tokenizer.decode(token_ids[start:end].tolist())[:_SHOWN_CHARACTERS]
+        text = str(decode(token_ids[start:end].tolist()))[:_SHOWN_CHARACTERS]
         parts.append(f"[{text}]" if mask[start] else text)
     for note in data.notes:
         run.say(note)

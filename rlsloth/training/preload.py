@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 
 from rlsloth.config import ModelConfig, RolloutConfig
 from rlsloth.policy.compat import without_scikit_learn
-from rlsloth.policy.load import pick_device
+from rlsloth.policy.load import pick_device, quiet_libraries
 from rlsloth.rollout.engines import choose_engine
 
 THREAD = "imports"
@@ -53,6 +53,7 @@ def finish_imports() -> None:
 
 def import_transformers() -> None:
     """Import the libraries that loading a model needs."""
+    quiet_libraries()  # before peft imports bitsandbytes, which logs a notice at once
     with without_scikit_learn():
         import peft  # noqa: F401
         from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401

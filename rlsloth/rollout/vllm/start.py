@@ -51,6 +51,7 @@ FIXED: dict[str, Any] = {
     "logprobs_mode": "processed_logprobs",
     "generation_config": "vllm",  # not the model's own sampling defaults
     "disable_log_stats": True,
+    "use_tqdm_on_load": False,  # also the progress of capturing CUDA graphs
 }
 """Arguments of vllm.LLM that are the same in every run."""
 DEFAULTS = {"VLLM_LOGGING_LEVEL": "ERROR"}
