@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from rlsloth.config.section import Folder, Section, Text
+from rlsloth.config.section import Folder, Params, Section, Text
 
 
 class ExportConfig(Section):
@@ -58,7 +58,9 @@ class ChatConfig(Section):
     prompt: str | None = None
     """Answer only this prompt, without a conversation."""
     system_prompt: str | None = None
-    """System message of the conversation. Default: the one of the run (env.system_prompt)."""
+    """System message of the conversation. Default: the one of training."""
+    chat_template_kwargs: Params = {}
+    """Variables of the chat template, e.g. enable_thinking: false. Default: those of training."""
     temperature: float = Field(default=0.7, ge=0)
     """Sampling temperature; 0 takes the most likely token."""
     max_tokens: int = Field(default=1024, ge=1)

@@ -6,12 +6,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from rlsloth.config.data import ExamplesConfig
 from rlsloth.config.sft import SupervisedConfig
 from rlsloth.data.example import Example
 from rlsloth.data.heldout import split_heldout
 from rlsloth.data.reading import Reading
-from rlsloth.data.renderer import Renderer
+from rlsloth.data.renderer import Renderer, refuse_beyond
 from rlsloth.data.rows import Row, load_rows
 from rlsloth.errors import UserError
 from rlsloth.records import Prompt
@@ -43,7 +45,13 @@ class Examples:
         return max([*self.train, *self.heldout], key=lambda example: example.packed)
 
 
-def load_examples(cfg: SupervisedConfig, read: Reader, tokenizer: Any, context: int) -> Examples:
+def load_examples(
+    cfg: SupervisedConfig,
+    read: Reader,
+    tokenizer: Any,
+    context: int,
+    embeddings: int | None = None,
+) -> Examples:
     """Read, tokenise and split the data of a run.
 
     Args:
@@ -51,10 +59,11 @@ def load_examples(cfg: SupervisedConfig, read: Reader, tokenizer: Any, context: 
         read: function that makes examples from rows.
         tokenizer: the model's tokenizer.
         context: largest number of tokens that the model may see.
+        embeddings: number of the model's embeddings; None if it is not known.
 
     Raises:
-        UserError: the dataset is missing, a row is malformed, all examples are too long, or
-            evaluation is on and nothing is held out.
+        UserError: the dataset is missing, a row is malformed or has a token without an embedding,
+            all examples are too long, or evaluation is on and nothing is held out.
     """
     data = cfg.data
     renderer = Renderer(tokenizer, data)
@@ -71,7 +80,11 @@ def load_examples(cfg: SupervisedConfig, read: Reader, tokenizer: Any, context: 
         rows = load_rows(source, split, most, reading)
         if len(rows) >= MANY:
             print(f"tokenising {len(rows)} rows of {source}", flush=True)
-        return read(rows, data, renderer, source, reading)
+        made = read(rows, data, renderer, source, reading)
+        for example in made if embeddings is not None else ():
+            ids = np.concatenate([example.prompt_ids, *(ids for ids, _ in example.answers)])
+            refuse_beyond(ids, tokenizer, embeddings, f"{source} row {example.index + 1}")
+        return made
 
     train = examples(data.train, data.train_split, data.limit)
     kept = [example for example in train if example.longest <= limit]

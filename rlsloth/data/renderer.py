@@ -7,10 +7,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from rlsloth.config import DatasetConfig
+from rlsloth.data.chat_template import apply
 from rlsloth.data.ends import Ends
 from rlsloth.data.tool_calls import ToolCall, call_message, tools_as_text
 from rlsloth.data.tool_formats import ToolFormat, calls_in, find_format
@@ -257,15 +257,12 @@ class Renderer:
     ) -> str:
         messages = [_with_reasoning(message) for message in messages]
         try:
-            text: str = self.tokenizer.apply_chat_template(
-                messages, tools=list(tools) or None, tokenize=False, **self._kwargs | kwargs
-            )
-        except (TemplateError, TypeError, KeyError, ValueError) as error:
+            return apply(self.tokenizer, messages, tools, **self._kwargs | kwargs)
+        except Exception as error:  # the template's own, which may be any
             raise UserError(
                 f"the chat template refuses {where}: {first_line(error)}; change the messages, or "
                 "pass another model"
             ) from error
-        return text
 
 
 def _with_reasoning(message: Message) -> Message:
@@ -273,6 +270,16 @@ def _with_reasoning(message: Message) -> Message:
     ``thinking``."""
     reasoning = message.get("reasoning_content")
     return {**message, "thinking": reasoning} if reasoning else message
+
+
+def refuse_beyond(ids: Sequence[int], tokenizer: Any, embeddings: int, where: str) -> None:
+    """Raise UserError for a token that has no embedding: it was added without training its own."""
+    if len(ids) and (most := int(max(ids))) >= embeddings:
+        raise UserError(
+            f"{where}: token {tokenizer.convert_ids_to_tokens(most)!r} has id {most}, but the "
+            f"model has only {embeddings} embeddings; remove it from the text, or from the "
+            "tokenizer's added tokens"
+        )
 
 
 def template_kwargs(value: Any, where: str) -> dict[str, Any]:

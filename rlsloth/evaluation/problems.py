@@ -8,10 +8,11 @@ from dataclasses import dataclass
 
 from rlsloth.config import EvalConfig, ProblemsConfig, RewardConfig
 from rlsloth.data.reading import NAMED
-from rlsloth.data.renderer import Renderer
+from rlsloth.data.renderer import Renderer, refuse_beyond
 from rlsloth.environments.loading import load_environment
 from rlsloth.environments.protocol import Environment, Episode
 from rlsloth.errors import UserError, nearest
+from rlsloth.policy.policy import Policy
 from rlsloth.records import Prompt
 from rlsloth.run.metrics import TRAINER_METRICS
 from rlsloth.run.run import Run
@@ -166,11 +167,17 @@ def warn_of_open_tag(run: Run, renderer: Renderer, problems: Problems, cfg: Rewa
         )
 
 
-def longest_prompt(renderer: Renderer, prompts: Sequence[Prompt], context: int) -> int:
-    """Number of tokens of the longest prompt. Raises UserError if a prompt fills the context."""
-    longest = 0
+def longest_prompt(renderer: Renderer, prompts: Sequence[Prompt], policy: Policy) -> int:
+    """Count the tokens of the longest prompt.
+
+    Raises:
+        UserError: a prompt fills the context, or has a token without an embedding.
+    """
+    longest, context = 0, policy.context
     for prompt in prompts:
-        length = len(renderer.prompt_ids(prompt))
+        ids = renderer.prompt_ids(prompt)
+        refuse_beyond(ids, renderer.tokenizer, policy.embeddings, f"prompt {prompt.index + 1}")
+        length = len(ids)
         if length >= context:
             raise UserError(
                 f"prompt {prompt.index + 1} has {length} tokens and fills the model's context of "

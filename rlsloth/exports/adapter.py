@@ -12,6 +12,7 @@ import torch
 
 from rlsloth.config import ModelConfig
 from rlsloth.errors import UserError
+from rlsloth.exports.tokenizer import save_tokenizer
 from rlsloth.policy.adapter_check import ADAPTER_WEIGHTS as WEIGHTS
 from rlsloth.policy.adapter_check import check_adapter_folder
 from rlsloth.policy.compat import forget_parsed_gguf
@@ -48,7 +49,7 @@ def write_adapter(source: Source, tokenizer: Any, out: Path) -> int:
         "inference_mode": True,
     }
     (out / PEFT_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    tokenizer.save_pretrained(out)
+    save_tokenizer(tokenizer, source, out)
     if (source.adapter / WEIGHTS).read_bytes() != (out / WEIGHTS).read_bytes():
         raise UserError(
             f"{out / WEIGHTS} differs from {source.adapter / WEIGHTS}, which was copied to it; "

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from rlsloth import __version__
+from rlsloth.exports.carried import about_prompts
 from rlsloth.run.folder import SUMMARY, read_rows
 from rlsloth.training.source import Source
 
@@ -74,10 +75,12 @@ def render_card(card: Card, source: Source) -> str:
         f"---\n{yaml.safe_dump(about, sort_keys=False)}---",
         f"# {card.title}",
         card.about,
+        *about_prompts(source.prompts),
         f"Base: {named}" + _hash(source) + ".",
     ]
     if source.run is not None:
-        parts += [*_figures(source.run), *_settings(source.config)]
+        held = source.identity and source.identity.precision
+        parts += [*_figures(source.run), *_settings(source.config, held)]
     parts += ["## Run it", f"```\n{card.usage}\n```"]
     return "\n\n".join([*parts, f"Made with rlsloth {__version__}."]) + "\n"
 
@@ -124,7 +127,8 @@ def _share(summary: Mapping[str, Any], when: str) -> str:
     return f"**{summary[f'accuracy_{when}']:.3f}** [{low:.3f}, {high:.3f}]"
 
 
-def _settings(config: Mapping[str, Any]) -> Iterator[str]:
+def _settings(config: Mapping[str, Any], held: str | None) -> Iterator[str]:
+    """Yield the section of settings; ``held`` is the precision in which the base was held."""
     shown = {}
     sampled = "data" not in config or config.get("eval", {}).get("generate")
     for key, name in _SETTINGS.items():
@@ -133,6 +137,8 @@ def _settings(config: Mapping[str, Any]) -> Iterator[str]:
         value: Any = config
         for part in key.split("."):
             value = value.get(part) if isinstance(value, Mapping) else None
+        if key == "model.precision" and held is not None:
+            value = held
         if value not in (None, [], ""):
             shown[name] = value
     if shown:

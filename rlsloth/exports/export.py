@@ -15,16 +15,20 @@ from rlsloth.config.export import ExportConfig
 from rlsloth.errors import UserError
 from rlsloth.exports.adapter import write_adapter
 from rlsloth.exports.card import Card, write_card
+from rlsloth.exports.carried import learnt_ends, template_flag
 from rlsloth.exports.check import USUAL, check_merged, sample_ids, score
 from rlsloth.exports.merged import DTYPES, checksums, merge
-from rlsloth.exports.tokenizer import export_tokenizer
+from rlsloth.exports.tokenizer import copy_processors, export_tokenizer, save_tokenizer
+from rlsloth.exports.transformers4 import add_old_keys
 from rlsloth.exports.writing import check_out, whole_folder
 from rlsloth.policy.files import locate
 from rlsloth.policy.identity import write_identity
-from rlsloth.policy.load import load_model
+from rlsloth.policy.load import LoadedModel, load_model
 from rlsloth.policy.lora import load_adapter
-from rlsloth.training.source import Source, find_source, prompting
+from rlsloth.training.source import Source, find_source
 
+VLLM_KWARGS = "--default-chat-template-kwargs"
+LLAMA_KWARGS = "--chat-template-kwargs"
 K_QUANTS = ("q6_k", "q5_k_m", "q4_k_m")
 
 
@@ -53,9 +57,10 @@ def run_export(cfg: ExportConfig) -> None:
     keep = [cfg.source.expanduser(), Path(source.base.path).expanduser()]
     check_out(out, overwrite=cfg.overwrite, keep=keep)
     with whole_folder(out) as folder:
-        card = _WRITERS[cfg.to](cfg, source, folder, out.name)
+        card = _WRITERS[cfg.to](cfg, source, folder, out.resolve().name)
         write_card(folder, card, source)
-        write_identity(source.identity, folder, export=cfg.to)
+        more = {"prompts": dict(source.prompts)} if source.prompts else {}
+        write_identity(source.identity, folder, export=cfg.to, **more)
     print(f"wrote {out}: {card.about}")
 
 
@@ -68,7 +73,8 @@ def _adapter(_: ExportConfig, source: Source, folder: Path, name: str) -> Card:
         "read back unchanged and fit the base model.",
         library="peft",
         usage=f"vllm serve {base} --enable-lora --max-lora-rank {_rank(source)} "
-        f"--lora-modules {name}=./{name}\nrlsloth chat ./{name}",
+        f"--lora-modules {name}=./{name}{template_flag(source.prompts, VLLM_KWARGS)}\n"
+        f"rlsloth chat ./{name}",
     )
 
 
@@ -83,7 +89,8 @@ def _rank(source: Source) -> int:
 
 def _merged(cfg: ExportConfig, source: Source, folder: Path, name: str) -> Card:
     about = write_merged(cfg, source, folder)
-    return Card(name, about, "transformers", f"vllm serve ./{name}\nrlsloth chat ./{name}")
+    serve = f"vllm serve ./{name}{template_flag(source.prompts, VLLM_KWARGS)}"
+    return Card(name, about, "transformers", f"{serve}\nrlsloth chat ./{name}")
 
 
 def write_merged(cfg: ExportConfig, source: Source, folder: Path) -> str:
@@ -101,7 +108,9 @@ def write_merged(cfg: ExportConfig, source: Source, folder: Path) -> str:
     loaded = load_model(base)
     adapted: Any = load_adapter(loaded.model, source.adapter, base.path, to_train=False)
     context = int(loaded.model.config.get_text_config().max_position_embeddings)
-    onto = "original" if cfg.onto == "original" else _held_in(base, loaded.dtype)
+    onto = "original" if cfg.onto == "original" else _held_in(loaded)
+    generation = loaded.model.generation_config
+    generation.eos_token_id = learnt_ends(tokenizer, generation.eos_token_id, source.prompts)
     del loaded
     ids = sample_ids(tokenizer, context)
     wanted = score(adapted, ids)
@@ -111,7 +120,9 @@ def write_merged(cfg: ExportConfig, source: Source, folder: Path) -> str:
     sums = dict(checksums(merged.state))
     merged.save(folder)
     del merged
-    tokenizer.save_pretrained(folder)
+    add_old_keys(folder)
+    save_tokenizer(tokenizer, source, folder)
+    copy_processors(source.base, folder)
     found = check_merged(
         folder, dtype, sums, ids, wanted, trust_remote_code=source.base.trust_remote_code
     )
@@ -131,11 +142,11 @@ def _hint(gap: float, dtype: str) -> str:
     return f", more than the {USUAL:g} that rounding usually causes{remedy}"
 
 
-def _held_in(base: ModelConfig, dtype: torch.dtype) -> str:
+def _held_in(loaded: LoadedModel) -> str:
     """Name the form in which training kept the base model's weights."""
-    if base.precision == "nf4":
+    if loaded.precision == "nf4":
         return "dequantised NF4"
-    return "fp32" if dtype == torch.float32 else "bf16"
+    return "fp32" if loaded.dtype == torch.float32 else "bf16"
 
 
 def _original(base: ModelConfig) -> ModelConfig:
@@ -179,12 +190,12 @@ def _gguf(cfg: ExportConfig, source: Source, folder: Path, name: str) -> Card:
     for kind in dict.fromkeys(cfg.gguf):
         path = folder / _file(name, kind)
         if kind == "f16" or kind == "bf16" or kind == "q8_0":
-            write_gguf(whole, path, kind)
+            write_gguf(whole, path, kind, name)
         else:
             work.mkdir(exist_ok=True)
             full = work / "bf16.gguf"
             if not full.is_file():
-                write_gguf(whole, full, "bf16")
+                write_gguf(whole, full, "bf16", name)
             quantize(full, path, kind)
         found = check_gguf(whole, path)
         line = f"{path.name} ({found.tensors} tensors read back"
@@ -200,7 +211,8 @@ def _gguf(cfg: ExportConfig, source: Source, folder: Path, name: str) -> Card:
         title=name,
         about=f"{about}GGUF files for llama.cpp: {'; '.join(lines)}.",
         library="gguf",
-        usage=f"llama-server -m {first} --jinja\nollama create {name} -f Modelfile",
+        usage=f"llama-server -m {first} --jinja"
+        f"{template_flag(source.prompts, LLAMA_KWARGS)}\nollama create {name} -f Modelfile",
     )
 
 
@@ -211,9 +223,9 @@ def _file(name: str, kind: str) -> str:
 def _write_modelfile(source: Source, whole: Path, folder: Path, file: str) -> None:
     from rlsloth.exports.gguf.ollama import modelfile
 
-    options = prompting(source.config).get("chat_template_kwargs") or {}
+    options = source.prompts.get("chat_template_kwargs") or {}
     try:
-        text = modelfile(whole, f"./{file}", options)
+        text = modelfile(whole, f"./{file}", options, source.prompts.get("system_prompt"))
     except UserError as error:  # llama.cpp runs the GGUF files without a Modelfile
         print(f"no Modelfile: {str(error).replace(str(whole), source.base.path)}")
         return

@@ -3,14 +3,33 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 from rlsloth.config import ModelConfig
 from rlsloth.errors import UserError
+from rlsloth.exports.transformers4 import name_old_class
 from rlsloth.policy.files import ModelFiles, locate
 from rlsloth.policy.identity import hash_template, hash_tokenizer
 from rlsloth.training.source import PEFT_CONFIG, Source
+
+_WHOLE = ("tokenizer.json", "tokenizer_config.json")
+"""Files without which a folder has no whole tokenizer."""
+_FURTHER = (
+    "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model",
+    "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
+_TEMPLATES = "additional_chat_templates"
+_PROCESSOR = ("*processor*.json", "chat_template.json")
+
+
+def base_folder(base: ModelConfig) -> Path | None:
+    """Return the folder with the base model's files; None for a GGUF file or without a cache."""
+    files = locate(base)
+    if files.gguf is not None:
+        return None
+    return files.folder or files.snapshot(("preprocessor_config.json", "processor_config.json"))
 
 
 def export_tokenizer(source: Source) -> Any:
@@ -44,6 +63,54 @@ def export_tokenizer(source: Source) -> Any:
                 "training"
             )
     return tokenizer
+
+
+def save_tokenizer(tokenizer: Any, source: Source, folder: Path) -> None:
+    """Write the tokenizer's files, unchanged where the source has them, and check them.
+
+    transformers 5 would rewrite them for itself.
+
+    Args:
+        tokenizer: the result of ``export_tokenizer``.
+        source: the trained model.
+        folder: an existing folder.
+
+    Raises:
+        UserError: the files read back give another tokenizer.
+    """
+    adapter = source.adapter
+    base = base_folder(source.base)
+    own = adapter is not None and (adapter / "tokenizer_config.json").is_file()
+    place = adapter if own else base
+    if place is not None and all((place / name).is_file() for name in _WHOLE):
+        for name in (*_WHOLE, *_FURTHER):
+            if (place / name).is_file():
+                shutil.copyfile(place / name, folder / name)
+        if (place / _TEMPLATES).is_dir():
+            shutil.copytree(place / _TEMPLATES, folder / _TEMPLATES)
+    else:
+        tokenizer.save_pretrained(folder)
+    name_old_class(folder)
+    again = _read(str(folder))
+    if (hash_tokenizer(again), hash_template(again)) != (
+        hash_tokenizer(tokenizer),
+        hash_template(tokenizer),
+    ):
+        raise UserError(
+            f"the tokenizer written to {folder} reads back as another one; check the files of "
+            f"{place}"
+        )
+
+
+def copy_processors(base: ModelConfig, folder: Path) -> None:
+    """Copy the files of a multimodal base model's processor, without which it does not load."""
+    place = base_folder(base)
+    if place is None:
+        return
+    for pattern in _PROCESSOR:
+        for file in place.glob(pattern):
+            if file.is_file() and not (folder / file.name).exists():
+                shutil.copyfile(file, folder / file.name)
 
 
 def _check_tokens(tokenizer: Any, base: Any, rows: int, place: str, adapter: Path | None) -> None:

@@ -67,7 +67,7 @@ def make_plan(
             default.
         free: bytes that are free on the GPU once the model is loaded; as planned by default.
     """
-    precision, sampling = precision_of(request.model), request.sampling
+    precision, sampling = precision_of(request.model, shape), request.sampling
     terms = _static(shape, request, precision)
     if sampling is not None:
         engine = engine or sampling.engine
@@ -89,8 +89,10 @@ def make_plan(
     return _with_cache(plan, engine.title, one, sampling, context, free)
 
 
-def precision_of(model: ModelConfig) -> Precision:
+def precision_of(model: ModelConfig, shape: ModelShape) -> Precision:
     """Return the precision of the base model's weights on a GPU."""
+    if shape.stored_in_nf4:
+        return "nf4"
     return "bf16" if model.precision == "auto" else model.precision
 
 

@@ -12,6 +12,7 @@ from torch import nn
 from rlsloth.kernels.lora.layer import ALIGNMENT
 from rlsloth.policy.config_values import value_of
 from rlsloth.policy.layers import decoder_layers
+from rlsloth.policy.support import not_stored_in_nf4, stored_in_nf4
 
 Group = Literal["linears", "experts", "embeddings", "head", "norms and biases"]
 SIBLINGS = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
@@ -106,6 +107,8 @@ class ModelShape:
     """Rank of the adapter on the output head, rounded up to ALIGNMENT; 0 without one."""
     fused: tuple[Fused, ...]
     """The linear layers as vLLM has them; the output head only if it is adapted."""
+    stored_in_nf4: bool = False
+    """Whether the checkpoint stores its linear layers in NF4, which loading keeps."""
 
     @property
     def kv_width(self) -> int:
@@ -149,6 +152,7 @@ def read_shape(model: Any) -> ModelShape:
         reference=reference,
         head_rank=_rank(head),
         fused=tuple(fused),
+        stored_in_nf4=stored_in_nf4(base.config),
     )
 
 
@@ -157,6 +161,7 @@ def _not_quantised(base: Any) -> list[str]:
     from transformers.quantizers.base import get_keys_to_not_convert
 
     kept = [*get_keys_to_not_convert(base), *(base._keep_in_fp32_modules or ())]
+    kept += not_stored_in_nf4(base.config)
     return [name.replace(".base_layer", "") for name in kept if ".lora_" not in name]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
@@ -98,6 +98,17 @@ class ModelFiles:
         except (OSError, ValueError):  # reading the configuration reports this
             return None
         return None if found is None else Path(found)
+
+    def snapshot(self, more: Iterable[str] = ()) -> Path | None:
+        """Return the folder of a hub model in the local cache; None if it has none.
+
+        Args:
+            more: small files to download, too, if the model has them.
+        """
+        file = self._downloaded(CONFIG)
+        for name in more:
+            self._downloaded(name)
+        return None if file is None else file.parent
 
     def reading(self) -> AbstractContextManager[None]:
         """Return a context manager in which GGUF files are parsed once and without output."""

@@ -76,10 +76,10 @@ def refuse_adapter(folder: Path) -> None:
         return
     base = read_json(file).get("base_model_name_or_path")
     named = f"--model.path {base} --model.adapter {folder}"
-    if not (folder / CONFIG).is_file():
+    if not any((folder / name).is_file() for name in (WEIGHTS, INDEX)):
         raise UserError(f"{folder} is the folder of an adapter, not of a model; pass {named}")
     raise UserError(
-        f"{folder} contains a model ({CONFIG}) and an adapter ({ADAPTER_CONFIG}); for the adapter "
+        f"{folder} contains a model and an adapter ({ADAPTER_CONFIG}); for the adapter "
         f"pass {named}, for the model alone remove {ADAPTER_CONFIG} from the folder"
     )
 

@@ -19,6 +19,7 @@ from rlsloth.policy.gguf_tokenizer import end_ids
 from rlsloth.policy.gguf_tokenizer import unread_keys as unread_tokenizer_keys
 from rlsloth.policy.identity import IDENTITY, identify
 from rlsloth.policy.support import (
+    Precision,
     expert_share,
     held_precision,
     refuse_unsupported,
@@ -40,6 +41,8 @@ class LoadedModel:
     device: torch.device
     dtype: torch.dtype
     """Compute type: the type of the weights, or of products with dequantised weights for nf4."""
+    precision: Precision = "fp32"
+    """Precision in which the weights are held."""
 
 
 def pick_device(name: str) -> torch.device:
@@ -122,7 +125,7 @@ def load_model(cfg: ModelConfig) -> LoadedModel:
             flush=True,
         )
     setattr(model, IDENTITY, identity)  # save_adapter writes it
-    return LoadedModel(model, tokenizer, device, dtype)
+    return LoadedModel(model, tokenizer, device, dtype, precision)
 
 
 def quiet_libraries() -> None:

@@ -99,7 +99,7 @@ def _linear_names(model: Any) -> list[str]:
 
 
 def _linears(model: Any, path: str) -> list[str]:
-    """List the names of all linear layers except the output head, routers and experts.
+    """List the names of all linear layers except the output head, routers, experts and towers.
 
     Experts are stacked parameters. PEFT's own "all-linear" would also adapt a Qwen3-MoE's experts,
     with a copy of all their weights in every forward, and its router. Most routers have a class of
@@ -112,7 +112,7 @@ def _linears(model: Any, path: str) -> list[str]:
     """
     from transformers.pytorch_utils import Conv1D
 
-    skipped = {model.get_output_embeddings(), *_routers(model)}
+    skipped = {model.get_output_embeddings(), *_routers(model), *_not_for_text(model)}
     linears: list[str] = []
     others: list[str] = []
     for name, module in model.named_modules():
@@ -127,6 +127,14 @@ def _linears(model: Any, path: str) -> list[str]:
     taken = {name.rpartition(".")[2] for name in others}
     last = {name: name.rpartition(".")[2] for name in linears}
     return sorted({name if last[name] in taken else last[name] for name in linears})
+
+
+def _not_for_text(model: Any) -> Iterator[nn.Module]:
+    """Yield the modules of towers for images and sound, which text never reaches."""
+    if model.config.get_text_config() is model.config:
+        return
+    text = set(model.get_decoder().modules())
+    yield from (module for module in model.modules() if module not in text)
 
 
 def _routers(model: nn.Module) -> Iterator[nn.Module]:

@@ -68,6 +68,7 @@ class Policy:
         self.eos_token_ids: list[int] = ends if isinstance(ends, list) else [ends]
         self._decoder = base.get_decoder()
         self._head = base.get_output_embeddings()
+        self.embeddings = int(base.get_input_embeddings().weight.shape[0])
         self.logit_transform = _logit_transform(self.config)
         self._head_adapter = HeadAdapter(base, self.dtype)
         self.temperature = temperature or 1.0

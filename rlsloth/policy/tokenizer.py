@@ -26,6 +26,15 @@ def load_tokenizer(cfg: ModelConfig) -> Any:
     return files.read_tokenizer()
 
 
+def read_limits(cfg: ModelConfig) -> tuple[int, int]:
+    """Read the largest number of tokens of a text (``read_context``), and of embeddings.
+
+    Raises:
+        UserError: the model's configuration cannot be read.
+    """
+    return read_context(cfg), int(locate(cfg).read_config().get_text_config().vocab_size)
+
+
 def read_context(cfg: ModelConfig) -> int:
     """Read the largest number of tokens that prompt and completion may have together.
 

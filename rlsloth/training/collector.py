@@ -71,7 +71,7 @@ def open_evaluator(
     renderer = Renderer(policy.tokenizer, cfg.env, policy.eos_token_ids)
     renderer.check(problems.env.heldout)
     prompts = heldout_problems(problems.env, cfg.eval)
-    longest = longest_prompt(renderer, prompts, policy.context)
+    longest = longest_prompt(renderer, prompts, policy)
     collector = open_collector(
         cfg,
         problems,

@@ -36,7 +36,7 @@ from rlsloth.memory.planned_model import longest_prompt as estimate_longest
 from rlsloth.memory.workload import Request
 from rlsloth.policy.load import pick_device
 from rlsloth.policy.policy import Policy
-from rlsloth.policy.tokenizer import load_tokenizer, read_context
+from rlsloth.policy.tokenizer import load_tokenizer, read_limits
 from rlsloth.records import Prompt
 from rlsloth.rollout.collector import Collector
 from rlsloth.rollout.engines import choose_engine
@@ -94,8 +94,8 @@ def open_grpo(
     )
     renderer = Renderer(policy.tokenizer, cfg.env, policy.eos_token_ids)
     renderer.check([*env.train, *env.heldout])
-    longest = longest_prompt(renderer, env.train, policy.context)
-    heldout = longest_prompt(renderer, env.heldout[: cfg.eval.problems], policy.context)
+    longest = longest_prompt(renderer, env.train, policy)
+    heldout = longest_prompt(renderer, env.heldout[: cfg.eval.problems], policy)
     if trains:
         with advise("trial", policy.model):
             trial_backward(policy)
@@ -146,7 +146,8 @@ def open_examples(cfg: Supervised, stack: ExitStack, read: Reader) -> Session[Su
         problems = open_problems(cfg, cfg.seed, cfg.eval.reward, stack)
         problems = fitting_problems(cfg.model, cfg.env, problems)
         heldout_problems(problems.env, cfg.eval)
-    data = load_examples(cfg, read, load_tokenizer(cfg.model), read_context(cfg.model))
+    tokenizer, limits = load_tokenizer(cfg.model), read_limits(cfg.model)
+    data = load_examples(cfg, read, tokenizer, *limits)
     check_longest(cfg, data)
     run = stack.enter_context(Run.start(cfg))
     refuse_changes(run, "data.")
@@ -208,7 +209,7 @@ def open_teacher(
     policy = open_policy(cfg, run, temperature=cfg.rollout.temperature, total_updates=1)
     renderer = Renderer(policy.tokenizer, cfg.env, policy.eos_token_ids)
     renderer.check([*env.train, *env.heldout])
-    longest = longest_prompt(renderer, env.train, policy.context)
+    longest = longest_prompt(renderer, env.train, policy)
     collector = open_collector(
         cfg,
         problems,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,22 @@ import yaml
 
 from rlsloth.config import ModelConfig
 from rlsloth.errors import UserError, first_line
+from rlsloth.policy.folder_check import INDEX, WEIGHTS, read_json, refuse_adapter
 from rlsloth.policy.gguf import gguf_file
-from rlsloth.policy.identity import Identity, hash_weights, read_identity, refuse_other_base
+from rlsloth.policy.identity import (
+    FILE,
+    Identity,
+    hash_weights,
+    read_identity,
+    refuse_other_base,
+)
 from rlsloth.run.folder import CONFIG
 
 ADAPTER = "adapter"
 """Folder of a run that holds what it trained."""
 PEFT_CONFIG = "adapter_config.json"
+PROMPTING = ("chat_template_kwargs", "system_prompt")
+"""Settings of a run that shape its prompts, and so must be used wherever the model is served."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +42,9 @@ class Source:
     """Folder of the run that trained it."""
     identity: Identity | None = None
     """The base model that training used; None for adapters that rlsloth did not train."""
+
+    prompts: Mapping[str, Any] = field(default_factory=dict)
+    """Settings with which prompts were made: chat_template_kwargs, system_prompt."""
 
     @property
     def config(self) -> dict[str, Any]:
@@ -75,7 +87,11 @@ def find_source(
             run = folder.parent
     options = {"device": device, "trust_remote_code": trust_remote_code}
     if adapter is None:
-        return Source(ModelConfig(path=path, precision=precision or "auto", **options))
+        model = ModelConfig(path=path, precision=precision or "auto", **options)
+        place = folder.parent if gguf_file(path) is not None else folder
+        return Source(model, prompts=recorded_prompts(place))
+    if any((adapter / name).is_file() for name in (WEIGHTS, INDEX)):
+        refuse_adapter(adapter)
     identity = read_identity(adapter)
     named = _named_base(adapter, run, identity)
     if named["path"] is None and base is None:
@@ -90,7 +106,8 @@ def find_source(
         weights = hash_weights(model.path, model.revision)
         if weights is not None:  # else not downloaded yet: load_adapter compares them
             refuse_other_base(identity, weights, adapter, model.path)
-    return Source(model, adapter, run, identity)
+    prompts = prompting(read_config(run)) if run else recorded_prompts(adapter)
+    return Source(model, adapter, run, identity, prompts)
 
 
 def _named_base(adapter: Path, run: Path | None, identity: Identity | None) -> dict[str, Any]:
@@ -113,12 +130,19 @@ def _named_base(adapter: Path, run: Path | None, identity: Identity | None) -> d
 
 
 def prompting(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a run's settings for making prompts; empty without a run.
+    """Return a run's settings for making prompts that are set.
 
     They are those of ``env``, replaced by those of ``data`` that are set (training on examples).
     """
-    env, data = config.get("env") or {}, config.get("data") or {}
-    return {**env, **{key: value for key, value in data.items() if value not in (None, {})}}
+    parts = (config.get("env") or {}, config.get("data") or {})
+    return {key: part[key] for part in parts for key in PROMPTING if part.get(key)}
+
+
+def recorded_prompts(folder: Path) -> dict[str, Any]:
+    """Return these settings as an export records them in its folder; empty without a record."""
+    file = folder / FILE
+    recorded = read_json(file).get("prompts") if file.is_file() else None
+    return recorded if isinstance(recorded, dict) else {}
 
 
 def read_config(run: Path) -> dict[str, Any]:

@@ -52,6 +52,7 @@ def render_go(template: str, chat: list[dict[str, str]]) -> str:
             code = code.replace("else if", "elif").replace("$.System", ".System")
             code = re.sub(r"eq \$m\.Role", "m.Role ==", code).replace("gt $i 1", "i > 1")
             code = code.replace("and .System $last", ".System and last")
+            code = code.replace("and $last $m.Thinking", "last and m.Thinking")
             return f"{{%{left} {code.replace('.System', 'System').replace('$', '')} %}}"
         if code.startswith('"'):
             return f"{{{{{left} {code} }}}}"
@@ -59,7 +60,13 @@ def render_go(template: str, chat: list[dict[str, str]]) -> str:
 
     jinja = re.sub(r'\{\{(-?)((?:"(?:[^"\\]|\\.)*"|[^"])*?)\}\}', action, template)
     system = "\n\n".join(m["content"] for m in chat if m["role"] == "system")
-    messages = [{"Role": m["role"], "Content": m["content"]} for m in chat]
+    # Ollama has taken reasoning out of the content where the template has .Thinking.
+    thinks = ".Thinking" in template
+    contents = [m["content"].rpartition("</think>")[2].lstrip() for m in chat]
+    messages = [
+        {"Role": m["role"], "Content": c if thinks else m["content"], "Thinking": ""}
+        for m, c in zip(chat, contents, strict=True)
+    ]
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
     return environment.from_string(jinja).render(System=system, Messages=messages)
 
@@ -68,6 +75,20 @@ def template(name: str) -> str:
     return {"chatml": CHATML, "system_last": SYSTEM_LAST}.get(name) or (
         TEMPLATES / f"{name}.jinja"
     ).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", ["qwen3", "chatml"])
+def test_reasoning_in_an_earlier_answer(name):
+    """Qwen3's template drops it, a plain one keeps it."""
+    tokenizer = tiny_tokenizer(template(name))
+    pieces = find_pieces(Path("x"), tokenizer, {})
+    assert pieces.drops_reasoning == (name == "qwen3")
+    user = {"role": "user", "content": "2 + 3?"}
+    thought = {"role": "assistant", "content": "<think>\nTwo more.\n</think>\n\n5"}
+    want = tokenizer.apply_chat_template(
+        [user, thought, user], tokenize=False, add_generation_prompt=True
+    )
+    assert render_go(go_template(pieces), [user, thought, user]) == want
 
 
 @pytest.mark.parametrize("name", [*NAMES, "chatml", "system_last"])

@@ -33,7 +33,6 @@ class Talker:
         from rlsloth.policy.attention.interface import whole_attention
         from rlsloth.policy.load import load_model
         from rlsloth.policy.lora import load_adapter
-        from rlsloth.training.source import prompting
 
         loaded = load_model(source.base)
         self._model = loaded.model
@@ -45,8 +44,8 @@ class Talker:
         self._model.eval()
         self._cfg = cfg
         self.tokenizer = loaded.tokenizer
-        trained = prompting(source.config)
-        kwargs = trained.get("chat_template_kwargs") or {}
+        trained = source.prompts
+        kwargs = {**(trained.get("chat_template_kwargs") or {}), **cfg.chat_template_kwargs}
         ends = loaded.model.generation_config.eos_token_id
         ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
         self._renderer = Renderer(

@@ -101,11 +101,11 @@ def _plan_supervised(config: SupervisedConfig, own: PlanOptions) -> int:
     from rlsloth.data.preference import reader
     from rlsloth.memory.decide import plan_run, planned_bytes
     from rlsloth.memory.report import Source
-    from rlsloth.policy.tokenizer import load_tokenizer, read_context
+    from rlsloth.policy.tokenizer import load_tokenizer, read_limits
     from rlsloth.training.memory import examples_request
 
     total = planned_bytes(config.model, own.memory_gb)
-    tokenizer, context = load_tokenizer(config.model), read_context(config.model)
-    examples = load_examples(config, reader(config), tokenizer, context)
+    tokenizer, limits = load_tokenizer(config.model), read_limits(config.model)
+    examples = load_examples(config, reader(config), tokenizer, *limits)
     request = examples_request(config, examples.longest)
     return plan_run(request, total, Source(), as_json=own.as_json)

@@ -19,6 +19,7 @@ from typing import Any
 
 from jinja2 import TemplateError
 
+from rlsloth.data.chat_template import apply
 from rlsloth.errors import UserError
 
 Chat = list[dict[str, str]]
@@ -48,15 +49,23 @@ class Pieces:
     """
     system_last: bool = False
     """Whether the system message precedes the last user message, not the first (Mistral Nemo)."""
+    drops_reasoning: bool = False
+    """Whether the template leaves the reasoning of earlier answers out (Qwen3)."""
 
 
-def modelfile(folder: Path, gguf: str, template_kwargs: Mapping[str, Any] | None = None) -> str:
+def modelfile(
+    folder: Path,
+    gguf: str,
+    template_kwargs: Mapping[str, Any] | None = None,
+    system: str | None = None,
+) -> str:
     """Render the text of a Modelfile.
 
     Args:
         folder: the model's folder, with its tokenizer and chat template.
         gguf: path of the GGUF file, relative to the Modelfile.
         template_kwargs: further arguments of the chat template, as used in training.
+        system: the system message of training's prompts.
 
     Raises:
         UserError: there is no chat template, or it does more than put fixed text between messages.
@@ -73,6 +82,8 @@ def modelfile(folder: Path, gguf: str, template_kwargs: Mapping[str, Any] | None
     lines = [f"FROM {gguf}", f'TEMPLATE """{go_template(pieces)}"""']
     found = stops(pieces, tokenizer.get_added_vocab())
     lines += [f'PARAMETER stop """{stop}"""' for stop in found]
+    if system:
+        lines.append(f'SYSTEM """{system}"""')
     return "\n".join(lines) + "\n"
 
 
@@ -88,9 +99,7 @@ def find_pieces(folder: Path, tokenizer: Any, template_kwargs: dict[str, Any]) -
     adds_bos = tokenizer("a").input_ids[0] == tokenizer.bos_token_id
 
     def render(chat: Chat) -> str:
-        text: str = tokenizer.apply_chat_template(
-            chat, tokenize=False, add_generation_prompt=True, **template_kwargs
-        )
+        text = apply(tokenizer, chat, None, add_generation_prompt=True, **template_kwargs)
         return text.removeprefix(tokenizer.bos_token) if adds_bos else text
 
     problem = UserError(
@@ -103,9 +112,27 @@ def find_pieces(folder: Path, tokenizer: Any, template_kwargs: dict[str, Any]) -
             codes = [code for code in _CHECKS if pieces.system or "s" not in code]
             chats = [_conversation(code) for code in codes]
             if all(assemble(pieces, chat) == render(chat) for chat in chats):
-                return pieces
+                return _with_reasoning(pieces, render, problem)
     except (ValueError, TypeError, TemplateError) as error:
         raise problem from error
+    raise problem
+
+
+def _with_reasoning(pieces: Pieces, render: Callable[[Chat], str], problem: UserError) -> Pieces:
+    """Find out what a template does with reasoning in an earlier answer.
+
+    Raises:
+        UserError: neither of keeping all of it and dropping all of it.
+    """
+    user, answer = {"role": "user", "content": "2 + 3?"}, "It is 5."
+    reasoned = {"role": "assistant", "content": f"<think>\nTwo more.\n</think>\n\n{answer}"}
+    rendered = render([user, reasoned, user])
+    if assemble(pieces, [user, reasoned, user]) == rendered:
+        return pieces
+    drops = replace(pieces, drops_reasoning=True)
+    # Some templates keep the line breaks after the reasoning (R1); Ollama has removed them already.
+    if assemble(drops, [user, reasoned, user]) == rendered.replace(f"\n\n{answer}", answer):
+        return drops
     raise problem
 
 
@@ -156,7 +183,10 @@ def assemble(pieces: Pieces, chat: Chat) -> str:
             text += pieces.following
         if i == (len(turns) - 1 if pieces.system_last else 0):
             text += joined
-        text += turn["content"]
+        content = turn["content"]
+        if pieces.drops_reasoning and turn["role"] == "assistant":
+            content = content.rpartition("</think>")[2].lstrip("\n")
+        text += content
     return text + pieces.generation
 
 
@@ -177,6 +207,11 @@ def go_template(pieces: Pieces) -> str:
         opening = f"{{{{ if .System }}}}{before}{system}{{{{ else }}}}{opening}{{{{ end }}}}"
     following = f"{{{{ if gt $i 1 }}}}{_quoted(pieces.following)}{{{{ end }}}}"
     answer = _quoted(pieces.answer)
+    if pieces.drops_reasoning:
+        # With .Thinking in the template, Ollama takes reasoning out of an answer's content.
+        opened, closed = _quoted("<think>\n"), _quoted("\n</think>\n\n")
+        thought = f"{opened}{{{{ $m.Thinking }}}}{closed}"
+        answer += f"{{{{ if and $last $m.Thinking }}}}{thought}{{{{ end }}}}"
     generation = f"{{{{ if $last }}}}{_quoted(pieces.generation)}{{{{ end }}}}"
     return "\n".join(
         [

@@ -216,8 +216,8 @@ def _adds_space(tokenizer: Any) -> bool:
 def _special(folder: Path, tokenizer: Any, config: Any, tokens: list[str]) -> dict[str, int]:
     """Map the names of special tokens to their ids.
 
-    End tokens of generation_config.json that llama.cpp does not know by their text become eot and
-    eom, at which it stops as at eos.
+    Further end tokens of generation_config.json become eot and eom, at which llama.cpp stops as at
+    eos; those that it does not know by their text come first.
     """
     special: dict[str, int] = {}
     for name in ("bos", "eos", "unk", "sep", "pad", "mask"):
@@ -229,7 +229,8 @@ def _special(folder: Path, tokenizer: Any, config: Any, tokens: list[str]) -> di
     file = folder / "generation_config.json"
     ends = json.loads(file.read_text()).get("eos_token_id") if file.is_file() else None
     ends = [ends] if isinstance(ends, int) else ends or []
-    others = [i for i in ends if i != special.get("eos") and tokens[i] not in ENDS]
+    further = [i for i in ends if i != special.get("eos")]
+    others = [i for i in further if tokens[i] not in ENDS] or further[:1]
     if len(others) > 2:
         raise UserError(
             f"{file}: eos_token_id lists {len(others) + 1} end tokens, but GGUF holds at most 3; "

@@ -18,11 +18,17 @@ FILE_TYPES = {"f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
 """--gguf -> name in gguf.LlamaFileType."""
 
 
-def write_gguf(folder: Path, out: Path, kind: Kind) -> None:
+def write_gguf(folder: Path, out: Path, kind: Kind, name: str | None = None) -> None:
     """Write the model in ``folder`` (config.json, safetensors, tokenizer) to the file ``out``.
 
     Matrices get the type ``kind``, norms and biases float32. Q8_0 stores blocks of 32 weights with
     one float16 scale. Memory holds one tensor at a time, in float32 and in ``kind``.
+
+    Args:
+        folder: the model's folder.
+        out: the file.
+        kind: type of the matrices.
+        name: the model's name; the folder's by default.
 
     Raises:
         UserError: llama.cpp would run the model or its tokenizer differently from transformers, or
@@ -43,6 +49,8 @@ def write_gguf(folder: Path, out: Path, kind: Kind) -> None:
         total, *counts = writer.get_total_parameter_count()
         writer.add_type(GGUFType.MODEL)
         about = Metadata.load(None, folder, None, total)
+        if name is not None:  # what gguf made of the folder's name is no name
+            about = Metadata(name=name)
         about.name = about.name or folder.resolve().name
         about.size_label = about.size_label or size_label(total, *counts)
         about.set_gguf_meta_model(writer)
