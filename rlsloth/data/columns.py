@@ -23,6 +23,7 @@ NAMES: dict[str, tuple[str, ...]] = {
     "task": (*_PROMPT, *MESSAGES, *_MORE_PROMPTS),
     "context": CONTEXT,
     "system": SYSTEM,
+    "history": ("history",),
     "completion": (
         "completion", "solution", "response", "output", "generated_solution", "deepseek_solution",
         "r1_solution_1", "generation", "rationale", "message_2", "answer", "answers", "targets",

@@ -13,7 +13,7 @@ from rlsloth.data.prompt_reader import PromptReader
 from rlsloth.data.reading import Reading
 from rlsloth.data.renderer import Renderer, template_kwargs
 from rlsloth.data.rows import Row
-from rlsloth.data.text import check_text
+from rlsloth.data.text import check_text, kind
 from rlsloth.data.turns import Answer, end_id, spoken
 from rlsloth.errors import UserError
 from rlsloth.records import Message, Prompt
@@ -160,7 +160,8 @@ def read_turns(
         check_text(value, where)
         return [{"role": "assistant", "content": value}]
     if not isinstance(value, list | tuple | Mapping | str) or not value:
-        raise UserError(f"{where}: expected text or a list of messages")
+        what = "empty" if isinstance(value, list | tuple | Mapping | str) else kind(value)
+        raise UserError(f"{where}: expected text or a list of messages, this is {what}")
     return read_messages(value, where, keys, texts=texts)
 
 

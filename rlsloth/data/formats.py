@@ -190,17 +190,29 @@ def _batch_rows(batch: Any, path: Path, start: int) -> Iterator[Row]:
 
 
 def without_nulls(row: Row) -> Row:
-    """Drop the keys that Arrow has added to the dicts in lists: every one gets the keys of all.
+    """Drop the keys that Arrow has added to messages and tools: every one gets the keys of all.
 
-    Dicts outside lists keep theirs: a reward may look for them.
+    Other dicts keep theirs: a reward may look for them.
     """
-    return {k: _dropped(v, False) if isinstance(v, list) else v for k, v in row.items()}
+    return {
+        k: [_dropped(item) if _is_chat(item) else item for item in v] if isinstance(v, list) else v
+        for k, v in row.items()
+    }
 
 
-def _dropped(value: Any, inside: bool = True) -> Any:
+def _is_chat(value: Any) -> bool:
+    """Whether a value is a message, a tool or a call of one."""
+    if not isinstance(value, dict):
+        return False
+    keys = set(value)
+    named = "name" in keys and keys & {"arguments", "parameters"}
+    return bool(keys & {"role", "from", "function"} or named)
+
+
+def _dropped(value: Any) -> Any:
     if isinstance(value, list):
         return [_dropped(item) for item in value]
-    if isinstance(value, dict) and inside:
+    if isinstance(value, dict):
         return {k: _dropped(v) for k, v in value.items() if v is not None}
     return value
 

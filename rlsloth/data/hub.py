@@ -1,9 +1,8 @@
-"""Read datasets by the library datasets: the hub, its snapshots, and folders of save_to_disk."""
+"""Read datasets by the library datasets: those of the hub, and folders of save_to_disk."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,27 +36,6 @@ def read_saved(folder: Path, split: str) -> Iterator[Row]:
                 f"(splits: {', '.join(data)})"
             )
         data = data[split]
-    return _rows(data, str(folder))
-
-
-def read_folder(folder: Path, config: str | None, split: str) -> Iterator[Row]:
-    """Read a folder as the hub lays it out: files in subfolders, or a card with configurations.
-
-    Raises:
-        UserError: there is no such configuration or split, or a file is malformed.
-    """
-    import datasets
-
-    try:
-        with _quiet():
-            data = datasets.load_dataset(str(folder), config or None, split=split)
-    except Exception as error:
-        named = f", configuration {config!r}" if config else ""
-        raise UserError(
-            f"cannot load dataset folder {folder}{named}, split {split!r}: "
-            f"{first_line(error)}; check the split, name a configuration with {folder}:NAME, or "
-            "pass its files"
-        ) from error
     return _rows(data, str(folder))
 
 
@@ -109,17 +87,3 @@ def _cached(name: str, cache: Path) -> bool:
     """
     plain = name.replace("/", "").replace("_", "").lower()
     return any(p.name.replace("_", "").lower() == plain for p in cache.glob("*"))
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Hide the library's progress bars."""
-    from datasets.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()

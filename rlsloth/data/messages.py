@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rlsloth.data.content import first_of, read_content
-from rlsloth.data.text import check_encodable, check_text, kind, parse_json
+from rlsloth.data.text import check_encodable, check_text, kind, parse_text
 from rlsloth.data.tool_calls import read_tool_calls
 from rlsloth.errors import UserError
 from rlsloth.records import Message
@@ -52,7 +52,7 @@ def read_messages(
         UserError: the value is none of these, or a message is malformed.
     """
     if isinstance(value, str):
-        value = parse_json(value.encode(errors="surrogatepass"), where)
+        value = parse_text(value, where)
     items = _items(value, where)
     if texts and items and all(isinstance(item, str) for item in items):
         roles = ("user", "assistant")

@@ -27,6 +27,8 @@ class PromptReader:
     """Column that is joined to a prompt of text (Alpaca's input, Dolly's context)."""
     system: str | None
     """Column with the system message."""
+    history: str | None
+    """Column with earlier turns, as pairs of a question and its answer."""
     tools: str | None
     """Column with JSON schemas of tools."""
     chat: bool
@@ -39,6 +41,7 @@ class PromptReader:
     def note(self, reading: Reading) -> None:
         """Note the columns that are read."""
         reading.use(self.column, self.context)
+        reading.use(self.history)
         reading.use(self.system)
         reading.use(self.tools)
 
@@ -55,8 +58,9 @@ class PromptReader:
         if isinstance(value, str) and self.column not in MESSAGES:
             check_text(value, place)
             text = self._with_context(value, row, where)
-            plain = not self.chat and system is None
-            messages = text if plain else ({"role": "user", "content": text},)
+            earlier = self._earlier(row, where)
+            plain = not self.chat and system is None and not earlier
+            messages = text if plain else (*earlier, {"role": "user", "content": text})
         else:
             found = read_messages(value, place, reading.keys, texts=self.column in MESSAGES)
             # Conversations are whole; in other columns a last assistant turn is a prefill.
@@ -77,6 +81,20 @@ class PromptReader:
             return text
         check_text(more, f"{where}, column {self.context!r}")
         return f"{text}\n\n{more}"
+
+    def _earlier(self, row: Row, where: str) -> list[Message]:
+        """Read the earlier turns of a row."""
+        pairs = row.get(self.history) if self.history is not None else None
+        if not pairs:
+            return []
+        place = f"{where}, column {self.history!r}"
+        if not isinstance(pairs, list | tuple) or not all(
+            isinstance(pair, list | tuple) and len(pair) == 2 for pair in pairs
+        ):
+            raise UserError(
+                f"{place}: expected pairs of a question and its answer; correct or drop the column"
+            )
+        return read_messages([text for pair in pairs for text in pair], place, texts=True)
 
     def system_of(self, row: Row, where: str) -> str | None:
         """Return the text of a row's system message; None if it has none. Raises UserError."""
@@ -105,7 +123,7 @@ class PromptReader:
                 return tuple(messages)
             raise UserError(
                 f"{where}: the column {self.system!r} and a system turn of the conversation "
-                "differ; drop one of them"
+                "differ; drop one of them (drop_columns leaves a column out)"
             )
         rest = [m for m in messages if m["role"] != "system"]
         return ({"role": "system", "content": system}, *rest)
@@ -143,8 +161,13 @@ def prompt_reader(
     if column == TEMPLATED or not any(_is_joined(row, column, context) for row in rows):
         context = None
     system = find("system", free)
+    history = find("history", free)
+    if not any(isinstance(row.get(history or ""), list) for row in rows):
+        history = None
     own_tools = "tools" if "tools" in free else None
-    return PromptReader(column, context, system, own_tools, chat, cfg.system_prompt, tuple(tools))
+    return PromptReader(
+        column, context, system, history, own_tools, chat, cfg.system_prompt, tuple(tools)
+    )
 
 
 def _is_joined(row: Row, column: str, context: str | None) -> bool:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import glob
 import itertools
-import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rlsloth.data.formats import FILES, LINES_FIRST, kind_of, read_file, without_nulls
-from rlsloth.data.hub import is_saved, read_folder, read_hub, read_saved
+from rlsloth.data.folders import files_of_split
+from rlsloth.data.formats import FILES, kind_of, read_file, without_nulls
+from rlsloth.data.hub import is_saved, read_hub, read_saved
 from rlsloth.data.text import is_text
 from rlsloth.errors import UserError, nearest
 from rlsloth.plugins import is_passed, passed
@@ -19,9 +19,6 @@ from rlsloth.plugins import is_passed, passed
 Row = dict[str, Any]
 OTHER_FILES = (".arrow", ".gz", ".txt", ".xls", ".xlsx", ".yaml", ".zip", ".zst")
 """Endings of files that cannot be read, listed so that such a path is not taken for a hub id."""
-SPLITS = {"train", "training", "validation", "valid", "val", "dev", "test", "testing", "eval"}
-NO_DATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
-"""Files in folders of datasets that hold no rows."""
 
 
 @dataclass(slots=True)
@@ -120,53 +117,11 @@ def _passed_rows(source: str) -> Iterator[Row]:
 def _read_folder(
     folder: Path, config: str | None, split: str, bad: BadRows | None
 ) -> Iterator[Row]:
-    """Read a folder by its kind: save_to_disk, a snapshot of the hub, or plain files."""
+    """Read a folder of save_to_disk, or of files."""
     if is_saved(folder):
         return read_saved(folder, split)
-    files = _data_files(folder)
-    if config or _has_configs(folder) or (not files and _holds_data(folder)):
-        return read_folder(folder, config, split)
-    chosen = _of_split(folder, files, split)
-    return itertools.chain.from_iterable(_read_one(path, bad) for path in chosen)
-
-
-def _has_configs(folder: Path) -> bool:
-    """Whether a dataset card declares which files belong to which split."""
-    card = folder / "README.md"
-    try:
-        text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
-    except OSError:
-        return False
-    head = text.split("\n---", 1)[0] if text.startswith("---") else ""
-    return re.search(r"^configs:", head, re.MULTILINE) is not None
-
-
-def _holds_data(folder: Path) -> bool:
-    files = (path for path in folder.glob("*/**/*") if kind_of(path) and path.name not in NO_DATA)
-    return next(files, None) is not None
-
-
-def _data_files(folder: Path) -> list[Path]:
-    """List a folder's data files: JSON lines, JSON and parquet, or else tables of text."""
-    known = [p for p in folder.iterdir() if kind_of(p) and p.name not in NO_DATA]
-    return sorted(p for p in known if kind_of(p) in LINES_FIRST) or sorted(known)
-
-
-def _of_split(folder: Path, files: list[Path], split: str) -> list[Path]:
-    """Choose the files of a split, if files are named after splits (train-00.parquet)."""
-    if not files:
-        raise UserError(f"folder {folder} has no {', '.join(FILES)} file; pass another folder")
-    split_of = {p: re.split(r"[-_.]", p.name)[0] for p in files}
-    if not SPLITS & set(split_of.values()):
-        return files
-    chosen = [p for p in files if split_of[p] == split]
-    if not chosen:
-        raise UserError(
-            f"folder {folder} has no file of split {split!r}"
-            f"{nearest(split, list(split_of.values()))} (files: "
-            f"{', '.join(p.name for p in files)})"
-        )
-    return chosen
+    files = files_of_split(folder, config, split)
+    return itertools.chain.from_iterable(_read_one(path, bad) for path in files)
 
 
 def _read_one(path: Path, bad: BadRows | None) -> Iterator[Row]:

@@ -40,6 +40,12 @@ def parse_json(text: bytes, where: str) -> Any:
         raise UserError(f"{where}: cannot read this JSON: {first_line(error)}") from None
 
 
+def parse_text(text: str, where: str) -> Any:
+    """Parse JSON in a string. Raises UserError if it is not JSON, or no text."""
+    check_encodable(text, where)
+    return parse_json(text.encode(), where)
+
+
 def check_text(text: str, where: str) -> None:
     """Raises UserError for text that is empty or cannot be encoded."""
     if not text.strip():

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rlsloth.data.text import check_encodable, parse_json
+from rlsloth.data.text import check_encodable, parse_text
 from rlsloth.errors import UserError
 from rlsloth.records import Message
 
@@ -43,7 +43,7 @@ def read_tool_calls(value: Any, where: str) -> list[dict[str, Any]]:
         UserError: a call has no name, or its arguments are no JSON object.
     """
     if isinstance(value, str):
-        value = parse_json(value.encode(errors="surrogatepass"), f"{where}, tool_calls")
+        value = parse_text(value, f"{where}, tool_calls")
     calls = [value] if isinstance(value, Mapping) else value
     if not isinstance(calls, list | tuple):
         raise UserError(
@@ -54,7 +54,7 @@ def read_tool_calls(value: Any, where: str) -> list[dict[str, Any]]:
 
 def _read_call(value: Any, where: str) -> dict[str, Any]:
     if isinstance(value, str):
-        value = parse_json(value.encode(errors="surrogatepass"), where)
+        value = parse_text(value, where)
     inner = value.get("function") if isinstance(value, Mapping) else None
     found = inner if isinstance(inner, Mapping) else value
     name = found.get("name") if isinstance(found, Mapping) else None
@@ -65,7 +65,7 @@ def _read_call(value: Any, where: str) -> dict[str, Any]:
     given: Any = next(
         (found[k] for k in ("arguments", "parameters") if found.get(k) is not None), {}
     )
-    arguments = parse_json(_text(given), where) if isinstance(given, str) and given else given or {}
+    arguments = parse_text(given, where) if isinstance(given, str) and given else given or {}
     if not isinstance(arguments, Mapping):
         raise UserError(
             f"{where}: the arguments of {name!r} must be a JSON object, or one as text, this is a "
@@ -81,10 +81,6 @@ def _read_call(value: Any, where: str) -> dict[str, Any]:
     return {**ids, "type": "function", "function": function}
 
 
-def _text(value: str) -> bytes:
-    return value.encode(errors="surrogatepass")
-
-
 def read_tools(value: Any, where: str) -> list[Any]:
     """Read a row's own tools: JSON schemas, or their JSON text.
 
@@ -95,7 +91,7 @@ def read_tools(value: Any, where: str) -> list[Any]:
     """
     where = f"{where}, column 'tools'"
     if isinstance(value, str) and value.strip():  # how datasets keep schemas that differ
-        value = parse_json(_text(value), where)
+        value = parse_text(value, where)
     schemas = [value] if isinstance(value, Mapping) else value or []
     if not isinstance(schemas, list | tuple):
         raise UserError(
@@ -105,7 +101,7 @@ def read_tools(value: Any, where: str) -> list[Any]:
 
 
 def _read_tool(value: Any, where: str) -> dict[str, Any]:
-    tool = parse_json(_text(value), where) if isinstance(value, str) else value
+    tool = parse_text(value, where) if isinstance(value, str) else value
     if not isinstance(tool, Mapping):
         raise UserError(f"{where}: a tool is a JSON schema, this is a {type(tool).__name__}")
     check_encodable(tool, where)

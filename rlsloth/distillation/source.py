@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 from rlsloth.config import EnvConfig
 from rlsloth.config.distill import DistillConfig
 from rlsloth.data.heldout import question_text, questions_of
+from rlsloth.data.rows import sources
 from rlsloth.environments.protocol import GENERATED, Environment
 from rlsloth.errors import UserError
 from rlsloth.files import sha256
@@ -41,8 +43,8 @@ def describe_source(env: Environment, cfg: EnvConfig, rewards: Sequence[str]) ->
     files = {spec: sha256(file) for spec, file in places.items() if file.is_file()}
     files |= {spec: spec.partition("#")[2] for spec in rewards if is_passed(spec)}
     reads = env.source != GENERATED
-    file = Path(env.source).expanduser()
-    is_file = reads and file.is_file()
+    data = [Path(place).expanduser() for place in sources(env.source)] if reads else []
+    is_file = bool(data) and all(file.is_file() for file in data)
     return {
         "environment": cfg.name,
         "params": json.dumps(cfg.params) if cfg.params else None,
@@ -52,5 +54,13 @@ def describe_source(env: Environment, cfg: EnvConfig, rewards: Sequence[str]) ->
         "reward_files": json.dumps(files) if files else None,
         "dataset": env.source if reads else None,
         "split": cfg.train_split if reads and not is_file and not is_passed(env.source) else None,
-        "dataset_sha256": sha256(file) if is_file else None,
+        "dataset_sha256": _digest(data) if is_file else None,
     }
+
+
+def _digest(files: Sequence[Path]) -> str:
+    """The SHA-256 of a file; of several, that of their SHA-256s, one a line."""
+    digests = [sha256(file) for file in files]
+    if len(digests) == 1:
+        return digests[0]
+    return hashlib.sha256("\n".join(digests).encode()).hexdigest()

@@ -78,9 +78,8 @@ def test_folders_of_save_to_disk(tmp_path: Path) -> None:
         load_rows(str(tmp_path / "one"))
 
 
-def test_snapshots_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    plain = tmp_path / "plain" / "data"
+def test_snapshots_of_the_hub(tmp_path: Path) -> None:
+    plain = tmp_path / ".cache" / "plain" / "data"
     plain.mkdir(parents=True)
     for split, rows in (("train", ROWS), ("test", ROWS[:1])):
         parquet.write_table(
@@ -100,8 +99,34 @@ def test_snapshots_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     )
     assert load_rows(f"{declared}:a") == ROWS
     assert load_rows(f"{declared}:b") == ROWS[:1]
-    with pytest.raises(UserError, match=rf"{declared}:NAME"):
+    with pytest.raises(UserError, match=rf"configurations a, b: .*{declared}:NAME"):
         load_rows(str(declared))
+    with pytest.raises(UserError, match=r"no split 'test' \(splits: train\)"):
+        load_rows(f"{declared}:a", "test")
+
+
+def test_subfolders_that_are_configurations(tmp_path: Path) -> None:
+    for name in ("main", "socratic"):
+        (tmp_path / name).mkdir()
+        lines(tmp_path / name / "train-0.jsonl", ROWS[:1])
+        lines(tmp_path / name / "test-0.jsonl", ROWS[1:])
+    assert load_rows(f"{tmp_path}:main", "test") == ROWS[1:]
+    with pytest.raises(UserError, match=r"in several folders \(main, socratic\)"):
+        load_rows(str(tmp_path))
+    with pytest.raises(UserError, match=r"no configuration and no folder 'other'"):
+        load_rows(f"{tmp_path}:other")
+
+
+def test_a_card_names_no_file_outside_its_folder(tmp_path: Path) -> None:
+    lines(tmp_path / "secret.jsonl", ROWS)
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for pattern in ("../secret.jsonl", str(tmp_path / "secret.jsonl")):
+        (folder / "README.md").write_text(
+            f"---\nconfigs:\n- config_name: a\n  data_files: {pattern}\n---\n"
+        )
+        with pytest.raises(UserError, match="no file matches"):
+            load_rows(str(folder))
 
 
 def test_several_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,7 +39,7 @@ COLUMNS = [
     "prompt", "question", "messages", "conversations", "conversation", "instruction", "input",
     "context", "system", "completion", "answer", "answers", "solution", "response", "output",
     "reasoning", "text", "chosen", "rejected", "label", "tools", "chat_template_kwargs", "target",
-    "reward_model", "extra", "\ud800", "",
+    "reward_model", "history", "extra", "\ud800", "",
 ]  # fmt: skip
 ROLES = ["user", "assistant", "system", "tool", "human", "gpt", "function_call", "wizard", 3, None]
 TEXTS = ["hi", "", " ", "é", "\ud83d", "{{ 7*7 }}", "<|im_end|>", "[1]", "[{}]", "null", "a" * 300,

@@ -44,6 +44,9 @@ SFT: dict[str, tuple[Row, str]] = {
     "alpaca": ({"instruction": "Add.", "input": "2 and 2", "output": A, "text": "Below ..."},
                "user: Add.\n\n2 and 2 | Four."),
     "alpaca, no input": ({"instruction": Q, "input": "", "output": A}, PLAIN),
+    "alpaca with history": (
+        {"instruction": Q, "input": "", "output": A, "history": [["Hi.", "Ho."]]},
+        "user: Hi. assistant\nHo. user\nTwo plus two? | Four."),
     "python_code_instructions": (
         {"instruction": "Add.", "input": "2, 2", "output": A, "prompt": "Below ... Four."},
         "user: Add.\n\n2, 2 | Four."),

@@ -88,6 +88,7 @@ def _longest_prompt(config: GrpoConfig) -> tuple[int, str]:
         return default
     prompts = load_environment(config.env, config.seed).train
     found = longest_prompt(config.model, config.env, prompts)
+    found = min(found, config.env.max_prompt_tokens or found)
     return (found, "from the data") if found else default
 
 
