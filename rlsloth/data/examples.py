@@ -81,9 +81,10 @@ def load_examples(
         if len(rows) >= MANY:
             print(f"tokenising {len(rows)} rows of {source}", flush=True)
         made = read(rows, data, renderer, source, reading)
-        for example in made if embeddings is not None else ():
-            ids = np.concatenate([example.prompt_ids, *(ids for ids, _ in example.answers)])
-            refuse_beyond(ids, tokenizer, embeddings, f"{source} row {example.index + 1}")
+        if embeddings is not None:
+            for example in made:
+                ids = np.concatenate([example.prompt_ids, *(ids for ids, _ in example.answers)])
+                refuse_beyond(ids, tokenizer, embeddings, f"{source} row {example.index + 1}")
         return made
 
     train = examples(data.train, data.train_split, data.limit)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 
 from helpers.examples import renderer
@@ -10,6 +13,8 @@ from rlsloth.data.prompts import make_prompts
 from rlsloth.environments.protocol import SingleTurn
 from rlsloth.errors import UserError
 from rlsloth.evaluation.problems import Shortened, longest_prompt, without_overlong
+
+POLICY: Any = SimpleNamespace(context=128, embeddings=1000)
 
 
 def environment() -> SingleTurn:
@@ -21,7 +26,7 @@ def environment() -> SingleTurn:
 def test_overlong_prompts_are_left_out_and_counted() -> None:
     env = environment()
     with pytest.raises(UserError, match=r"prompt 3 has \d+ tokens .*--env\.max-prompt-tokens 64"):
-        longest_prompt(renderer(), env.train, 128)
+        longest_prompt(renderer(), env.train, POLICY)
     fitting = without_overlong(env, renderer(), 64)
     assert isinstance(fitting, Shortened)
     assert [prompt.index for prompt in fitting.train] == [0, 1, 3, 4]
@@ -29,7 +34,7 @@ def test_overlong_prompts_are_left_out_and_counted() -> None:
     assert (fitting.name, fitting.source, fitting.single_turn) == ("dataset", "d", True)
     counted = "2 prompts of more than --env.max-prompt-tokens 64 are left out (prompt 3"
     assert fitting.left_out.startswith(counted)
-    assert longest_prompt(renderer(), fitting.train, 128) <= 64
+    assert longest_prompt(renderer(), fitting.train, POLICY) <= 64
     assert without_overlong(fitting, renderer(), 64) is fitting
 
 
