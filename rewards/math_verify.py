@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any, get_args
 
 from rlsloth.errors import UserError, describe_exception
-from rlsloth.rewards._math.budget import OutOfTimeError, cpu_limit
+from rlsloth.rewards._math.budget import AnswerLimits, OutOfTimeError
 from rlsloth.rewards._math.judge import Gold, Verdict, gold_texts, judge, read_gold
 from rlsloth.rewards._math.values import TooLargeError
 from rlsloth.scoring.answers import completion_text
@@ -59,14 +59,15 @@ def math_verify(
     finish = finish_reasons or ["stop"] * len(completions)
     rows = zip(completions, finish, solution or absent, answer or absent, strict=True)
     verdicts: list[Verdict | None] = []
-    for row, (completion, reason, first, second) in enumerate(rows):
-        cut_off = finished_only and reason == "length"
-        text = None if cut_off else completion_text(completion)
-        seconds = LATER_SECONDS if verdicts.count("timeout") >= 3 else ANSWER_SECONDS
-        verdict, detail = _verdict(text, first, second, seconds)
-        verdicts.append(verdict)
-        if log_failure is not None and verdict in _FAILURES:
-            log_failure(row, _FAILURES[verdict], detail)
+    with AnswerLimits() as limits:
+        for row, (completion, reason, first, second) in enumerate(rows):
+            cut_off = finished_only and reason == "length"
+            text = None if cut_off else completion_text(completion)
+            seconds = LATER_SECONDS if verdicts.count("timeout") >= 3 else ANSWER_SECONDS
+            verdict, detail = _verdict(text, first, second, limits, seconds)
+            verdicts.append(verdict)
+            if log_failure is not None and verdict in _FAILURES:
+                log_failure(row, _FAILURES[verdict], detail)
     if log_extra is not None:
         log_extra("math_verify/verdict", verdicts)
     if log_metric is not None and verdicts:
@@ -88,11 +89,11 @@ def _golds(solution: Any, answer: Any) -> list[Gold]:
 
 
 def _verdict(
-    text: str | None, solution: Any, answer: Any, seconds: float
+    text: str | None, solution: Any, answer: Any, limits: AnswerLimits, seconds: float
 ) -> tuple[Verdict | None, str]:
     """The verdict on a completion (text None: it was cut off), and what failed."""
     try:
-        with cpu_limit(seconds):
+        with limits.limit(seconds):
             golds = _golds(solution, answer)
             if not golds:
                 return None, ""

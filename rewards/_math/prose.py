@@ -29,15 +29,16 @@ _REASON = re.compile(
 _DIGIT = re.compile(r"\d")
 _EDGE = "*_`\"'“”()[]:;,."
 LONGEST = 400
+_TAIL = 500
 
 
 def candidates(text: str) -> Iterator[tuple[str, bool]]:
     """Texts that may be the answer, best first, each with whether only it may count: what a text
     names as its answer is not passed over for another number in it."""
     text = text.strip()
-    cues = list(CUE.finditer(text))
-    if cues:
-        rest = text[cues[-1].end() :].lstrip(" *_:\n")
+    cue = _last_cue(text)
+    if cue is not None:
+        rest = text[cue:].lstrip(" *_:\n")
         yield from ((part, True) for part in _after_cue(rest))
         return
     if len(text) <= 80:
@@ -51,6 +52,15 @@ def candidates(text: str) -> Iterator[tuple[str, bool]]:
     number = last_number(text)
     if number is not None:
         yield number, True
+
+
+def _last_cue(text: str) -> int | None:
+    """The end of the last cue, which is looked for near the end of the text first."""
+    for start in (max(0, len(text) - _TAIL), 0):
+        ends = [match.end() for match in CUE.finditer(text, start)]
+        if ends:
+            return ends[-1]
+    return None
 
 
 def _after_cue(rest: str) -> Iterator[str]:

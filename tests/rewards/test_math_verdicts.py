@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from typing import Any
 
@@ -11,7 +12,7 @@ from helpers.groups import make_group
 from rlsloth.config import RewardConfig
 from rlsloth.evaluation.result import verdict_counts
 from rlsloth.rewards import math_verify as module
-from rlsloth.rewards._math.budget import OutOfTimeError, cpu_limit
+from rlsloth.rewards._math.budget import AnswerLimits, OutOfTimeError
 from rlsloth.rewards.math_verify import math_verify
 from rlsloth.rewards.reasoning_gym import reasoning_gym
 from rlsloth.scoring.scorer import Scorer
@@ -65,16 +66,26 @@ def test_a_slow_answer_costs_its_own_time(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_limits_of_time_nest() -> None:
-    def slow() -> None:
-        with pytest.raises(OutOfTimeError), cpu_limit(0.1):
-            spin(2)
-        spin(2)
+    def outer(_signum: int, _frame: Any) -> None:
+        raise TimeoutError
 
-    with pytest.raises(OutOfTimeError), cpu_limit(0.3):
-        slow()
-    with cpu_limit(0.05):
+    def inner() -> None:
+        with AnswerLimits() as limits:
+            with pytest.raises(OutOfTimeError), limits.limit(0.1):
+                spin(2)
+            with limits.limit(0.5):
+                spin(2)
+
+    before = signal.signal(signal.SIGPROF, outer)
+    signal.setitimer(signal.ITIMER_PROF, 0.3)
+    with pytest.raises(TimeoutError):
+        inner()
+    signal.setitimer(signal.ITIMER_PROF, 0.3)
+    with AnswerLimits() as limits, limits.limit(0.2):
         pass
-    spin(0.1)  # the timer is off
+    with pytest.raises(TimeoutError):
+        spin(2)
+    signal.signal(signal.SIGPROF, before)
 
 
 def test_a_plain_call_needs_golds_alone() -> None:
