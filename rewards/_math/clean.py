@@ -31,6 +31,8 @@ _REPLACED: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = 
     (re.compile(r"\\[()\[\]]"), " "),
     (re.compile(r"\\[dtc]frac(?![A-Za-z])"), r"\\frac"),
     (re.compile(r"\\(?:dbinom|tbinom)(?![A-Za-z])"), r"\\binom"),
+    (re.compile(r"\{([^{}]+)\\choose(?![A-Za-z])([^{}]+)\}"), r"\\binom{\1}{\2}"),
+    (re.compile(r"\{([^{}]+)\\over(?![A-Za-z])([^{}]+)\}"), r"\\frac{\1}{\2}"),
     (re.compile(r"\\(?:math(?:rm|it)|text(?:rm|it)?|operatorname)\s*\{\s*([eidEI])\s*\}"), r" \1 "),
     (re.compile(r"\{\s*\\rm\s+([ei])\s*\}"), r" \1 "),
     (re.compile(r"\\(?:mathrm|operatorname)\*?\s*\{\s*(lg|ln|log|sin|cos|tan|cot|sec|csc|arcsin|arccos|"
@@ -83,7 +85,7 @@ _REPEATING = re.compile(
 _MIXED = re.compile(
     r"(?<![\d.}^_/])(\d+) ?\\frac\s*(?:\{\s*(\d+)\s*\}\s*\{\s*(\d+)\s*\}|(\d)\s*(\d)(?!\d))"
 )
-_MIXED_PLAIN = re.compile(r"(?<![\d.}^_/*+\-])(?<!\d )(\d+) +(\d+) ?/ ?(\d+)(?![\d.])")
+_MIXED_PLAIN = re.compile(r"(?<![\d.}^_/])(?<!\d )(\d+) +(\d+) ?/ ?(\d+)(?![\d.])")
 _MIXED_DASH = re.compile(r"(?<![\d.}^_/])(\d+)-(\d+)/(\d+)(?![\d.])")
 _DIFFERENTIAL = re.compile(r"\\frac\s*\{\s*d ?([A-Za-z])\s*\}\s*\{\s*d ?([A-Za-z])\s*\}")
 _GLUED_FRACTION = re.compile(
@@ -101,6 +103,9 @@ def clean(text: str) -> str:
     text = _money(text)
     if not text.isascii():
         text = _unicode(text)
+    if "**" in text and not re.search(r"(?:^|[\s:(])\*\*", text):
+        # Python's power; bold text begins after a space.
+        text = re.sub(r"(?<=[\w)}])\*\*(?=[\w(\\-])", "^", text)
     text = _MARKDOWN.sub("", text)
     if not _SIMPLE.fullmatch(text):
         for pattern, new in _REPLACED:

@@ -24,6 +24,10 @@ _PERCENT = re.compile(r"\\?%|\s*\bper ?cent\b")
 _WORDS_OF_A_GOLD = 3
 """Words of a gold without a mark; a longer one is prose."""
 _LONGEST_MARK = 8000
+_CHOICE = re.compile(
+    r"\s*(?:\\(?:text|textbf|mathrm|mathbf)\s*\{)?\s*\(?([A-J])\s*[).:]\s*\}?[\s~\\:.]*(?=[^\s~\\:.]|\\[A-Za-z])(.+)",
+    re.DOTALL,
+)
 _MEMBER = re.compile(r"^\s*[A-Za-z]\s*\\in(?![A-Za-z])")
 
 
@@ -112,7 +116,7 @@ def judge(text: str, gold: Gold) -> Verdict:
             isinstance(reading.form, Words) and not isinstance(gold.reading.form, Words)
         ):
             continue
-        if _same(gold.reading, reading):
+        if verdict(candidate, gold) == "right":
             return "right"
         if final:
             return "wrong"
@@ -123,9 +127,15 @@ def judge(text: str, gold: Gold) -> Verdict:
 def verdict(answer: str, gold: Gold) -> Verdict:
     """The verdict on a marked answer."""
     reading = read_answer(answer)
-    if reading is None:
-        return "unparsed"
-    return "right" if _same(gold.reading, reading) else "wrong"
+    if reading is not None and _same(gold.reading, reading):
+        return "right"
+    choice = _CHOICE.match(answer)
+    if choice is not None:
+        # "(B) 12" names one answer twice; the gold says by which name.
+        named = read_answer(choice[1] if len(gold.reading.source) == 1 else choice[2])
+        if named is not None:
+            return "right" if _same(gold.reading, named) else "wrong"
+    return "unparsed" if reading is None else "wrong"
 
 
 def _same(gold: Reading, answer: Reading) -> bool:
@@ -150,7 +160,7 @@ def _is_set(form: Form) -> bool:
         return not form.is_equation
     if isinstance(form, Listing):
         joined = form.brackets in ("union", "minus", "intersection")
-        return joined or (len(form.items) == 2 and form.brackets not in ("", "<>", "matrix"))
+        return joined or (len(form.items) == 2 and form.brackets in ("()", "[]", "(]", "[)"))
     return False
 
 

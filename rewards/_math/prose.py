@@ -7,9 +7,11 @@ import re
 from collections.abc import Iterator
 from itertools import pairwise
 
+from rlsloth.rewards._math.units import is_plain_unit
+
 CUE = re.compile(
-    r"(?:final\s+|correct\s+)?answers?(?:\s+(?:is|are|to\s+(?:the|this|your)\s+\w+\s+is)\b|\s*[:=])\s*:?"
-    r"|(?:答案|答え|結果|结果|解答|正解)\s*(?:是|为|為|は|[:：=])\s*[:：]?|(?:respuesta|réponse|antwort)\s*(?:es|est|ist|:)",
+    r"(?:final\s+|correct\s+)?(?:answers?|option|choice)(?:\s+(?:is|are|to\s+(?:the|this|your)\s+\w+\s+is)\b|\s*[:=])\s*:?"
+    r"|(?:정답|답)\s*(?:은|:)|(?:答案|答え|結果|结果|解答|正解)\s*(?:是|为|為|は|[:：=])\s*[:：]?|(?:respuesta|réponse|antwort)\s*(?:es|est|ist|:)",
     re.IGNORECASE,
 )  # fmt: skip
 _COPULA = re.compile(r"(?:是|为|為|は|等于|等於)\s*:?")
@@ -19,7 +21,7 @@ _FORMULA = re.compile(
 )
 _JOINT = re.compile(r"\s*(?:,|;|,?\s*(?:and|or))\s*$", re.IGNORECASE)
 _END = re.compile(r"(?<!\d)[.!?](?=\s|$|\*)|(?<=\d)[.!?](?=\s|$|\*)|[。！？\n]|\bI hope\b")
-_CJK = re.compile(r"[぀-ヿ一-鿿]+")
+_CJK = re.compile(r"[぀-ヿ一-鿿가-힯]+")
 _OPERATOR = re.compile(r"[-+*/^×·÷±=<>≤≥]|\\(?:times|cdot|pm|div)")
 _REASON = re.compile(
     r"\s*(?:,\s*)?(?<![A-Za-z])(?:because|since|as|which|so|but|when|where|if|"
@@ -27,7 +29,9 @@ _REASON = re.compile(
     re.IGNORECASE | re.DOTALL,
 )
 _DIGIT = re.compile(r"\d")
-_EDGE = "*_`\"'“”()[]:;,."
+_EDGE = "*_`\"'“”()[]:;,.!?"
+_STOPS = (",", ";", ":", ".", "!", "?")
+_NUMBER = re.compile(r"[-+]?\$?\d[\d.,/]*\d|[-+]?\$?\d")
 LONGEST = 400
 _TAIL = 500
 
@@ -153,14 +157,43 @@ def _number(text: str, last: bool) -> str | None:
         start -= 1
     while end + 1 < len(words) and _joins(words[end], words[end + 1]):
         end += 1
+    if end + 1 < len(words) and not words[end].endswith(_STOPS):
+        end += is_plain_unit(words[end + 1].strip(_EDGE))
+    start = _start_of_list(words, _start_of_bracket(words, start, end))
     run = " ".join(words[start : end + 1])
-    run = re.split(r"(?<![<>\\!])=", run)[-1].strip()
-    return run.strip("*_`\"'“”:;,") or None
+    sides = re.split(r"(?<![<>\\!])=", run)
+    run = next((side for side in reversed(sides) if _DIGIT.search(side)), run).strip()
+    return run.strip("*_`\"'“”:;,!?") or None
+
+
+def _start_of_bracket(words: list[str], start: int, end: int) -> int:
+    """The word with the bracket that the words close: that of ``(2,`` before ``3)``."""
+    for first in range(start, max(-1, start - 8), -1):
+        run = " ".join(words[first : end + 1])
+        if sum(map(run.count, "([")) >= sum(map(run.count, ")]")):
+            return first
+    return start
+
+
+def _start_of_list(words: list[str], start: int) -> int:
+    """The first word of a list that goes on to a number: ``2, 3 and 4``, ``3 hours and 20``."""
+    first = start
+    while first > 1 and words[first - 1].lower() in ("and", "or"):
+        unit = first > 2 and is_plain_unit(words[first - 2].strip(_EDGE))
+        before = first - 3 if unit else first - 2
+        if not _NUMBER.fullmatch(words[before]):
+            break
+        first = before
+        while first > 0 and _NUMBER.fullmatch(words[first - 1].removesuffix(",")):
+            if not words[first - 1].endswith(","):
+                break
+            first -= 1
+    return first
 
 
 def _joins(left: str, right: str) -> bool:
     """Whether two neighbouring words belong to one expression."""
-    if left.endswith((",", ";", ":", ".", "!", "?")) or not left or not right:
+    if not left or left.endswith(_STOPS):
         return False
     if _OPERATOR.fullmatch(left) or _OPERATOR.fullmatch(right):
         return bool(_DIGIT.search(left + right) or _OPERATOR.fullmatch(left) or len(left) <= 2)

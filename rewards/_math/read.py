@@ -23,8 +23,8 @@ from rlsloth.rewards._math.split import enclosed, separators, split
 from rlsloth.rewards._math.terms import LONGEST, read_term
 
 _LABEL = re.compile(
-    r"^(?:\\text\s*\{[^{}]*:\s*\}|(?:final |correct )?(?:answer|option|choice|result|solution)"
-    r"\s*(?:is|:|=)\s*)",
+    r"^(?:\\text\s*\{[^{}]*:\s*\}|(?:so |the |my |final |correct )*"
+    r"(?:answer|option|choice|result|solution)\s*(?:is|:|=)\s*)",
     re.IGNORECASE,
 )
 _TEXT = re.compile(r"\\text\s*\{([^{}]*)\}")
@@ -49,7 +49,8 @@ _SETS = (
     ("intersection", r"\\cap(?![A-Za-z])"),
 )
 _BUILDER = re.compile(r"^([A-Za-z])\s*(?:\\in\s*\\mathbb\{R\}\s*)?[|:]\s*(.+)$")
-_CHOICE = re.compile(r"^\(?([A-Ja-j])\)?\s*[.):]\s+\S")
+_OUTWARD = re.compile(r"\][^\[\](){},]+,[^\[\](){},]+[\[\]]|\[[^\[\](){},]+,[^\[\](){},]+\[")
+"""Intervals with brackets turned outwards, ``]0, 1[``."""
 _SENTENCE = re.compile(r"[A-Za-z0-9 ,.'\"\-/&:?()]+")
 _PUNCTUATION = re.compile(r"[^a-z0-9]+")
 _WORD = re.compile(r"[A-Za-z]{2}")
@@ -104,12 +105,12 @@ def words(text: str) -> Words | None:
 
 
 def _plain(text: str, _depth: int) -> Form | None:
-    """Times, digits in a base, dots, and choices: forms that a pattern tells apart."""
+    """Times, digits in a base, and dots: forms that a pattern tells apart."""
     clock = _CLOCK.fullmatch(text)
     if clock:
         return Clock(int(clock[1]), int(clock[2]), int(clock[3] or 0), (clock[4] or "").lower())
-    based = _BASED.fullmatch(text)
-    if based and any(character.isdigit() for character in based[1]):
+    based = _BASED.fullmatch(re.sub(r"^\\text\s*\{\s*([0-9A-F]+)\s*\}", r"\1", text))
+    if based and (text.startswith("\\text") or any(map(str.isdigit, based[1]))):
         name = based[2] or based[3]
         base = _BASES.get(name) or int(name)
         if 2 <= base <= 36 and all(int(digit, 36) < base for digit in based[1]):
@@ -117,8 +118,7 @@ def _plain(text: str, _depth: int) -> Form | None:
         return None
     if text == "\\ldots":
         return _ELLIPSIS
-    choice = _CHOICE.match(text)
-    return Words(choice[1].lower()) if choice else None
+    return None
 
 
 def _several(text: str, depth: int) -> Form | None:
@@ -196,6 +196,9 @@ def _sets(text: str, depth: int) -> Form | None:
 def _bracketed(text: str, depth: int) -> Form | None:
     if text.startswith("\\begin"):
         return _matrix(text, depth)
+    if _OUTWARD.fullmatch(text):
+        ends = ("(" if text[0] == "]" else "[") + (")" if text[-1] == "[" else "]")
+        return listing(text[1:-1].split(","), ends, depth)
     opening, closing = ("\\{", "\\}") if text.startswith("\\{") else (text[0], text[-1])
     if text.startswith("\\langle") and text.endswith("\\rangle"):
         return listing(split(text[7:-7], ","), "<>", depth)
@@ -258,5 +261,5 @@ def _is_word(text: str) -> bool:
         return False
     if text in ("pi", "oo", "infty", "infinity"):
         return False
-    product = re.fullmatch(r"[bckmnpqrtxyz]{2,3}|a[bcnxyz]|[xyz]a|[2-9]?[ei]x|x[ei]", text)
+    product = re.fullmatch(r"[bckmnpqrtxyz]{2,3}|a[bcnxyz]|[bcxyz]a|[2-9]?[ei]x|x[ei]", text)
     return product is None or text in ("by", "my", "cry", "try", "pry", "an")
