@@ -5,7 +5,7 @@ Hidden siblings of the file or folder ``x`` while it is written:
     .x.tmp             the new file
     .x.partial-<hex>   the new folder; locked by its writer, so that the next one recognises what a
                        killed process left
-    .x.replaced        the old folder, between the two renames that swap them
+    .x.replaced        the old folder, where two renames must swap them (exchange.py)
 
 A write that fails raises a WriteError, which names the file and the number of bytes.
 """
@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from rlsloth.errors import UserError, first_line, naming_writes
+from rlsloth.exchange import exchange
 
 Parsed = TypeVar("Parsed")
 
@@ -115,16 +116,17 @@ def replacing_folder(path: Path) -> Iterator[Path]:
 
 def _swap(new: Path, path: Path) -> None:
     old = _replaced(path)
-    if path.exists():
-        os.replace(path, old)
-    try:
-        os.replace(new, path)
-    except OSError:
-        if old.exists():
-            os.replace(old, path)
-        raise
+    if not (path.exists() and exchange(new, path)):
+        if path.exists():
+            os.replace(path, old)
+        try:
+            os.replace(new, path)
+        except OSError:
+            if old.exists():
+                os.replace(old, path)
+            raise
     sync_folder(path.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)  # after an exchange, the caller removes ``new``
 
 
 def _replaced(path: Path) -> Path:

@@ -130,11 +130,16 @@ def _compiled(source: str) -> jinja2.Template:
 
 def _add_ticks(tree: nodes.Template, environment: jinja2.Environment) -> None:
     """Begin the body of every loop and macro with a tick, and bound the joining of texts."""
-    for node in tree.find_all((nodes.For, nodes.Macro, nodes.CallBlock)):
-        call = nodes.Call(nodes.EnvironmentAttribute("tick"), [], [], None, None)
-        node.body.insert(0, nodes.ExprStmt(call).set_lineno(node.lineno))
-        node.set_environment(environment)
+    for kind in (nodes.For, nodes.Macro, nodes.CallBlock):
+        for node in tree.find_all(kind):
+            _add_tick(node, environment)
     _Joins().visit(tree, environment)
+
+
+def _add_tick(node: Any, environment: jinja2.Environment) -> None:
+    call = nodes.Call(nodes.EnvironmentAttribute("tick"), [], [], None, None)
+    node.body.insert(0, nodes.ExprStmt(call).set_lineno(node.lineno))
+    node.set_environment(environment)
 
 
 class _Joins(NodeTransformer):

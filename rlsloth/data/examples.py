@@ -46,11 +46,7 @@ class Examples:
 
 
 def load_examples(
-    cfg: SupervisedConfig,
-    read: Reader,
-    tokenizer: Any,
-    context: int,
-    embeddings: int | None = None,
+    cfg: SupervisedConfig, read: Reader, tokenizer: Any, context: int, embeddings: int | None = None
 ) -> Examples:
     """Read, tokenise and split the data of a run.
 
@@ -72,7 +68,6 @@ def load_examples(
             f"--model.path {cfg.model.path}: the tokenizer has no end-of-sequence token, so that "
             "completions would never end; set eos_token in its tokenizer_config.json"
         )
-
     limit = min(context, data.max_tokens or context)
     reading = Reading.of(data, limit)
 
@@ -81,10 +76,7 @@ def load_examples(
         if len(rows) >= MANY:
             print(f"tokenising {len(rows)} rows of {source}", flush=True)
         made = read(rows, data, renderer, source, reading)
-        if embeddings is not None:
-            for example in made:
-                ids = np.concatenate([example.prompt_ids, *(ids for ids, _ in example.answers)])
-                refuse_beyond(ids, tokenizer, embeddings, f"{source} row {example.index + 1}")
+        _refuse_beyond(made, tokenizer, embeddings, source)
         return made
 
     train = examples(data.train, data.train_split, data.limit)
@@ -109,6 +101,17 @@ def load_examples(
             "false"
         )
     return Examples(kept, heldout, left_out, limit, reading.notes(), reading.warnings())
+
+
+def _refuse_beyond(
+    examples: list[Example], tokenizer: Any, embeddings: int | None, source: str
+) -> None:
+    """Raise UserError for a row with a token that has no embedding."""
+    if embeddings is None:
+        return
+    for example in examples:
+        ids = np.concatenate([example.prompt_ids, *(ids for ids, _ in example.answers)])
+        refuse_beyond(ids, tokenizer, embeddings, f"{source} row {example.index + 1}")
 
 
 def _split(

@@ -272,7 +272,7 @@ def _with_reasoning(message: Message) -> Message:
     return {**message, "thinking": reasoning} if reasoning else message
 
 
-def refuse_beyond(ids: Sequence[int], tokenizer: Any, embeddings: int, where: str) -> None:
+def refuse_beyond(ids: Any, tokenizer: Any, embeddings: int, where: str) -> None:
     """Raise UserError for a token that has no embedding: it was added without training its own."""
     if len(ids) and (most := int(max(ids))) >= embeddings:
         raise UserError(

@@ -79,7 +79,7 @@ def render_card(card: Card, source: Source) -> str:
         f"Base: {named}" + _hash(source) + ".",
     ]
     if source.run is not None:
-        held = source.identity and source.identity.precision
+        held = None if source.identity is None else source.identity.precision
         parts += [*_figures(source.run), *_settings(source.config, held)]
     parts += ["## Run it", f"```\n{card.usage}\n```"]
     return "\n\n".join([*parts, f"Made with rlsloth {__version__}."]) + "\n"

@@ -7,6 +7,7 @@ the files. Whatever passes and still makes a library fail is caught in files.py.
 from __future__ import annotations
 
 import json
+import math
 import re
 import struct
 from collections.abc import Iterator
@@ -26,10 +27,12 @@ MOST_TEXT = 64 * 2**20
 """Most bytes of a JSON file, and of the header of a safetensors file."""
 LARGEST_SIZE = 2**31
 """Largest number of a configuration's key whose name ends in one of _SIZES."""
+UNUSED_SIZE = 2**16
+"""Such a number that passes even if no tensor is as large."""
 LONGEST_LIST = 100_000
 """Most entries of a list in a configuration."""
 _LAYERS = re.compile(r"(^|_)(n_)?layers?$")
-_SIZES = ("size", "heads", "experts", "dim", "embd", "head", "positions", "rank")
+_SIZES = ("size", "heads", "experts", "dim", "embd", "head", "rank")
 _IMPLEMENTATIONS = re.compile(r"^_*(attn|experts)_implementation(_internal)?$")
 _DAMAGE = (ValueError, TypeError, AttributeError, struct.error, RecursionError)
 """Exceptions that a damaged header raises, besides those of missing keys."""
@@ -44,6 +47,8 @@ class StoredWeights:
     """Number of tensors."""
     bytes: int
     """Number of bytes of all files."""
+    widest: int
+    """Largest dimension of a tensor."""
 
 
 def check_folder(folder: Path) -> None:
@@ -120,18 +125,26 @@ def check_config(config: dict[str, Any], file: Path | str, weights: StoredWeight
     for key, value in _entries(config, file):
         if isinstance(value, (str, dict)) and _IMPLEMENTATIONS.match(key):
             _refuse_code(key, value, file)
-        if isinstance(value, int) and not isinstance(value, bool):
-            most = MOST_LAYERS if _LAYERS.search(key) else LARGEST_SIZE
-            if value > most and (_LAYERS.search(key) or key.endswith(_SIZES)):
-                raise UserError(
-                    f"{file}: {key} is {value}, more than the {most} that a model may have; copy "
-                    "the file again"
-                )
+        if isinstance(value, int) and value > (most := _most(key, weights)):
+            raise UserError(
+                f"{file}: {key} is {value}, more than the {most} that this model may have; copy "
+                "the file again"
+            )
     stored = config.get("quantization_config")
     if stored is not None and not isinstance(stored, dict):
         raise UserError(f"{file}: quantization_config is {stored!r}, not an object")
     if weights is not None:
         _check_sizes(config, file, weights)
+
+
+def _most(key: str, weights: StoredWeights | None) -> float:
+    """Return the largest number that a configuration's key may have."""
+    if _LAYERS.search(key):
+        return MOST_LAYERS
+    if not key.endswith(_SIZES):
+        return math.inf
+    # A size that is not used may be larger than every tensor.
+    return LARGEST_SIZE if weights is None else max(4 * weights.widest, UNUSED_SIZE)
 
 
 def _entries(config: dict[str, Any], file: Path | str) -> Iterator[tuple[str, Any]]:
@@ -191,7 +204,9 @@ def stored_weights(folder: Path) -> StoredWeights | None:
         _refuse_pickled(folder)
         return None
     headers = [read_header(file) for file in files]
-    return StoredWeights(sum(map(len, headers)), sum(file.stat().st_size for file in files))
+    sizes = [n for header in headers for entry in header.values() for n in entry["shape"]]
+    size = sum(file.stat().st_size for file in files)
+    return StoredWeights(sum(map(len, headers)), size, max(sizes, default=0))
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -246,6 +261,8 @@ def read_header(file: Path) -> dict[str, Any]:
             begin, end = entry["data_offsets"]
             if not 0 <= begin <= end <= size - 8 - length:
                 raise ValueError(f"it ends before tensor {name}, so it is incomplete")
+            if not all(isinstance(n, int) for n in entry["shape"]):
+                raise ValueError(f"tensor {name} has the shape {entry['shape']}")
     except (OSError, LookupError, *_DAMAGE) as error:
         raise UserError(
             f"{file}: cannot read weights: {first_line(error)}; download or copy the file again"

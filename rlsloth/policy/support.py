@@ -34,9 +34,6 @@ def refuse_unsupported(
             the family does not use transformers' attention interface.
     """
     named = f"{files.option} {files.path}"
-    folder = files.folder
-    if weights and folder is not None and not weight_files(folder):
-        raise UserError(f"{named} has no {WEIGHTS} or {INDEX}; copy the model's weights there")
     kind = _class_of(config, cfg.trust_remote_code)
     if kind is None:
         raise UserError(
@@ -52,6 +49,9 @@ def refuse_unsupported(
         _refuse_stored(cfg, config, named)
     if cfg.precision == "nf4" and stored_method(config) != "bitsandbytes":
         refuse_nf4_experts(cfg, config)
+    folder = files.folder
+    if weights and folder is not None and not weight_files(folder):
+        raise UserError(f"{named} has no {WEIGHTS} or {INDEX}; copy the model's weights there")
 
 
 def read_meta_model(cfg: ModelConfig, option: str = "--model.path") -> Any:

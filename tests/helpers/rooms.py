@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from helpers.source import Module, imported_modules
 
 ORDER = (
-    ("errors", "records", "seeding", "kernels"),
+    ("errors", "records", "seeding", "exchange", "kernels"),
     ("config",),
     ("files", "plugins"),
     ("losses",),

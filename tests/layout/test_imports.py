@@ -21,8 +21,8 @@ LIBRARIES: dict[str, str] = {
     "ray": "rlsloth/cluster/*.py",
 }
 """Libraries that only some files may import."""
-WITHOUT_TORCH = {"", "errors", "records", "seeding", "config", "files", "plugins", "rewards", "api",
-                 "cli"}  # fmt: skip
+WITHOUT_TORCH = {"", "errors", "records", "seeding", "exchange", "config", "files", "plugins",
+                 "rewards", "api", "cli"}  # fmt: skip
 """Rooms that the command line and the scoring workers load at once."""
 
 

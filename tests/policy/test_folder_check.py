@@ -105,7 +105,9 @@ def test_a_folder_with_a_gguf_file_leads_to_it(folder: Path) -> None:
     [
         ({"num_hidden_layers": 10**7}, ("num_hidden_layers is 10000000", "2000")),
         ({"num_hidden_layers": 100}, ("num_hidden_layers is 100", "21 tensors")),
-        ({"vocab_size": 10**9}, ("vocab_size 1000000000", "hidden_size 32")),
+        ({"vocab_size": 10**9}, ("vocab_size is 1000000000", "65536")),
+        ({"vocab_size": 60000}, ("vocab_size 60000", "hidden_size 32")),
+        ({"intermediate_size": 10**7}, ("intermediate_size is 10000000", "65536")),
         ({"hidden_size": 2**40}, ("hidden_size is 1099511627776",)),
         ({"attn_implementation": "owner/kernel"}, ("'owner/kernel'", "remove the key")),
         ({"_attn_implementation": {"": "a/b@v1:f"}}, ("'a/b@v1:f'",)),

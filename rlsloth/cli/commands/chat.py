@@ -10,7 +10,7 @@ from rlsloth.cli.flags import with_first_word
 from rlsloth.cli.read_config import read_config
 from rlsloth.config import EnvConfig
 from rlsloth.config.export import ChatConfig
-from rlsloth.errors import UserError, visible
+from rlsloth.errors import UserError, describe_exception, visible
 from rlsloth.records import Message, Prompt
 
 if TYPE_CHECKING:
@@ -97,6 +97,11 @@ class Talker:
                 )
         except KeyboardInterrupt:  # ends the answer, not the conversation
             streamer.end()
+        except (RuntimeError, ValueError, IndexError, TypeError) as error:
+            raise UserError(
+                f"the model cannot compute an answer ({describe_exception(error)}); check that its "
+                "files belong together"
+            ) from error
         text: str = streamer.text
         return text
 
