@@ -150,7 +150,7 @@ def test_a_generator_that_hangs_is_stopped() -> None:
     assert time.monotonic() - start < 10
 
 
-@pytest.mark.parametrize("task", ["gsm_symbolic", "arc_agi"])  # fractions, tuples
+@pytest.mark.parametrize("task", ["gsm_symbolic", "arc_agi", "countdown", "letter_counting"])
 def test_values_that_json_loses_reach_the_scorer(
     task: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -24,7 +24,6 @@ from rlsloth.rewards.reasoning_gym import reasoning_gym
 from rlsloth.rewards.repetition import repetition
 from rlsloth.scoring.answers import last_boxed, last_tag
 from rlsloth.scoring.figures import exact_number, numbers_in
-from rlsloth.scoring.typed_json import to_json
 
 BUILT_IN = builtin_names("rlsloth.rewards")
 
@@ -227,15 +226,6 @@ def test_reasoning_gym_parameters() -> None:
         score("3", extract="last_numbr")
     with pytest.raises(UserError, match="did you mean 'chain_sum'"):
         reasoning_gym(["<answer>3</answer>"], ["chain_sums"], [entry], ["stop"])
-
-
-def test_reasoning_gym_entries_survive_json() -> None:
-    from reasoning_gym import create_dataset
-
-    for task in ("chain_sum", "countdown", "letter_counting", "arc_agi"):
-        entry = json.loads(json.dumps(to_json(create_dataset(task, size=1, seed=3)[0])))
-        answer = f"<answer>{entry['answer']}</answer>"
-        assert reasoning_gym([answer], [task], [entry], ["stop"]) == [1.0], task
 
 
 def test_list_shows_parameters(capsys: pytest.CaptureFixture[str]) -> None:
