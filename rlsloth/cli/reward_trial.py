@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,7 +12,10 @@ from rich.console import Console
 from rich.table import Table
 
 from rlsloth import plugins
-from rlsloth.config import RewardConfig
+from rlsloth.config import EnvConfig, RewardConfig
+from rlsloth.data.columns import columns_of, find
+from rlsloth.data.prompts import make_prompts
+from rlsloth.data.rows import load_rows
 from rlsloth.errors import UserError, visible
 from rlsloth.evaluation.result import verdict_counts
 from rlsloth.records import FinishReason, Group, Prompt, Rollout, Score
@@ -23,15 +25,23 @@ from rlsloth.scoring.scorer import Scorer
 
 REWARDS = "rlsloth.rewards"
 SHOWN_CHARACTERS = 60
+_TAKEN = ("completion", "completion_ids", "finish_reason")
 MAX_TIMEOUTS = 3
 """Timeouts in a row after which the test stops."""
 
 
-def test_reward(spec: str, data: Path | None, limit: int) -> int:
-    """Score a reward's own EXAMPLES, or the rows of a JSONL file, and print the results.
+def test_reward(spec: str, data: Path | None, limit: int, cfg: RewardConfig) -> int:
+    """Score a reward's own EXAMPLES, or the rows of a file, and print the results.
 
-    A row is an object with ``completion`` and optionally ``prompt``, ``completion_ids`` and
-    ``finish_reason``; all other keys are columns.
+    A row has the column ``completion`` and optionally ``completion_ids`` and ``finish_reason``; all
+    others are read as ``rlsloth grpo`` reads a dataset. So the completion is a chat message unless
+    the prompt is text in the column ``prompt``, or there is none.
+
+    Args:
+        spec: the reward.
+        data: a file in any format of datasets; None: the EXAMPLES.
+        limit: most rows read.
+        cfg: the section ``reward``; there is one worker, whatever it says.
 
     Returns:
         The exit status: 0 if all scores are as expected, 1 after a failure or an unexpected score.
@@ -39,16 +49,17 @@ def test_reward(spec: str, data: Path | None, limit: int) -> int:
     Raises:
         UserError: no such reward, no examples, or a file that cannot be read.
     """
+    cfg = cfg.model_copy(update={"workers": 1})
     if data is None:
-        return _test_examples(spec)
-    return _test_rows(spec, data, limit)
+        return _test_examples(spec, cfg)
+    return _test_rows(spec, data, limit, cfg)
 
 
 # pytest would collect it in each file that imports it.
 test_reward.__test__ = False  # type: ignore[attr-defined]
 
 
-def _test_examples(spec: str) -> int:
+def _test_examples(spec: str, cfg: RewardConfig) -> int:
     examples = load_examples(spec)
     if not examples:
         raise UserError(f"reward {spec!r} ships no EXAMPLES: pass --data FILE.jsonl")
@@ -56,7 +67,7 @@ def _test_examples(spec: str) -> int:
     groups = [example_group(example, index) for index, example in enumerate(examples)]
     console = Console()
     as_expected = 0
-    for example, (_, score, _) in zip(examples, _scored(spec, groups, console), strict=False):
+    for example, (_, score, _) in zip(examples, _scored(spec, groups, console, cfg), strict=False):
         right = is_expected(example, score)
         as_expected += right
         words = _short(example.completion)
@@ -67,14 +78,14 @@ def _test_examples(spec: str) -> int:
     return int(as_expected < len(examples))
 
 
-def _test_rows(spec: str, data: Path, limit: int) -> int:
+def _test_rows(spec: str, data: Path, limit: int, cfg: RewardConfig) -> int:
     table = Table("row", "completion", "score", "ms")
     values: list[float] = []
     seconds: list[float] = []
     failures = 0
     scored: list[Group] = []
     console = Console()
-    for group, score, elapsed in _scored(spec, _read_rows(data, limit), console):
+    for group, score, elapsed in _scored(spec, _read_rows(data, limit), console, cfg):
         seconds.append(elapsed)
         scored.append(group)
         failures += score.failure is not None
@@ -95,18 +106,23 @@ def _test_rows(spec: str, data: Path, limit: int) -> int:
     )
     for counts in verdict_counts(scored):
         console.print(counts)
+    if failures and any(isinstance(g.prompt.messages, str) and g.prompt.messages for g in scored):
+        console.print(
+            "prompts in the column 'prompt' are text, so completions are text too, as in training; "
+            "in the column 'question' they are chat messages",
+            style="red",
+        )
     return int(failures > 0)
 
 
 def _scored(
-    spec: str, groups: Iterable[Group], console: Console
+    spec: str, groups: Iterable[Group], console: Console, cfg: RewardConfig
 ) -> Iterator[tuple[Group, Score, float]]:
     """Score groups of one rollout each, and print failures; stop after MAX_TIMEOUTS in a row.
 
     Yields:
         The group, its score and the seconds it took.
     """
-    cfg = RewardConfig(workers=1)
     timeouts = 0
     with Scorer([spec], cfg) as scorer:
         scorer.wait_ready()
@@ -149,35 +165,31 @@ def is_expected(example: Example, score: Score) -> bool:
 
 
 def _read_rows(path: Path, limit: int) -> Iterator[Group]:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--data {path}: cannot be read: {error}") from error
-    filled = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
-    for number, line in filled[:limit]:
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"--data {path}, line {number}: not JSON ({error})") from error
-        if not isinstance(row, dict) or not _is_completion(row.get("completion")):
+    if not path.is_file():
+        raise UserError(f"--data {path}: there is no such file")
+    rows = [dict(row) for row in load_rows(str(path), limit=limit)]
+    taken = [{key: row.pop(key, None) for key in _TAKEN} for row in rows]
+    for number, row in enumerate(taken, 1):
+        if not _is_completion(row["completion"]):
             raise UserError(
-                f"--data {path}, line {number}: expected an object whose key 'completion' is text "
-                "or a list of messages"
+                f"--data {path}, row {number}: expected text or a list of messages in the column "
+                "'completion'"
             )
-        yield _row_group(number - 1, row)
+    chat = any(isinstance(row["completion"], list) for row in taken)
+    if find("task", columns_of(rows)) is None:
+        prompts = [Prompt(i, "", row) for i, row in enumerate(rows)]
+    else:
+        prompts = make_prompts(rows, EnvConfig(), f"--data {path}", conversational=chat, gold=True)
+    for prompt, row in zip(prompts, taken, strict=True):
+        ids: list[int] = row["completion_ids"] or []
+        finish: FinishReason = row["finish_reason"] or "stop"
+        shown = prompt.messages if isinstance(prompt.messages, str) else list(prompt.messages)
+        yield _group(prompt.index, shown, row["completion"], prompt.columns, ids, finish)
 
 
 def _is_completion(value: Any) -> bool:
     messages = isinstance(value, list) and all(isinstance(item, dict) for item in value)
     return isinstance(value, str) or messages
-
-
-def _row_group(index: int, row: dict[str, Any]) -> Group:
-    completion = row.pop("completion")
-    prompt = row.pop("prompt", "")
-    ids = row.pop("completion_ids", [])
-    finish: FinishReason = row.pop("finish_reason", "stop")
-    return _group(index, prompt, completion, row, ids, finish)
 
 
 def _group(

@@ -18,7 +18,7 @@ from rlsloth import __version__
 from rlsloth.cli import main as cli
 from rlsloth.cli.commands import rewards
 from rlsloth.cli.table import COMMANDS
-from rlsloth.config import GrpoConfig
+from rlsloth.config import GrpoConfig, RewardConfig
 from rlsloth.errors import UserError
 
 Output = pytest.CaptureFixture[str]
@@ -213,8 +213,8 @@ def test_rewards_commands(
     assert cli.main(["rewards", "test", "length", "--data", "x.jsonl", "--limit", "5"]) == 1
     assert calls == [
         ("list",),
-        ("./mine.py:reward", None, 100),
-        ("length", Path("x.jsonl"), 5),
+        ("./mine.py:reward", None, 100, RewardConfig()),
+        ("length", Path("x.jsonl"), 5, RewardConfig()),
     ]
     capsys.readouterr()
     assert cli.main(["rewards", "lst"]) == 2

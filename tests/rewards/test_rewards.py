@@ -42,7 +42,7 @@ def test_built_in_names() -> None:
 
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_examples_hold(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert test_reward(name, None, limit=100) == 0, capsys.readouterr().out
+    assert test_reward(name, None, limit=100, cfg=RewardConfig()) == 0, capsys.readouterr().out
     out = capsys.readouterr().out
     total = int(out.rpartition(" of ")[2].split()[0])
     assert total >= 4
@@ -240,12 +240,8 @@ def test_list_shows_parameters(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_reward_that_times_out_is_given_up(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def quick(**cfg: Any) -> RewardConfig:
-        return RewardConfig(cpu_seconds=0.05, **cfg)
-
-    monkeypatch.setattr("rlsloth.cli.reward_trial.RewardConfig", quick)
     reward = tmp_path / "mine.py"
     reward.write_text(
         "def slow(completions):\n    while 'loop' in completions: pass\n    return [1]"
@@ -253,7 +249,7 @@ def test_a_reward_that_times_out_is_given_up(
     data = tmp_path / "rows.jsonl"
     words = ["loop", "loop", "fine", *["loop"] * 9]
     data.write_text("".join(json.dumps({"completion": word}) + "\n" for word in words))
-    assert test_reward(f"{reward}:slow", data, limit=100) == 1
+    assert test_reward(f"{reward}:slow", data, limit=100, cfg=RewardConfig(cpu_seconds=0.05)) == 1
     out = capsys.readouterr().out
     assert "row 6: timeout" in out
     assert "stopped after 3 timeouts in a row" in out
@@ -279,12 +275,12 @@ def test_scoring_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     data = tmp_path / "rows.jsonl"
     rows = [{"prompt": "q", "completion": "ab", "gold": gold} for gold in (1, 4, 0)]
     data.write_text("\n".join(json.dumps(row) for row in rows))
-    assert test_reward(f"{reward}:tidy", data, limit=2) == 0
+    assert test_reward(f"{reward}:tidy", data, limit=2, cfg=RewardConfig()) == 0
     assert "2 rows: 2 scored (mean 1.250), 0 failed" in capsys.readouterr().out
-    assert test_reward(f"{reward}:tidy", data, limit=3) == 1
+    assert test_reward(f"{reward}:tidy", data, limit=3, cfg=RewardConfig()) == 1
     assert "row 3: raised: ZeroDivisionError" in capsys.readouterr().out
     with pytest.raises(UserError, match="ships no EXAMPLES"):
-        test_reward(f"{reward}:tidy", None, limit=1)
+        test_reward(f"{reward}:tidy", None, limit=1, cfg=RewardConfig())
     data.write_text('{"prompt": "q"}')
-    with pytest.raises(UserError, match=r"line 1: .*'completion'"):
-        test_reward(f"{reward}:tidy", data, limit=1)
+    with pytest.raises(UserError, match=r"row 1: .*'completion'"):
+        test_reward(f"{reward}:tidy", data, limit=1, cfg=RewardConfig())

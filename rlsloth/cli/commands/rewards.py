@@ -12,7 +12,8 @@ from pydantic import Field
 from rlsloth import plugins
 from rlsloth.cli.flags import with_first_word
 from rlsloth.cli.read_config import asks_for_help, read_config
-from rlsloth.config import Section
+from rlsloth.config import RewardConfig, Section
+from rlsloth.config.section import Folder
 from rlsloth.errors import UserError, nearest
 
 REWARDS = "rlsloth.rewards"
@@ -26,17 +27,19 @@ a file; rlsloth rewards test --help lists its options.
 
 
 class RewardTestOptions(Section):
-    """Score the examples of a reward, or the rows of a JSONL file: objects with the key completion,
-    optionally prompt, completion_ids and finish_reason, and columns for the reward. Exit status 1
+    """Score the examples of a reward, or the rows of a file: the column completion, optionally
+    completion_ids and finish_reason, and the columns of a dataset for rlsloth grpo. Exit status 1
     after a failure or an unexpected score."""
 
     spec: str | None = None
     """Name (math_verify), dotted path (pkg.module:function) or file (./mine.py:reward); the first
     word needs no --spec."""
-    data: Path | None = None
-    """JSONL file with rows to score. Default: the EXAMPLES in the reward's file."""
+    data: Folder | None = None
+    """File with rows to score, in any format of datasets. Default: the EXAMPLES in the reward's
+    file."""
     limit: int = Field(100, ge=1)
     """Most rows read from the file."""
+    reward: RewardConfig = RewardConfig()
 
 
 class NoOptions(Section):
@@ -71,7 +74,7 @@ def _run_test(prog: str, argv: list[str]) -> int:
         raise UserError(f"no reward to test: pass one, as in {prog} ./mine.py:reward")
     from rlsloth.cli.reward_trial import test_reward
 
-    return test_reward(chosen.spec, chosen.data, chosen.limit)
+    return test_reward(chosen.spec, chosen.data, chosen.limit, chosen.reward)
 
 
 @dataclass(frozen=True, slots=True)

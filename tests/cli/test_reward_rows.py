@@ -1,0 +1,78 @@
+"""`rlsloth rewards test` on rows: read as training reads them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlsloth.cli import main as cli
+
+pytestmark = pytest.mark.slow
+
+CHAT = """
+def right(completions, answer, **_):
+    return [float(c[-1]["content"].endswith(a)) for c, a in zip(completions, answer)]
+"""
+Tested = Callable[..., tuple[int, str]]
+
+
+@pytest.fixture
+def tested(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Tested:
+    """Tests a reward on rows; returns the status and what was printed."""
+    monkeypatch.chdir(tmp_path)
+    Path("mine.py").write_text(CHAT)
+
+    def run(
+        *rows: dict[str, Any], spec: str = "./mine.py:right", more: str = ""
+    ) -> tuple[int, str]:
+        Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        status = cli.main(["rewards", "test", spec, "--data", "rows.jsonl", *more.split()])
+        printed = capsys.readouterr()
+        return status, printed.out + printed.err
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        {"question": "2 + 3?"},
+        {"instruction": "Add.", "input": "2 and 3"},
+        {"messages": [{"role": "user", "content": "2 + 3?"}]},
+        {"prompt": [{"role": "user", "content": "2 + 3?"}]},
+    ],
+)
+def test_the_columns_of_training_make_chats(prompt: dict[str, Any], tested: Tested) -> None:
+    status, printed = tested({**prompt, "completion": "It is 5", "answer": "5"})
+    assert "1 rows: 1 scored (mean 1.000)" in printed
+    assert status == 0
+
+
+def test_the_gold_answer_may_have_another_name(tested: Tested) -> None:
+    status, printed = tested({"question": "2 + 3?", "completion": "5", "ground_truth": "5"})
+    assert (status, "mean 1.000" in printed) == (0, True)
+
+
+def test_text_prompts_make_text_and_the_failure_says_so(tested: Tested) -> None:
+    status, printed = tested({"prompt": "2 + 3 =", "completion": "5", "answer": "5"})
+    assert status == 1
+    assert "in the column 'question' they are chat messages" in " ".join(printed.split())
+
+
+def test_parameters_of_the_reward(tested: Tested) -> None:
+    row = {"completion": "2 and 2\n</think>\n<answer>4</answer>"}
+    option = "--reward.params.format_tags first_tag_open true"
+    assert "mean 0.000" in tested(row, spec="format_tags")[1]
+    assert "mean 1.000" in tested(row, spec="format_tags", more=option)[1]
+
+
+def test_a_missing_file_is_one_line(tested: Tested, capsys: pytest.CaptureFixture[str]) -> None:
+    assert tested({"completion": "x", "answer": "y"}, spec="length")[0] == 0
+    assert cli.main(["rewards", "test", "length", "--data", "rows.json"]) == 2
+    assert "--data rows.json: there is no such file" in capsys.readouterr().err
