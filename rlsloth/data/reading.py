@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TypeVar
 
 from rlsloth.config import DatasetConfig
@@ -12,6 +17,10 @@ from rlsloth.errors import UserError
 
 NAMED = 3
 """Number of bad rows that are named; the others are only counted."""
+MANY = 1000
+"""Number of rows from which threads are worth their start."""
+TOLD_SECONDS = 10.0
+"""Time between two lines of progress."""
 Read = TypeVar("Read")
 
 
@@ -34,8 +43,8 @@ class Reading(BadRows):
     """Keys of messages that only a chat template may read."""
     remarks: dict[str, None] = field(default_factory=dict)
     """Other lines to print."""
-    long_texts: int = 0
-    """Number of plain texts that were cut or split."""
+    long_texts: set[str] = field(default_factory=set)
+    """Places of plain texts that were cut or split."""
 
     @classmethod
     def of(cls, cfg: DatasetConfig, limit: int | None = None) -> Reading:
@@ -47,21 +56,29 @@ class Reading(BadRows):
     ) -> Iterator[Read]:
         """Read row after row, given its number from 0; leave bad ones out if that is wanted.
 
+        Many rows are read in threads, since tokenizers work outside Python, with a line of progress
+        now and then. The results keep the rows' order.
+
         Raises:
             UserError: a row is bad and bad rows are not left out, or no row is left.
         """
-        count = good = 0
-        for count, row in enumerate(rows, 1):
-            try:
-                found = read(count - 1, row)
-            except UserError as error:
-                self.refuse(error)
-                continue
-            good += 1
-            yield found
-        if count and not good:
+        rows = list(rows)
+        good, started = 0, time.monotonic()
+        told = started
+        with _mapped(partial(_outcome, read), rows) as outcomes:
+            for count, outcome in enumerate(outcomes, 1):
+                if time.monotonic() - told > TOLD_SECONDS:
+                    told = time.monotonic()
+                    left = (told - started) * (len(rows) - count) / count
+                    print(f"{source}: {count} of {len(rows)} rows, about {left:.0f} s more")
+                if isinstance(outcome, UserError):
+                    self.refuse(outcome)
+                    continue
+                good += 1
+                yield outcome
+        if rows and not good:
             raise UserError(
-                f"{source}: none of {count} rows can be read; the first one: {self.bad[0]}"
+                f"{source}: none of {len(rows)} rows can be read; the first one: {self.bad[0]}"
             )
 
     def use(self, *columns: str | None, hidden: bool = False) -> None:
@@ -100,7 +117,29 @@ class Reading(BadRows):
             )
         if self.long_texts:
             lines.append(
-                f"{self.long_texts} texts of more than {self.limit} tokens are cut or split "
+                f"{len(self.long_texts)} texts of more than {self.limit} tokens are cut or split "
                 f"(--{self.section}.long-text)"
             )
         return tuple(lines)
+
+
+def _outcome(read: Callable[[int, Row], Read], index: int, row: Row) -> Read | UserError:
+    try:
+        return read(index, row)
+    except UserError as error:
+        return error
+
+
+@contextmanager
+def _mapped(
+    read: Callable[[int, Row], Read | UserError], rows: Sequence[Row]
+) -> Iterator[Iterable[Read | UserError]]:
+    """Results of all rows in order, computed in threads where there are many."""
+    if len(rows) < MANY:
+        yield map(read, range(len(rows)), rows)
+        return
+    pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1), "rows")
+    try:
+        yield pool.map(read, range(len(rows)), rows)
+    finally:
+        pool.shutdown(cancel_futures=True)

@@ -272,16 +272,16 @@ class Texts:
                 f"{where}: {text!r} has a single token, after which nothing can be predicted; "
                 "drop the row"
             )
-        parts = [Answer(p[:1], p[1:], [True] * (len(p) - 1)) for p in self._parts(ids)]
+        parts = [Answer(p[:1], p[1:], [True] * (len(p) - 1)) for p in self._parts(ids, where)]
         return [make_example(index, text, [part]) for part in parts]
 
-    def _parts(self, ids: list[int]) -> list[list[int]]:
+    def _parts(self, ids: list[int], where: str) -> list[list[int]]:
         """Cut or split tokens that are longer than the limit. Parts overlap by one token, which is
         the context of the next one's first."""
         limit = self.reading.limit
         if self.cfg.long_text == "leave_out" or limit is None or len(ids) <= limit:
             return [ids]
-        self.reading.long_texts += 1
+        self.reading.long_texts.add(where)
         if self.cfg.long_text == "cut":
             return [ids[:limit]]
         return [ids[start : start + limit] for start in range(0, len(ids) - 1, limit - 1)]
