@@ -30,6 +30,10 @@ _REPLACED: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = 
     (re.compile(r"\\!\s*"), ""),
     (re.compile(r"\\[()\[\]]"), " "),
     (re.compile(r"\\[dtc]frac(?![A-Za-z])"), r"\\frac"),
+    (re.compile(r"\\frac\s*(\d)\s*(\d)"), r"\\frac{\1}{\2}"),
+    (re.compile(r"\\frac\s*(\d)\s*\{"), r"\\frac{\1}{"),
+    (re.compile(r"\\frac\s*\{([^{}]*)\}\s*(\d)"), r"\\frac{\1}{\2}"),
+    (re.compile(r"\\sqrt\s*(\d)(?!\d)"), r"\\sqrt{\1}"),
     (re.compile(r"\\(?:dbinom|tbinom)(?![A-Za-z])"), r"\\binom"),
     (re.compile(r"\{([^{}]+)\\choose(?![A-Za-z])([^{}]+)\}"), r"\\binom{\1}{\2}"),
     (re.compile(r"\{([^{}]+)\\over(?![A-Za-z])([^{}]+)\}"), r"\\frac{\1}{\2}"),
@@ -61,7 +65,7 @@ _REPLACED: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = 
     (re.compile(r"\s*\{\s*,\s*\}\s*"), ","),
     (re.compile(r"\s+"), " "),
 ]  # fmt: skip
-_AMOUNT = r"(-?\d[\d,]*(?:\.\d+)?)"
+_AMOUNT = r"(-?\d[\d,]*(?:\.\d+)?(?:\s+(?:thousand|million|billion|trillion)\b)?)"
 _MONEY_SIGNS = set("£€¥₹")
 _MONEY = [
     (re.compile(rf"{sign}\s*{_AMOUNT}" if before else rf"{_AMOUNT}\s*{sign}"), word)
@@ -107,7 +111,7 @@ def clean(text: str) -> str:
         # Python's power; bold text begins after a space.
         text = re.sub(r"(?<=[\w)}])\*\*(?=[\w(\\-])", "^", text)
     text = _MARKDOWN.sub("", text)
-    if not _SIMPLE.fullmatch(text):
+    if "..." in text or not _SIMPLE.fullmatch(text):
         for pattern, new in _REPLACED:
             text = pattern.sub(new, text)
     return _numbers(_without_ends(_PERCENT.sub(r"\\%", text)))

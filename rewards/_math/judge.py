@@ -13,7 +13,7 @@ from rlsloth.rewards._math.compare import same
 from rlsloth.rewards._math.foreign import foreign_same
 from rlsloth.rewards._math.forms import Foreign, Form, Listing, Relation, Words
 from rlsloth.rewards._math.intervals import as_intervals
-from rlsloth.rewards._math.prose import CUE, candidates
+from rlsloth.rewards._math.prose import CUE, candidates, only_formulas
 from rlsloth.rewards._math.read import read_clean
 from rlsloth.scoring.answers import after_hashes, final_text, marked_answer
 from rlsloth.scoring.figures import exact_number
@@ -82,7 +82,7 @@ def read_gold(text: str) -> Gold | None:
 
 def _stated(text: str) -> Reading | None:
     """A gold written as a sentence: ``The answer is $5$.`` or ``$21$ or $11$``."""
-    if len(text) > 200 and not CUE.search(text):
+    if not CUE.search(text) and not only_formulas(text):
         return None
     for candidate, _ in candidates(text):
         reading = read_answer(candidate)

@@ -124,6 +124,12 @@ def _joined(text: str, formulas: list[re.Match[str]], forward: bool) -> str:
     return ", ".join(parts) + (r"\%" if percent else "")
 
 
+def only_formulas(text: str) -> bool:
+    """Whether a text is formulas and what joins them: ``$2$, $3$ or $5$``."""
+    rest = _FORMULA.sub(" ", text)
+    return rest != text and re.fullmatch(r"(?:[\s,.;]|\band\b|\bor\b)*", rest) is not None
+
+
 def _content(match: re.Match[str]) -> str:
     return next(group for group in match.groups() if group is not None)
 

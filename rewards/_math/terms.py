@@ -183,8 +183,8 @@ class _Parser:
 
     def _number(self) -> Term:
         token = self.take()
-        if len(token) > LONGEST_NUMBER:
-            raise UnreadError("a number is too long")
+        if len(token) > LONGEST_NUMBER or token == ".":
+            raise UnreadError("no number, or one that is too long")
         if self.peek() == "_":
             raise UnreadError("a number in another base")
         return ("n", Fraction(token), "." in token)

@@ -40,6 +40,11 @@ RIGHT = [
     ("8", r"\text{Answer: } 8"), (r"3\mathbf{i}-\mathbf{j}", r"-\mathbf{j}+3\mathbf{i}"),
     ("1.5", "1,5"), (r"\infty", "∞"), ("120", "5!"), (r"(1,2)\cup[2,5)", "1 < x < 5"),
     (r"\int_0^1 x\,dx", r"\int_0^1 x \, dx"), ("1200", r"1.2 \times 10^3"),
+    (r"\frac13", r"\int_0^1 x^2\,dx"), (r"\$1 million", r"\$1,000,000"), ("(1,2)", "]1,2["),
+    (r"\frac{\sqrt{6}-\sqrt{2}}{4}", r"\sin 15^\circ"), ("90 km/h", r"25 \text{ m/s}"),
+    ("-7/2", "-3 1/2"), ("8 ft 6 in", r"8.5 \text{ ft}"), (r"\frac{1+\sqrt5}{2}", "1.618034"),
+    ("255", r"\text{FF}_{16}"), ("x^2+y^2=1", "x^2+y^2-1=0"), (r"{5 \choose 2}", "10"),
+    ("1,2,3,...,9", r"1,2,3,\ldots,9"),
 ]  # fmt: skip
 WRONG = [
     ("0", "25 000"), ("25", r"25\,000"), ("3/2", "2 1/4"), ("2", r"2\tfrac14"),
@@ -55,7 +60,8 @@ WRONG = [
     ("0.1", "0.1000001"), ("A+a", "2a"), (r"\sqrt{x^2}", "x"), (r"2^{300}", r"2^{300}+1"),
     (r"e^{\pi\sqrt{163}}", "262537412640768744"), ("x^2", "x^2+1"), ("3", "3^x"),
     (r"x \ge 3", "x > 3"), (r"(-\infty,3)", r"(-\infty,3]"), ("100", r"\lg 100"),
-    ("7", r"7 \text{ or } 8"),
+    ("7", r"7 \text{ or } 8"), (r"\frac{1+\sqrt5}{2}", "1.618"), ("x+y=1", "1"),
+    ("12", r"12\text{ apples and }5\text{ pears}"),
 ]  # fmt: skip
 
 
@@ -142,7 +148,7 @@ def test_a_gold_is_read_in_each_form() -> None:
 
 
 def _value(gold: str) -> object:
-    """What two golds that are equal have in common: 18/57 and 30/95, 6 and 6 cm."""
+    """A key that equal golds share: 18/57 and 30/95, 6 and 6 cm."""
     form = read(gold)
     value = exact(form.term) if isinstance(form, (Expression, Quantity)) else None
     return gold if value is None else value
