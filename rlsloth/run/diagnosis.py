@@ -52,6 +52,8 @@ def findings(
     failures = _failures(rollouts, reward_names)
     if failures:
         found["failures"] = failures
+    if unread := _rows_without_score(groups):
+        found["rows without a score"] = unread
     teaching = [
         rollout
         for rollout in rollouts
@@ -88,6 +90,22 @@ def _failures(rollouts: Sequence[Rollout], reward_names: Sequence[str]) -> str:
             detail = next((f"; e.g. {_short(s.detail)}" for s in failed if s.detail), "")
             parts.append(f"{name} on {len(failed)} of {len(rollouts)} ({what}{detail})")
     return f"rewards failed, so these completions are left out: {'; '.join(parts)}" if parts else ""
+
+
+def _rows_without_score(groups: Sequence[Group]) -> str:
+    """A warning of prompts to which no reward applies, while some applies to others."""
+    rows = [
+        group.prompt.index + 1
+        for group in groups
+        if all(s.value is None and s.failure is None for r in group.rollouts for s in r.scores)
+    ]
+    if not rows or len(rows) == len(groups):
+        return ""
+    named = ", ".join(map(str, rows[:5])) + (", ..." if len(rows) > 5 else "")
+    return (
+        f"{len(rows)} of {len(groups)} prompts teach nothing, since no reward applies to them (row "
+        f"{named}): check their gold with `rlsloth rewards test`, or remove these rows"
+    )
 
 
 def _no_gradient(

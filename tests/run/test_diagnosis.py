@@ -223,3 +223,9 @@ def test_the_near_zero_loss_is_explained_once():
     assert "near 0 (1.0e-04) by construction" in text
     assert watch.explain(metrics()) == []
     assert Watch(NAMES, False, [metrics()]).explain(metrics()) == []
+
+
+def test_rows_without_any_score_are_named():
+    unread = make_group([(None, None), (None, None)])
+    assert "1 of 2 prompts" in only([MIXED, unread])
+    assert "row 1" in only([MIXED, unread])

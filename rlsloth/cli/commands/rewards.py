@@ -84,7 +84,7 @@ class RewardSummary:
     name: str
     summary: str
     columns: tuple[str, ...]
-    """Arguments of the function, dataset columns included."""
+    """Arguments of the function, dataset columns included; not those for logging."""
     parameters: dict[str, str]
     """Option under reward.params.<name> -> its default."""
 
@@ -103,7 +103,7 @@ def _summary(name: str, folder: Path) -> RewardSummary:
     return RewardSummary(
         name=name,
         summary=(ast.get_docstring(function) or "").partition("\n")[0].replace("``", ""),
-        columns=tuple(argument.arg for argument in arguments.args),
+        columns=tuple(a.arg for a in arguments.args if not a.arg.startswith("log_")),
         parameters={a.arg: ast.unparse(default) for a, default in defaults if default is not None},
     )
 
