@@ -178,7 +178,7 @@ class Session(Generic[Config, Item]):
             return
         with self.run.stopper.closing():
             try:
-                self._save(missing=self._missing)
+                self._save(missing=self._missing or done == self.cfg.steps)
             except (UserError, OSError) as failure:
                 self.run.warn(f"no checkpoint of step {done}: {failure}")
             else:

@@ -10,6 +10,8 @@ import pytest
 from helpers.endpoint import KEY, Server, run
 from rlsloth.errors import UserError
 
+CHOICE = {"message": {"content": "5"}, "finish_reason": "stop"}
+
 
 @pytest.mark.parametrize("status", [429, 500, 503])
 def test_a_passing_failure_is_tried_again(server: Server, status: int) -> None:
@@ -85,6 +87,13 @@ def test_a_request_that_is_refused_is_not_repeated(server: Server, status: int, 
         ({"usage": {"completion_tokens": 1e999}}, r"completion_tokens \(inf\)"),
         ({"usage": {"completion_tokens": 10**9}}, r"completion_tokens \(1000000000\)"),
         ({"usage": {"completion_tokens": -1}}, r"completion_tokens \(-1\)"),
+        ({"usage": {"completion_tokens": 2000}}, r"\(2000\), .*max-tokens 1024 .*limit-name"),
+        ({"usage": {"completion_tokens": 0}}, "bytes of text as usage.completion_tokens 0"),
+        ({"choices": [CHOICE | {"message": {"content": "x" * 9000}}]}, "9,000 bytes of text"),
+        ({"choices": [CHOICE] * 3}, "3 choices where one was requested"),
+        ({"choices": [CHOICE | {"finish_reason": "x" * 10**6}]}, "finish_reason .str"),
+        ({"choices": [CHOICE | {"finish_reason": {"a": 1}}]}, "finish_reason .dict"),
+        ({"model": "m" * 10**5}, "invalid model .str"),
     ],
 )
 def test_a_reply_of_another_shape_is_one_line(

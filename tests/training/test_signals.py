@@ -1,0 +1,79 @@
+"""Signals in the phases of a run: a checkpoint, a report, and a command that continues the run."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from helpers.endings import command, contents, make_workplace
+from helpers.faults import FaultyRuns, faulty_runs
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("work")
+    make_workplace(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runs(workplace: Path) -> Iterator[FaultyRuns]:
+    with faulty_runs(workplace) as runs:
+        yield runs
+
+
+@pytest.fixture(scope="module")
+def wholes() -> dict[str, dict[str, Any]]:
+    """Contents of undisturbed runs by loop."""
+    return {}
+
+
+GRPO, SFT = "rlsloth.training.grpo", "rlsloth.training.sft"
+CASES = [
+    ("sft", SFT, "update", signal.SIGHUP, 3),
+    ("grpo", GRPO, "update", signal.SIGTERM, 3),
+    ("grpo", "rlsloth.training.rollouts", "Rollouts.take", signal.SIGTERM, 4),
+    ("grpo", "rlsloth.training.session", "save", signal.SIGINT, 1),
+    ("distill", "rlsloth.distillation.pipeline", "make_problem", signal.SIGTERM, 3),
+]
+
+
+@pytest.mark.parametrize(("loop", "module", "name", "number", "at"), CASES)
+def test_a_stopped_run_continues_as_the_same_run(
+    workplace: Path,
+    runs: FaultyRuns,
+    wholes: dict[str, dict[str, Any]],
+    loop: str,
+    module: str,
+    name: str,
+    number: int,
+    at: int,
+) -> None:
+    folder = workplace / loop
+    if loop not in wholes:
+        found = runs.run(command(loop, folder), folder)
+        assert found.status == 0, found.printed
+        wholes[loop] = contents(folder)
+        folder.rename(workplace / f"whole_{loop}")
+    found = runs.run(command(loop, folder), folder, at=at, call=(module, name, int(number)))
+    assert found.status == 128 + number, found.printed
+    assert "Traceback" not in found.printed
+    (line,) = [text for text in found.printed.splitlines() if "to continue" in text]
+    logs = folder / ("teacher" if loop == "distill" else ".")
+    assert f"stopped by Stopped: {signal.Signals(number).name}" in (logs / "log.txt").read_text()
+    assert (logs / "report.html").exists()
+    if loop != "distill":  # the step that was finished, or the one before
+        latest = (folder / "checkpoints" / "latest").read_text().strip()
+        assert latest == f"step_{at - (name == 'Rollouts.take') + (name == 'save'):05d}"
+    again = runs.run(line.split(": rlsloth ")[1].split(), folder)
+    assert again.status == 0, again.printed
+    now = contents(folder)
+    folder.rename(workplace / f"{loop}_{name}_{at}")
+    assert now.keys() == wholes[loop].keys()
+    assert [name for name in now if now[name] != wholes[loop][name]] == []
