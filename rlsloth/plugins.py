@@ -108,7 +108,7 @@ def load_own(spec: str, what: str, builtin: Sequence[str]) -> Any:
     """
     place, _, attribute = spec.partition(":")
     if place.endswith(".py"):
-        return _attribute(_module_from_file(Path(place), what), attribute, place, what)
+        return _attribute(_module_from_file(Path(place).expanduser(), what), attribute, place, what)
     if attribute and "." in place:
         return _attribute(_import(place, what), attribute, place, what)
     raise UserError(

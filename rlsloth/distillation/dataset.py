@@ -53,7 +53,8 @@ def write_dataset(out: Path, cfg: DistillConfig) -> tuple[Path, Selection]:
             _write_jsonl(temporary, rows)
         refuse_nothing(selection, str(RawFile(out).path))
     other = "jsonl" if cfg.format == "parquet" else "parquet"
-    (out / f"train.{other}").unlink(missing_ok=True)  # from an earlier selection
+    for name in (f"train.{other}", f".train.{other}.tmp"):  # from an earlier selection
+        (out / name).unlink(missing_ok=True)
     return path, selection
 
 

@@ -205,7 +205,7 @@ def _name(spec: str) -> str:
     if place.endswith(".py"):
         if not attribute:
             raise UserError(f"reward {spec!r}: name the function, as in {place}:reward")
-        if not Path(place).is_file():
+        if not Path(place).expanduser().is_file():
             raise UserError(f"reward {spec!r}: no file {place} in {Path.cwd()}")
     elif not (attribute and "." in place):
         names = builtin_names("rlsloth.rewards")

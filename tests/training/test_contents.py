@@ -61,6 +61,10 @@ def _lines(path: Path, at: int, row: dict[str, str]) -> None:
     path.write_text("\n".join(lines))
 
 
+def _append(path: Path) -> None:
+    path.write_text(f"{path.read_text()}# mended\n")
+
+
 def _weights(folder: Path) -> None:
     tensors = load_file(folder / "model/model.safetensors")
     name = next(iter(tensors))
@@ -72,8 +76,8 @@ CHANGES: dict[str, Callable[[Path], object]] = {
     "the prompts have changed": lambda f: _lines(f / "sft.jsonl", -1, {"question": "say what"}),
     "prompts have changed": lambda f: _lines(f / "sft.jsonl", -1, {"answer": "none"}),
     "held-out prompts": lambda f: _lines(f / "sft.jsonl", 0, {"question": "say nothing"}),
-    "reward ./reward.py:letters": lambda f: (f / "reward.py").open("a").write("# mended\n"),
-    "environment ./env.py:words": lambda f: (f / "env.py").open("a").write("# mended\n"),
+    "reward ./reward.py:letters": lambda f: _append(f / "reward.py"),
+    "environment ./env.py:words": lambda f: _append(f / "env.py"),
     "base model": _weights,
 }
 
