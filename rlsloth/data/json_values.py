@@ -5,48 +5,37 @@ from __future__ import annotations
 import datetime
 import decimal
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from rlsloth.data.rows import Row
-from rlsloth.data.text import check_encodable, kind
+from rlsloth.data.text import is_text, kind
 from rlsloth.errors import UserError
 
 
-def unsendable_columns(rows: Sequence[Row], columns: Sequence[str]) -> list[str]:
-    """List the columns with values that JSON cannot hold, such as pictures."""
-    found = []
-    for column in columns:
-        try:
-            for row in rows:
-                _plain(row.get(column))
-        except (TypeError, ValueError, RecursionError):
-            found.append(column)
-    return found
+class UnsendableError(Exception):
+    """A value that JSON cannot hold, such as a picture."""
 
 
-def jsonable(value: Any, where: str) -> Any:
-    """Convert a value to what JSON holds: rewards run in other processes, runs resume from JSON.
+def as_json(value: Any, where: str) -> Any:
+    """Convert a value to what JSON holds.
 
     Raises:
-        UserError: JSON cannot hold the value, or it has half of a surrogate pair.
+        UnsendableError: JSON cannot hold the value.
+        UserError: the value has half of a surrogate pair.
     """
-    try:
-        plain = _plain(value)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise UserError(
-            f"{where}: {kind(value)} cannot be sent to reward processes as JSON ({error}); drop "
-            "the column, or convert it to text"
-        ) from None
-    if not isinstance(plain, int | float | None):
-        check_encodable(plain, where)
-    return plain
-
-
-def _plain(value: Any) -> Any:
-    if value is None or isinstance(value, str | int | float):
+    if value is None or isinstance(value, int | float):
         return value
-    return json.loads(json.dumps(value, default=_converted))
+    text = value if isinstance(value, str) else _dumped(value)
+    if not is_text(text):
+        raise UserError(f"{where}: holds half of a surrogate pair, which is not text")
+    return value if isinstance(value, str) else json.loads(text)
+
+
+def _dumped(value: Any) -> str:
+    try:
+        return json.dumps(value, default=_converted, ensure_ascii=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise UnsendableError(str(error)) from None
 
 
 def _converted(item: Any) -> Any:

@@ -121,6 +121,11 @@ def read_message(value: Any, where: str, keys: dict[str, None] | None = None) ->
     Raises:
         UserError: the message is malformed.
     """
+    if _is_plain(value):
+        if value["role"] not in ("system", "tool"):
+            check_text(value["content"], where)
+        check_encodable(value["content"], where)
+        return dict(value)
     found = first_of(value, ROLE_KEYS) if isinstance(value, Mapping) else None
     said = found.strip().lower() if isinstance(found, str) else ""
     if said not in ROLES:
@@ -149,6 +154,14 @@ def read_message(value: Any, where: str, keys: dict[str, None] | None = None) ->
         check_text(text, where)
     check_encodable(message, where)
     return message
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value is a message as most are, of a known role and text."""
+    if not isinstance(value, dict) or value.keys() != {"role", "content"}:
+        return False
+    role = value["role"]
+    return isinstance(value["content"], str) and isinstance(role, str) and ROLES.get(role) == role
 
 
 def _read_calls(message: Message, given: dict[str, Any], where: str) -> None:

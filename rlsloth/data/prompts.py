@@ -9,7 +9,7 @@ from typing import Any
 from rlsloth.config import DatasetConfig
 from rlsloth.data.columns import NAMES, TEMPLATED, arrange, columns_of, find, value_at
 from rlsloth.data.heldout import split_heldout
-from rlsloth.data.json_values import jsonable, unsendable_columns
+from rlsloth.data.json_values import UnsendableError, as_json
 from rlsloth.data.prompt_reader import prompt_reader
 from rlsloth.data.reading import Reading
 from rlsloth.data.rows import Row, load_rows
@@ -56,8 +56,7 @@ def make_prompts(
     _refuse_arguments(columns, cfg, source)
     place = _gold(columns, rows) if gold else None
     passed = [c for c in columns if c not in NOT_PASSED]
-    left_out = unsendable_columns(rows, passed)
-    passed = [c for c in passed if c not in left_out]
+    left_out: dict[str, None] = {}
 
     def read(index: int, row: Row) -> Prompt:
         where = f"{source} row {index + 1}"
@@ -67,16 +66,33 @@ def make_prompts(
             other = find("task", filled)
             own = replace(reader, column=other, chat=True) if other else reader
         prompt = own.read(index, row, where, reading)
-        values = {c: jsonable(row.get(c), f"{where}, column {c!r}") for c in passed}
+        values = {c: row.get(c) for c in passed if c not in left_out}
         if place is not None:
-            values["answer"] = jsonable(value_at(row, place), f"{where}, column {place!r}")
-        return replace(prompt, columns=values)
+            values["answer"] = value_at(row, place)
+        return replace(prompt, columns=_sendable(values, left_out, where))
 
     reader.note(reading)
     if place is not None:
         reading.remarks[f"gold answers, passed to rewards as answer: column {place}"] = None
-    reading.unused |= dict.fromkeys(left_out)
-    return list(reading.each(rows, source, read))
+    made = list(reading.each(rows, source, read))
+    reading.unused |= left_out
+    return [
+        replace(p, columns={c: v for c, v in p.columns.items() if c not in left_out})
+        if left_out
+        else p
+        for p in made
+    ]
+
+
+def _sendable(values: Row, left_out: dict[str, None], where: str) -> Row:
+    """Convert a row's columns to JSON, and add those that it cannot hold to ``left_out``."""
+    found = {}
+    for column, value in values.items():
+        try:
+            found[column] = as_json(value, f"{where}, column {column!r}")
+        except UnsendableError:
+            left_out[column] = None
+    return found
 
 
 def _refuse_arguments(columns: Sequence[str], cfg: DatasetConfig, source: str) -> None:
