@@ -76,12 +76,12 @@ def make_prompts(
         reading.remarks[f"gold answers, passed to rewards as answer: column {place}"] = None
     made = list(reading.each(rows, source, read))
     reading.unused |= left_out
-    return [
-        replace(p, columns={c: v for c, v in p.columns.items() if c not in left_out})
-        if left_out
-        else p
-        for p in made
-    ]
+    return [_without(prompt, left_out) for prompt in made] if left_out else made
+
+
+def _without(prompt: Prompt, left_out: dict[str, None]) -> Prompt:
+    """Drop columns of a prompt."""
+    return replace(prompt, columns={c: v for c, v in prompt.columns.items() if c not in left_out})
 
 
 def _sendable(values: Row, left_out: dict[str, None], where: str) -> Row:
