@@ -55,7 +55,7 @@ def write_adapter(source: Source, tokenizer: Any, out: Path) -> int:
             f"{out / WEIGHTS} differs from {source.adapter / WEIGHTS}, which was copied to it; "
             "check the disk and export again"
         )
-    return _check_fit(source.base, out)
+    return _check_fit(source.base, source.adapter)
 
 
 def _check_fit(base: ModelConfig, folder: Path) -> int:
