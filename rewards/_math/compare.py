@@ -128,10 +128,8 @@ def _quantities(gold: Form, answer: Form) -> bool:
         if gold.unit.measures == answer.unit.measures:
             factors = (number(gold.unit.factor), number(answer.unit.factor))
             return same_terms(("*", gold.term, factors[0]), ("*", answer.term, factors[1]))
-        named = (
-            gold.unit.known and answer.unit.known and gold.unit.measures and answer.unit.measures
-        )
-        if named or gold.compound or answer.compound:
+        units = (gold.unit, answer.unit)
+        if all(unit.measures for unit in units) and any(unit.names_measure for unit in units):
             return False
         return same_terms(gold.term, answer.term)
     quantity, other = (gold, answer) if isinstance(gold, Quantity) else (answer, gold)

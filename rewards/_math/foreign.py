@@ -18,7 +18,7 @@ from rlsloth.rewards._math.forms import Foreign
 
 _DROPPED = re.compile(
     r"\\(?:text|mathrm|mathbf|forall|exists|phantom|boxed|ldots|approx|circ|overline|dot|"
-    r"implies|iff|begin\{cases|begin\{align)(?![A-Za-z])|\d\s*_|\d\s+\d|[\"'?@#%$]|[A-Za-z]{4,}(?<!\\)"
+    r"implies|iff|begin\{cases|begin\{align)(?![A-Za-z])|\d\s*_|\d\s+\d|[A-Za-z]\d|[\"'?@#%$]|[A-Za-z]{4,}(?<!\\)"
 )
 _COMMAND = re.compile(r"\\[A-Za-z]+(?:\s*\{[a-z]*(?:matrix|array)\})?")
 _LONGEST = 400

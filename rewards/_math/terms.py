@@ -104,7 +104,10 @@ class _Parser:
                 break
             if token is not None and (token[0].isdigit() or token[0] == "."):
                 raise UnreadError("a number right after a factor")
-            term = ("*", term, self.power())
+            factor = self.power()
+            if term[0] == "n" and factor[0] == "/" and factor[1][0] == factor[2][0] == "n":
+                raise UnreadError("a product, or a mixed number whose fraction exceeds 1")
+            term = ("*", term, factor)
         return term
 
     def _starts_factor(self) -> bool:

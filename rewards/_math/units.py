@@ -82,6 +82,11 @@ class Unit:
     known: bool
     """Whether every part of it is a unit of measurement, and none a noun."""
 
+    @property
+    def names_measure(self) -> bool:
+        """Whether a part of it is a unit of measurement."""
+        return any(measure in _TABLE for measure, _ in self.measures)
+
 
 def read_unit(text: str) -> Unit | None:
     r"""The unit in a text such as ``km/h``, ``square feet`` or ``cm^{2}``; None if it is none."""

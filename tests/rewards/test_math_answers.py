@@ -61,7 +61,8 @@ WRONG = [
     (r"e^{\pi\sqrt{163}}", "262537412640768744"), ("x^2", "x^2+1"), ("3", "3^x"),
     (r"x \ge 3", "x > 3"), (r"(-\infty,3)", r"(-\infty,3]"), ("100", r"\lg 100"),
     ("7", r"7 \text{ or } 8"), (r"\frac{1+\sqrt5}{2}", "1.618"), ("x+y=1", "1"),
-    ("12", r"12\text{ apples and }5\text{ pears}"),
+    ("12", r"12\text{ apples and }5\text{ pears}"), (r"45 \text{ cm}", r"45 \text{ cm}x"),
+    (r"\$45", r"\$45i"), ("7/2", r"2\frac{7}{4}"), ("30", r"3 0"),
 ]  # fmt: skip
 
 
