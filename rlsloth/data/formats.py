@@ -48,8 +48,8 @@ def read_file(path: Path, refuse: Refuse | None = None) -> Iterator[Row]:
     readers = {
         ".jsonl": lambda: _read_json_lines(path, refuse),
         ".json": lambda: _read_json(path, refuse),
-        ".parquet": lambda: _read_parquet(path),
-        ".arrow": lambda: _read_arrow(path),
+        ".parquet": lambda: _read_parquet(path, refuse),
+        ".arrow": lambda: _read_arrow(path, refuse),
         ".csv": lambda: _read_table(path, ",", refuse),
         ".tsv": lambda: _read_table(path, "\t", refuse),
     }
@@ -146,17 +146,17 @@ def _checked(row: Any, where: str, refuse: Refuse) -> Iterator[Row]:
     yield row
 
 
-def _read_parquet(path: Path) -> Iterator[Row]:
+def _read_parquet(path: Path, refuse: Refuse) -> Iterator[Row]:
     from pyarrow import parquet
 
     with parquet.ParquetFile(path) as file:
         start = 1
         for batch in file.iter_batches():
-            yield from _batch_rows(batch, path, start)
+            yield from _batch_rows(batch, path, start, refuse)
             start += batch.num_rows
 
 
-def _read_arrow(path: Path) -> Iterator[Row]:
+def _read_arrow(path: Path, refuse: Refuse) -> Iterator[Row]:
     """Read a file of Arrow's stream or file format."""
     import pyarrow
 
@@ -167,25 +167,28 @@ def _read_arrow(path: Path) -> Iterator[Row]:
             table = pyarrow.ipc.open_file(source).read_all()
         start = 1
         for batch in table.to_batches():
-            yield from _batch_rows(batch, path, start)
+            yield from _batch_rows(batch, path, start, refuse)
             start += batch.num_rows
 
 
-def _batch_rows(batch: Any, path: Path, start: int) -> Iterator[Row]:
+def _batch_rows(batch: Any, path: Path, start: int, refuse: Refuse) -> Iterator[Row]:
     """Convert a batch to rows; a text that is not UTF-8 is named by its row and column."""
     try:
         rows: list[Row] = batch.to_pylist()
     except UnicodeDecodeError:
+        rows = []
         for number in range(batch.num_rows):
+            row: Row = {}
             for name, column in zip(batch.schema.names, batch.columns, strict=True):
                 try:
-                    column[number].as_py()
+                    row[name] = column[number].as_py()
                 except UnicodeDecodeError as error:
-                    raise UserError(
-                        f"{path} row {start + number}, column {name!r}: not UTF-8 at byte "
-                        f"{error.start} of its text; write the file again with text in UTF-8"
-                    ) from None
-        raise
+                    where = f"{path} row {start + number}, column {name!r}"
+                    text = f"not UTF-8 at byte {error.start} of its text"
+                    refuse(UserError(f"{where}: {text}; write the file again with text in UTF-8"))
+                    break
+            else:
+                rows.append(row)
     yield from map(without_nulls, rows)
 
 

@@ -134,7 +134,10 @@ def _format(
             return Conversations(whole, cfg, renderer, reading)
         prompt = column or prompt
     named = cfg.prompt_column or cfg.completion_column or cfg.prompt_template or open_end
-    if not (named or (prompt and completion)) and (text := find("text", columns)):
+    text = find("text", columns)
+    if prompt and text != "text":  # content beside a prompt may be its completion
+        text = None
+    if text and not (named or (prompt and completion)):
         return Texts(text, cfg, renderer, reading)
     completion = completion_column(columns, cfg, prompt, source)
     reasoning = reasoning_column(rows, columns)

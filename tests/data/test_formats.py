@@ -151,6 +151,9 @@ def test_text_that_is_not_utf8_names_row_and_column(tmp_path: Path) -> None:
         UserError, match=r"a\.parquet row 2, column 'question': not UTF-8 at byte 0"
     ):
         load_rows(str(tmp_path / "a.parquet"))
+    bad = BadRows(skip=True)
+    assert load_rows(str(tmp_path / "a.parquet"), bad=bad) == [{"id": 1, "question": "fine"}]
+    assert len(bad.bad) == 1
 
 
 def test_keys_that_arrow_adds_are_dropped(tmp_path: Path) -> None:

@@ -139,6 +139,9 @@ PAIRS: dict[str, tuple[Row, str]] = {
                       "rejected": [ASKED[0], WRONG]}, PLAIN),
     "sharegpt pairs": ({"conversations": SAID[:1], "chosen": said("gpt", A),
                         "rejected": said("gpt", B)}, PLAIN),
+    "alpaca pairs": (
+        {"instruction": "Add.", "input": "2 and 2", "chosen": A, "rejected": B},
+        "user: Add.\n\n2 and 2 | Four."),
     "stack-exchange": ({"question": Q, "response_j": A, "response_k": B}, PLAIN),
     "UltraInteract": ({"trajectory": SAID[:1], "chosen": A, "rejected": B}, PLAIN),
 }  # fmt: skip
