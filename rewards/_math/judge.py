@@ -51,6 +51,12 @@ class Gold:
     words: bool
     """It is words without a mark, which may be prose."""
 
+    @property
+    def is_text(self) -> bool:
+        """Whether it is words or a letter."""
+        source = self.reading.source
+        return isinstance(self.reading.form, Words) or (len(source) == 1 and source.isalpha())
+
 
 @lru_cache(maxsize=8192)
 def read_answer(text: str) -> Reading | None:
@@ -111,13 +117,12 @@ def judge(text: str, gold: Gold) -> Verdict:
         return verdict(marked, gold) if marked else "unparsed"
     found: Verdict = "unparsed"
     for candidate, final in candidates(final_text(text)):
-        reading = read_answer(candidate)
-        if reading is None or (
-            isinstance(reading.form, Words) and not isinstance(gold.reading.form, Words)
-        ):
-            continue
-        if verdict(candidate, gold) == "right":
+        here = verdict(candidate, gold)
+        if here == "right":
             return "right"
+        reading = read_answer(candidate)
+        if reading is None or (isinstance(reading.form, Words) and not gold.is_text):
+            continue  # prose
         if final:
             return "wrong"
         found = "wrong"

@@ -259,7 +259,7 @@ def _is_word(text: str) -> bool:
     """Whether a run of letters is a word rather than a product: CADB, on, AB; but xy, ab."""
     if not text.isalpha() or not text.isascii() or len(text) == 1:
         return False
-    if text in ("pi", "oo", "infty", "infinity"):
+    if text in ("pi", "oo", "inf", "infty", "infinity"):
         return False
     product = re.fullmatch(r"[bckmnpqrtxyz]{2,3}|a[bcnxyz]|[bcxyz]a|[2-9]?[ei]x|x[ei]", text)
     return product is None or text in ("by", "my", "cry", "try", "pry", "an")
