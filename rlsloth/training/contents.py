@@ -62,8 +62,14 @@ def hash_prompts(env: Environment, prompts: Iterable[Prompt]) -> str:
         parts: list[Any] = [prompt.index, prompt.messages, prompt.tools]
         if columns:
             parts.append(sorted(prompt.columns.items()))
-        hashed.update(json.dumps(parts, default=str).encode() + b"\n")
+        hashed.update(json.dumps(parts, default=_text).encode() + b"\n")
     return hashed.hexdigest()
+
+
+def _text(value: object) -> str:
+    """A value that is no JSON as text, without its place in memory (an image)."""
+    text = str(value)
+    return type(value).__name__ if " at 0x" in text else text
 
 
 def plugin_file(spec: str) -> Path | None:

@@ -17,6 +17,7 @@ from helpers.groups import make_group
 from helpers.run_folders import config, rows
 from rlsloth.cli import main as cli
 from rlsloth.errors import UserError, visible
+from rlsloth.run.report.page import is_complete
 from rlsloth.run.run import Run
 from rlsloth.run.samples import write_samples
 from rlsloth.run.trackers import TRACKERS
@@ -130,6 +131,17 @@ def test_a_damaged_file_costs_no_finished_run_its_end(tmp_path, capsys, file):
     assert json.loads((run.dir / "summary.json").read_text()) == {"steps": 3}
     assert str(damaged) in capsys.readouterr().out
     assert (run.dir / "report.html").exists() == (file != "metrics")
+
+
+def test_a_run_is_complete_once_its_report_shows_its_summary(tmp_path):
+    run = Run.start(config(tmp_path / "run"))
+    run.log(1, {"reward": 0.5})
+    run.report()  # as after an interruption
+    assert not is_complete(run.dir)
+    run.finish({"accuracy_after": 0.5, "device": "a <b> & 'c'"})
+    assert is_complete(run.dir)
+    (run.dir / "summary.json").write_text('{"accuracy_after": 0.75}')  # killed before the report
+    assert not is_complete(run.dir)
 
 
 class Offline:

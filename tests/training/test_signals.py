@@ -77,3 +77,28 @@ def test_a_stopped_run_continues_as_the_same_run(
     folder.rename(workplace / f"{loop}_{name}_{at}")
     assert now.keys() == wholes[loop].keys()
     assert [name for name in now if now[name] != wholes[loop][name]] == []
+
+
+LATE = """
+from pathlib import Path
+from rlsloth.errors import UserError
+
+def late(completions, trainer_state, **_):
+    if trainer_state.global_step == 3 and not Path("judge").exists():
+        raise UserError("the judge is down")
+    return [float(len(c[0]["content"]) % 3) for c in completions]
+"""
+
+
+def test_an_error_between_two_updates_saves_a_checkpoint(workplace: Path, runs: FaultyRuns) -> None:
+    (workplace / "late.py").write_text(LATE)
+    folder = workplace / "late"
+    options = ["--rewards", "./late.py:late", "--run.save-every", "0", "--eval.every", "0"]
+    found = runs.run([*command("grpo", folder), *options], folder)
+    assert found.status == 2
+    assert found.printed.splitlines()[-1] == "error: the judge is down"
+    assert (folder / "checkpoints" / "latest").read_text() == "step_00002\n"
+    (workplace / "judge").touch()
+    again = runs.run([*command("grpo", folder), *options], folder)
+    assert again.status == 0, again.printed
+    assert "after step 2" in again.printed

@@ -14,7 +14,7 @@ from typing import Any
 
 import jinja2
 import yaml
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from rlsloth.files import finite, write_atomically
 from rlsloth.run import folder as run_folder
@@ -32,10 +32,13 @@ _WARNINGS = 30
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether a run has ended: its report is there and not older than its summary."""
-    summary, report = folder / run_folder.SUMMARY, folder / REPORT
-    ended = summary.is_file() and report.is_file()
-    return ended and report.stat().st_mtime_ns >= summary.stat().st_mtime_ns
+    """Whether a run has ended: its report is there and shows its summary."""
+    summary = _mapping(folder / run_folder.SUMMARY, json.loads, lambda _: None)
+    return bool(summary) and str(escape(_shown_summary(summary))) in _read(folder / REPORT)
+
+
+def _shown_summary(summary: Mapping[str, Any]) -> str:
+    return json.dumps(summary, indent=2)
 
 
 def write_report(folder: Path, warn: Callable[[str], None] = lambda _: None) -> Path:
@@ -66,7 +69,7 @@ def write_report(folder: Path, warn: Callable[[str], None] = lambda _: None) -> 
             subtitle=_subtitle(config, environment),
             config_text=config_text,
             environment_text=json.dumps(environment, indent=2),
-            summary_text=json.dumps(summary, indent=2),
+            summary_text=_shown_summary(summary),
             finished=bool(summary),
             result=_result(summary),
             facts=_facts(rows, config, summary),
