@@ -69,7 +69,9 @@ class ModelFiles:
         self.check()
         with self.reading(), self.refusing():
             if self.gguf is None:
-                return AutoTokenizer.from_pretrained(self.source, **self.options)
+                tokenizer = AutoTokenizer.from_pretrained(self.source, **self.options)
+                tokenizer("a")  # settings of a wrong type show only here
+                return tokenizer
             found = self.gguf.stat()
             return copy.deepcopy(_gguf_tokenizer(self.gguf, found.st_mtime_ns, found.st_size))
 

@@ -246,3 +246,10 @@ def test_home_is_found(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(folder.parent))
     for ask in ASKED.values():
         ask("~/model")
+
+
+def test_a_tokenizer_that_fails_at_its_first_text(folder: Path) -> None:
+    file = folder / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"model_max_length": {}}))
+    with pytest.raises(UserError, match="cannot read the model: TypeError"):
+        load_tokenizer(ModelConfig(path=str(folder)))
