@@ -96,10 +96,13 @@ def test_an_evaluation_names_the_exception_of_a_reward(
     train: Train, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = "--rewards ./reward.py:broken --eval.at-start true --eval.samples 2 --steps 1"
-    train("broken", *options.split())
-    warning = next(x for x in capsys.readouterr().out.splitlines() if "evaluation: reward" in x)
+    folder = ["--run.dir", "broken"]
+    assert cli.main(["grpo", "config.yaml", *folder, *options.split()]) == 2
+    printed = capsys.readouterr()
+    warning = next(x for x in printed.out.splitlines() if "evaluation: reward" in x)
     assert "broken failed on 4 completions" in warning
     assert "no luck" in warning
+    assert "reward broken gives no score" in printed.err
 
 
 def test_a_metric_of_the_trainer_stops_the_run_before_the_model_loads(
