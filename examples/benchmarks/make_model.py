@@ -120,7 +120,7 @@ def read_tokenizer(path: str) -> Any:
     same, Unsloth would add a token."""
     from transformers import AutoTokenizer
 
-    from rlsloth.policy.gguf import restore_pretokenizer
+    from rlsloth.policy.gguf_tokenizer import restore_tokenizer
 
     file = Path(path)
     if not file.exists():
@@ -129,7 +129,7 @@ def read_tokenizer(path: str) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(path)
     else:
         tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
-        restore_pretokenizer(tokenizer, file)
+        restore_tokenizer(tokenizer, file)
     if tokenizer.pad_token in (None, tokenizer.eos_token):
         others = [t for t in tokenizer.all_special_tokens if t != tokenizer.eos_token]
         tokenizer.pad_token = others[-1] if others else tokenizer.eos_token
