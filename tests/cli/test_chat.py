@@ -18,6 +18,7 @@ from helpers.trained_runs import make_base, make_run
 from rlsloth.cli import main as cli
 from rlsloth.cli.commands.chat import Talker
 from rlsloth.config.export import ChatConfig
+from rlsloth.errors import visible
 from rlsloth.training.source import find_source
 
 pytestmark = pytest.mark.slow
@@ -72,10 +73,10 @@ def test_soft_caps_and_sinks_are_kept(family: str, tmp_path: Path) -> None:
 def test_whole_models_and_bases(place: Path, capsys: Output) -> None:
     user = {"role": "user", "content": "Hello"}
     for name in ("base", "merged"):
-        assert say(capsys, place / name) == generated(place / name, [user]) + "\n"
+        assert say(capsys, place / name) == visible(generated(place / name, [user])) + "\n"
     system = {"role": "system", "content": "Be brief."}
     prompted = say(capsys, place / "base", "--system-prompt", "Be brief.")
-    assert prompted == generated(place / "base", [system, user]) + "\n"
+    assert prompted == visible(generated(place / "base", [system, user])) + "\n"
     assert prompted != say(capsys, place / "base")
 
 
