@@ -192,7 +192,7 @@ def hook(args: argparse.Namespace, meter: Meter) -> None:
 
     engines.open_engine = opened
     Collector.collect = counted
-    session.save = lambda *_: None  # TRL and Unsloth save nothing here either
+    session.save = lambda *_, **__: None  # TRL and Unsloth save nothing here either
     Scorer.score = meter.timed("reward", Scorer.score)
     Run.steps = metered
 

@@ -22,11 +22,12 @@ LIMIT_SECONDS = 60.0
 REPEAT_SECONDS = 1.0
 """Signals within this time after the first count as the same: terminals, shells and launchers each
 pass one on."""
-_DEFAULTS: dict[signal.Signals, Any] = {
+DEFAULTS: dict[signal.Signals, Any] = {
     signal.SIGINT: signal.default_int_handler,
     signal.SIGTERM: signal.SIG_DFL,
     signal.SIGHUP: signal.SIG_DFL,
 }
+"""Signals that stop a run, with the handlers that a program starts with."""
 
 
 class Stopped(KeyboardInterrupt):
@@ -59,7 +60,7 @@ class Stopper:
         """
         taken = []
         if threading.current_thread() is threading.main_thread():
-            for number, default in _DEFAULTS.items():
+            for number, default in DEFAULTS.items():
                 if signal.getsignal(number) == default:
                     signal.signal(number, self._handle)
                     taken.append(number)
@@ -67,7 +68,7 @@ class Stopper:
             yield
         finally:
             for number in taken:
-                signal.signal(number, _DEFAULTS[number])
+                signal.signal(number, DEFAULTS[number])
             if self._timer is not None:
                 self._timer.cancel()
 

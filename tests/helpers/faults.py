@@ -177,6 +177,7 @@ def _serve() -> None:
     import rlsloth.training.grpo
     import rlsloth.training.preference
     import rlsloth.training.sft  # noqa: F401
+    from rlsloth.run.stopping import DEFAULTS
 
     assert pyarrow.parquet
     assert transformers
@@ -192,6 +193,9 @@ def _serve() -> None:
             os.dup2(file, 1)
             os.dup2(file, 2)
             os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+            # A script's background job ignores some signals, which the run would respect.
+            for number, default in DEFAULTS.items():
+                signal.signal(number, default)
             _child(job, write)
         os.close(write)
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])

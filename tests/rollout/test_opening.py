@@ -84,7 +84,7 @@ def start(
             engine = open_engine(
                 request, policy, renderer, run, stack, context=context, temperatures=temperatures
             )
-            return engine, said
+        return engine, [line for line in said if not line.startswith("report in ")]
 
     return start
 

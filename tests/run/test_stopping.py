@@ -8,13 +8,23 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 
 import pytest
 
 from helpers.run_folders import config, rows
 from rlsloth.run import stopping
 from rlsloth.run.run import Run
-from rlsloth.run.stopping import Stopped, Stopper
+from rlsloth.run.stopping import DEFAULTS, Stopped, Stopper
+
+
+@pytest.fixture(autouse=True)
+def handlers_of_a_terminal() -> Iterator[None]:
+    """A script's background job ignores Ctrl-C, and nohup SIGHUP, which the run would respect."""
+    before = {number: signal.signal(number, default) for number, default in DEFAULTS.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.mark.parametrize(
