@@ -71,10 +71,10 @@ def generate(task: str, params: dict[str, Any], stall_seconds: float = STALL_SEC
     """
     request = json.dumps({"task": task, "params": params}, sort_keys=True)
     cache = _cache(request)
-    rows = _cached(cache)
+    rows = _cached(cache, params["size"])
     if rows is None:
         started = time.monotonic()
-        rows = _generate(task, request, int(params["size"]), stall_seconds)
+        rows = _generate(task, request, params["size"], stall_seconds)
         if time.monotonic() - started > SLOW_SECONDS:
             with contextlib.suppress(OSError):  # a cache is no reason to stop
                 cache.parent.mkdir(parents=True, exist_ok=True)
@@ -93,14 +93,18 @@ def _cache(request: str) -> Path:
     return root / "rlsloth" / "reasoning_gym" / f"{name}.jsonl"
 
 
-def _cached(path: Path) -> list[Row] | None:
+def _cached(path: Path, size: Any) -> list[Row] | None:
+    """Rows of a cache; None if it is absent, damaged or incomplete."""
     try:
-        return [json.loads(line) for line in path.read_text().splitlines()]
-    except (OSError, ValueError):  # absent, or damaged
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+    except (OSError, ValueError):
         return None
+    whole = len(rows) == size and all(isinstance(row, dict) and "question" in row for row in rows)
+    return rows if whole else None
 
 
-def _generate(task: str, request: str, size: int, stall_seconds: float) -> list[Row]:
+def _generate(task: str, request: str, size: Any, stall_seconds: float) -> list[Row]:
+    """Rows of a child process, which checks ``size`` as it does all parameters."""
     rows: list[Row] = []
     started = told = time.monotonic()
     for line in _child_lines(task, request, stall_seconds):

@@ -70,7 +70,8 @@ class Reading(BadRows):
                 if time.monotonic() - told > TOLD_SECONDS:
                     told = time.monotonic()
                     left = (told - started) * (len(rows) - count) / count
-                    print(f"{source}: {count} of {len(rows)} rows, about {left:.0f} s more")
+                    line = f"{source}: {count} of {len(rows)} rows, about {left:.0f} s more"
+                    print(line, flush=True)
                 if isinstance(outcome, UserError):
                     self.refuse(outcome)
                     continue

@@ -126,6 +126,7 @@ def in_this_process(task: str, request: str, stall_seconds: float) -> Iterator[b
         ("reasoning_gym:chainsum", {}, r"no task 'chainsum'; did you mean 'chain_sum'\?"),
         ("reasoning_gym:chain_sum", {"min_term": 2}, r"'min_term'; did you mean 'min_terms'\?"),
         ("reasoning_gym:chain_sum", {"min_terms": "x"}, r"--env.params.min_terms: .*integer"),
+        ("reasoning_gym:chain_sum", {"size": "x"}, r"--env.params.size: .*integer"),
         ("reasoning_gym:chain_sum", {"min_terms": 7}, "max_terms must be >= min_terms"),
     ],
 )
@@ -174,9 +175,11 @@ def test_slow_generation_is_kept_and_the_cache_may_be_damaged(
     (file,) = (tmp_path / "cache/rlsloth/reasoning_gym").iterdir()
     monkeypatch.setattr(reasoning_gym, "_child_lines", lambda *_: pytest.fail("from the cache"))
     assert generate("chain_sum", params) == made
-    file.write_text(file.read_text()[:-9])
     monkeypatch.setattr(reasoning_gym, "_child_lines", in_this_process)
-    assert generate("chain_sum", params) == made
+    whole = file.read_text()
+    for damaged in (whole[:-9], "", "3\n" * 3, "".join(whole.splitlines(keepends=True)[:2])):
+        file.write_text(damaged)
+        assert generate("chain_sum", params) == made
 
 
 def test_the_generator_leaves_the_working_folder_alone(
