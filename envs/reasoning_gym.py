@@ -28,7 +28,7 @@ from rlsloth.data.prompts import make_prompts
 from rlsloth.data.rows import Row
 from rlsloth.environments.protocol import SingleTurn, declare
 from rlsloth.errors import UserError, nearest
-from rlsloth.files import write_atomically
+from rlsloth.files import cache_folder, write_atomically
 from rlsloth.scoring.typed_json import from_json, to_json
 
 DRAWS = 2000
@@ -71,11 +71,11 @@ def generate(task: str, params: dict[str, Any], stall_seconds: float = STALL_SEC
     """
     request = json.dumps({"task": task, "params": params}, sort_keys=True)
     cache = _cache(request)
-    rows = _cached(cache, params["size"])
+    rows = None if cache is None else _cached(cache, params["size"])
     if rows is None:
         started = time.monotonic()
         rows = _generate(task, request, params["size"], stall_seconds)
-        if time.monotonic() - started > SLOW_SECONDS:
+        if cache is not None and time.monotonic() - started > SLOW_SECONDS:
             with contextlib.suppress(OSError):  # a cache is no reason to stop
                 cache.parent.mkdir(parents=True, exist_ok=True)
                 write_atomically(cache, "".join(json.dumps(row) + "\n" for row in rows))
@@ -85,12 +85,12 @@ def generate(task: str, params: dict[str, Any], stall_seconds: float = STALL_SEC
     return list(distinct.values())
 
 
-def _cache(request: str) -> Path:
+def _cache(request: str) -> Path | None:
     """The file of a request's problems; another release of reasoning-gym has other files."""
+    folder = cache_folder("reasoning_gym")
     release = f"{importlib.metadata.version('reasoning-gym')} {CACHE_FORMAT}"
     name = hashlib.sha256(f"{release} {request}".encode()).hexdigest()[:24]
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return root / "rlsloth" / "reasoning_gym" / f"{name}.jsonl"
+    return folder and folder / f"{name}.jsonl"
 
 
 def _cached(path: Path, size: Any) -> list[Row] | None:

@@ -1,4 +1,4 @@
-"""Files and folders that a crash leaves old or new, never half written; JSON lines, hashes.
+"""Files and folders that a crash leaves old or new, never half written; JSON, hashes, caches.
 
 Hidden siblings of the file or folder ``x`` while it is written:
 
@@ -21,15 +21,13 @@ import math
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from rlsloth.errors import UserError, first_line, naming_writes
+from rlsloth.errors import naming_writes
 from rlsloth.exchange import exchange
-
-Parsed = TypeVar("Parsed")
 
 
 def _bytes_in(path: Path) -> int:
@@ -209,69 +207,6 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
     write_atomically(path, text + "\n")
 
 
-def json_lines(rows: Iterable[Mapping[str, Any]]) -> bytes:
-    """The rows as JSON, one a line; NaN and infinities become null."""
-    return "".join(json.dumps(finite(row), allow_nan=False) + "\n" for row in rows).encode()
-
-
-def append_json_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Add rows to a file; they are on disk when this returns.
-
-    Raises:
-        WriteError: the file system refuses; none of the rows stays in the file.
-    """
-    data = json_lines(rows)
-    size = path.stat().st_size if path.exists() else 0
-    with naming_writes(path, lambda: len(data)):
-        try:
-            with open(path, "ab") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-        except BaseException:
-            if path.exists():
-                os.truncate(path, size)
-            raise
-
-
-def read_json_lines(path: Path, parse: Callable[[Any], Parsed], remedy: str) -> Iterator[Parsed]:
-    """Read the lines of a file in order; nothing if there is no file.
-
-    Args:
-        parse: makes a value of a line's JSON; it raises for a damaged line.
-        remedy: what the user can do about a damaged line.
-
-    A last line without its line end, which a crash tore, is left out, and so are blank lines.
-
-    Raises:
-        UserError: a damaged line.
-    """
-    if not path.exists():
-        return
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.endswith(b"\n"):
-                return
-            if not line.strip():
-                continue
-            try:
-                parsed = parse(json.loads(line))
-            except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-                raise UserError(
-                    f"{path} line {number} is damaged ({first_line(error)}): {remedy}"
-                ) from None
-            yield parsed
-
-
-def truncate_torn_line(path: Path) -> None:
-    """Remove a last line without its line end, which a crash tore."""
-    if not path.exists():
-        return
-    with open(path, "rb+") as file:
-        whole = sum(len(line) for line in file if line.endswith(b"\n"))
-        file.truncate(whole)
-
-
 def finite(value: Any) -> Any:
     """Replace NaN and infinities by None, in nested mappings and sequences too."""
     if isinstance(value, Mapping):
@@ -298,3 +233,12 @@ def sha256(path: Path) -> str:
     """The SHA-256 of a file's bytes, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def cache_folder(name: str) -> Path | None:
+    """Path of a folder in the user's cache folder; it may not exist. None without a home folder."""
+    root = os.environ.get("XDG_CACHE_HOME")
+    try:
+        return (Path(root) if root else Path.home() / ".cache") / "rlsloth" / name
+    except RuntimeError:  # the user has no home folder
+        return None

@@ -85,6 +85,9 @@ class ExamplesConfig(DatasetConfig):
     max_tokens: int | None = Field(default=None, ge=2)
     """Longest example, prompt and completion together; longer ones are left out and counted.
     Default: the model's context."""
+    cache: bool = True
+    """Keep the tokenised examples of 1,000 rows and more for the next start, in the user's cache
+    folder (~/.cache/rlsloth/examples, which only the user can read)."""
 
 
 class SftDataConfig(ExamplesConfig):

@@ -15,6 +15,7 @@ from rlsloth.data.heldout import split_heldout
 from rlsloth.data.reading import Reading
 from rlsloth.data.renderer import Renderer, refuse_beyond
 from rlsloth.data.rows import Row, load_rows
+from rlsloth.data.token_cache import through_cache
 from rlsloth.errors import UserError
 from rlsloth.records import Prompt
 
@@ -73,9 +74,13 @@ def load_examples(
 
     def examples(source: str, split: str, most: int | None = None) -> list[Example]:
         rows = load_rows(source, split, most, reading)
-        if len(rows) >= MANY:
-            print(f"tokenising {len(rows)} rows of {source}", flush=True)
-        made = read(rows, data, renderer, source, reading)
+
+        def make() -> list[Example]:
+            if len(rows) >= MANY:
+                print(f"tokenising {len(rows)} rows of {source}", flush=True)
+            return read(rows, data, renderer, source, reading)
+
+        made = through_cache(make, rows, data, renderer, source, reading, read)
         _refuse_beyond(made, tokenizer, embeddings, source)
         return made
 

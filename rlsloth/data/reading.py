@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from rlsloth.config import DatasetConfig
 from rlsloth.data.rows import BadRows, Row
@@ -105,6 +105,19 @@ class Reading(BadRows):
                 f"keys of messages that only the chat template may read: {', '.join(self.keys)}"
             )
         return (*lines, *self.remarks)
+
+    def state(self) -> dict[str, Any]:
+        """Options and findings, as JSON."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        kinds: dict[type, Callable[[Any], Any]] = {set: sorted, dict: list}
+        return {name: kinds.get(type(v), lambda v: v)(v) for name, v in values.items()}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Set options and findings to those of ``state``."""
+        kinds: dict[type, Callable[[Any], Any]] = {set: set, dict: dict.fromkeys}
+        for name, value in state.items():
+            made = kinds.get(type(getattr(self, name)), lambda value: value)(value)
+            setattr(self, name, made)
 
     def warnings(self) -> tuple[str, ...]:
         """Lines about rows that are not trained on as they are."""

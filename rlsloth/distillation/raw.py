@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from rlsloth import __version__
-from rlsloth.files import append_json_lines, read_json_lines, truncate_torn_line
 from rlsloth.records import Group, Message, Prompt, Rollout
+from rlsloth.run.json_lines import append_json_lines, read_json_lines, truncate_torn_line
 
 FILE = "raw.jsonl"
 _THINK, _END = "<think>", "</think>"

@@ -22,7 +22,8 @@ from typing import IO, Any
 
 from rlsloth.config import ModelConfig, RunConfig, TrainingConfig
 from rlsloth.errors import UserError
-from rlsloth.files import json_lines, read_json_lines, sweep, write_atomically
+from rlsloth.files import sweep, write_atomically
+from rlsloth.run.json_lines import json_lines, read_json_lines
 from rlsloth.run.locking import LockedError, lock
 from rlsloth.run.saved_config import Changes, changed_settings, save_config
 

@@ -12,10 +12,11 @@ from typing import IO, Any, Self
 
 from rlsloth.config import TrainingConfig
 from rlsloth.errors import UserError, describe_exception, first_line, naming_writes, visible
-from rlsloth.files import append_json_lines, write_json
+from rlsloth.files import write_json
 from rlsloth.records import Group
 from rlsloth.run import folder as run_folder
 from rlsloth.run.clock import PhaseClock
+from rlsloth.run.json_lines import append_json_lines
 from rlsloth.run.machine import write_environment
 from rlsloth.run.metrics import is_number
 from rlsloth.run.progress import Display

@@ -48,7 +48,7 @@ def refuse_changes(run: Run, data: str) -> None:
     """
     fixed = ("seed", "model.path", "model.revision", "model.adapter", "lora.", "optim.name", data)
     for key, (old, new) in run.changes.items():
-        if key.startswith(fixed):
+        if key.startswith(fixed) and key != "data.cache":
             raise UserError(
                 f"cannot resume {run.dir}: {key} is now {new}, but the run began with {old}; set "
                 "it back, or start another run (--model.adapter continues this run's adapter)"

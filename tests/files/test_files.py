@@ -1,4 +1,4 @@
-"""Atomic files and folders, JSON lines and hashes, under faults and kills."""
+"""Atomic files and folders, JSON and hashes, under faults and kills."""
 
 from __future__ import annotations
 
@@ -13,17 +13,14 @@ from typing import Any
 
 import pytest
 
-from rlsloth.errors import UserError
 from rlsloth.files import (
-    append_json_lines,
+    cache_folder,
     finite,
     flatten,
-    read_json_lines,
     replacing_file,
     replacing_folder,
     sha256,
     sweep,
-    truncate_torn_line,
     write_atomically,
     write_json,
 )
@@ -127,40 +124,6 @@ def test_temporary_files_are_swept_and_nothing_else(tmp_path: Path) -> None:
     sweep(tmp_path / "absent")
 
 
-def test_json_lines_come_back_without_a_torn_one(tmp_path: Path) -> None:
-    path = tmp_path / "rows.jsonl"
-    assert list(read_json_lines(path, dict, "")) == []
-    append_json_lines(path, [{"a": 1}, {"a": math.nan}])
-    with open(path, "a") as file:
-        file.write('\n{"a": 3}\n{"a"')
-    assert list(read_json_lines(path, dict, "")) == [{"a": 1}, {"a": None}, {"a": 3}]
-    truncate_torn_line(path)
-    append_json_lines(path, [{"a": 4}])
-    assert [row["a"] for row in read_json_lines(path, dict, "")] == [1, None, 3, 4]
-
-
-@pytest.mark.parametrize("line", [b"{", b"[1, 2]", b"\xff", b"[" * 10**5])
-def test_a_damaged_line_is_named(tmp_path: Path, line: bytes) -> None:
-    path = tmp_path / "rows.jsonl"
-    path.write_bytes(b'{"a": 1}\n' + line + b"\n")
-    with pytest.raises(UserError, match=r"rows.jsonl line 2 is damaged \(.*\): delete it") as found:
-        list(read_json_lines(path, lambda row: row["a"], "delete it"))
-    assert "\n" not in str(found.value)
-
-
-def test_a_failed_append_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "rows.jsonl"
-    append_json_lines(path, [{"a": 1}])
-
-    def full(_: int) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space left"):
-        append_json_lines(path, [{"a": 2}])
-    assert path.read_text() == '{"a": 1}\n'
-
-
 def test_values_that_json_lacks(tmp_path: Path) -> None:
     tree = {1: [math.inf, (math.nan, 0.5)], "path": None}
     assert finite(tree) == {"1": [None, [None, 0.5]], "path": None}
@@ -170,6 +133,14 @@ def test_values_that_json_lacks(tmp_path: Path) -> None:
 
 def test_flatten() -> None:
     assert flatten({"a": {"b": {0: 1}, "c": [2]}, "d": None}) == {"a.b.0": 1, "a.c": [2], "d": None}
+
+
+def test_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_folder("a") == tmp_path / "rlsloth" / "a"
+    monkeypatch.setenv("XDG_CACHE_HOME", "")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cache_folder("a") == tmp_path / ".cache" / "rlsloth" / "a"
 
 
 def test_sha256(tmp_path: Path) -> None:

@@ -6,6 +6,8 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -13,11 +15,15 @@ from safetensors.torch import load_file, save_file
 
 from helpers.endings import command, make_workplace
 from helpers.faults import FaultyRuns, faulty_runs
+from rlsloth.errors import UserError
+from rlsloth.training.progress import refuse_changes
 
 pytestmark = pytest.mark.slow
 ENVIRONMENT = """
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 from rlsloth.environments.protocol import SingleTurn
 from rlsloth.records import Prompt
 
@@ -133,3 +139,11 @@ def test_an_undisturbed_input_resumes(begun: Path, runs: FaultyRuns, workplace: 
     assert resumed.status == 0, resumed.printed
     assert (folder / "checkpoints" / "latest").read_text() == "step_00002\n"
     assert [p.name for p in folder.rglob(".*")] == [".lock"]
+
+
+def test_the_cache_may_be_switched_off_in_a_resume(tmp_path: Path) -> None:
+    run: Any = SimpleNamespace(dir=tmp_path, changes={"data.cache": (True, False)})
+    refuse_changes(run, "data.")
+    run.changes["data.limit"] = (None, 3)
+    with pytest.raises(UserError, match=r"data\.limit is now 3"):
+        refuse_changes(run, "data.")

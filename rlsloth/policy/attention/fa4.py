@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from rlsloth.files import cache_folder
 from rlsloth.policy.attention.backend import Backend, has_gpu
 from rlsloth.policy.attention.layout import PackedLayout
 from rlsloth.policy.attention.repeated import repeated_keys
@@ -30,13 +31,14 @@ def _works() -> bool:
 
 def _cache_folder() -> Path | None:
     """Make a folder for compiled kernels; None if files cannot be written and locked there."""
+    folder = cache_folder("flash_attention_4")
+    if folder is None:
+        return None
     try:
-        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        folder = root / "rlsloth" / "flash_attention_4"
         folder.mkdir(parents=True, exist_ok=True)
         with open(folder / "lock", "w") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except (OSError, RuntimeError):  # no home folder, or a read-only, full or lockless one
+    except OSError:  # a read-only, full or lockless file system
         return None
     return folder
 
