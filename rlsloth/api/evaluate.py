@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 from rlsloth.api.cleanup import freeing_memory
 from rlsloth.api.objects import Reward, Rows, checked, passing_objects
 from rlsloth.api.result import RunResult
-from rlsloth.config import GrpoConfig
-from rlsloth.errors import UserError
+from rlsloth.config import GrpoConfig, ModelConfig
+from rlsloth.errors import UserError, nearest
 from rlsloth.evaluation.intervals import difference_estimate
 from rlsloth.evaluation.result import paired_scores
 from rlsloth.files import write_json
@@ -35,7 +36,8 @@ def evaluate(
     ``difference``.
 
     Raises:
-        UserError: bad input, a run without an adapter, or a folder that holds an evaluation.
+        UserError: bad input, a run without an adapter, or a folder that holds an evaluation, or
+            no run where the adapter of one is meant.
     """
     config = _with_trained_adapter(checked(config, GrpoConfig))
     with (
@@ -48,6 +50,7 @@ def evaluate(
 
 
 def _measure(cfg: GrpoConfig) -> RunResult:
+    from rlsloth.training.data_lines import describe_evaluated
     from rlsloth.training.opening import open_grpo
 
     with ExitStack() as stack:
@@ -57,7 +60,7 @@ def _measure(cfg: GrpoConfig) -> RunResult:
         base = evaluator.evaluate(0, name="base", base=True)
         figures: dict[str, object] = {"base": base.metrics()}
         if cfg.model.adapter is None:
-            run.say("no --model.adapter: only the base model was evaluated")
+            run.say(f"{describe_evaluated(cfg.model)} (--model.adapter names one)")
         else:
             adapter = evaluator.evaluate(0, name="adapter")
             gain = difference_estimate(*paired_scores(base, adapter))
@@ -70,7 +73,10 @@ def _measure(cfg: GrpoConfig) -> RunResult:
                 "difference": [gain.value, gain.low, gain.high],
             }
         write_json(run.dir / EVALUATION, figures)
-        run.finish({"problems": base.problems, "samples": base.samples, **figures})
+        evaluated = describe_evaluated(cfg.model)
+        run.finish(
+            {"evaluated": evaluated, "problems": base.problems, "samples": base.samples, **figures}
+        )
         return RunResult(run.dir)
 
 
@@ -80,12 +86,15 @@ def _with_trained_adapter(cfg: GrpoConfig) -> GrpoConfig:
     If model.adapter is not the adapter that the run started from, the user has set it: it is kept.
 
     Raises:
-        UserError: the folder holds an evaluation, or the run has no adapter yet.
+        UserError: the folder is not there or holds an evaluation, or the run has no adapter yet.
     """
     from rlsloth.training.source import read_config
 
     folder = cfg.run.dir
-    if folder is None or not (folder / CONFIG).is_file():
+    if folder is None:
+        return cfg
+    if not (folder / CONFIG).is_file():
+        _refuse_missing(folder, cfg.model)
         return cfg
     if (folder / EVALUATION).exists():
         raise UserError(f"--run.dir {folder} holds an evaluation: pass another folder")
@@ -100,3 +109,19 @@ def _with_trained_adapter(cfg: GrpoConfig) -> GrpoConfig:
             )
         model = model.model_copy(update={"adapter": folder / "adapter"})
     return cfg.model_copy(update={"model": model, "run": run})
+
+
+def _refuse_missing(folder: Path, model: ModelConfig) -> None:
+    """Refuse a folder without a run if the adapter to evaluate might be the one of that run.
+
+    Raises:
+        UserError: no adapter is named, and the folder is not an empty one for the results.
+    """
+    if model.adapter is not None or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    runs = [path.name for path in folder.absolute().parent.glob("*") if (path / CONFIG).is_file()]
+    raise UserError(
+        f"--run.dir {folder}: there is no run to evaluate{nearest(folder.name, runs)} (current "
+        f"folder: {Path.cwd()}); pass the folder of a run, or the adapter with --model.adapter; to "
+        "evaluate the base model alone leave --run.dir out, or make an empty folder for the result"
+    )

@@ -54,3 +54,10 @@ def describe_sampling(run: Run, problems: Problems, policy: Policy) -> None:
         f"{len(env.train)} training prompts, {len(env.heldout)} held out; rewards: "
         f"{', '.join(problems.scorer.names)}; {policy.device}, attention {policy.backend}"
     )
+
+
+def describe_evaluated(model: ModelConfig) -> str:
+    """Say in one line what an evaluation measures."""
+    if model.adapter is None:
+        return f"evaluation of {model.path}: base model, no adapter"
+    return f"evaluation of {model.path}: base model, and adapter {model.adapter}"

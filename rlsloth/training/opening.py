@@ -44,7 +44,12 @@ from rlsloth.rollout.trial import probe_packing, trial_backward
 from rlsloth.run.run import Run
 from rlsloth.training import contents
 from rlsloth.training.collector import open_collector, open_evaluator
-from rlsloth.training.data_lines import describe_sampling, fitting_problems, say_of_prompts
+from rlsloth.training.data_lines import (
+    describe_evaluated,
+    describe_sampling,
+    fitting_problems,
+    say_of_prompts,
+)
 from rlsloth.training.examples import (
     check_longest,
     show_first,
@@ -82,6 +87,8 @@ def open_grpo(
     """
     started = time.monotonic()
     problems, run = _start_sampling(cfg, stack)
+    if not trains:
+        run.say(describe_evaluated(cfg.model))
     env = problems.env
     named = cfg.tokens_per_microbatch
     if trains:

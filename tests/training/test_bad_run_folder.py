@@ -93,6 +93,16 @@ def test_eval_of_an_unfinished_run(refused, sound_folder: Path) -> None:
     refused("eval --run.dir half", "half has no adapter yet", "--model.adapter", new=False)
 
 
+def test_eval_of_a_run_that_is_not_there(refused, sound_folder: Path) -> None:
+    """The base model alone would be evaluated, under the name of what was trained."""
+    Path("runs/letters").mkdir(parents=True)
+    Path("runs/letters/config.yaml").write_text(yaml.safe_dump(CONFIG))
+    words = ("no run to evaluate", "--model.adapter")
+    refused("eval --run.dir runs/leters", "--run.dir runs/leters", "'letters'", *words, new=False)
+    refused("eval --run.dir runs", "--run.dir runs:", *words, new=False)
+    assert sorted(path.name for path in Path("runs").iterdir()) == ["letters"]
+
+
 def test_eval_of_a_run_that_was_moved(sound_folder: Path, capfd) -> None:
     assert cli.main(["grpo", "config.yaml", "--run.dir", "first"]) == 0
     Path("first").rename("moved")

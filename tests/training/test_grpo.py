@@ -185,16 +185,22 @@ def test_the_trial_backward_is_for_training_alone(workplace: Path, monkeypatch, 
         raise UserError("no backward")
 
     monkeypatch.setattr(opening, "trial_backward", refuse)
+    Path("no trial").mkdir()
     eval_only = ["--run.dir", "no trial", "--eval.problems", "2"]
     assert cli.main(["eval", "config.yaml", *eval_only]) == 0
     assert cli.main(["grpo", "config.yaml", "--run.dir", "trial"]) == 2
     assert "error: no backward" in capsys.readouterr().err
 
 
-def test_eval_of_a_base_alone(workplace: Path) -> None:
+def test_eval_of_a_base_alone(workplace: Path, capfd) -> None:
+    (workplace / "eval alone").mkdir()
     assert cli.main(["eval", "config.yaml", "--run.dir", "eval alone", "--eval.problems", "3"]) == 0
     figures = json.loads((workplace / "eval alone" / "eval.json").read_text())
     assert set(figures) == {"base"}
+    summary = json.loads((workplace / "eval alone" / "summary.json").read_text())
+    assert summary["evaluated"].endswith(": base model, no adapter")
+    printed = capfd.readouterr().out
+    assert printed.index("base model, no adapter") < printed.index("evaluation base")
 
 
 # Resuming
