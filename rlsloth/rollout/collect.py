@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 
-from rlsloth.data.renderer import Renderer
+from rlsloth.data.renderer import Renderer, refuse_beyond
 from rlsloth.environments.protocol import Environment, Reply
 from rlsloth.errors import UserError
 from rlsloth.records import Completion, Group, Message, Prompt, SamplingParams
@@ -29,6 +29,7 @@ def collect(
     *,
     max_turns: int,
     context: int,
+    embeddings: int | None = None,
     on_group: Callable[[Group], None] | None = None,
 ) -> list[Group]:
     """Sample ``n`` unscored rollouts of each prompt, in the order of ``prompts``.
@@ -40,16 +41,17 @@ def collect(
         sampling: ``max_tokens`` bounds the sampled tokens of a rollout over all its turns.
         max_turns: largest number of sampled turns.
         context: largest number of tokens of a prompt with its rollout.
+        embeddings: number of the model's embeddings; None if it is not known.
         on_group: called with each group once all its rollouts have ended, while others go on.
 
     Raises:
-        UserError: the environment fails, or a prompt fills the context.
+        UserError: the environment fails or uses a token without embedding, or a prompt is too long.
     """
     prefixes = [renderer.prompt_ids(prompt) for prompt in prompts]
     started = [_start(env, g, prompts[g], prefix, n) for g, prefix in enumerate(prefixes)]
     groups: dict[int, Group] = {}
     waiting: list[tuple[Trajectory, Awaitable[Reply]]] = []
-    limits = _Limits(sampling.max_tokens, context)
+    limits = _Limits(sampling.max_tokens, context, embeddings)
 
     def close(g: int) -> None:
         if g not in groups and all(t.ended for t in started[g]):
@@ -59,8 +61,7 @@ def collect(
 
     def took_turn(trajectory: Trajectory, completion: Completion, last: bool) -> None:
         trajectory.add_completion(completion, renderer)
-        late = _advance(trajectory, renderer, limits, last)
-        if late is not None:
+        if (late := _advance(trajectory, renderer, limits, last)) is not None:
             waiting.append((trajectory, late))
         close(trajectory.group)
 
@@ -89,12 +90,14 @@ def _start(
 
 @dataclass(frozen=True, slots=True)
 class _Limits:
-    """Limits of a rollout, in tokens."""
+    """Limits of a rollout."""
 
     sampled: int
     """Largest number of sampled tokens."""
     context: int
     """Largest number of tokens of the prompt with the rollout."""
+    embeddings: int | None
+    """Number of the model's embeddings, above which no token may be."""
 
 
 Replies = Sequence[Awaitable[Reply]]
@@ -156,6 +159,9 @@ def _read(
     trajectory.tool_failures += reply.tool_failures
     trajectory.messages += messages
     glue = renderer.reply_ids(trajectory.turn_ids, messages)
+    if limits.embeddings is not None:
+        where = f"{trajectory.where}: its reply"
+        refuse_beyond(glue, renderer.tokenizer, limits.embeddings, where)
     if len(trajectory.prompt_ids) + len(trajectory.token_ids) + len(glue) >= limits.context:
         trajectory.end("length")
     else:

@@ -33,6 +33,8 @@ class Collector:
     """Largest number of sampled turns in a rollout."""
     context: int
     """Largest number of tokens of a prompt with its rollout."""
+    embeddings: int
+    """Number of the model's embeddings."""
     seed: int
     """The run's seed."""
 
@@ -63,5 +65,6 @@ class Collector:
             sampling,
             max_turns=self.max_turns,
             context=self.context,
+            embeddings=self.embeddings,
             on_group=lambda group: self.scorer.submit(group, step=step),
         )

@@ -54,9 +54,16 @@ def open_collector(
     engine = open_engine(
         request, policy, renderer, run, stack, context=context, temperatures=temperatures
     )
-    turns = cfg.env.max_turns
     return Collector(
-        engine, renderer, problems.env, problems.scorer, cfg.rollout, turns, policy.context, seed
+        engine,
+        renderer,
+        problems.env,
+        problems.scorer,
+        cfg.rollout,
+        cfg.env.max_turns,
+        policy.context,
+        policy.embeddings,
+        seed,
     )
 
 

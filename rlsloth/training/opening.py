@@ -50,17 +50,8 @@ from rlsloth.training.data_lines import (
     fitting_problems,
     say_of_prompts,
 )
-from rlsloth.training.examples import (
-    check_longest,
-    show_first,
-    warn_of_data,
-    warn_of_overlap,
-)
-from rlsloth.training.memory import (
-    examples_request,
-    grpo_request,
-    sampling_request,
-)
+from rlsloth.training.examples import check_longest, show_first, warn_of_data, warn_of_overlap
+from rlsloth.training.memory import examples_request, grpo_request, sampling_request
 from rlsloth.training.preload import (
     finish_imports,
     import_sampler,

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from helpers.supervised import command, make_folder
 from rlsloth.cli import main as cli
 
 pytestmark = pytest.mark.slow
@@ -70,6 +71,48 @@ def test_parameters_of_the_reward(tested: Tested) -> None:
     option = "--reward.params.format_tags first_tag_open true"
     assert "mean 0.000" in tested(row, spec="format_tags")[1]
     assert "mean 1.000" in tested(row, spec="format_tags", more=option)[1]
+
+
+HOSTILE = """
+def hostile(completions, log_extra=None, **_):
+    log_extra("hostile/verdict", ["bad\\x1b]0;mine\\x07 [red]"] * len(completions))
+    raise ValueError("cannot read \\x1b[2J" + completions[0])
+"""
+CONTROLS = ("\x1b", "\x07", "\x08", "\x9b", "\u202e")
+
+
+def test_escapes_do_not_reach_the_terminal(tested: Tested) -> None:
+    """Texts of a row, of a failing reward, and of the name of a column in an error."""
+    Path("hostile.py").write_text(HOSTILE)
+    answer = "no\x1b[31m \x9b2J\x08\u202e[bold]"
+    row = {"prompt": "2 + 3 =", "completion": answer, "answer": "5"}
+    status, printed = tested(row, spec="./hostile.py:hostile")
+    assert status == 1
+    assert not [c for c in CONTROLS if c in printed]
+    assert "\\x1b[31m" in printed
+    assert "\\x1b[2J" in printed
+    status, printed = tested({"completion\x1b[2J\u202e": "5"})
+    assert status == 2
+    assert not [c for c in CONTROLS if c in printed]
+
+
+@pytest.mark.parametrize("words", [["sf\x1b[2Jt"], ["sft", "--da\x1b[31mta.train", "x"]])
+def test_errors_show_escapes(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(words) == 2
+    printed = capsys.readouterr().err
+    assert "\x1b" not in printed
+    assert "\\x1b[" in printed
+
+
+def test_an_error_about_a_row_shows_escapes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    make_folder(tmp_path, d=[{"que\x1b[2Jry": "\x1b]0;mine\x07"}] * 3)
+    assert command("sft", "d") == 2
+    printed = capsys.readouterr().err
+    assert "que\\x1b[2Jry" in printed
+    assert not [c for c in CONTROLS if c in printed]
 
 
 def test_a_missing_file_is_one_line(tested: Tested, capsys: pytest.CaptureFixture[str]) -> None:

@@ -58,3 +58,32 @@ def test_prompts(capsys: pytest.CaptureFixture[str]) -> None:
     line = refusal(capsys, *argv, "--rollout.engine", "transformers")
     assert "token '<ans>' has id 259" in line
     assert "prompt 6" in line
+
+
+ECHO = """
+from rlsloth import Episode, Prompt, Reply
+from rlsloth.environments.protocol import SingleTurn
+
+
+class Answer(Episode):
+    def step(self, message):
+        return Reply([{"role": "user", "content": "The <ans>wer is 4."}], reward=0.0)
+
+
+class Echo(SingleTurn):
+    def __init__(self, cfg, seed):
+        prompts = [Prompt(i, ({"role": "user", "content": str(i)},), {}) for i in range(4)]
+        super().__init__("echo", prompts, [], ("environment",), single_turn=False)
+
+    def start(self, prompt):
+        return Answer()
+"""
+
+
+def test_replies_of_an_environment(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("e.py").write_text(ECHO)
+    argv = ["grpo", "--env.name", "e.py:Echo", "--rollout.engine", "transformers"]
+    argv += ["--rollout.max-tokens", "200", "--group-size", "4", "--prompts-per-step", "4"]
+    line = refusal(capsys, *argv)
+    assert "reply: token '<ans>' has id 259" in line
+    assert "e.py" in line or "echo" in line
