@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from rlsloth.config.data import KtoDataConfig, PreferenceDataConfig
+from rlsloth.data.choices import find_choice, refuse_trees
 from rlsloth.data.columns import arrange, columns_of, find, find_prompt
 from rlsloth.data.completions import Completions, one_answer, read_turns
 from rlsloth.data.example import Example, make_example
@@ -42,7 +43,8 @@ def labelled_examples(
     reading = reading or Reading.of(cfg)
     columns = columns_of(arrange(rows, cfg, source))
     marks = find("label", columns)
-    if marks is None and find("chosen", columns) is not None:
+    is_pair = find("chosen", columns) is not None or find_choice(rows, columns) is not None
+    if marks is None and is_pair:
         taken = PreferenceDataConfig(**cfg.model_dump())
         return [
             replace(pair, answers=(answer,), label=good)
@@ -51,6 +53,7 @@ def labelled_examples(
         ]
     rows = arrange(rows, cfg, source)
     if marks is None:
+        refuse_trees(columns, source)
         raise UserError(
             f"{source} has no column 'label' (columns: {', '.join(columns)}): rows need prompt, "
             "completion and label, or chosen and rejected; name yours with --data.columns.label "

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rlsloth.config.data import ExamplesConfig, PreferenceDataConfig
+from rlsloth.data.choices import Choice, Ranking, find_choice, refuse_trees
 from rlsloth.data.columns import TEMPLATED, arrange, columns_of, find, find_prompt
 from rlsloth.data.completions import completed, one_answer
 from rlsloth.data.example import Example, make_example
@@ -53,10 +54,14 @@ def pair_examples(
     reading = reading or Reading.of(cfg)
     rows = arrange(rows, cfg, source)
     columns = columns_of(rows)
-    names = [_side(side, columns, source) for side in SIDES]
-    rows = [_with_sides(row, names) for row in rows]
-    column = prompt_column([c for c in columns if c not in names], cfg)
-    chat = any(isinstance(row[side], list) for row in rows for side in SIDES)
+    choice = None if find("chosen", columns) else find_choice(rows, columns)
+    if choice is None:
+        names = [_side(side, columns, source) for side in SIDES]
+        rows = [_with_sides(row, names) for row in rows]
+    else:
+        names = [*choice.columns]
+    column = prompt_column([c for c in columns if c not in names], cfg, choice)
+    chat = any(isinstance(row.get(side), list) for row in rows for side in SIDES)
     if column not in columns:
         _refuse_texts(rows, [c for c in columns if c not in names], source)
     made = prompt_reader(
@@ -66,6 +71,9 @@ def pair_examples(
 
     def read(index: int, row: Row) -> Example:
         where = f"{source} row {index + 1}"
+        if choice is not None:
+            chosen, rejected = choice.sides(row, where)
+            row = {**row, "chosen": chosen, "rejected": rejected}
         split = split_pair(row, column, where, reading.keys)
         _refuse_mixture(split, column, chat, where)
         prompt = made.read(index, split, where, reading)
@@ -96,6 +104,7 @@ def _side(side: str, columns: Sequence[str], source: str) -> str:
     """Name the column of the chosen or the rejected completion."""
     found = find(side, columns)
     if found is None:
+        refuse_trees(columns, source)
         raise UserError(
             f"{source} has no column {side!r} (columns: {', '.join(columns)}): preference rows "
             "need the columns chosen and rejected, and prompt unless both contain it; name yours "
@@ -112,10 +121,14 @@ def _with_sides(row: Row, names: Sequence[str]) -> Row:
     return {**row, **dict(zip(SIDES, values, strict=True))}
 
 
-def prompt_column(columns: Sequence[str], cfg: ExamplesConfig) -> str:
+def prompt_column(
+    columns: Sequence[str], cfg: ExamplesConfig, choice: Choice | Ranking | None = None
+) -> str:
     """Name the column of prompts, to which a common beginning is moved if there is none."""
     if cfg.prompt_template is not None:
         return TEMPLATED
+    if choice is not None:
+        return cfg.prompt_column or choice.prompt
     found = cfg.prompt_column or find_prompt(columns)
     return found or find("messages", columns) or "prompt"
 

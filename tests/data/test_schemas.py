@@ -144,6 +144,18 @@ PAIRS: dict[str, tuple[Row, str]] = {
         "user: Add.\n\n2 and 2 | Four."),
     "stack-exchange": ({"question": Q, "response_j": A, "response_k": B}, PLAIN),
     "UltraInteract": ({"trajectory": SAID[:1], "chosen": A, "rejected": B}, PLAIN),
+    "PKU-SafeRLHF": (
+        {"prompt": "q ", "response_0": B, "response_1": A, "is_response_0_safe": True,
+         "better_response_id": 1, "safer_response_id": 0}, "q | Four."),
+    "SHP": ({"post_id": "a", "domain": "d", "history": Q, "human_ref_A": A, "human_ref_B": B,
+             "labels": 1, "score_A": 9, "score_B": 2, "score_ratio": 4.5}, PLAIN),
+    "SHP, the other": ({"history": Q, "human_ref_A": B, "human_ref_B": A, "labels": 0}, PLAIN),
+    "Nectar": (
+        {"prompt": "\n\nHuman: q\n\nAssistant: ", "num_responses": 3, "source": ["s"],
+         "answers": [{"answer": "no", "model": "m", "rank": 2.0},
+                     {"answer": "yes", "model": "n", "rank": 1.0},
+                     {"answer": B, "model": "o", "rank": 3.0}]},
+        "\n\nHuman: q\n\nAssistant: | yes"),
 }  # fmt: skip
 
 KTO: dict[str, tuple[Row, str]] = {
