@@ -47,8 +47,8 @@ CACHE_FORMAT = 1
 def reasoning_gym(cfg: EnvConfig, seed: int) -> SingleTurn:
     """Make prompts from distinct questions of one task, ``cfg.heldout`` of them held out.
 
-    Columns: ``question``, ``answer`` (None if several answers are right), ``task``, and ``entry``,
-    the whole problem as reasoning-gym's scorer reads it.
+    Columns: ``question``, ``answer`` (None if several answers are right), ``task``, ``entry``, the
+    whole problem as reasoning-gym's scorer reads it, and ``task_params``, if there are any.
     """
     task = cfg.name.partition(":")[2]
     if not task:
@@ -79,9 +79,12 @@ def generate(task: str, params: dict[str, Any], stall_seconds: float = STALL_SEC
             with contextlib.suppress(OSError):  # a cache is no reason to stop
                 cache.parent.mkdir(parents=True, exist_ok=True)
                 write_atomically(cache, "".join(json.dumps(row) + "\n" for row in rows))
+    # Some scorers read the task's parameters, such as the largest number of puzzle24.
+    own = {key: value for key, value in params.items() if key not in ("size", "seed")}
+    more = {"task_params": own} if own else {}
     distinct: dict[str, Row] = {}
     for row in rows:
-        distinct.setdefault(row["question"], row)
+        distinct.setdefault(row["question"], row | more)
     return list(distinct.values())
 
 
@@ -261,9 +264,12 @@ def _carried(task: str, dataset: Any, entry: Row) -> Row:
         try:
             carried: Row = json.loads(json.dumps(to_json(entry) if typed else entry))
             # Some scorers distinguish lists from tuples: no answer would be right.
-            if entry["answer"] is None or _score(dataset, from_json(carried)) == _score(
-                dataset, entry
-            ):
+            back = from_json(carried)
+            if entry["answer"] is None:
+                same = back == entry
+            else:
+                same = _score(dataset, back) == _score(dataset, entry)
+            if same:
                 return carried
         except Exception:  # a scorer may raise anything on what it does not expect
             continue

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
-from reasoning_gym.factory import DATASETS, get_score_answer_fn
+from pydantic import TypeAdapter
+from reasoning_gym.factory import DATASETS
 
 from rlsloth.errors import UserError, nearest
 from rlsloth.scoring.answers import completion_text, final_text, last_tag
@@ -20,6 +23,7 @@ def reasoning_gym(
     task: list[str],
     entry: list[dict[str, Any]],
     finish_reasons: list[str] | None = None,
+    task_params: list[dict[str, Any]] | None = None,
     log_metric: Callable[[str, float], None] | None = None,
     *,
     extract: str = "answer_tag",
@@ -29,7 +33,9 @@ def reasoning_gym(
 
     A completion in which no answer is found after the last </think> scores 0; no other way to find
     one is tried. So does an answer on which the task's scorer raises, such as prose where it
-    expects a number, unless it raises on the row's own answer, too. The metric
+    expects a number, unless it raises on the row's own answer, too. A Markdown fence around the
+    answer does not count; the questions of some tasks show one. ``task_params`` are the parameters
+    of the task, which some scorers read. The metric
     ``rewards/reasoning_gym/scorer_raised`` is the share of such answers.
 
     Args:
@@ -52,7 +58,10 @@ def reasoning_gym(
     scores: list[float | None] = []
     raised = 0
     reasons = finish_reasons or ["stop"] * len(completions)
-    for completion, name, row, finish in zip(completions, task, entry, reasons, strict=True):
+    settings = [json.dumps(p or {}, sort_keys=True) for p in task_params or [None] * len(task)]
+    for completion, name, row, finish, setting in zip(
+        completions, task, entry, reasons, settings, strict=True
+    ):
         cut_off = finished_only and finish == "length"
         found = None if cut_off else find(final_text(completion_text(completion)))
         if found is None:
@@ -60,12 +69,12 @@ def reasoning_gym(
             continue
         row = from_json(row)
         try:
-            scores.append(float(_scorer(name)(found, row)))
+            scores.append(float(_scorer(name, setting)(found, row)))
         except UserError:
             raise
         except Exception:
             # Raises, too, if the row or the scorer is at fault rather than the answer.
-            _scorer(name)(str(row.get("answer")), row)
+            _scorer(name, setting)(str(row.get("answer")), row)
             scores.append(0.0)
             raised += 1
     if log_metric is not None and scores:
@@ -73,23 +82,34 @@ def reasoning_gym(
     return scores
 
 
+def _tagged(text: str) -> str | None:
+    """The last answer in tags, without a fence of three backticks around it."""
+    found = last_tag(text, "answer")
+    fenced = _FENCE.fullmatch(found) if found is not None else None
+    return fenced[1].strip() if fenced is not None and "```" not in fenced[1] else found
+
+
 def _last_number(text: str) -> str | None:
     found = numbers_in(text)
     return found[-1] if found else None
 
 
+_FENCE = re.compile(r"```[\w+-]*[ \t]*\n(.*)\n[ \t]*```", re.DOTALL)
 _EXTRACTORS: dict[str, Callable[[str], str | None]] = {
-    "answer_tag": lambda text: last_tag(text, "answer"),
+    "answer_tag": _tagged,
     "last_number": _last_number,
     "whole": str.strip,
 }
 
 
 @lru_cache(maxsize=128)
-def _scorer(task: str) -> Callable[[str, dict[str, Any]], float]:
+def _scorer(task: str, params: str) -> Callable[[str, dict[str, Any]], float]:
+    """The scorer of a task with parameters, as JSON."""
     if task not in DATASETS:
         raise UserError(f"reasoning_gym has no task {task!r}{nearest(task, sorted(DATASETS))}")
-    scorer: Callable[[str, dict[str, Any]], float] = get_score_answer_fn(task)
+    dataset, config = DATASETS[task]
+    made = TypeAdapter(config).validate_python(json.loads(params))
+    scorer: Callable[[str, dict[str, Any]], float] = dataset(config=made).score_answer
     return scorer
 
 
@@ -101,6 +121,7 @@ _SUM = {
 EXAMPLES = (
     Example("4 - 1 is <answer>3</answer>", 1.0, "right", _SUM),
     Example("<answer> 3.0 </answer>", 1.0, "the task's own tolerance", _SUM),
+    Example("<answer>\n```\n3\n```\n</answer>", 1.0, "in a fence", _SUM),
     Example("<answer>5</answer>", 0.0, "wrong", _SUM),
     Example("The answer is 3", 0.0, "no tag", _SUM),
     Example("<answer>3</answer>", 0.0, "cut off", _SUM, finish="length"),
