@@ -13,6 +13,8 @@ from typing import Any
 
 CLASS = "PreTrainedTokenizerFast"
 """transformers 4's class of a tokenizer that tokenizer.json describes; transformers 5 knows it."""
+_PHI = ("phi3", "phi4_multimodal")
+"""Models whose ``rope_scaling`` has exactly three keys in transformers 4, one of them ``type``."""
 
 
 def add_old_keys(folder: Path) -> None:
@@ -41,7 +43,11 @@ def _add_rope(config: dict[str, Any]) -> None:
         config["partial_rotary_factor"] = full["partial_rotary_factor"]
     if full.get("rope_type", "default") != "default":
         apart = ("rope_theta", "partial_rotary_factor")
-        config["rope_scaling"] = {key: value for key, value in full.items() if key not in apart}
+        scaling = {key: value for key, value in full.items() if key not in apart}
+        if config.get("model_type") in _PHI and full["rope_type"] == "longrope":
+            scaling = {key: full[key] for key in ("short_factor", "long_factor") if key in full}
+            scaling["type"] = "longrope"
+        config["rope_scaling"] = scaling
 
 
 def name_old_class(folder: Path) -> None:
