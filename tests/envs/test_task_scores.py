@@ -25,10 +25,9 @@ def problems(task: str, params: Params, size: int = 4) -> tuple[Any, list[Any], 
 
 
 def scored(answer: str, task: str, row: Any, params: Params) -> float | None:
-    more = {"task_params": [params]} if params else {}
-    (score,) = reasoning_gym(
-        [f"So <answer>{answer}</answer>"], [task], [row["entry"]], ["stop"], **more
-    )
+    own = [dict(params)] if params else None
+    text = f"So <answer>{answer}</answer>"
+    (score,) = reasoning_gym([text], [task], [row["entry"]], ["stop"], task_params=own)
     return score
 
 
