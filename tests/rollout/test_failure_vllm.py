@@ -14,7 +14,7 @@ import psutil
 import pytest
 import yaml
 
-from helpers.smollm2 import gguf
+from helpers.tiny import tiny_llama, tiny_tokenizer
 from helpers.vllm_runs import CONFIG, REWARD
 from rlsloth.cli import main as cli
 
@@ -42,7 +42,9 @@ sys.exit(cli.main(sys.argv[1:]))
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("reward.py").write_text(REWARD)
-    config = CONFIG | {"model": CONFIG["model"] | {"path": str(gguf())}}
+    tiny_llama(hidden=128).save_pretrained("model")  # heads that vLLM knows
+    tiny_tokenizer().save_pretrained("model")
+    config = CONFIG | {"model": CONFIG["model"] | {"path": "model"}}
     config["run"] = {"dir": "run", "save_every": 1, "show_samples": 0}
     Path("config.yaml").write_text(yaml.safe_dump(config))
 

@@ -39,12 +39,21 @@ def rows() -> list[dict[str, Any]]:
     return [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("precision", ["fp32", "nf4"])
-def test_five_steps_and_an_evaluation_of_what_they_trained(precision) -> None:
-    write(str(gguf()))
+def tiny() -> str:
+    tiny_llama(hidden=128).save_pretrained("model")
+    tiny_tokenizer().save_pretrained("model")
+    return "model"
+
+
+PRECISIONS = pytest.mark.parametrize("precision", ["fp32", "nf4"])
+
+
+def check_steps(steps: int, precision: str) -> None:
+    """Steps of config.yaml, then an evaluation of the adapter that they trained."""
     arguments = ["--model.precision", precision]
-    assert cli.main(["grpo", "config.yaml", "--run.dir", "run", *arguments]) == 0
-    assert len(rows()) == 5
+    command = ["grpo", "config.yaml", "--run.dir", "run", "--steps", str(steps), *arguments]
+    assert cli.main(command) == 0
+    assert len(rows()) == steps
     for step, row in enumerate(rows(), 1):
         assert row["step"] == step
         assert row["grad_norm"] > 0
@@ -52,17 +61,24 @@ def test_five_steps_and_an_evaluation_of_what_they_trained(precision) -> None:
         # The adapter that samples is the one that is trained, at every version.
         assert row["sampling/sampling_logp_difference/mean"] < 1e-3
     gaps = [row["sampling/sampling_logp_difference/mean"] for row in rows()]
-    print(f"{precision}: |difference| of five steps {min(gaps):.2g} to {max(gaps):.2g}")
+    print(f"{precision}: |difference| of {steps} steps {min(gaps):.2g} to {max(gaps):.2g}")
     arguments += ["--model.adapter", "run/adapter", "--run.dir", "eval"]
     assert cli.main(["eval", "run/config.yaml", *arguments]) == 0
     figures = json.loads(Path("eval/eval.json").read_text())
     assert {"base", "adapter", "difference"} <= figures.keys()
 
 
-def tiny() -> str:
-    tiny_llama(hidden=128).save_pretrained("model")
-    tiny_tokenizer().save_pretrained("model")
-    return "model"
+@PRECISIONS
+def test_steps_and_an_evaluation_of_what_they_trained(precision) -> None:
+    write(tiny())
+    check_steps(2, precision)
+
+
+@pytest.mark.long
+@PRECISIONS
+def test_smollm2(precision) -> None:
+    write(str(gguf()))
+    check_steps(5, precision)
 
 
 def test_the_tail_is_cut_in_a_run() -> None:

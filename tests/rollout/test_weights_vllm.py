@@ -170,7 +170,7 @@ def test_a_cache_for_a_few_is_shared_in_turn(make):
     policy = make()
     with start(policy) as engine:
         engine.set_weights(policy.weights())
-        sampling = replace(SAMPLING, max_tokens=100)
+        sampling = replace(SAMPLING, max_tokens=60)
         want = engine.generate(PREFIXES, 8, sampling)
     one = 2 * 2 * 2 * 32 * 4 * (256 + 32)
     with start(policy, kv_bytes=2 * one) as engine:
