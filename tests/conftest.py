@@ -6,6 +6,7 @@ llama-cpp-python, and ``test_x_vllm_gpu.py`` needs both of what it names.
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Generator
 from functools import cache
@@ -40,6 +41,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(marker)
             # Warnings of drivers, vLLM and llama.cpp differ between machines: shown, not errors.
             item.add_marker(pytest.mark.filterwarnings("default"))
+
+
+def pytest_collection_finish() -> None:
+    """Hide all that is imported from the garbage collector.
+
+    Every run of a loop collects garbage; with the modules of all libraries and tests that takes
+    more than a second.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(wrapper=True, trylast=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -103,20 +103,28 @@ def imported_modules(module: Module) -> Iterator[tuple[str, Import]]:
         yield (submodule if submodule in NAMES else found.module), found
 
 
-def functions(path: Path) -> Iterator[tuple[str, int]]:
-    """Name and number of lines of every function in a file."""
+@dataclass(frozen=True)
+class Definitions:
+    """The functions and docstrings of a file."""
+
+    functions: list[tuple[str, int]]
+    """Name and number of lines."""
+    docstrings: list[tuple[int, str]]
+    """Line and text, those of attributes too."""
+
+
+@cache
+def definitions(path: Path) -> Definitions:
+    found = Definitions([], [])
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            yield node.name, (node.end_lineno or node.lineno) - node.lineno + 1
-
-
-def docstrings(path: Path) -> Iterator[tuple[int, str]]:
-    """Line and text of every docstring in a file, those of attributes too."""
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            length = (node.end_lineno or node.lineno) - node.lineno + 1
+            found.functions.append((node.name, length))
+        elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
             text = node.value.value
             if isinstance(text, str):
-                yield node.lineno, text.strip()
+                found.docstrings.append((node.lineno, text.strip()))
+    return found
 
 
 def circles(edges: dict[str, set[str]]) -> list[list[str]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from helpers.source import LINKED, docstrings, functions, place, python_files
+from helpers.source import LINKED, definitions, place, python_files
 
 PACKAGE = python_files("rlsloth", *LINKED)
 TESTS = python_files("tests")
@@ -37,7 +37,7 @@ def test_functions_are_short() -> None:
     complaints = [
         f"{place(path)}: {name} has {count} lines"
         for path in ALL
-        for name, count in functions(path)
+        for name, count in definitions(path).functions
         if count > MAX_FUNCTION_LINES
     ]
     assert not complaints, "\n".join(complaints)
@@ -47,7 +47,7 @@ def test_docstrings_begin_with_the_thing_they_name() -> None:
     complaints = [
         f"{place(path)}:{line}: {text[:60]!r}"
         for path in ALL
-        for line, text in docstrings(path)
+        for line, text in definitions(path).docstrings
         if text.startswith(BAD_OPENINGS)
     ]
     assert not complaints, "\n".join(complaints)
