@@ -53,6 +53,10 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # else extension modules report leaks as the process ends
+
+
 @pytest.hookimpl(wrapper=True, trylast=True)
 def pytest_runtest_call() -> Generator[None, object, object]:
     """Wait for imports that a refused run has left: pytest then reads the table of loggers."""

@@ -201,9 +201,10 @@ def test_hashes_see_values(one: Any, other: Any) -> None:
 
 def test_hashes_are_those_of_other_processes() -> None:
     code = (
-        "from api.test_objects import made, source\nfrom rlsloth.api.fingerprint import hash_code\n"
+        "from rlsloth.api.fingerprint import hash_code\n"
+        f"names = {{'__name__': '__main__'}}; exec({source()!r}, names)\n"
+        "print(hash_code(names['f']))"
     )
-    code += "print(hash_code(made(source())))"
     seen = {hash_code(made(source()))}
     for seed in ("1", "2"):
         environment = os.environ | {"PYTHONHASHSEED": seed, "PYTHONPATH": os.pathsep.join(sys.path)}

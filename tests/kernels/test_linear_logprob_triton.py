@@ -16,13 +16,13 @@ pytestmark = pytest.mark.slow
 
 def check_triton_in_interpreter():
     """Run the whole op with the Triton kernels, for vocabularies below, at and above one tile."""
+    kinds = (({}, False), (CAPPED, True), (CAPPED, False), ({}, True))
     for vocabulary in (1, 2, 127, 128, 300, 1025):
-        for settings in ({}, CAPPED):
-            for with_bias in (False, True):
-                hidden, weight, target, gradient = make(7, 24, vocabulary, torch.bfloat16)
-                bias = torch.randn(vocabulary).bfloat16() if with_bias else None
-                target[0], target[1] = 0, vocabulary - 1
-                check_fused(hidden, weight, target, gradient, bias, settings)
+        for settings, with_bias in kinds if vocabulary == 300 else kinds[:2]:
+            hidden, weight, target, gradient = make(7, 24, vocabulary, torch.bfloat16)
+            bias = torch.randn(vocabulary).bfloat16() if with_bias else None
+            target[0], target[1] = 0, vocabulary - 1
+            check_fused(hidden, weight, target, gradient, bias, settings)
     hidden, weight, target, gradient = make(131, 72, 200, torch.bfloat16)  # more rows than a tile's
     check_fused(hidden, weight, target, gradient, None, {})
     check_fused_extremes()

@@ -29,8 +29,11 @@ sys.path.insert(0, {str(ROOT)!r})
 from pathlib import Path
 from helpers.run_folders import config
 from rlsloth.cli import main as cli
+from rlsloth.run import machine
 from rlsloth.run.console import tell
 from rlsloth.run.run import Run
+
+machine.device_facts = dict  # it imports torch
 
 def work(argv):
     with Run.start(config(Path(sys.argv[1]))) as run:
