@@ -37,6 +37,7 @@ def outcome(render: Any) -> Any:
         return type(error).__name__
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_the_text_is_transformers(file: Path) -> None:
     tokenizer = tiny_tokenizer(file.read_text(encoding="utf-8"))

@@ -33,6 +33,8 @@ from rlsloth.distillation.api_key import ApiKey
 from rlsloth.distillation.chat_api import ChatApi
 from rlsloth.errors import UserError
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Scripted]:

@@ -14,6 +14,8 @@ from rlsloth.data.rows import load_rows
 from rlsloth.distillation.pipeline import distill
 from rlsloth.errors import UserError
 
+pytestmark = pytest.mark.slow
+
 
 def test_verified_answers_become_rows(server: Server) -> None:
     rows = load_rows(str(run(server, "--rollout.max-tokens", "99", "--env.system-prompt", "Add.")))

@@ -10,6 +10,8 @@ import pytest
 from helpers.endpoint import KEY, Server, run
 from rlsloth.errors import UserError
 
+pytestmark = pytest.mark.slow
+
 CHOICE = {"message": {"content": "5"}, "finish_reason": "stop"}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -64,7 +65,11 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_vllm_gives_the_trainers_logprobs(tmp_path: Path) -> None:
-    wide = {"hidden_size": 128, "head_dim": 32, "max_position_embeddings": 256}  # as vLLM needs
+    wide: dict[str, Any] = {
+        "hidden_size": 128,
+        "head_dim": 32,
+        "max_position_embeddings": 256,
+    }  # as vLLM needs
     check_logprobs(make_base(tmp_path / "base", **wide), tmp_path, size=0.05)
 
 

@@ -31,6 +31,8 @@ from rlsloth.policy.load import load_model
 from rlsloth.policy.lora import add_adapter, load_adapter
 from rlsloth.training.source import find_source
 
+pytestmark = pytest.mark.slow
+
 WIDE: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
 """Sizes for NF4: bitsandbytes 0.50 dequantises rows of under 64 values wrongly on a CPU."""
 CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {

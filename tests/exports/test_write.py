@@ -30,6 +30,8 @@ from rlsloth.exports.gguf.vocab import read_vocabulary
 from rlsloth.exports.gguf.write import write_gguf
 from rlsloth.policy.gguf_tokenizer import restore_tokenizer
 
+pytestmark = pytest.mark.slow
+
 # Only these families can be read back: transformers' reader of GGUF files lacks the tensors of
 # llama3 and longrope, yarn, and Llama's attention biases, and uses defaults for some sizes.
 # llama.cpp itself runs every family in test_llama_cpp_gguf.py.

@@ -16,7 +16,12 @@ pytestmark = pytest.mark.slow
 
 def check_triton_in_interpreter():
     """Run the whole op with the Triton kernels, for vocabularies below, at and above one tile."""
-    kinds = (({}, False), (CAPPED, True), (CAPPED, False), ({}, True))
+    kinds: tuple[tuple[dict[str, float], bool], ...] = (
+        ({}, False),
+        (CAPPED, True),
+        (CAPPED, False),
+        ({}, True),
+    )
     for vocabulary in (1, 2, 127, 128, 300, 1025):
         for settings, with_bias in kinds if vocabulary == 300 else kinds[:2]:
             hidden, weight, target, gradient = make(7, 24, vocabulary, torch.bfloat16)

@@ -72,6 +72,7 @@ def write_vocabulary(path: Path) -> None:
     writer.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hidden", [False, True])
 def test_transformers_still_imports_scikit_learn(tmp_path: Path, hidden: bool) -> None:
     (tmp_path / "sklearn").mkdir()

@@ -33,6 +33,8 @@ from rlsloth.policy.wrap.preview import preview
 from rlsloth.policy.wrap.wrap import UNKNOWN as UNKNOWN_CLASS
 from rlsloth.policy.wrap.wrap import unwrapped, wrap
 
+pytestmark = pytest.mark.slow
+
 KNOWN = [family for family in FAMILIES if family not in UNKNOWN]
 
 

@@ -49,6 +49,7 @@ def test_examples_hold(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert f"{total} of {total} examples as expected" in out
 
 
+@pytest.mark.slow
 def test_rewards_and_scorer_load_no_torch() -> None:
     script = (
         "import importlib, sys\n"

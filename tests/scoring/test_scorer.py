@@ -163,6 +163,7 @@ def test_check_refuses_data_before_any_score(hostile_file: str) -> None:
         scorer.check([])
 
 
+@pytest.mark.slow
 def test_overhead_of_math_verify_on_integers(capsys: pytest.CaptureFixture[str]) -> None:
     groups = [
         make_group(*[rf"So \boxed{{{i}}}"] * 8, index=i, answer=f"#### {i}") for i in range(64)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import yaml
 
 from helpers.refusals import CONFIG
@@ -30,6 +31,7 @@ def test_files_in_the_way(refused, sound_folder: Path) -> None:
     refused(f"grpo --run.dir {'n' * 300}", "File name too long", new=False)
 
 
+@pytest.mark.slow
 def test_damaged_files_of_a_run(refused, sound_folder: Path) -> None:
     assert cli.main(["grpo", "config.yaml", "--run.dir", "hurt"]) == 0
     saved = Path("hurt/config.yaml").read_bytes()
