@@ -144,13 +144,13 @@ class InnerFunction(torch.autograd.Function):
         x_TH, gate_wide, up_TF, low_TR, *copies = ctx.saved_tensors
         with torch.autocast(x_TH.device.type, enabled=False):
             parts = Parts(ctx.layers, ctx.activation, copies[:5])
-            grad_x_TH, grads = _gradients(
+            grad_x_TH, grads = row_gradients(
                 parts, x_TH, gate_wide, up_TF, low_TR, grad_TH, ctx.needs_input_grad[0]
             )
         return grad_x_TH, None, None, *grads
 
 
-def _gradients(
+def row_gradients(
     parts: Parts,
     x_TH: Tensor,
     gate_wide: Tensor,

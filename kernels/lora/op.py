@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rlsloth.kernels.glu.op import ACTIVATIONS, glu_forward
-from rlsloth.kernels.lora import autograd, mlp
+from rlsloth.kernels.lora import autograd, mlp, mlp_tiles
 from rlsloth.kernels.lora.layer import LoraLinear
 from rlsloth.kernels.nf4.ahead import dequantize_ahead
 
@@ -58,7 +58,13 @@ def lora_linears(x: Tensor, layers: tuple[LoraLinear, ...]) -> tuple[Tensor, ...
 
 
 def lora_mlp(
-    x: Tensor, gate: LoraLinear, up: LoraLinear, down: LoraLinear, activation: str
+    x: Tensor,
+    gate: LoraLinear,
+    up: LoraLinear,
+    down: LoraLinear,
+    activation: str,
+    *,
+    tile_rows: int | None = None,
 ) -> Tensor:
     """Return ``down(act(gate(x)) * up(x))`` [..., H], differentiable like ``lora_linears``.
 
@@ -69,6 +75,8 @@ def lora_mlp(
     Args:
         x: [..., H], in the weights' dtype.
         activation: "silu", "gelu_tanh" or "gelu".
+        tile_rows: compute at most this many tokens at a time, forward and backward; then only x is
+            kept, and the backward computes gate and up again. None: all tokens at once.
 
     Raises:
         TypeError: x is not in the weights' dtype.
@@ -86,17 +94,23 @@ def lora_mlp(
     layers = (gate, up, down)
     x_TH = x.reshape(-1, x.shape[-1])
     with torch.autocast(x.device.type, enabled=False):
-        y_TH = _mlp(x_TH, layers, activation, _needs_graph(x, layers))
+        y_TH = _mlp(x_TH, layers, activation, tile_rows, _needs_graph(x, layers))
     return y_TH.view(*x.shape[:-1], y_TH.shape[-1])
 
 
-def _mlp(x_TH: Tensor, layers: mlp.Mlp, activation: str, with_graph: bool) -> Tensor:
+def _mlp(
+    x_TH: Tensor, layers: mlp.Mlp, activation: str, tile_rows: int | None, with_graph: bool
+) -> Tensor:
     gate, up, down = layers
     if not with_graph and _decodes(x_TH):
         e_TF, g_TF = autograd.linears_decoded(x_TH, (gate, up))
         h_TF = glu_forward(e_TF, g_TF, activation, out=e_TF)
         return autograd.linears_decoded(h_TF, (down,))[0]
     parts = mlp.Parts(layers, activation)
+    if tile_rows is not None and x_TH.shape[0] > tile_rows:
+        if not with_graph:
+            return mlp_tiles.forward(x_TH, parts, tile_rows)
+        return mlp_tiles.tiled_mlp(x_TH, parts, tile_rows, _adapters(layers))
     matrices = dequantize_ahead(parts.jobs())
     if not with_graph:
         h_wide, *_ = mlp.inner(x_TH, parts, matrices)

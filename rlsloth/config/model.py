@@ -27,10 +27,10 @@ class ModelConfig(Section):
     attention: Literal["auto", "fa4", "cudnn", "varlen", "flex", "sdpa"] = "auto"
     """Attention backend of training. auto: the fastest on this machine; for models under a billion
     parameters varlen, which starts at once."""
-    gradient_checkpointing: Literal["auto"] | bool = "auto"
-    """Recompute layers in the backward pass: less memory, up to a third more time. auto: off if by
-    the memory plan the GPU does not need it; on without a plan, on a CPU and with
-    rollout.overlap."""
+    gradient_checkpointing: Literal["auto", "offload"] | bool = "auto"
+    """Recompute layers in the backward pass: less memory, up to a third more time. offload: keep
+    their inputs in host memory. auto: as the memory plan says, and off if the GPU does not need it;
+    on without a plan, on a CPU and with rollout.overlap."""
     fused_kernels: bool = True
     """Run layers of known model families on rlsloth's kernels; false: on transformers' own
     modules."""

@@ -8,9 +8,13 @@ same tensors. Workspaces inside a GPU's attention and matrix libraries are not c
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 from rlsloth.kernels.adapted_glu.op import CHUNK_ROWS, FUSED_RANK
 from rlsloth.memory.shape import Layer
+from rlsloth.policy.activations.placement import Placement
+from rlsloth.policy.attention.backend import Widths
+from rlsloth.policy.attention.backends import BACKENDS
 from rlsloth.policy.attention.layout import TREE_LIMIT
 from rlsloth.policy.attention.plain import BLOCK_ROWS
 
@@ -48,7 +52,16 @@ class LayerMemory:
     """Bytes at that peak that do not depend on the number of tokens."""
 
 
-def layer_memory(layer: Layer, hidden: int, size: int, stream: Stream) -> LayerMemory:
+@cache
+def layer_memory(
+    layer: Layer,
+    hidden: int,
+    size: int,
+    stream: Stream,
+    backend: str = "sdpa",
+    placement: Placement | None = None,
+    tokens: int | None = None,
+) -> LayerMemory:
     """Estimate the memory of one layer in training.
 
     Args:
@@ -56,9 +69,18 @@ def layer_memory(layer: Layer, hidden: int, size: int, stream: Stream) -> LayerM
         hidden: hidden size of the model.
         size: bytes of an element of the compute type.
         stream: composition of a micro-batch.
+        backend: name of the attention backend.
+        placement: how the layer is computed, if it is computed again.
+        tokens: number of tokens of the micro-batch, which may be shorter than a tile.
     """
-    kept, work, fixed = _attention(layer, size, stream)
+    placement = placement or Placement()
+    kept, work, fixed = _attention(layer, size, stream, backend, placement.attention_parts)
     mlp_kept, mlp_work = _mlp(layer, hidden, size)
+    if placement.mlp_rows is not None and tiles_mlp(layer):
+        # Gate, up, their product or its gradient, and the product's sums, of one tile.
+        mlp_kept = mlp_work = 0.0
+        rows = min(placement.mlp_rows, tokens or placement.mlp_rows)
+        fixed = max(fixed, 4.0 * layer.width * size * rows)
     around_kept, around_work = _around(layer, hidden, size)
     kept += mlp_kept + around_kept
     fused = size < 4 and layer.rank <= FUSED_RANK
@@ -67,6 +89,16 @@ def layer_memory(layer: Layer, hidden: int, size: int, stream: Stream) -> LayerM
         fixed = max(fixed, 3.0 * layer.width * size * CHUNK_ROWS)
     # The MLP's part is freed before attention's backward begins: only the larger one counts.
     return LayerMemory(kept, max(kept + mlp_work, kept - mlp_kept + work) + around_work, fixed)
+
+
+def tiles_mlp(layer: Layer) -> bool:
+    """Tell whether the layer's MLP can be computed in tiles (kernels/lora/mlp_tiles.py)."""
+    return layer.on_kernels and not layer.chosen and not layer.fused_mlp
+
+
+def attention_results(layer: Layer, size: int) -> int:
+    """Return the bytes a token of attention's output and log-sums."""
+    return layer.queries * size + 4 * layer.heads
 
 
 def _around(layer: Layer, hidden: int, size: int) -> tuple[float, float]:
@@ -84,21 +116,23 @@ def _around(layer: Layer, hidden: int, size: int) -> tuple[float, float]:
     return kept, 2 * hidden * size  # the gradients of a layer's output and of a part's input
 
 
-def _attention(layer: Layer, size: int, stream: Stream) -> tuple[float, float, float]:
+def _attention(
+    layer: Layer, size: int, stream: Stream, backend: str, parts: int
+) -> tuple[float, float, float]:
     """Estimate attention: bytes a token kept, further ones in backward, and constant bytes."""
     q, k = layer.queries, layer.keys
-    # The output, which the output projection keeps.
-    kept = float(q * size)
-    if layer.normed:  # the norms of queries and keys keep their inputs
-        kept += (q + k) * size
-    # The gradients of the output, of queries, keys and values summed over the sequences, and the
-    # one that is being added to them (all as long as the stream).
-    work = float(q + (q + 2 * k) + q) * size
+    normed = (q + k) * size if layer.normed else 0  # those norms keep their inputs
     longest = stream.prompt + stream.completion
     if not (layer.scores or (layer.window and longest > layer.window)):
-        # Queries, keys, values and output of each sequence, copied from the stream
-        # (attention/repeated.py), and a float32 log-sum for each head and row.
-        return kept + stream.repeats * ((2 * q + 2 * k) * size + 4 * layer.heads), work, 0.0
+        name = backend if size < 4 else "sdpa"
+        found = BACKENDS[name].memory(Widths(q, k, layer.heads, stream.repeats, size))
+        buffers = found.buffers / parts
+        if parts > 1:  # the gradients of a part, before they are copied into the whole
+            buffers += (q + 2 * k * stream.repeats) * size / parts
+        return normed + found.kept, found.work + buffers, 0.0
+    kept = float(q * size + normed)  # the output, which the output projection keeps
+    # The gradients of the output, of queries, keys and values, and the one that is being added.
+    work = float(q + (q + 2 * k) + q) * size
     # plain_attention: queries and keys in float32, and values; of the scores, in float32, the
     # softmax, and a rounded or contiguous copy, or a softcap's tanh.
     tree = stream.prompt + stream.group * stream.completion

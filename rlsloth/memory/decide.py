@@ -5,20 +5,26 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, TypeVar
+from typing import TypeVar
 
+import psutil
 import torch
 
 from rlsloth.config import ModelConfig
 from rlsloth.config.training import TrainingConfig
 from rlsloth.errors import UserError, first_line
-from rlsloth.memory.plan import decide_update, largest_sequences, largest_tokens, make_plan
+from rlsloth.memory.placing import choose
+from rlsloth.memory.plan import make_plan
 from rlsloth.memory.planned_model import model_shape
 from rlsloth.memory.report import SEQUENCES, TOKENS, Source, print_json, print_table, report_line
+from rlsloth.memory.search import largest_sequences, largest_tokens
 from rlsloth.memory.shape import ModelShape
 from rlsloth.memory.terms import GIB, Plan
 from rlsloth.memory.workload import Request
+from rlsloth.policy.activations.placement import Checkpointing, Placements
 
+HOST_SHARE = 0.8
+"""Share of the free host memory that activations may take."""
 DEFAULT_PROMPT = 512
 """Number of tokens of the longest prompt that is assumed if the prompts are unknown."""
 
@@ -31,8 +37,10 @@ class Decided:
 
     tokens_per_microbatch: int | None
     """None if nothing was planned and the configuration has no number."""
-    gradient_checkpointing: bool | Literal["auto"]
+    gradient_checkpointing: Checkpointing
     """``auto`` if nothing was planned."""
+    placements: Placements | None = None
+    """One for each layer; None if nothing was planned."""
 
     def applied(self, cfg: Training) -> Training:
         """Copy a configuration with these settings."""
@@ -66,7 +74,8 @@ def decide(
         return configured
     try:
         wanted = request()
-        plan_of, chosen = _decided(model_shape(wanted.model, wanted.lora), wanted, total)
+        shape = model_shape(wanted.model, wanted.lora)
+        plan_of, chosen = _decided(shape, wanted, total, host_bytes())
         plan = plan_of(chosen)
     except Exception as error:
         say(f"memory is not planned ({type(error).__name__}: {first_line(error, 100)})")
@@ -82,16 +91,21 @@ def decide(
             f"the run needs an estimated {-plan.left / GIB:.1f} GiB more memory than this GPU has; "
             f"{advice}"
         )
-    return Decided(chosen.tokens_per_microbatch, chosen.model.gradient_checkpointing)
+    return Decided(
+        chosen.tokens_per_microbatch, chosen.model.gradient_checkpointing, chosen.placements
+    )
 
 
-def plan_run(request: Request, total: int, source: Source, *, as_json: bool) -> int:
+def plan_run(
+    request: Request, total: int, source: Source, *, host: int | None, as_json: bool
+) -> int:
     """Plan a run and print the plan.
 
     Args:
         request: the run.
         total: bytes of the GPU.
         source: origin of the inputs, for the table.
+        host: bytes of host memory for activations; None if unknown.
         as_json: print JSON in place of a table.
 
     Returns:
@@ -101,7 +115,7 @@ def plan_run(request: Request, total: int, source: Source, *, as_json: bool) -> 
         UserError: the model or the adapter cannot be read.
     """
     shape = model_shape(request.model, request.lora)
-    plan_of, chosen = _decided(shape, request, total)
+    plan_of, chosen = _decided(shape, request, total, host)
     plan = plan_of(chosen)
     show = print_json if as_json else print_table
     show(plan, chosen, shape.name, source, _largest_settings(plan_of, chosen, shape))
@@ -132,24 +146,28 @@ def gpu_bytes(model: ModelConfig) -> int | None:
     return int(torch.cuda.get_device_properties(index).total_memory)
 
 
+def host_bytes() -> int:
+    """Return the bytes of this machine's memory that activations may take."""
+    return int(HOST_SHARE * psutil.virtual_memory().available)
+
+
 def _decided(
-    shape: ModelShape, request: Request, total: int
+    shape: ModelShape, request: Request, total: int, host: int | None
 ) -> tuple[Callable[[Request], Plan], Request]:
     """Decide the settings of the update.
 
     Returns:
         The function that plans a request, and the request with these settings.
     """
-    plan_of = partial(_plan, shape, total)
+    plan_of = partial(_plan, shape, total, host)
     # The fallback engine may end up sampling, and the embedded engine keeps its cache during the
     # update, so its memory must fit.
-    update = decide_update(plan_of, request.with_fallback(), request.least_tokens(shape))
-    tokens, checkpointing = update.microbatch, update.model.gradient_checkpointing
-    return plan_of, request.with_update(tokens, bool(checkpointing))
+    update = choose(plan_of, shape, request.with_fallback(), request.least_tokens(shape))
+    return plan_of, request.with_update(update.microbatch, update.placed(len(shape.layers)))
 
 
-def _plan(shape: ModelShape, total: int, request: Request) -> Plan:
-    return make_plan(shape, request, total)
+def _plan(shape: ModelShape, total: int, host: int | None, request: Request) -> Plan:
+    return make_plan(shape, request, total, host_total=host)
 
 
 def _largest_settings(

@@ -10,30 +10,22 @@ freed for the update and allocated again for rollouts.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 
-from rlsloth.config import MICROBATCH, ModelConfig
+from rlsloth.config import ModelConfig
 from rlsloth.kernels.linear_logprob.op import most_rows
 from rlsloth.kernels.lora.layer import ALIGNMENT
 from rlsloth.kernels.nf4.ahead import BUFFERS
-from rlsloth.memory.activations import layer_memory
-from rlsloth.memory.shape import ModelShape, Weight
+from rlsloth.memory.activations import LayerMemory, attention_results, layer_memory
+from rlsloth.memory.shape import Layer, ModelShape, Weight
 from rlsloth.memory.terms import GIB, Cache, Phase, Plan, Precision, Term, element_size
 from rlsloth.memory.workload import EngineMemory, Request, Sampling
+from rlsloth.policy.activations.placement import Place, Placement, Placements
 
 ACTIVATION_TOLERANCE = 0.12
 """Relative error of the estimate on a CPU, for nine families (tests/memory/test_plan.py)."""
-MICROBATCHES = range(16384, 0, -512)
-"""Sizes of a micro-batch in tokens to choose from, largest first."""
-WORTH_KEEPING = 4096
-"""Smallest micro-batch, in tokens, that is preferred without gradient checkpointing.
-
-In smaller ones, fewer completions share the computation of a prompt, and dequantising the base
-model serves fewer tokens.
-"""
 KEPT_FREE = 0.1
 """Share of a GPU that the decision leaves free for errors of the estimate and fragmentation."""
 CONTEXT = int(0.6 * GIB)
@@ -55,6 +47,7 @@ def make_plan(
     engine: EngineMemory | None = None,
     context: int | None = None,
     free: int | None = None,
+    host_total: int | None = None,
 ) -> Plan:
     """Plan the memory of a run.
 
@@ -66,6 +59,7 @@ def make_plan(
         context: number of tokens of the longest prompt with its completion; the workload's by
             default.
         free: bytes that are free on the GPU once the model is loaded; as planned by default.
+        host_total: bytes of host memory that may be used for activations; None if unknown.
     """
     precision, sampling = precision_of(request.model, shape), request.sampling
     terms = _static(shape, request, precision)
@@ -75,15 +69,16 @@ def make_plan(
         terms += engine.terms(shape, sampling, precision, context)
     terms += _activations(shape, request, precision)
     terms.append(Term("CUDA context, kernels (allowance)", CONTEXT, CONTEXT, loaded=True))
+    host = host_bytes(shape, request)
     if sampling is None or engine is None or context is None:
-        return Plan(None, tuple(terms), total)
+        return Plan(None, tuple(terms), total, host=host, host_total=host_total)
     if engine.completion_bytes is None:
-        return Plan(engine.name, tuple(terms), total)
+        return Plan(engine.name, tuple(terms), total, host=host, host_total=host_total)
     # The cache may take all remaining room except this.
     spare = total // SPARE
     name = f"{engine.title}: allocators' gaps (allowance)"
     terms.append(Term(name, spare, spare if request.overlap else 0))
-    plan = Plan(engine.name, tuple(terms), total)
+    plan = Plan(engine.name, tuple(terms), total, host=host, host_total=host_total)
     kind, size = sampling.rollout.kv_cache, element_size(precision)
     one = engine.completion_bytes(shape, kind, context, size)
     return _with_cache(plan, engine.title, one, sampling, context, free)
@@ -135,61 +130,6 @@ def fit_cache(one: int, asked: int, context: int, room: int) -> Cache:
         return Cache(one, asked, 0, context)
     size = min(asked * one, room)
     return Cache(size, asked, size // one, context)
-
-
-def largest_tokens(plan: Callable[[Request], Plan], request: Request, least: int) -> int:
-    """Find the largest ``tokens_per_microbatch`` that fits; 0 if ``least`` tokens do not fit."""
-    return _largest(lambda n: plan(replace(request, tokens_per_microbatch=n)).fits, least)
-
-
-def decide_update(plan: Callable[[Request], Plan], request: Request, least: int) -> Request:
-    """Decide ``tokens_per_microbatch`` and ``model.gradient_checkpointing`` if they are open.
-
-    The update must leave a share KEPT_FREE of the GPU. No checkpointing is preferred (with at least
-    WORTH_KEEPING tokens), then the largest of MICROBATCHES. If nothing fits, the result is
-    ``least`` tokens with checkpointing.
-
-    Args:
-        plan: function that plans a request.
-        request: the run.
-        least: smallest possible number of tokens in a micro-batch.
-    """
-    named, checkpointing = request.tokens_per_microbatch, request.model.gradient_checkpointing
-
-    def choice(tokens: int, checkpointed: bool) -> Request:
-        return request.with_update(named or max(tokens, least), checkpointed)
-
-    if request.overlap:  # the cache then takes all the room that the update leaves
-        return choice(MICROBATCH, bool(checkpointing))
-    choices = [choice(tokens, bool(checkpointing)) for tokens in MICROBATCHES]
-    if checkpointing == "auto":
-        choices = [choice(n, False) for n in MICROBATCHES if n >= WORTH_KEEPING] + choices
-    for chosen in choices:
-        made = plan(chosen)
-        if made.peak("update") <= (1 - KEPT_FREE) * made.total:
-            return chosen
-    return choice(least, bool(checkpointing))
-
-
-def largest_sequences(plan: Callable[[Request], Plan], request: Request) -> int:
-    """Find the largest ``rollout.max_sequences`` that fits; 0 if not even 1 does.
-
-    It is at most the number of completions of a step or an evaluation.
-    """
-    assert request.sampling is not None
-    most = request.sampling.workload.sequences
-    return min(_largest(lambda rows: plan(request.with_sequences(rows)).fits, 1), most)
-
-
-def _largest(fits: Callable[[int], bool], least: int, most: int = 1 << 20) -> int:
-    """Find the largest number between ``least`` and ``most`` that fits, 0 if none, by bisection."""
-    if not fits(least):
-        return 0
-    low, high = least, most
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle - 1)
-    return low
 
 
 # --- both phases ---------------------------------------------------------------------------------
@@ -257,28 +197,61 @@ def _static(shape: ModelShape, request: Request, precision: Precision) -> list[T
 
 def _activations(shape: ModelShape, request: Request, precision: Precision) -> list[Term]:
     size, tokens = element_size(precision), request.microbatch
-    stream = request.micro_batch_stream()
-    layers = [layer_memory(layer, shape.hidden, size, stream) for layer in shape.layers]
-    # With checkpointing only each layer's input is kept, and its activations are recomputed.
-    inputs = len(layers) * shape.hidden * size
-    if request.model.gradient_checkpointing:
-        kept, work, copies = float(inputs), max(layer.at_work for layer in layers), 0
-        name = "activations: layer inputs (checkpointing)"
-    else:
-        kept = inputs + sum(layer.kept for layer in layers)
-        work = max(layer.at_work - layer.kept for layer in layers)
+    stream, placements = request.micro_batch_stream(), request.placed(len(shape.layers))
+    again: list[LayerMemory] = []
+    kept: list[LayerMemory] = []
+    inputs = 0
+    for layer, placement in zip(shape.layers, placements, strict=True):
+        rows = None if placement is None or placement.mlp_rows is None else tokens
+        memory = layer_memory(layer, shape.hidden, size, stream, shape.attention, placement, rows)
+        (kept if placement is None else again).append(memory)
+        inputs += held_bytes(layer, shape.hidden, size, placement, "device")
+    head = head_bytes(shape, tokens, precision)
+    terms = [Term("activations: layer inputs (estimate)", 0, tokens * inputs)]
+    if passing := _passing(shape, size, placements):
+        terms.append(Term("activations: between GPU and host (estimate)", 0, tokens * passing))
+    whole = int(tokens * sum(m.kept for m in kept))
+    if kept:
         # The kernels' padded copies of adapters (kernels/lora: autograd.Adapters, mlp.Parts).
         rank = request.lora.rank
-        padded = (rank + -rank % ALIGNMENT) / rank
-        on_kernels = shape.layers[0].on_kernels
-        copies = int(size * sum(shape.trained) * padded) if on_kernels else 0
-        name = "activations: all layers (no checkpointing)"
-    at_work = tokens * work + max(layer.fixed for layer in layers)
-    return [
-        Term(f"{name} (estimate)", 0, int(tokens * kept) + copies),
-        Term("activations: one layer's backward (estimate)", 0, int(at_work), moment=True),
-        Term("linear_logprob", 0, head_bytes(shape, tokens, precision), moment=True),
-    ]
+        padded = (rank + -rank % ALIGNMENT) / rank * len(kept) / len(shape.layers)
+        whole += int(size * sum(shape.trained) * padded) if shape.layers[0].on_kernels else 0
+        work = tokens * max(m.at_work - m.kept for m in kept) + max(m.fixed for m in kept)
+        name = f"activations: {len(kept)} layers kept, and one's backward (estimate)"
+        terms.append(Term(name, 0, whole + int(work), moment=True))
+    if again:  # the layers kept are the last ones, whose memory is free by then
+        work = tokens * max(m.at_work for m in again) + max(m.fixed for m in again)
+        name = "activations: one layer's forward and backward (estimate)"
+        terms.append(Term(name, 0, int(work), moment=True))
+    with_kept = " with the layers kept" if kept else ""
+    return [*terms, Term(f"linear_logprob{with_kept}", 0, whole + head, moment=True)]
+
+
+def held_bytes(
+    layer: Layer, hidden: int, size: int, placement: Placement | None, place: Place
+) -> int:
+    """Return the bytes a token that a layer holds in a place from its forward to its backward.
+
+    For a layer that keeps all its activations this is its input only.
+    """
+    if placement is None:
+        return hidden * size if place == "device" else 0
+    held = hidden * size if placement.input == place else 0
+    return held + (attention_results(layer, size) if placement.attention == place else 0)
+
+
+def _passing(shape: ModelShape, size: int, placements: Placements) -> int:
+    """Return the bytes a token of two layers' tensors: one at work, and the next being fetched."""
+    pairs = zip(shape.layers, placements, strict=True)
+    return 2 * max(held_bytes(layer, shape.hidden, size, p, "host") for layer, p in pairs)
+
+
+def host_bytes(shape: ModelShape, request: Request) -> int:
+    """Return the bytes of host memory that hold activations."""
+    size = element_size(precision_of(request.model, shape))
+    pairs = zip(shape.layers, request.placed(len(shape.layers)), strict=True)
+    held = sum(held_bytes(layer, shape.hidden, size, p, "host") for layer, p in pairs)
+    return request.microbatch * held
 
 
 def head_bytes(shape: ModelShape, tokens: int, precision: Precision) -> int:

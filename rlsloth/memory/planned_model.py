@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 
 from rlsloth.config import EnvConfig, LoraConfig, ModelConfig
 from rlsloth.errors import UserError, first_line
 from rlsloth.memory.shape import ModelShape, read_shape
+from rlsloth.policy.attention.backends import choose_backend
 from rlsloth.policy.files import locate
 from rlsloth.policy.support import read_meta_model
 from rlsloth.records import Prompt
@@ -37,13 +40,27 @@ def model_shape(model: ModelConfig, lora: LoraConfig) -> ModelShape:
     if model.fused_kernels:
         wrap(built)
     try:
-        return read_shape(built)
+        shape = read_shape(built)
+        return replace(shape, attention=planned_backend(model.attention, built))
     except (AttributeError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(
             f"--model.path {model.path}: cannot plan the memory of "
             f"{type(built.get_base_model()).__name__} ({first_line(error, 100)}); pass "
             "--tokens-per-microbatch and --model.gradient-checkpointing instead of a plan"
         ) from error
+
+
+def planned_backend(wanted: str, model: Any) -> str:
+    """Name the attention backend of training: this machine's, or without a GPU the most usual one.
+
+    Args:
+        wanted: value of ``model.attention``.
+        model: the model.
+    """
+    if not torch.cuda.is_available():
+        return "varlen" if wanted == "auto" else wanted
+    config, device = model.get_base_model().config.get_text_config(), torch.device("cuda")
+    return choose_backend(wanted, device, torch.bfloat16, config, model.num_parameters())
 
 
 def longest_prompt(model: ModelConfig, env: EnvConfig, prompts: Sequence[Prompt]) -> int:

@@ -10,6 +10,8 @@ from typing import Any
 from rlsloth.memory.plan import ACTIVATION_TOLERANCE
 from rlsloth.memory.terms import GIB, Cache, Phase, Plan, Term
 from rlsloth.memory.workload import Request
+from rlsloth.policy.activations.placement import describe as describe_placements
+from rlsloth.policy.activations.placement import uniform
 
 TOKENS = "tokens_per_microbatch"
 SEQUENCES = "rollout.max_sequences"
@@ -48,8 +50,8 @@ def _summary(plan: Plan) -> str:
 
 
 def _describe_update(request: Request) -> str:
-    kept = "" if request.model.gradient_checkpointing else "no "
-    return f"micro-batches of {request.microbatch} tokens, {kept}gradient checkpointing"
+    placements = request.placements or uniform(request.model.gradient_checkpointing, 1)
+    return f"micro-batches of {request.microbatch} tokens, {describe_placements(placements)}"
 
 
 def describe(cache: Cache) -> str:
@@ -80,7 +82,8 @@ def print_json(
         "terms": [_term(term, samples) for term in plan.terms],
         "kv_cache": None if plan.cache is None else asdict(plan.cache),
         TOKENS: request.microbatch,
-        "gradient_checkpointing": bool(request.model.gradient_checkpointing),
+        "gradient_checkpointing": request.model.gradient_checkpointing,
+        "host": plan.host,
     }
     if request.sampling is not None:
         tokens = request.sampling.workload.longest_prompt

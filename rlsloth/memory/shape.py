@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -109,6 +109,8 @@ class ModelShape:
     """The linear layers as vLLM has them; the output head only if it is adapted."""
     stored_in_nf4: bool = False
     """Whether the checkpoint stores its linear layers in NF4, which loading keeps."""
+    attention: str = field(default="varlen", compare=False)
+    """Name of the attention backend that is assumed for training."""
 
     @property
     def kv_width(self) -> int:

@@ -56,6 +56,10 @@ class Plan:
 
     The embedded engine's cache is a term.
     """
+    host: int = 0
+    """Bytes of host memory for activations."""
+    host_total: int | None = None
+    """Bytes of host memory that may be used for them; None if unknown."""
 
     def peak(self, phase: Phase, *, to_come: bool = False) -> int:
         """Sum the bytes at the peak of a phase.
@@ -79,8 +83,13 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Whether both phases fit the GPU."""
-        return self.left >= 0
+        """Whether both phases fit the GPU, and activations the host."""
+        return self.left >= 0 and self.fits_host
+
+    @property
+    def fits_host(self) -> bool:
+        """Whether the host has room for the activations that leave the GPU."""
+        return self.host_total is None or self.host <= self.host_total
 
 
 def element_size(precision: Precision) -> int:

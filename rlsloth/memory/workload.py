@@ -10,6 +10,7 @@ from rlsloth.config.evaluation import EvalConfig
 from rlsloth.memory.activations import Stream
 from rlsloth.memory.shape import ModelShape
 from rlsloth.memory.terms import Precision, Term
+from rlsloth.policy.activations.placement import Placements, summary, uniform
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +138,8 @@ class Request:
     """Composition of micro-batches; None to derive it from the sampled rollouts."""
     longest_example: int | None = None
     """Number of tokens of the longest example with all its completions; None if it samples."""
+    placements: Placements | None = None
+    """Placements of the layers' activations; None: as ``model.gradient_checkpointing`` says."""
 
     @property
     def microbatch(self) -> int:
@@ -148,10 +151,15 @@ class Request:
         """Whether rollouts are sampled during the update."""
         return self.sampling is not None and self.sampling.rollout.overlap
 
-    def with_update(self, tokens: int, checkpointing: bool) -> Request:
-        """Copy the request with other micro-batches, and gradient checkpointing on or off."""
-        model = self.model.model_copy(update={"gradient_checkpointing": checkpointing})
-        return replace(self, model=model, tokens_per_microbatch=tokens)
+    def placed(self, layers: int) -> Placements:
+        """Return the placement of each of a model's layers."""
+        return self.placements or uniform(self.model.gradient_checkpointing, layers)
+
+    def with_update(self, tokens: int, placements: Placements) -> Request:
+        """Copy the request with other micro-batches and placements."""
+        update = {"gradient_checkpointing": summary(placements)}
+        model = self.model.model_copy(update=update)
+        return replace(self, model=model, tokens_per_microbatch=tokens, placements=placements)
 
     def with_sequences(self, rows: int) -> Request:
         """Copy the request with ``rollout.max_sequences`` set to ``rows``."""

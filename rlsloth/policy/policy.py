@@ -14,10 +14,13 @@ from torch import Tensor
 from rlsloth.config import LoraConfig, ModelConfig, OptimConfig
 from rlsloth.errors import UserError
 from rlsloth.kernels.linear_logprob.op import linear_logprob
+from rlsloth.policy.activations.layers import Recomputed
+from rlsloth.policy.activations.placement import Placements, uniform
 from rlsloth.policy.attention.backends import choose_backend
 from rlsloth.policy.attention.interface import NAME
 from rlsloth.policy.attention.layout import PackedLayout
 from rlsloth.policy.head import HeadAdapter, before_final_norm
+from rlsloth.policy.layers import decoder_layers
 from rlsloth.policy.load import LoadedModel, load_model
 from rlsloth.policy.lora import REFERENCE, TRAINED, add_adapter
 from rlsloth.policy.optimizer import (
@@ -45,6 +48,7 @@ class Policy:
         *,
         temperature: float,
         total_updates: int,
+        placements: Placements | None = None,
     ) -> None:
         self.tokenizer = loaded.tokenizer
         self.device = loaded.device
@@ -73,8 +77,9 @@ class Policy:
         self._head_adapter = HeadAdapter(base, self.dtype)
         self.temperature = temperature or 1.0
         self._max_grad_norm = optim.max_grad_norm
-        if model.gradient_checkpointing:
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        layers = decoder_layers(self._decoder)
+        self.placements = placements or uniform(model.gradient_checkpointing, len(layers))
+        self._recomputed = Recomputed(layers, self.placements, loaded.device)
         self._trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer, self.scheduler = make_optimizer(
             self._trained, optim, self.device, total_updates
@@ -90,6 +95,7 @@ class Policy:
         *,
         temperature: float,
         total_updates: int,
+        placements: Placements | None = None,
     ) -> Policy:
         """Load the base model from ``model.path`` and put the adapter on it.
 
@@ -99,6 +105,8 @@ class Policy:
             optim: optimizer and schedule.
             temperature: sampling temperature, at which tokens are scored; 0 means 1.
             total_updates: planned updates of the whole run.
+            placements: placement of each layer's activations; None: as
+                ``model.gradient_checkpointing`` says.
 
         Raises:
             UserError: the model or the adapter cannot be loaded.
@@ -110,6 +118,7 @@ class Policy:
             optim,
             temperature=temperature,
             total_updates=total_updates,
+            placements=placements,
         )
 
     def logprobs(self, micro: MicroBatch) -> TokenLogprobs:

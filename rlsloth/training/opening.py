@@ -6,10 +6,9 @@ import math
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from typing import TypeVar
-
-import torch
 
 from rlsloth.config import GrpoConfig, TrainingConfig
 from rlsloth.config.distill import TeacherConfig
@@ -29,7 +28,6 @@ from rlsloth.evaluation.problems import (
     open_problems,
     warn_of_open_tag,
 )
-from rlsloth.files import write_json
 from rlsloth.memory.decide import DEFAULT_PROMPT, decide
 from rlsloth.memory.out_of_memory import advise
 from rlsloth.memory.planned_model import longest_prompt as estimate_longest
@@ -52,6 +50,7 @@ from rlsloth.training.data_lines import (
 )
 from rlsloth.training.examples import check_longest, show_first, warn_of_data, warn_of_overlap
 from rlsloth.training.memory import examples_request, grpo_request, sampling_request
+from rlsloth.training.policy import open_policy, write_plan
 from rlsloth.training.preload import (
     finish_imports,
     import_sampler,
@@ -63,9 +62,6 @@ from rlsloth.training.session import Session
 
 Training = TypeVar("Training", bound=TrainingConfig)
 Supervised = TypeVar("Supervised", bound=SupervisedConfig)
-PLAN = "plan.json"
-"""File in the run folder with the update's settings in use: the user's, or else the plan's for this
-machine."""
 
 
 def open_grpo(
@@ -83,10 +79,12 @@ def open_grpo(
     env = problems.env
     named = cfg.tokens_per_microbatch
     if trains:
-        cfg = decide(cfg, partial(_grpo_request, cfg, env.train), run.say, run.warn).applied(cfg)
+        decided = decide(cfg, partial(_grpo_request, cfg, env.train), run.say, run.warn)
+        cfg = decided.applied(cfg)
     policy = open_policy(
         cfg,
         run,
+        placements=decided.placements if trains else None,
         temperature=cfg.rollout.temperature,
         total_updates=cfg.steps * cfg.updates_per_rollout,
     )
@@ -103,7 +101,7 @@ def open_grpo(
     collector = open_collector(
         cfg,
         problems,
-        grpo_request(cfg, longest),
+        replace(grpo_request(cfg, longest), placements=policy.placements),
         policy,
         renderer,
         run,
@@ -113,7 +111,7 @@ def open_grpo(
         temperatures=(cfg.rollout.temperature, cfg.eval.temperature),
     )
     if trains:
-        _write_plan(run, cfg)
+        write_plan(run, cfg, policy.placements)
         _check_grpo(cfg, env, longest, policy.context)
     describe_sampling(run, problems, policy)
     warn_of_open_tag(run, renderer, problems, cfg.reward)
@@ -158,11 +156,14 @@ def open_examples(cfg: Supervised, stack: ExitStack, read: Reader) -> Session[Su
         cfg = cfg.model_copy(update={"steps": steps, "epochs": None})
     named = cfg.tokens_per_microbatch
     request = partial(examples_request, cfg, data.longest)
-    cfg = decide(cfg, request, run.say, run.warn).applied(cfg)
+    decided = decide(cfg, request, run.say, run.warn)
+    cfg = decided.applied(cfg)
     if named is None:
         tokens = max(cfg.microbatch, data.longest.packed)
         cfg = cfg.model_copy(update={"tokens_per_microbatch": tokens})
-    policy = open_policy(cfg, run, temperature=1.0, total_updates=cfg.steps)
+    policy = open_policy(
+        cfg, run, placements=decided.placements, temperature=1.0, total_updates=cfg.steps
+    )
     show_first(run, policy, data)
     with advise("trial", policy.model):
         probe_packing(policy, data.train[0].group())
@@ -171,7 +172,7 @@ def open_examples(cfg: Supervised, stack: ExitStack, read: Reader) -> Session[Su
     if problems is not None:
         say_of_prompts(run, problems)
         warn_of_overlap(problems.env, data, run)
-    _write_plan(run, cfg)
+    write_plan(run, cfg, policy.placements)
     sampler = EpochSampler(data.train, cfg.seed, "examples", fingerprint(data.train), total)
     run.say(
         f"{len(data.train)} examples, {len(data.heldout)} held out; {cfg.steps} steps of "
@@ -239,32 +240,6 @@ def _start_sampling(cfg: GrpoConfig | TeacherConfig, stack: ExitStack) -> tuple[
     return problems, run
 
 
-def open_policy(cfg: TrainingConfig, run: Run, *, temperature: float, total_updates: int) -> Policy:
-    """Load the model with its adapter, ready to train.
-
-    Args:
-        cfg: the sections about training.
-        run: for messages.
-        temperature: temperature of the log-probs.
-        total_updates: optimizer updates of the whole run, for the learning rate's schedule.
-
-    Raises:
-        UserError: the model or its adapter cannot be loaded.
-    """
-    run.say(f"loading {cfg.model.path}")
-    if cfg.model.adapter is not None:
-        run.say(
-            f"continuing {cfg.model.adapter} with its rank, alpha and targets instead of --lora.*"
-        )
-    torch.manual_seed(cfg.seed)  # the adapter's starting weights
-    policy = Policy.load(
-        cfg.model, cfg.lora, cfg.optim, temperature=temperature, total_updates=total_updates
-    )
-    if policy.wrapped is not None:
-        run.say(policy.wrapped.line())
-    return policy
-
-
 def _grpo_request(cfg: GrpoConfig, prompts: Sequence[Prompt]) -> Request:
     """Make the run's request to the memory plan before the model is loaded."""
     longest = estimate_longest(cfg.model, cfg.env, prompts) or DEFAULT_PROMPT
@@ -282,12 +257,3 @@ def _check_grpo(cfg: GrpoConfig, env: Environment, longest: int, context: int) -
             f"{cfg.rollout.max_tokens} does not fit --tokens-per-microbatch {cfg.microbatch}; "
             f"raise it to {total}, or lower --rollout.max-tokens"
         )
-
-
-def _write_plan(run: Run, cfg: TrainingConfig) -> None:
-    """Write the plan's settings to a file of their own; config.yaml has only the user's."""
-    decided = {
-        "tokens_per_microbatch": cfg.tokens_per_microbatch,
-        "gradient_checkpointing": cfg.model.gradient_checkpointing,
-    }
-    write_json(run.dir / PLAN, decided)

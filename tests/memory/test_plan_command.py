@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -12,18 +11,20 @@ from transformers import LlamaConfig
 
 from helpers.families import family_model
 from helpers.plans import run
-from rlsloth.config import GrpoConfig, ModelConfig
+from rlsloth.config import GrpoConfig, ModelConfig, RolloutConfig
 from rlsloth.memory import decide as planning
-from rlsloth.memory.plan import (
-    decide_update,
-    make_plan,
-)
+from rlsloth.memory.placing import KEPT_FREE, choose, relative_time
+from rlsloth.memory.plan import make_plan
 from rlsloth.memory.planned_model import model_shape
 from rlsloth.memory.terms import GIB, Plan
 from rlsloth.memory.workload import Request
+from rlsloth.policy.activations.placement import Placement
 from rlsloth.training.memory import grpo_request
 
 pytestmark = pytest.mark.slow
+SIZES = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16}
+FEW = RolloutConfig(max_sequences=8)
+HEADS = {"num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 32000}
 
 
 # --- the command ----------------------------------------------------------------------------------
@@ -98,10 +99,8 @@ def test_without_a_gpu_its_size_is_asked_for(llama_folder, capsys, monkeypatch):
 
 
 def test_the_plan_decides_of_the_update_what_the_user_does_not(tmp_path):
-    sizes = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16}
-    heads = {"num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 32000}
-    LlamaConfig(**sizes, **heads).save_pretrained(tmp_path)
-    cfg: Any = GrpoConfig(model=ModelConfig(path=str(tmp_path)))
+    LlamaConfig(**SIZES, **HEADS).save_pretrained(tmp_path)
+    cfg: Any = GrpoConfig(model=ModelConfig(path=str(tmp_path)), rollout=FEW)
     shape = model_shape(cfg.model, cfg.lora)
 
     def decided(total: int, least: int, **changes: Any) -> Request:
@@ -109,35 +108,29 @@ def test_the_plan_decides_of_the_update_what_the_user_does_not(tmp_path):
             return make_plan(shape, request, total)
 
         request = grpo_request(cfg.model_copy(update=changes), 100)
-        return decide_update(plan, request, least)
+        return choose(plan, shape, request, least)
 
     def checkpoints(value: bool | str) -> ModelConfig:
         return cfg.model.model_copy(update={"gradient_checkpointing": value})
 
-    found = set()
-    for gib in range(4, 48):
-        chosen = decided(gib * GIB, 600)
-        found.add((chosen.model.gradient_checkpointing, chosen.microbatch))
-    # Without checkpointing as long as micro-batches are large enough, then with it.
-    kept = [n for on, n in found if not on]
-    again = [n for on, n in found if on]
-    assert (min(kept) >= 4096, max(kept)) == (True, 16384)
-    assert len(kept) > 3
-    assert min(again) < 4096 < max(again)
-    assert decided(80 * GIB, 600).microbatch == 16384
+    times, modes = [], set()
+    for total in (n * GIB for n in (4, 5, 6, 8, 10, 20, 40, 80)):
+        chosen = decided(total, 600)
+        plan = make_plan(shape, chosen, total)
+        assert plan.peak("update") <= (1 - KEPT_FREE) * total
+        times.append(relative_time(shape, chosen))
+        modes.add(chosen.model.gradient_checkpointing)
+    assert times == sorted(times, reverse=True)  # more memory is never slower
+    assert modes == {False, True, "offload"}
+    assert decided(80 * GIB, 600).placed(16) == (None,) * 16
     on = {"model": checkpoints(True)}
-    for total in (4 * GIB, 6 * GIB, 8 * GIB):
+    for total in (12 * GIB, 16 * GIB):
         chosen = decided(total, 600, **on)
-        assert chosen.model.gradient_checkpointing is True
-        larger = replace(chosen, tokens_per_microbatch=chosen.microbatch + 512)
-        peaks = [make_plan(shape, c, total).peak("update") / total
-                 for c in (chosen, larger)]  # fmt: skip
-        assert chosen.microbatch == 600 or peaks[0] <= 0.9
-        assert chosen.microbatch == 16384 or peaks[1] > 0.9
+        assert chosen.placed(16) == (Placement(),) * 16
     small = decided(GIB // 4, 600)
-    assert (small.microbatch, small.model.gradient_checkpointing) == (600, True)
-    assert decided(80 * GIB, 20000).microbatch == 20000
-    for total, keeps in ((GIB // 4, True), (80 * GIB, False)):
+    assert (small.microbatch, small.model.gradient_checkpointing) == (600, "offload")
+    assert decided(80 * GIB, 20000).microbatch >= 20000
+    for total, keeps in ((GIB // 4, "offload"), (80 * GIB, False)):
         named = decided(total, 600, tokens_per_microbatch=700)
         assert named.microbatch == 700
         assert named.model.gradient_checkpointing == keeps
@@ -146,6 +139,24 @@ def test_the_plan_decides_of_the_update_what_the_user_does_not(tmp_path):
     late = cfg.rollout.model_copy(update={"overlap": True})
     overlapping = decided(80 * GIB, 600, rollout=late)
     assert (overlapping.microbatch, overlapping.model.gradient_checkpointing) == (8192, True)
+
+
+def test_a_small_host_limits_what_leaves_the_gpu(tmp_path):
+    LlamaConfig(**SIZES, **HEADS).save_pretrained(tmp_path)
+    cfg: Any = GrpoConfig(model=ModelConfig(path=str(tmp_path)), rollout=FEW)
+    shape, total = model_shape(cfg.model, cfg.lora), 4 * GIB
+
+    def decided(host: int | None) -> Request:
+        def plan(request: Request) -> Plan:
+            return make_plan(shape, request, total, host_total=host)
+
+        return choose(plan, shape, grpo_request(cfg, 100), 600)
+
+    free, small, none = decided(None), decided(GIB // 4), decided(0)
+    assert free.model.gradient_checkpointing == small.model.gradient_checkpointing == "offload"
+    assert make_plan(shape, small, total).host <= GIB // 4 < make_plan(shape, free, total).host
+    assert none.model.gradient_checkpointing is True
+    assert not make_plan(shape, free, 80 * GIB, host_total=0).fits
 
 
 @pytest.mark.parametrize(("gib", "warned"), [(None, None), (0.7, True), (24, False)])
@@ -161,9 +172,8 @@ def test_a_run_says_it_in_a_line(llama_folder, gib, warned, monkeypatch):
         assert not said + warnings
         assert decided == cfg
         return
-    off = "" if decided.model.gradient_checkpointing else "no "
-    how = f"; micro-batches of {decided.tokens_per_microbatch} tokens, {off}gradient checkpointing"
-    assert said[0].endswith(how)
+    how = "no gradient checkpointing" if gib == 24 else "gradient checkpointing, inputs in host"
+    assert f"; micro-batches of {decided.tokens_per_microbatch} tokens, {how}" in said[0]
     assert said[0].startswith("memory: update ")
     assert f" of {gib:g} GiB" in said[0]
     assert bool(warnings) is warned

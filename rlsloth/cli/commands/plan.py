@@ -24,6 +24,9 @@ class PlanOptions(Section):
 
     memory_gb: float | None = Field(None, gt=0, le=65536)
     """GPU memory in GiB; default: that of this machine's GPU."""
+    host_gb: float | None = Field(None, gt=0, le=65536)
+    """Host memory in GiB that activations may take; default: most of this machine's free memory, or
+    without limit if --memory-gb is given."""
     as_json: bool = Field(False, alias="json")
     """Print JSON instead of a table."""
 
@@ -72,7 +75,19 @@ def _plan_grpo(config: GrpoConfig, own: GrpoPlanOptions) -> int:
         longest, origin = own.longest_prompt, "--longest-prompt"
     engine = choose_engine(config.rollout, "cuda", planned=True)
     source = Source(origin, engine.text)
-    return plan_run(grpo_request(config, longest), total, source, as_json=own.as_json)
+    return plan_run(
+        grpo_request(config, longest), total, source, host=_host(own), as_json=own.as_json
+    )
+
+
+def _host(own: PlanOptions) -> int | None:
+    """Bytes of host memory for activations; None: not limited."""
+    from rlsloth.memory.decide import host_bytes
+    from rlsloth.memory.terms import GIB
+
+    if own.host_gb is not None:
+        return int(own.host_gb * GIB)
+    return host_bytes() if own.memory_gb is None else None
 
 
 def _longest_prompt(config: GrpoConfig) -> tuple[int, str]:
@@ -109,4 +124,4 @@ def _plan_supervised(config: SupervisedConfig, own: PlanOptions) -> int:
     tokenizer, limits = load_tokenizer(config.model), read_limits(config.model)
     examples = load_examples(config, reader(config), tokenizer, *limits)
     request = examples_request(config, examples.longest)
-    return plan_run(request, total, Source(), as_json=own.as_json)
+    return plan_run(request, total, Source(), host=_host(own), as_json=own.as_json)

@@ -6,14 +6,16 @@ import fcntl
 import importlib.util
 import os
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from rlsloth.files import cache_folder
-from rlsloth.policy.attention.backend import Backend, has_gpu
+from rlsloth.policy.attention.backend import Backend, Halves, flash, has_gpu
+from rlsloth.policy.attention.kept import attend_in_halves
 from rlsloth.policy.attention.layout import PackedLayout
 from rlsloth.policy.attention.repeated import repeated_keys
 
@@ -58,19 +60,48 @@ def _function() -> Callable[..., Any]:
     return function
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, packed: PackedLayout, scale: float) -> Tensor:
-    out = _function()(
-        *repeated_keys(q, k, v, packed),
-        cu_seqlens_q=packed.cu_q,
-        cu_seqlens_k=packed.cu_k,
-        max_seqlen_q=packed.max_q,
-        max_seqlen_k=packed.max_k,
-        softmax_scale=scale,
-        causal=True,
-        return_lse=not q.requires_grad,  # so that one kernel serves calls without gradients too
+def _lengths(packed: PackedLayout) -> dict[str, Any]:
+    return {
+        "cu_seqlens_q": packed.cu_q,
+        "cu_seqlens_k": packed.cu_k,
+        "max_seqlen_q": packed.max_q,
+        "max_seqlen_k": packed.max_k,
+    }
+
+
+@torch.no_grad()
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, packed: PackedLayout, scale: float
+) -> tuple[Tensor, Tensor]:
+    # With log-sums also where no gradient needs them: one compiled kernel serves both.
+    out, sums = _function()(
+        q, k, v, **_lengths(packed), softmax_scale=scale, causal=True, return_lse=True
     )
-    attended: Tensor = out[0] if isinstance(out, tuple) else out
-    return attended
+    return out, sums
 
 
-FA4 = Backend("fa4", _attend, works=_works)
+def _backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    sums: Tensor,
+    packed: PackedLayout,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    # The library has no public name for it (flash-attn-4 4.0.0b36).
+    from flash_attn.cute.interface import _flash_attn_bwd
+
+    found = _flash_attn_bwd(q, k, v, out, grad, sums, scale, True, **_lengths(packed))
+    return found[0], found[1], found[2]
+
+
+HALVES = Halves(_forward, _backward)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, packed: PackedLayout, scale: float) -> Tensor:
+    return attend_in_halves(*repeated_keys(q, k, v, packed), HALVES, packed, scale)
+
+
+FA4 = Backend("fa4", _attend, works=_works, halves=HALVES, memory=partial(flash, expands=False))

@@ -60,6 +60,8 @@ def repeat(x: Tensor, packed: PackedLayout, summed: bool = True) -> Tensor:
         summed: sum the gradients of a row's repetitions; otherwise only the gradient of its first
             occurrence counts.
     """
+    if len(packed.kv_index) == x.shape[1]:  # no prompt is shared
+        return x.transpose(0, 1).contiguous()
     return _Repeat.apply(x.transpose(0, 1), packed.repeated, summed)  # type: ignore[no-untyped-call, no-any-return]
 
 

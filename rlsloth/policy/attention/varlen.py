@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from rlsloth.policy.attention.backend import Backend, has_gpu
+from rlsloth.policy.attention.backend import AttentionMemory, Backend, Widths, flash, has_gpu
 from rlsloth.policy.attention.layout import PackedLayout
 from rlsloth.policy.attention.repeated import repeated_keys
 from rlsloth.policy.config_values import differs_by_layer, value_of
@@ -45,4 +45,18 @@ def _takes(config: Any) -> bool:
     return size % 8 == 0 and size <= 256 and all(other == size for other in further)
 
 
-VARLEN = Backend("varlen", _attend, works=lambda: has_gpu(8), starts_quickly=True, takes=_takes)
+def _memory(w: Widths) -> AttentionMemory:
+    from torch.nn.attention.varlen import varlen_attn
+
+    expands = "enable_gqa" not in inspect.signature(varlen_attn).parameters
+    return flash(w, expands=expands)
+
+
+VARLEN = Backend(
+    "varlen",
+    _attend,
+    works=lambda: has_gpu(8),
+    starts_quickly=True,
+    takes=_takes,
+    memory=_memory,
+)

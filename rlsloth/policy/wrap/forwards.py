@@ -19,6 +19,7 @@ from rlsloth.kernels.glu.op import glu
 from rlsloth.kernels.lora.op import lora_linear, lora_linears, lora_mlp
 from rlsloth.kernels.rms_norm.op import add_rms_norm, fork_rms_norm, rms_norm
 from rlsloth.kernels.rope.op import rope
+from rlsloth.policy.activations.layers import current_pass
 from rlsloth.policy.wrap.families import ACTIVATIONS, Attention, Layer, Mlp, Norm
 from rlsloth.policy.wrap.linears import Linears, has_hooks
 
@@ -78,7 +79,9 @@ class MlpForward(Forward):
         if linears is None:
             return self.original(x)  # type: ignore[no-any-return]
         gate, up, down = linears
-        return lora_mlp(x, gate, up, down, self._activation)
+        layer = current_pass()
+        rows = None if layer is None else layer.placement.mlp_rows
+        return lora_mlp(x, gate, up, down, self._activation, tile_rows=rows)
 
 
 class FusedMlpForward(Forward):

@@ -1,0 +1,57 @@
+"""Decisions about activations, layer by layer: what is kept for the backward pass, and where."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Place = Literal["device", "host"]
+Checkpointing = Literal["auto", "offload"] | bool
+"""Value of ``model.gradient_checkpointing``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """A layer that is computed again in the backward pass, and what is kept for that."""
+
+    input: Place = "device"
+    """Place of the layer's input."""
+    attention: Place | None = None
+    """Place of attention's output and log-sums; None: attention is computed again, too."""
+    attention_parts: int = 1
+    """Number of parts, by heads, in which attention's backward is computed one after another."""
+    mlp_rows: int | None = None
+    """Tokens that the MLP computes at a time; None: all."""
+
+
+Placements = tuple[Placement | None, ...]
+"""One for each layer; None: autograd keeps all activations of the layer."""
+
+
+def uniform(checkpointing: Checkpointing, layers: int) -> Placements:
+    """Place all layers alike, as ``model.gradient_checkpointing`` says; auto means true."""
+    if not checkpointing:
+        return (None,) * layers
+    return (Placement("host" if checkpointing == "offload" else "device"),) * layers
+
+
+def summary(placements: Placements) -> Literal["offload"] | bool:
+    """Summarise placements as a value of ``model.gradient_checkpointing``."""
+    again = [p for p in placements if p is not None]
+    return "offload" if any("host" in (p.input, p.attention) for p in again) else bool(again)
+
+
+def describe(placements: Placements) -> str:
+    """Describe placements in a few words, for a run's log."""
+    total, kept = len(placements), sum(p is None for p in placements)
+    if kept == total:
+        return "no gradient checkpointing"
+    again = next(p for p in placements if p is not None)
+    parts = [f"{total - kept} of {total} layers recomputed" if kept else "gradient checkpointing"]
+    parts += ["inputs in host memory"] * (again.input == "host")
+    parts += [f"attention kept ({again.attention})"] * (again.attention is not None)
+    parts += [f"MLP in tiles of {again.mlp_rows} tokens"] * (again.mlp_rows is not None)
+    parts += [f"attention's backward in {again.attention_parts} parts"] * (
+        again.attention_parts > 1
+    )
+    return ", ".join(parts)

@@ -1,0 +1,83 @@
+"""Attention in two halves, so that activation checkpointing need not compute the first one again.
+
+The forward's results (output and log-sums) are all that the backward needs besides queries, keys
+and values. Where the plan keeps them (policy/activations), the layer's second forward takes them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from rlsloth.policy.activations.layers import current_pass
+from rlsloth.policy.attention.backend import Halves
+from rlsloth.policy.attention.layout import PackedLayout
+
+
+class KeptAttention(torch.autograd.Function):
+    """Attention over a packed stream whose results a checkpointed layer may have kept."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        halves: Halves,
+        packed: PackedLayout,
+        scale: float,
+    ) -> Tensor:
+        layer = current_pass()
+        kept = layer.take_attention() if layer is not None and layer.again else None
+        out, sums = kept or halves.forward(q, k, v, packed, scale)
+        if layer is not None and not layer.again:
+            layer.keep_attention((out, sums))
+        ctx.save_for_backward(q, k, v, out, sums)
+        ctx.halves, ctx.packed, ctx.scale = halves, packed, scale
+        ctx.parts = 1 if layer is None else layer.placement.attention_parts
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,), (q, k, v, out, sums) = grads, ctx.saved_tensors
+        backward = ctx.halves.backward
+        parts = ctx.parts if k.shape[1] % ctx.parts == 0 else 1
+        if parts == 1:
+            found = backward(grad, q, k, v, out, sums, ctx.packed, ctx.scale)
+            return (*found, None, None, None)
+        # Key heads with their query heads, one part after another: the backward's float32 buffers
+        # are as large as one part.
+        found = tuple(torch.empty_like(x) for x in (q, k, v))
+        for part in range(parts):
+            heads = [_part(x, 1, part, parts) for x in (grad, q, k, v, out)]
+            made = backward(*heads, _part(sums, 0, part, parts), ctx.packed, ctx.scale)
+            for whole, piece in zip(found, made, strict=True):
+                _part(whole, 1, part, parts).copy_(piece)
+        return (*found, None, None, None)
+
+
+def _part(x: Tensor, dim: int, part: int, parts: int) -> Tensor:
+    size = x.shape[dim] // parts
+    return x.narrow(dim, part * size, size)
+
+
+def attend_in_halves(
+    q: Tensor, k: Tensor, v: Tensor, halves: Halves, packed: PackedLayout, scale: float
+) -> Tensor:
+    """Attend over a packed stream.
+
+    Args:
+        q: [T, heads, D].
+        k, v: [T_kv, kv_heads, D].
+        halves: the backend's forward and backward.
+        packed: the stream's layout.
+        scale: factor of the scores.
+
+    Returns:
+        [T, heads, D].
+    """
+    return KeptAttention.apply(q, k, v, halves, packed, scale)  # type: ignore[no-untyped-call, no-any-return]

@@ -1,0 +1,64 @@
+"""The policy of a run: loading it, and the settings of its update that the memory plan decided."""
+
+from __future__ import annotations
+
+import torch
+
+from rlsloth.config import TrainingConfig
+from rlsloth.files import write_json
+from rlsloth.policy.activations.placement import Placements, describe
+from rlsloth.policy.policy import Policy
+from rlsloth.run.run import Run
+
+PLAN = "plan.json"
+"""File in the run folder with the update's settings in use: the user's, or else the plan's for this
+machine."""
+
+
+def open_policy(
+    cfg: TrainingConfig,
+    run: Run,
+    *,
+    temperature: float,
+    total_updates: int,
+    placements: Placements | None = None,
+) -> Policy:
+    """Load the model with its adapter, ready to train.
+
+    Args:
+        cfg: the sections about training.
+        run: for messages.
+        temperature: temperature of the log-probs.
+        total_updates: optimizer updates of the whole run, for the learning rate's schedule.
+        placements: placement of each layer's activations, if it was planned.
+
+    Raises:
+        UserError: the model or its adapter cannot be loaded.
+    """
+    run.say(f"loading {cfg.model.path}")
+    if cfg.model.adapter is not None:
+        run.say(
+            f"continuing {cfg.model.adapter} with its rank, alpha and targets instead of --lora.*"
+        )
+    torch.manual_seed(cfg.seed)  # the adapter's starting weights
+    policy = Policy.load(
+        cfg.model,
+        cfg.lora,
+        cfg.optim,
+        temperature=temperature,
+        total_updates=total_updates,
+        placements=placements,
+    )
+    if policy.wrapped is not None:
+        run.say(policy.wrapped.line())
+    return policy
+
+
+def write_plan(run: Run, cfg: TrainingConfig, placements: Placements) -> None:
+    """Write the plan's settings to a file of their own; config.yaml has only the user's."""
+    decided = {
+        "tokens_per_microbatch": cfg.tokens_per_microbatch,
+        "gradient_checkpointing": cfg.model.gradient_checkpointing,
+        "layers": describe(placements),
+    }
+    write_json(run.dir / PLAN, decided)

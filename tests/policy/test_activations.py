@@ -1,0 +1,174 @@
+"""Layers computed again from inputs on the device or in host memory: bit-equal to kept ones."""
+
+from __future__ import annotations
+
+import gc
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+
+from helpers.allocations import stream
+from helpers.families import FAMILIES
+from helpers.plans import make_policy
+from rlsloth.policy.activations import arena
+from rlsloth.policy.activations.layers import Recomputed
+from rlsloth.policy.activations.placement import Placement
+from rlsloth.policy.attention.backend import Backend, Halves
+from rlsloth.policy.attention.backends import BACKENDS
+from rlsloth.policy.attention.kept import attend_in_halves
+from rlsloth.policy.attention.layout import PackedLayout
+from rlsloth.policy.attention.repeated import repeated_keys
+from rlsloth.policy.layers import decoder_layers
+from rlsloth.policy.policy import Policy
+
+MICRO = stream(2, 20, 15, 3)
+
+
+def gradients(policy: Policy) -> dict[str, torch.Tensor]:
+    policy.logprobs(MICRO).logprobs.sum().backward()
+    found = {}
+    for name, p in policy.weights().tensors.items():
+        assert p.grad is not None
+        found[name], p.grad = p.grad, None
+    return found
+
+
+def policy_with(family: str, checkpointing: Any) -> Policy:
+    torch.manual_seed(0)
+    policy = make_policy(family, checkpointing)
+    with torch.no_grad():  # PEFT starts B at zero, which would hide A's gradient
+        for name, p in policy.weights().tensors.items():
+            if "lora_B" in name:
+                p.normal_(0, 0.05)
+    return policy
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_offloaded_and_recomputed_are_kept(family: str) -> None:
+    kept, recomputed, offloaded = (
+        gradients(policy_with(family, how)) for how in (False, True, "offload")
+    )
+    for name, grad in kept.items():
+        assert torch.equal(grad, recomputed[name]), name
+        assert torch.equal(grad, offloaded[name]), name
+
+
+def test_tensors_of_several_slabs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(arena, "SLAB", 4096)
+    monkeypatch.setattr(arena, "BLOCK", 16 * 4096)
+    monkeypatch.setattr("rlsloth.policy.activations.transfer.SLAB", 4096)
+    kept = gradients(policy_with("llama", False))
+    policy = policy_with("llama", "offload")
+    for _ in range(2):
+        for name, grad in gradients(policy).items():
+            assert torch.equal(grad, kept[name]), name
+    transfer = policy._recomputed._transfer
+    assert transfer is not None
+    assert len(transfer.arena._free) * 4096 == transfer.arena.size  # all slabs are back
+
+
+def test_a_forward_without_backward_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = policy_with("llama", "offload")
+    gradients(policy)
+    transfer = policy._recomputed._transfer
+    assert transfer is not None
+    size = transfer.arena.size
+    policy.logprobs(MICRO)
+    gradients(policy)
+    gc.collect()
+    assert transfer.arena.size == size
+    assert len(transfer.arena._free) * arena.SLAB == size
+
+
+# --- attention in two halves ---------------------------------------------------------------------
+
+
+def segments(packed: PackedLayout) -> list[tuple[slice, slice]]:
+    """Rows of queries and of keys of each segment."""
+    pairs = zip(pairwise(packed.cu_q.tolist()), pairwise(packed.cu_k.tolist()), strict=True)
+    return [(slice(*q), slice(*k)) for q, k in pairs]
+
+
+def weights(q: torch.Tensor, k: torch.Tensor, scale: float) -> torch.Tensor:
+    """Masked scores [heads, rows, columns] of one segment, whose last rows are the queries."""
+    k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
+    scores = torch.einsum("qhd,khd->hqk", q, k) * scale
+    rows = torch.arange(q.shape[0]) + k.shape[0] - q.shape[0]
+    return scores.masked_fill(rows[:, None] < torch.arange(k.shape[0]), -torch.inf)
+
+
+def plain_forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packed: PackedLayout, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    CALLS.append(q.shape[1])
+    out, sums = torch.empty_like(q), q.new_empty(q.shape[1], q.shape[0])
+    group = q.shape[1] // v.shape[1]
+    for a, b in segments(packed):
+        scores = weights(q[a], k[b], scale)
+        sums[:, a] = scores.logsumexp(-1)
+        out[a] = torch.einsum("hqk,khd->qhd", scores.softmax(-1), v[b].repeat_interleave(group, 1))
+    return out, sums
+
+
+def plain_backward(
+    grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+    out: torch.Tensor, sums: torch.Tensor, packed: PackedLayout, scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Equations of FlashAttention-2 (Dao 2023), section 2.2, from the forward's log-sums."""
+    dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    group = q.shape[1] // v.shape[1]
+
+    def per_key_head(x: torch.Tensor) -> torch.Tensor:
+        return x.unflatten(1, (-1, group)).sum(2)
+
+    for a, b in segments(packed):
+        p = (weights(q[a], k[b], scale) - sums[:, a, None]).exp()
+        values, keys = (x[b].repeat_interleave(group, 1) for x in (v, k))
+        dv[b] += per_key_head(torch.einsum("hqk,qhd->khd", p, grad[a]))
+        dp = torch.einsum("qhd,khd->hqk", grad[a], values)
+        ds = p * (dp - (grad[a] * out[a]).sum(-1).t()[..., None]) * scale
+        dq[a] += torch.einsum("hqk,khd->qhd", ds, keys)
+        dk[b] += per_key_head(torch.einsum("hqk,qhd->khd", ds, q[a]))
+    return dq, dk, dv
+
+
+CALLS: list[int] = []
+"""Number of heads in each call of the forward."""
+HALVES = Halves(plain_forward, plain_backward)
+
+
+@pytest.fixture
+def plain_halves(monkeypatch: pytest.MonkeyPatch) -> None:
+    def attend(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packed: PackedLayout, scale: float
+    ) -> torch.Tensor:
+        return attend_in_halves(*repeated_keys(q, k, v, packed), HALVES, packed, scale)
+
+    monkeypatch.setitem(BACKENDS, "plain", Backend("plain", attend, works=lambda: True))
+    CALLS.clear()
+
+
+@pytest.mark.parametrize("input_place", ["device", "host"])
+@pytest.mark.parametrize("attention", [None, "device", "host"])
+@pytest.mark.parametrize("parts", [1, 2])
+def test_attention_is_kept(
+    plain_halves: None, input_place: Any, attention: Any, parts: int
+) -> None:
+    def found(placements: list[Placement | None]) -> dict[str, torch.Tensor]:
+        policy = policy_with("llama", False)
+        policy.backend = "plain"
+        layers = decoder_layers(policy.model)
+        policy._recomputed = Recomputed(layers, placements, policy.device)
+        return gradients(policy)
+
+    reference = gradients(policy_with("llama", False))
+    everything = found([None] * 3)
+    CALLS.clear()
+    kept = found([Placement(input_place, attention, parts)] * 3)
+    assert len(CALLS) == 3 * (2 if attention is None else 1)
+    for name, grad in kept.items():
+        if parts == 1:
+            assert torch.equal(grad, everything[name]), name
+        torch.testing.assert_close(grad, reference[name], rtol=1e-4, atol=1e-5)
