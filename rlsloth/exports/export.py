@@ -206,7 +206,8 @@ def _gguf(cfg: ExportConfig, source: Source, folder: Path, name: str) -> Card:
         lines.append(line)
     first = _file(name, cfg.gguf[0])
     _write_modelfile(source, whole, folder, first)
-    shutil.rmtree(work, ignore_errors=True)
+    if work.exists():
+        shutil.rmtree(work)  # a folder that stayed would be a part of the export
     return Card(
         title=name,
         about=f"{about}GGUF files for llama.cpp: {'; '.join(lines)}.",

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
+import pytest
 import yaml
 from safetensors.torch import load_file
 
+from helpers.faults import FaultyRuns, faulty_runs
+from helpers.gguf_models import make_folder
 from helpers.supervised import PAIRS, SFT, write_rows
 from helpers.tiny import save_sampled_model
+from helpers.trained_runs import make_run
 
 COMMON: dict[str, Any] = {
     "steps": 4,
@@ -49,6 +53,14 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 
+TRAINED = "trained"
+"""Folder of the run that is exported."""
+EXPORTS: dict[str, list[str]] = {
+    "export_adapter": ["--to", "adapter"],
+    "export_merged": ["--to", "merged"],
+    "export_gguf": ["--to", "gguf", "--gguf", "f16", "q8_0"],
+}
+
 
 def make_workplace(folder: Path) -> None:
     """Write a model, data, a reward and a configuration of each loop."""
@@ -56,12 +68,30 @@ def make_workplace(folder: Path) -> None:
     write_rows(folder / "sft.jsonl", SFT)
     write_rows(folder / "pairs.jsonl", PAIRS)
     (folder / "reward.py").write_text(REWARD)
+    make_run(folder / TRAINED, make_folder(folder / "base", "smollm"))
     for loop, config in CONFIGS.items():
         (folder / f"{loop}.yaml").write_text(yaml.safe_dump(config))
 
 
+@pytest.fixture(scope="module")
+def endings(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which every loop can be started."""
+    folder = tmp_path_factory.mktemp("work")
+    make_workplace(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runs(endings: Path) -> Iterator[FaultyRuns]:
+    """A server that starts commands in that folder."""
+    with faulty_runs(endings) as runs:
+        yield runs
+
+
 def command(loop: str, folder: Path) -> list[str]:
     """The command that starts the loop in the folder, or that continues what is there."""
+    if loop in EXPORTS:
+        return ["export", TRAINED, *EXPORTS[loop], "--out", str(folder / "out")]
     if loop == "distill":
         words = ["distill", "distill.yaml", "--out", str(folder)]
         return [*words, "--resume"] if (folder / "config.yaml").exists() else words
@@ -70,6 +100,8 @@ def command(loop: str, folder: Path) -> list[str]:
 
 
 def is_complete(loop: str, folder: Path) -> bool:
+    if loop in EXPORTS:
+        return (folder / "out").exists()
     if loop == "distill":
         return (folder / "README.md").exists() and (folder / "teacher/report.html").exists()
     return (folder / "report.html").exists() and (folder / "summary.json").exists()

@@ -65,8 +65,9 @@ class FaultyRuns:
         Args:
             argv: the words of the command.
             folder: the folder whose points count.
-            fault: ``kill`` or ``fail`` at point ``at`` in the folder.
-            at: number of a point, or of a call.
+            fault: ``kill`` or ``fail`` at point ``at`` in the folder, or ``moment``: killed after
+                ``at`` microseconds (by an alarm that nobody handles).
+            at: number of a point, of microseconds, or of a call.
             call: (module, name, signal): send it to the process in call ``at`` of that function.
         """
         assert self._server.stdin is not None
@@ -152,6 +153,9 @@ def _child(job: dict[str, Any], result: int) -> None:
     """Run the command in a forked process; write its points to ``result``."""
     faults = _Faults(job["folder"], job["fault"], job["at"])
     faults.install()
+    if job["fault"] == "moment":
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.setitimer(signal.ITIMER_REAL, job["at"] / 1e6)
     if job["call"]:
         _send_in_call(*job["call"], at=job["at"])
     from rlsloth.cli import main as cli

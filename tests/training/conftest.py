@@ -2,5 +2,6 @@
 
 from __future__ import annotations
 
+from helpers.endings import endings, runs  # noqa: F401
 from helpers.grpo_runs import train, whole, workplace  # noqa: F401
 from helpers.refusals import refused, sound_folder  # noqa: F401

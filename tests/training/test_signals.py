@@ -3,29 +3,15 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from helpers.endings import command, contents, make_workplace
-from helpers.faults import FaultyRuns, faulty_runs
+from helpers.endings import command, contents
+from helpers.faults import FaultyRuns
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("work")
-    make_workplace(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def runs(workplace: Path) -> Iterator[FaultyRuns]:
-    with faulty_runs(workplace) as runs:
-        yield runs
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +32,7 @@ CASES = [
 
 @pytest.mark.parametrize(("loop", "module", "name", "number", "at"), CASES)
 def test_a_stopped_run_continues_as_the_same_run(
-    workplace: Path,
+    endings: Path,
     runs: FaultyRuns,
     wholes: dict[str, dict[str, Any]],
     loop: str,
@@ -55,12 +41,12 @@ def test_a_stopped_run_continues_as_the_same_run(
     number: int,
     at: int,
 ) -> None:
-    folder = workplace / loop
+    folder = endings / loop
     if loop not in wholes:
         found = runs.run(command(loop, folder), folder)
         assert found.status == 0, found.printed
         wholes[loop] = contents(folder)
-        folder.rename(workplace / f"whole_{loop}")
+        folder.rename(endings / f"whole_{loop}")
     found = runs.run(command(loop, folder), folder, at=at, call=(module, name, int(number)))
     assert found.status == 128 + number, found.printed
     assert "Traceback" not in found.printed
@@ -74,7 +60,7 @@ def test_a_stopped_run_continues_as_the_same_run(
     again = runs.run(line.split(": rlsloth ")[1].split(), folder)
     assert again.status == 0, again.printed
     now = contents(folder)
-    folder.rename(workplace / f"{loop}_{name}_{at}")
+    folder.rename(endings / f"{loop}_{name}_{at}")
     assert now.keys() == wholes[loop].keys()
     assert [name for name in now if now[name] != wholes[loop][name]] == []
 
@@ -90,15 +76,15 @@ def late(completions, trainer_state, **_):
 """
 
 
-def test_an_error_between_two_updates_saves_a_checkpoint(workplace: Path, runs: FaultyRuns) -> None:
-    (workplace / "late.py").write_text(LATE)
-    folder = workplace / "late"
+def test_an_error_between_two_updates_saves_a_checkpoint(endings: Path, runs: FaultyRuns) -> None:
+    (endings / "late.py").write_text(LATE)
+    folder = endings / "late"
     options = ["--rewards", "./late.py:late", "--run.save-every", "0", "--eval.every", "0"]
     found = runs.run([*command("grpo", folder), *options], folder)
     assert found.status == 2
     assert found.printed.splitlines()[-1] == "error: the judge is down"
     assert (folder / "checkpoints" / "latest").read_text() == "step_00002\n"
-    (workplace / "judge").touch()
+    (endings / "judge").touch()
     again = runs.run([*command("grpo", folder), *options], folder)
     assert again.status == 0, again.printed
     assert "after step 2" in again.printed
