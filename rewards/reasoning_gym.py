@@ -58,7 +58,7 @@ def reasoning_gym(
     scores: list[float | None] = []
     raised = 0
     reasons = finish_reasons or ["stop"] * len(completions)
-    settings = [json.dumps(p, sort_keys=True) for p in task_params or [{}] * len(task)]
+    settings = [json.dumps(p or {}, sort_keys=True) for p in task_params or [{}] * len(task)]
     for completion, name, row, finish, setting in zip(
         completions, task, entry, reasons, settings, strict=True
     ):
