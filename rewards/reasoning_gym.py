@@ -33,10 +33,9 @@ def reasoning_gym(
 
     A completion in which no answer is found after the last </think> scores 0; no other way to find
     one is tried. So does an answer on which the task's scorer raises, such as prose where it
-    expects a number, unless it raises on the row's own answer, too. A Markdown fence around the
-    answer does not count; the questions of some tasks show one. ``task_params`` are the parameters
-    of the task, which some scorers read. The metric
-    ``rewards/reasoning_gym/scorer_raised`` is the share of such answers.
+    expects a number, unless it raises on the row's own answer, too; the metric
+    ``rewards/reasoning_gym/scorer_raised`` is the share of such answers. A Markdown fence around
+    the answer does not count. Some scorers read ``task_params``, the task's parameters.
 
     Args:
         extract: How to find the answer. answer_tag: the last <answer>...</answer>. last_number:
@@ -56,8 +55,7 @@ def reasoning_gym(
         )
     find = _EXTRACTORS[extract]
     scores: list[float | None] = []
-    raised = 0
-    reasons = finish_reasons or ["stop"] * len(completions)
+    raised, reasons = 0, finish_reasons or ["stop"] * len(completions)
     settings = [json.dumps(p or {}, sort_keys=True) for p in task_params or [{}] * len(task)]
     for completion, name, row, finish, setting in zip(
         completions, task, entry, reasons, settings, strict=True

@@ -84,7 +84,7 @@ def open_grpo(
     policy = open_policy(
         cfg,
         run,
-        placements=decided.placements if trains else None,
+        decided.placements if trains else None,
         temperature=cfg.rollout.temperature,
         total_updates=cfg.steps * cfg.updates_per_rollout,
     )
@@ -155,15 +155,12 @@ def open_examples(cfg: Supervised, stack: ExitStack, read: Reader) -> Session[Su
         steps = math.ceil(total / cfg.samples_per_step)
         cfg = cfg.model_copy(update={"steps": steps, "epochs": None})
     named = cfg.tokens_per_microbatch
-    request = partial(examples_request, cfg, data.longest)
-    decided = decide(cfg, request, run.say, run.warn)
+    decided = decide(cfg, partial(examples_request, cfg, data.longest), run.say, run.warn)
     cfg = decided.applied(cfg)
     if named is None:
         tokens = max(cfg.microbatch, data.longest.packed)
         cfg = cfg.model_copy(update={"tokens_per_microbatch": tokens})
-    policy = open_policy(
-        cfg, run, placements=decided.placements, temperature=1.0, total_updates=cfg.steps
-    )
+    policy = open_policy(cfg, run, decided.placements, temperature=1.0, total_updates=cfg.steps)
     show_first(run, policy, data)
     with advise("trial", policy.model):
         probe_packing(policy, data.train[0].group())

@@ -18,19 +18,19 @@ machine."""
 def open_policy(
     cfg: TrainingConfig,
     run: Run,
+    placements: Placements | None = None,
     *,
     temperature: float,
     total_updates: int,
-    placements: Placements | None = None,
 ) -> Policy:
     """Load the model with its adapter, ready to train.
 
     Args:
         cfg: the sections about training.
         run: for messages.
+        placements: placement of each layer's activations, if it was planned.
         temperature: temperature of the log-probs.
         total_updates: optimizer updates of the whole run, for the learning rate's schedule.
-        placements: placement of each layer's activations, if it was planned.
 
     Raises:
         UserError: the model or its adapter cannot be loaded.
