@@ -22,12 +22,12 @@ demo: .venv/.installed
 test: .venv/.tested lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
-# No slow file, no lint: for use while writing.
+# Nothing slow, no lint: for use while writing.
 test-fast: .venv/.tested
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile \
 		-m "$(PLAIN) and not slow and not long"
 
-# Campaigns of minutes each, such as SFT, GRPO, merging and GGUF in one chain.
+# Campaigns of minutes each, such as SFT, GRPO, merging and GGUF in one chain, and runs of SmolLM2.
 test-long: .venv/.gguf .venv-vllm/.tested
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "long and not gpu and not vllm"
 	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest -q -m "long and vllm and not gpu"

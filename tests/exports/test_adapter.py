@@ -23,6 +23,8 @@ from helpers.trained_runs import (
 )
 from rlsloth.policy.identity import FILE, read_identity
 
+pytestmark = pytest.mark.slow
+
 
 def test_plain_peft_gives_the_trainers_logprobs(
     trained: tuple[Path, torch.Tensor], base: Path, export: Export

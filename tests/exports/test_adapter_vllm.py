@@ -65,11 +65,8 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_vllm_gives_the_trainers_logprobs(tmp_path: Path) -> None:
-    wide: dict[str, Any] = {
-        "hidden_size": 128,
-        "head_dim": 32,
-        "max_position_embeddings": 256,
-    }  # as vLLM needs
+    # Heads that vLLM knows.
+    wide: dict[str, Any] = {"hidden_size": 128, "head_dim": 32, "max_position_embeddings": 256}
     check_logprobs(make_base(tmp_path / "base", **wide), tmp_path, size=0.05)
 
 

@@ -14,6 +14,8 @@ from helpers.trained_runs import make_run, micro_batch, plain_logprobs
 from rlsloth.cli import main as cli
 from rlsloth.exports.gguf.write import write_gguf
 
+pytestmark = pytest.mark.slow
+
 TEXT = "What is 1725 + 42? It's  12.5\n\n\tYes — naïve 日本語"
 PRECISIONS = pytest.mark.parametrize("precision", ["fp32", "nf4"])
 

@@ -1,6 +1,7 @@
 """kernels/linear_logprob's fused kernels without a GPU: interpreted, and compiled."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -16,12 +17,7 @@ pytestmark = pytest.mark.slow
 
 def check_triton_in_interpreter():
     """Run the whole op with the Triton kernels, for vocabularies below, at and above one tile."""
-    kinds: tuple[tuple[dict[str, float], bool], ...] = (
-        ({}, False),
-        (CAPPED, True),
-        (CAPPED, False),
-        ({}, True),
-    )
+    kinds: list[Any] = [({}, False), (CAPPED, True), (CAPPED, False), ({}, True)]
     for vocabulary in (1, 2, 127, 128, 300, 1025):
         for settings, with_bias in kinds if vocabulary == 300 else kinds[:2]:
             hidden, weight, target, gradient = make(7, 24, vocabulary, torch.bfloat16)

@@ -22,6 +22,8 @@ from rlsloth.policy.gguf_tokenizer import unread_keys as unread_tokenizer_keys
 from rlsloth.policy.load import load_model
 from rlsloth.policy.tokenizer import load_tokenizer
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:

@@ -40,6 +40,7 @@ def test_built_in_names() -> None:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_examples_hold(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert test_reward(name, None, limit=100, cfg=RewardConfig()) == 0, capsys.readouterr().out

@@ -46,7 +46,7 @@ def test_greedy_is_the_embedded_engines(engine, embedded, prefixes):
 @pytest.mark.parametrize("temperature", [0.7, 1.0, 1.4])
 def test_logprobs_are_the_trainers_at_the_same_temperature(engine, policy, prefixes, temperature):
     policy.temperature = temperature
-    sampling = SamplingParams(max_tokens=24, temperature=temperature, seed=3)
+    sampling = SamplingParams(max_tokens=12, temperature=temperature, seed=3)
     got = engine.generate(prefixes, 4, sampling)
     off = gap(policy, prefixes, got)
     policy.temperature = 1.0
@@ -164,8 +164,8 @@ def test_a_callback_that_raises_leaves_an_engine_that_works(engine, prefixes):
 
 def test_the_tail_is_cut_and_what_waits_has_one_token(engine, prefixes):
     """64 of the 80 requests run at once; half of those finish at their first token."""
-    sampling = SamplingParams(max_tokens=20, seed=4)
-    limits = [1, 20]
+    sampling = SamplingParams(max_tokens=8, seed=4)
+    limits = [1, 8]
     whole = engine.generate(prefixes[:2], 40, sampling, limits=limits)
     handed = []
     cut = engine.generate(

@@ -143,18 +143,19 @@ def test_nf4_is_shared_where_it_lies(make, hidden):
             assert not layer.self_attn.qkv_proj.weight.numel()
 
 
-@pytest.mark.parametrize("precision", ["fp32", "nf4"])
 @pytest.mark.parametrize(
-    "lora",
+    ("precision", "lora"),
     [
-        {"rank": 3},
-        {"rank": 200},
-        {"targets": ["q_proj", "v_proj", "down_proj"]},
-        {"targets": ["k_proj", "up_proj", "lm_head"]},
+        ("fp32", {"rank": 3}),
+        ("nf4", {"rank": 200}),
+        ("fp32", {"targets": ["q_proj", "v_proj", "down_proj"]}),
+        ("nf4", {"targets": ["q_proj", "v_proj", "down_proj"]}),
+        ("fp32", {"targets": ["k_proj", "up_proj", "lm_head"]}),
+        ("nf4", {"targets": ["k_proj", "up_proj", "lm_head"]}),
     ],
     ids=str,
 )
-def test_any_rank_on_any_linears(make, lora, precision):
+def test_any_rank_on_any_linears(make, precision, lora):
     policy = make(precision, **lora)
     with start(policy) as engine:
         engine.set_weights(policy.weights())

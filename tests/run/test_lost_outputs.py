@@ -68,6 +68,7 @@ def assert_whole(folder: Path) -> None:
     assert (folder / "log.txt").read_text().count("xxx") > 0
 
 
+@pytest.mark.slow
 def test_a_reader_that_leaves_ends_nothing_but_shows_in_the_status(tmp_path):
     run = train(tmp_path / "run", subprocess.PIPE)
     assert run.stdout.readline().startswith("run folder")
@@ -78,6 +79,7 @@ def test_a_reader_that_leaves_ends_nothing_but_shows_in_the_status(tmp_path):
     assert_whole(tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_a_closed_terminal_ends_nothing(tmp_path):
     master, slave = pty.openpty()
     run = train(tmp_path / "run", slave)
@@ -90,6 +92,7 @@ def test_a_closed_terminal_ends_nothing(tmp_path):
     assert_whole(tmp_path / "run")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_a_full_disk_under_the_console_ends_nothing(tmp_path):
     with open("/dev/full", "w") as full:

@@ -42,6 +42,7 @@ def test_a_reward_that_always_hangs_is_given_up(rewards: str) -> None:
     assert time.monotonic() - start < 60  # not 8 groups of 8 completions with a restart each
 
 
+@pytest.mark.slow
 def test_a_reward_that_is_only_slow_with_many_completions_goes_on(rewards: str) -> None:
     cfg = RewardConfig(workers=2, wall_seconds=0.3)
     with Scorer([f"{rewards}:slow_together"], cfg) as scorer:

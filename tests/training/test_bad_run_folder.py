@@ -12,6 +12,8 @@ import yaml
 from helpers.refusals import CONFIG
 from rlsloth.cli import main as cli
 
+pytestmark = pytest.mark.slow
+
 
 def test_a_folder_that_was_there_stays(sound_folder: Path, capfd) -> None:
     Path("mine").mkdir()
@@ -31,7 +33,6 @@ def test_files_in_the_way(refused, sound_folder: Path) -> None:
     refused(f"grpo --run.dir {'n' * 300}", "File name too long", new=False)
 
 
-@pytest.mark.slow
 def test_damaged_files_of_a_run(refused, sound_folder: Path) -> None:
     assert cli.main(["grpo", "config.yaml", "--run.dir", "hurt"]) == 0
     saved = Path("hurt/config.yaml").read_bytes()
