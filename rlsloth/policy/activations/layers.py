@@ -141,6 +141,12 @@ class Recomputed:
             if placement is not None:
                 layer._gradient_checkpointing_func = _Layer(self, placement, first=index == 0)
 
+    def close(self) -> None:
+        """Free the host's memory; no backward pass may be pending."""
+        self._last = None
+        if self._transfer is not None:
+            self._transfer.arena.close()
+
     def run(
         self,
         placement: Placement,
