@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 import torch
 
+from helpers.gguf_models import make_folder
 from helpers.policies import one_by_one
-from helpers.smollm2 import gguf, load
+from helpers.smollm2 import load
 from rlsloth.config import EnvConfig, GrpoConfig, ModelConfig
 from rlsloth.data.packing import pack
 from rlsloth.data.renderer import Renderer
+from rlsloth.exports.gguf.write import write_gguf
 from rlsloth.memory import planned_model as planning
 from rlsloth.policy.load import load_model
 from rlsloth.records import Group, Prompt, Rollout, SamplingParams
@@ -99,7 +101,7 @@ def test_a_gguf_is_parsed_once(monkeypatch, tmp_path):
 
     monkeypatch.setattr(reader, "GGUFReader", Counting)
     file = tmp_path / "model.gguf"
-    file.write_bytes(gguf().read_bytes())
+    write_gguf(make_folder(tmp_path / "model", "smollm"), file, "f16")
     cfg = GrpoConfig(model=ModelConfig(path=str(file)))
     assert planning.model_shape(cfg.model, cfg.lora).name == "LlamaForCausalLM"
     load_model(cfg.model)
