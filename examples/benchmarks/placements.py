@@ -5,9 +5,9 @@
         --modes host host+tiles --cap-gib 24
 
 The work is one micro-batch: --trees prompts, each with completions that are all scored; the loss
-is the sum of their log-probs. --stream gives the tokens of a prompt, the tokens of a completion, and
-the completions of a prompt. LoRA on all linear layers, 8-bit AdamW on a GPU. The tokens counted are
-those of the stream, each prompt once.
+is the sum of their log-probs. --stream gives the tokens of a prompt, the tokens of a completion,
+and the completions of a prompt. LoRA on all linear layers, 8-bit AdamW on a GPU. The tokens counted
+are those of the stream, each prompt once.
 
 A mode places all layers alike; parts are joined by +:
     keep       autograd keeps everything           device, host  the layer's input is kept there
