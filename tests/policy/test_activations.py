@@ -23,6 +23,8 @@ from rlsloth.policy.attention.repeated import repeated_keys
 from rlsloth.policy.layers import decoder_layers
 from rlsloth.policy.policy import Policy
 
+pytestmark = pytest.mark.slow
+
 MICRO = stream(2, 20, 15, 3)
 
 
