@@ -17,6 +17,8 @@ from transformers import AutoTokenizer
 from helpers.trained_runs import Export, make_base, reopened
 from rlsloth.cli import main as cli
 
+pytestmark = pytest.mark.slow
+
 
 def test_the_card_has_the_runs_figures(run: Path, base: Path, export: Export) -> None:
     card = (export(run) / "README.md").read_text()
