@@ -49,9 +49,10 @@ class AnswerLimits:
         if not self._active:
             yield
             return
-        if self._outer:
-            seconds = min(seconds, max(self._left(), 1e-4))
-        signal.setitimer(signal.ITIMER_PROF, seconds)
+        left = max(self._left(), 1e-4) if self._outer else float("inf")
+        # Decided now: when the timer fires, its clock and process_time may differ by some ms.
+        self._outer_binds = left <= seconds
+        signal.setitimer(signal.ITIMER_PROF, min(seconds, left))
         try:
             yield
         finally:
@@ -62,6 +63,6 @@ class AnswerLimits:
         return self._outer - (time.process_time() - self._start)
 
     def _exceeded(self, signum: int, frame: FrameType | None) -> None:
-        if self._outer and self._left() <= 0 and callable(self._handler):
+        if self._outer_binds and callable(self._handler):
             self._handler(signum, frame)
         raise OutOfTimeError

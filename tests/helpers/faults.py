@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
+import gc
 import importlib
 import itertools
 import json
@@ -186,6 +187,8 @@ def _serve() -> None:
     assert pyarrow.parquet
     assert transformers
     torch.set_num_threads(1)
+    gc.collect()
+    gc.freeze()  # a run ends in a collection, which would go through every imported module
     answers = os.fdopen(os.dup(1), "w")
     for number, line in enumerate(sys.stdin):
         job = json.loads(line)
