@@ -17,7 +17,7 @@ from rlsloth.memory.placing import choose
 from rlsloth.memory.plan import make_plan
 from rlsloth.memory.planned_model import model_shape
 from rlsloth.memory.report import SEQUENCES, TOKENS, Source, print_json, print_table, report_line
-from rlsloth.memory.search import largest_sequences, largest_tokens
+from rlsloth.memory.search import largest_sequences, largest_tokens, longest_text
 from rlsloth.memory.shape import ModelShape
 from rlsloth.memory.terms import GIB, Plan
 from rlsloth.memory.workload import Request
@@ -118,7 +118,8 @@ def plan_run(
     plan_of, chosen = _decided(shape, request, total, host)
     plan = plan_of(chosen)
     show = print_json if as_json else print_table
-    show(plan, chosen, shape.name, source, _largest_settings(plan_of, chosen, shape))
+    longest = longest_text(plan_of, shape, request)
+    show(plan, chosen, shape.name, source, _largest_settings(plan_of, chosen, shape), longest)
     return 0 if plan.fits else 1
 
 

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from rlsloth.memory.plan import ACTIVATION_TOLERANCE
+from rlsloth.memory.search import LongestText
 from rlsloth.memory.terms import GIB, Cache, Phase, Plan, Term
 from rlsloth.memory.workload import Request
 from rlsloth.policy.activations.placement import describe as describe_placements
@@ -64,7 +65,12 @@ def describe(cache: Cache) -> str:
 
 
 def print_json(
-    plan: Plan, request: Request, model: str, source: Source, largest: Mapping[str, int]
+    plan: Plan,
+    request: Request,
+    model: str,
+    source: Source,
+    largest: Mapping[str, int],
+    longest: LongestText,
 ) -> None:
     """Print a plan as JSON, with sizes in bytes.
 
@@ -93,6 +99,11 @@ def print_json(
             del row[key]
         row["longest_example"] = request.longest_example
     row["largest_that_fits"] = dict(largest)
+    row["longest_update"] = {
+        "tokens": longest.tokens,
+        "layers": describe_placements(longest.placements) if longest.tokens else None,
+        "host": longest.host,
+    }
     if samples:
         row["activations"] = f"estimate, within {ACTIVATION_TOLERANCE:.0%} of measured on a CPU"
     print(json.dumps(row, indent=2))
@@ -103,7 +114,12 @@ def _term(term: Term, samples: bool) -> dict[str, Any]:
 
 
 def print_table(
-    plan: Plan, request: Request, model: str, source: Source, largest: Mapping[str, int]
+    plan: Plan,
+    request: Request,
+    model: str,
+    source: Source,
+    largest: Mapping[str, int],
+    longest: LongestText,
 ) -> None:
     """Print a plan as a table, the verdict, and advice on settings."""
     from rich.console import Console
@@ -134,8 +150,16 @@ def print_table(
     )
     verdict = "fits" if plan.fits else f"does not fit: {-plan.left / GIB:.2f} GiB too much"
     console.print(verdict, style="bold green" if plan.fits else "bold red")
-    for line in _advice(plan, request, largest):
+    for line in [*_advice(plan, request, largest), *_longest_line(longest)]:
         console.print(line, markup=False)
+
+
+def _longest_line(longest: LongestText) -> list[str]:
+    if not longest.tokens:
+        return []
+    host = f"; {longest.host / GIB:.1f} GiB of host memory" if longest.host else ""
+    how = f"{describe_placements(longest.placements)}{host}"
+    return [f"longest text whose update fits, alone: {longest.tokens} tokens ({how})"]
 
 
 def _cell(term: Term, phase: Phase) -> str:

@@ -141,6 +141,23 @@ def test_the_plan_decides_of_the_update_what_the_user_does_not(tmp_path):
     assert (overlapping.microbatch, overlapping.model.gradient_checkpointing) == (8192, True)
 
 
+def test_the_longest_text_is_the_longest(tmp_path, capsys):
+    LlamaConfig(**SIZES, **HEADS).save_pretrained(tmp_path)
+    few = ("--rollout.max-sequences", "8", "--json", "--memory-gb")
+    lengths = []
+    for gib, host in (("6", "0.1"), ("6", "100"), ("12", "100")):
+        run(tmp_path, *few, gib, "--host-gb", host)
+        found = json.loads(capsys.readouterr().out)["longest_update"]
+        lengths.append(found["tokens"])
+        assert found["host"] <= float(host) * GIB
+        assert ("host memory" in found["layers"]) is (host == "100")
+    assert lengths == sorted(set(lengths))
+    run(tmp_path, *few[:2], "--memory-gb", "6", "--model.gradient-checkpointing", "false")
+    printed = capsys.readouterr().out
+    assert "longest text whose update fits, alone: " in printed
+    assert "(no gradient checkpointing)" in printed
+
+
 def test_a_small_host_limits_what_leaves_the_gpu(tmp_path):
     LlamaConfig(**SIZES, **HEADS).save_pretrained(tmp_path)
     cfg: Any = GrpoConfig(model=ModelConfig(path=str(tmp_path)), rollout=FEW)
