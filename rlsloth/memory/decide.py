@@ -133,7 +133,7 @@ def planned_bytes(model: ModelConfig, memory_gb: float | None) -> int:
     if total is None:
         raise UserError(
             "this machine has no GPU to plan for: pass the size of one in GiB, such as "
-            "--memory-gb 24"
+            "--memory-gb 24, or its name, such as --gpu 'RTX 4090'"
         )
     return total
 

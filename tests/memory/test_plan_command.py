@@ -41,6 +41,12 @@ def test_fits_and_does_not(llama_folder, capsys):
     assert "does not fit: " in capsys.readouterr().out
 
 
+def test_a_card_is_known_by_its_name(llama_folder, capsys):
+    for name in ("RTX 4090", "nvidia geforce rtx4090"):
+        assert run(llama_folder, "--gpu", name, "--json") == 0
+        assert json.loads(capsys.readouterr().out)["total"] == 24564 << 20
+
+
 def test_json_says_the_same_and_the_settings_are_the_largest(llama_folder, capsys):
     arguments = ("--memory-gb", "1", "--json", "--tokens-per-microbatch")
     assert run(llama_folder, *arguments, "1000000") == 1
@@ -66,6 +72,8 @@ def test_the_longest_prompt_comes_from_local_data(llama_folder, tmp_path, capsys
     ("arguments", "said"),
     [
         (["--memory-gb", "0"], "--memory-gb 0"),
+        (["--gpu", "RTX 4091"], "did you mean 'RTX 4090'?"),
+        (["--gpu", "L4", "--memory-gb", "8"], "--gpu L4 and --memory-gb 8: pass only one"),
         (["--memory-gbs", "8"], "did you mean '--memory-gb'?"),
         (["--memory-gb", "8", "--model.path", "./nowhere"], "--model.path ./nowhere"),
         (["--memory-gb", "8", "--lora.targets", "nope"], "--lora.targets nope"),

@@ -10,6 +10,7 @@ from rlsloth.cli.loops import LOOPS, refuse_other_loops
 from rlsloth.cli.read_config import read_config_and_own
 from rlsloth.config import GrpoConfig, Section
 from rlsloth.config.sft import SupervisedConfig
+from rlsloth.errors import UserError
 from rlsloth.losses.opening import open_loss
 
 ABOUT = """Say what `rlsloth {loop}` needs of a GPU's memory, and whether it fits: from the model's
@@ -24,9 +25,11 @@ class PlanOptions(Section):
 
     memory_gb: float | None = Field(None, gt=0, le=65536)
     """GPU memory in GiB; default: that of this machine's GPU."""
+    gpu: str | None = None
+    """Name of a GPU, such as "RTX 4090", in place of --memory-gb."""
     host_gb: float | None = Field(None, gt=0, le=65536)
     """Host memory in GiB that activations may take; default: most of this machine's free memory, or
-    without limit if --memory-gb is given."""
+    without limit if --memory-gb or --gpu is given."""
     as_json: bool = Field(False, alias="json")
     """Print JSON instead of a table."""
 
@@ -62,13 +65,13 @@ def _plan_grpo(config: GrpoConfig, own: GrpoPlanOptions) -> int:
         UserError: a model, an adapter, data or a loss that cannot be read, or no GPU and no
             --memory-gb.
     """
-    from rlsloth.memory.decide import plan_run, planned_bytes
+    from rlsloth.memory.decide import plan_run
     from rlsloth.memory.report import Source
     from rlsloth.rollout.engines import choose_engine
     from rlsloth.training.memory import grpo_request
 
     open_loss(config.loss)
-    total = planned_bytes(config.model, own.memory_gb)
+    total = _total(config, own)
     if own.longest_prompt is None:
         longest, origin = _longest_prompt(config)
     else:
@@ -80,6 +83,18 @@ def _plan_grpo(config: GrpoConfig, own: GrpoPlanOptions) -> int:
     )
 
 
+def _total(config: GrpoConfig | SupervisedConfig, own: PlanOptions) -> int:
+    """Bytes of the GPU to plan for. Raises UserError."""
+    from rlsloth.memory.cards import card_bytes
+    from rlsloth.memory.decide import planned_bytes
+
+    if own.gpu is None:
+        return planned_bytes(config.model, own.memory_gb)
+    if own.memory_gb is not None:
+        raise UserError(f"--gpu {own.gpu} and --memory-gb {own.memory_gb:g}: pass only one of them")
+    return card_bytes(own.gpu)
+
+
 def _host(own: PlanOptions) -> int | None:
     """Bytes of host memory for activations; None: not limited."""
     from rlsloth.memory.decide import host_bytes
@@ -87,7 +102,7 @@ def _host(own: PlanOptions) -> int | None:
 
     if own.host_gb is not None:
         return int(own.host_gb * GIB)
-    return host_bytes() if own.memory_gb is None else None
+    return host_bytes() if own.memory_gb is None and own.gpu is None else None
 
 
 def _longest_prompt(config: GrpoConfig) -> tuple[int, str]:
@@ -115,12 +130,12 @@ def _plan_supervised(config: SupervisedConfig, own: PlanOptions) -> int:
     """
     from rlsloth.data.examples import load_examples
     from rlsloth.data.preference import reader
-    from rlsloth.memory.decide import plan_run, planned_bytes
+    from rlsloth.memory.decide import plan_run
     from rlsloth.memory.report import Source
     from rlsloth.policy.tokenizer import load_tokenizer, read_limits
     from rlsloth.training.memory import examples_request
 
-    total = planned_bytes(config.model, own.memory_gb)
+    total = _total(config, own)
     tokenizer, limits = load_tokenizer(config.model), read_limits(config.model)
     examples = load_examples(config, reader(config), tokenizer, *limits)
     request = examples_request(config, examples.longest)
