@@ -29,7 +29,8 @@ ACTIVATION_TOLERANCE = 0.12
 KEPT_FREE = 0.1
 """Share of a GPU that the decision leaves free for errors of the estimate and fragmentation."""
 CONTEXT = int(0.6 * GIB)
-"""Allowance in bytes for the CUDA context, kernels and cuBLAS, which torch does not count."""
+"""Allowance in bytes for the CUDA context, kernels, and cuBLAS's workspaces (32 MiB for each stream on
+a Hopper GPU, which torch counts)."""
 SPARE = 32
 """1 / SPARE of a GPU is not given to the cache, because allocators lose memory to gaps."""
 SMALL_CACHE = 20
