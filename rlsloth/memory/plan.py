@@ -29,8 +29,10 @@ ACTIVATION_TOLERANCE = 0.12
 KEPT_FREE = 0.1
 """Share of a GPU that the decision leaves free for errors of the estimate and fragmentation."""
 CONTEXT = int(0.6 * GIB)
-"""Allowance in bytes for the CUDA context, kernels, and cuBLAS's workspaces (32 MiB for each stream on
-a Hopper GPU, which torch counts)."""
+"""Allowance in bytes for the CUDA context, kernels, and cuBLAS's workspaces.
+
+There is a workspace for each stream, 32 MiB on a Hopper GPU; torch counts them as tensors.
+"""
 SPARE = 32
 """1 / SPARE of a GPU is not given to the cache, because allocators lose memory to gaps."""
 SMALL_CACHE = 20
