@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from rlsloth.config import MICROBATCH
-from rlsloth.memory.plan import held_bytes, precision_of
+from rlsloth.memory.plan import KEPT_FREE, held_bytes, precision_of
 from rlsloth.memory.shape import ModelShape
 from rlsloth.memory.terms import Plan, element_size
 from rlsloth.memory.workload import Request
@@ -24,8 +24,6 @@ MICROBATCHES = (
     *range(4096, 0, -512),
 )  # fmt: skip
 """Sizes of a micro-batch in tokens to choose from."""
-KEPT_FREE = 0.1
-"""Share of a GPU that the choice leaves free for errors of the estimate and fragmentation."""
 TILES = 8192, 2048
 """Tokens of an MLP's tile: large enough for products to run at full speed, and nearly so."""
 ATTENTION_PARTS = 4

@@ -13,8 +13,8 @@ from helpers.families import family_model
 from helpers.plans import run
 from rlsloth.config import GrpoConfig, ModelConfig, RolloutConfig
 from rlsloth.memory import decide as planning
-from rlsloth.memory.placing import KEPT_FREE, choose, relative_time
-from rlsloth.memory.plan import make_plan
+from rlsloth.memory.placing import choose, relative_time
+from rlsloth.memory.plan import KEPT_FREE, make_plan
 from rlsloth.memory.planned_model import model_shape
 from rlsloth.memory.terms import GIB, Plan
 from rlsloth.memory.workload import Request
