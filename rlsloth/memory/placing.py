@@ -119,6 +119,17 @@ def choose(
     return request.with_update(named or least, allowed[-1].placements(layers, 0))
 
 
+def most_frugal(backend: str, layers: int) -> Placements:
+    """Place activations where they need the least of the GPU's memory.
+
+    Args:
+        backend: name of the attention backend.
+        layers: number of decoder layers.
+    """
+    halves = BACKENDS[backend].halves is not None
+    return modes("offload", halves=halves)[-1].placements(layers, 0)
+
+
 def _most_kept(
     fits: Callable[[Request], bool], request: Request, layers: int, tokens: int, mode: Mode
 ) -> Request | None:

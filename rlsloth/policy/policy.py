@@ -77,9 +77,9 @@ class Policy:
         self._head_adapter = HeadAdapter(base, self.dtype)
         self.temperature = temperature or 1.0
         self._max_grad_norm = optim.max_grad_norm
-        layers = decoder_layers(self._decoder)
-        self.placements = placements or uniform(model.gradient_checkpointing, len(layers))
-        self._recomputed = Recomputed(layers, self.placements, loaded.device)
+        self._recomputed: Recomputed | None = None
+        layers = len(decoder_layers(self._decoder))
+        self.place(placements or uniform(model.gradient_checkpointing, layers))
         self._trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer, self.scheduler = make_optimizer(
             self._trained, optim, self.device, total_updates
@@ -120,6 +120,13 @@ class Policy:
             total_updates=total_updates,
             placements=placements,
         )
+
+    def place(self, placements: Placements) -> None:
+        """Place the activations of each layer; no backward pass may be pending."""
+        if self._recomputed is not None:
+            self._recomputed.close()
+        self.placements = placements
+        self._recomputed = Recomputed(decoder_layers(self._decoder), placements, self.device)
 
     def logprobs(self, micro: MicroBatch) -> TokenLogprobs:
         """Score a micro-batch's tokens with gradients: log-probs and entropies [N] in nats.

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import fields
+from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,6 +29,7 @@ from rlsloth.run.metrics import (
 from rlsloth.run.watch import Watch
 from rlsloth.scoring.patience import FailedRounds
 from rlsloth.scoring.shaping import penalize_overlong
+from rlsloth.training.gradients import accumulate
 from rlsloth.training.opening import open_grpo
 from rlsloth.training.rollouts import Rollouts
 
@@ -73,7 +76,7 @@ def train(cfg: GrpoConfig) -> Path:
             )
             with session.updating("update"):
                 with rollouts.during_update(step):
-                    updates = update(policy, batch, cfg, loss, guard.loss)
+                    updates = update(policy, batch, cfg, loss, guard.loss, run.warn)
                 collector.engine.set_weights(policy.weights())
             tokens = count_tokens(groups)
             metrics = rollout_metrics(groups, scorer.names, num_tokens=tokens)
@@ -89,7 +92,12 @@ def train(cfg: GrpoConfig) -> Path:
 
 
 def update(
-    policy: Policy, batch: PackedBatch, cfg: GrpoConfig, variant: PolicyLoss, loss_cfg: LossConfig
+    policy: Policy,
+    batch: PackedBatch,
+    cfg: GrpoConfig,
+    variant: PolicyLoss,
+    loss_cfg: LossConfig,
+    warn: Callable[[str], None] = print,
 ) -> list[UpdateFigures]:
     """Make ``updates_per_rollout`` optimizer updates on one step's rollouts.
 
@@ -105,48 +113,77 @@ def update(
             UpdateFigures(0.0, norm, LossStats(), 0.0, 0.0, 0.0, batch.scored_tokens, policy.idle())
             for _ in range(cfg.updates_per_rollout)
         ]
-    old: list[torch.Tensor] = []
-    reference: list[torch.Tensor] = []
+    first: Round | None = None
     figures = []
-    for round_ in range(cfg.updates_per_rollout):
-        total = entropy = gap = gap_max = 0.0
-        stats = LossStats()
-        for i, micro in enumerate(batch.microbatches):
-            micro = to_device(micro, policy.device)
-            if round_ == 0 and loss_cfg.beta > 0:
-                reference.append(policy.reference_logprobs(micro))
-            out = policy.logprobs(micro)
-            if round_ == 0:
-                old.append(out.logprobs.detach())
-            loss = policy_loss(
-                variant,
-                out.logprobs,
-                micro,
-                loss_cfg,
-                old_logprobs_N=old[i] if round_ else None,
-                reference_logprobs_N=reference[i] if reference else None,
-            )
-            torch.autograd.backward(loss.total / norm)
-            difference = (old[i] - micro.rollout_logprobs).abs().nan_to_num(nan=0.0, posinf=0.0)
-            sums = [loss.total.detach(), out.entropy.sum(), difference.sum(), difference.max()]
-            loss_sum, entropy_sum, gap_sum, gap_most = torch.stack(sums).tolist()
-            total, entropy, gap = total + loss_sum, entropy + entropy_sum, gap + gap_sum
-            gap_max = max(gap_max, gap_most)
-            _add(stats, loss.stats)
+    for _ in range(cfg.updates_per_rollout):
+        compute = partial(_gradients, policy, batch, variant, loss_cfg, norm, first)
+        done = accumulate(policy, compute, warn)
+        first = first or done
         step = policy.step()
         figures.append(
             UpdateFigures(
-                loss=total / norm,
+                loss=done.loss / norm,
                 normalizer=norm,
-                stats=stats,
-                entropy=entropy,
-                logp_gap=gap,
-                logp_gap_max=gap_max,
+                stats=done.stats,
+                entropy=done.entropy,
+                logp_gap=done.gap,
+                logp_gap_max=done.gap_max,
                 scored_tokens=batch.scored_tokens,
                 step=step,
             )
         )
     return figures
+
+
+@dataclass(slots=True)
+class Round:
+    """The sums of one update over its micro-batches."""
+
+    old: list[torch.Tensor] = field(default_factory=list)
+    """Log-probs [N] of each micro-batch before the first update; empty in later ones."""
+    reference: list[torch.Tensor] = field(default_factory=list)
+    """Log-probs [N] of each micro-batch under the reference; empty without a KL term."""
+    stats: LossStats = field(default_factory=LossStats)
+    loss: float = 0.0
+    entropy: float = 0.0
+    gap: float = 0.0
+    gap_max: float = 0.0
+
+
+def _gradients(
+    policy: Policy,
+    batch: PackedBatch,
+    variant: PolicyLoss,
+    loss_cfg: LossConfig,
+    norm: float,
+    first: Round | None,
+) -> Round:
+    """Add the gradients of all micro-batches; ``first`` is the first update's, None in that one."""
+    done = Round()
+    for i, micro in enumerate(batch.microbatches):
+        micro = to_device(micro, policy.device)
+        if first is None and loss_cfg.beta > 0:
+            done.reference.append(policy.reference_logprobs(micro))
+        out = policy.logprobs(micro)
+        if first is None:
+            done.old.append(out.logprobs.detach())
+        known = first or done
+        loss = policy_loss(
+            variant,
+            out.logprobs,
+            micro,
+            loss_cfg,
+            old_logprobs_N=first.old[i] if first else None,
+            reference_logprobs_N=known.reference[i] if known.reference else None,
+        )
+        torch.autograd.backward(loss.total / norm)
+        difference = (known.old[i] - micro.rollout_logprobs).abs().nan_to_num(nan=0.0, posinf=0.0)
+        sums = [loss.total.detach(), out.entropy.sum(), difference.sum(), difference.max()]
+        loss_sum, entropy_sum, gap_sum, gap_most = torch.stack(sums).tolist()
+        done.loss, done.entropy = done.loss + loss_sum, done.entropy + entropy_sum
+        done.gap, done.gap_max = done.gap + gap_sum, max(done.gap_max, gap_most)
+        _add(done.stats, loss.stats)
+    return done
 
 
 def _check_version(batch: PackedBatch, version: int, cfg: GrpoConfig) -> None:
@@ -166,5 +203,5 @@ def _check_version(batch: PackedBatch, version: int, cfg: GrpoConfig) -> None:
 
 
 def _add(sums: LossStats, more: LossStats) -> None:
-    for field in fields(LossStats):
-        setattr(sums, field.name, getattr(sums, field.name) + getattr(more, field.name))
+    for one in fields(LossStats):
+        setattr(sums, one.name, getattr(sums, one.name) + getattr(more, one.name))

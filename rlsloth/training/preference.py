@@ -18,6 +18,7 @@ from rlsloth.losses.preference.base import (
     LabelledLogps,
     PairLogps,
     PreferenceOutput,
+    PreferenceStats,
     metrics,
     normalizer,
     pair_logps,
@@ -28,6 +29,7 @@ from rlsloth.losses.preference.methods import PreferenceMethod, method_of
 from rlsloth.losses.ratio import rollout_sum
 from rlsloth.policy.policy import Policy
 from rlsloth.records import Group, MicroBatch, PackedBatch, Rollout, StepStats
+from rlsloth.training.gradients import accumulate
 from rlsloth.training.opening import open_examples
 from rlsloth.training.reference import with_reference
 from rlsloth.training.session import Metrics, step_metrics
@@ -59,7 +61,7 @@ def train(cfg: PreferenceConfig) -> Path:
             examples = session.sampler.take(cfg.samples_per_step)
             batch = pack_examples(examples, cfg.microbatch)
             with session.updating("examples"):
-                figures, stats = update(policy, examples, batch, cfg)
+                figures, stats = update(policy, examples, batch, cfg, session.run.warn)
             figures |= step_metrics(stats)
             session.close_step(step, figures, batch, tokens=sum(e.tokens for e in examples))
             session.end_step(step, batch, skipped=stats.skipped)
@@ -89,14 +91,22 @@ def _pack(groups: Sequence[Group], tokens_per_microbatch: int) -> PackedBatch:
 
 
 def update(
-    policy: Policy, examples: Sequence[Example], batch: PackedBatch, cfg: PreferenceConfig
+    policy: Policy,
+    examples: Sequence[Example],
+    batch: PackedBatch,
+    cfg: PreferenceConfig,
+    warn: Callable[[str], None] = print,
 ) -> tuple[Metrics, StepStats]:
     """Make one optimizer update; ``batch`` has the step's examples packed by ``pack_examples``."""
-    stats = []
-    for output in losses(policy, examples, batch, cfg, lambda m: policy.logprobs(m).logprobs):
-        torch.autograd.backward(output.total)
-        stats.append(output.stats)
-    return metrics(stats), policy.step()
+
+    def compute() -> list[PreferenceStats]:
+        stats = []
+        for output in losses(policy, examples, batch, cfg, lambda m: policy.logprobs(m).logprobs):
+            torch.autograd.backward(output.total)
+            stats.append(output.stats)
+        return stats
+
+    return metrics(accumulate(policy, compute, warn)), policy.step()
 
 
 def losses(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from rlsloth.config.sft import SftConfig
 from rlsloth.data.example import Example
@@ -14,6 +15,7 @@ from rlsloth.data.packing import pack, to_device
 from rlsloth.data.sft import sft_examples
 from rlsloth.policy.policy import Policy
 from rlsloth.records import PackedBatch, StepStats
+from rlsloth.training.gradients import accumulate
 from rlsloth.training.opening import open_examples
 from rlsloth.training.session import Metrics, step_metrics
 
@@ -35,7 +37,7 @@ def train(cfg: SftConfig) -> Path:
             examples = session.sampler.take(cfg.samples_per_step)
             batch = pack_examples(examples, cfg.microbatch)
             with session.updating("examples"):
-                metrics, stats = update(policy, batch)
+                metrics, stats = update(policy, batch, session.run.warn)
             metrics |= step_metrics(stats)
             session.close_step(step, metrics, batch, tokens=sum(e.tokens for e in examples))
             session.end_step(step, batch, skipped=stats.skipped)
@@ -48,17 +50,24 @@ def pack_examples(examples: Sequence[Example], tokens_per_microbatch: int) -> Pa
     return pack(groups, tokens_per_microbatch, mask_truncated=False, keep_zero_advantage=True)
 
 
-def update(policy: Policy, batch: PackedBatch) -> tuple[Metrics, StepStats]:
+def update(
+    policy: Policy, batch: PackedBatch, warn: Callable[[str], None] = print
+) -> tuple[Metrics, StepStats]:
     """Make one optimizer update on the mean of -log p over the step's trained tokens.
 
     The update does not depend on how the step is divided into micro-batches.
     """
-    sums = []
-    for micro in batch.microbatches:
-        out = policy.logprobs(to_device(micro, policy.device))
-        nll = -out.logprobs.sum()
-        torch.autograd.backward(nll / batch.scored_tokens)
-        sums.append(torch.stack([nll.detach(), out.entropy.sum()]))
+
+    def compute() -> list[Tensor]:
+        sums = []
+        for micro in batch.microbatches:
+            out = policy.logprobs(to_device(micro, policy.device))
+            nll = -out.logprobs.sum()
+            torch.autograd.backward(nll / batch.scored_tokens)
+            sums.append(torch.stack([nll.detach(), out.entropy.sum()]))
+        return sums
+
+    sums = accumulate(policy, compute, warn)
     step = policy.step()
     loss, entropy = (torch.stack(sums).sum(0) / batch.scored_tokens).tolist()
     return {"loss": loss, "entropy": entropy}, step
