@@ -68,7 +68,8 @@ def through_cache(
         print(f"tokenised examples read from the cache ({path})", flush=True)
         return found
     made = make()
-    _keep(path, key, made, reading)
+    if made:
+        _keep(path, key, made, reading)
     return made
 
 

@@ -7,6 +7,7 @@ same tensors. Workspaces inside a GPU's attention and matrix libraries are not c
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cache
 
@@ -126,6 +127,7 @@ def _attention(
     if not (layer.scores or (layer.window and longest > layer.window)):
         name = backend if size < 4 else "sdpa"
         found = BACKENDS[name].memory(Widths(q, k, layer.heads, stream.repeats, size))
+        parts = math.gcd(parts, layer.key_heads)
         buffers = found.buffers / parts
         if parts > 1:  # the gradients of a part, before they are copied into the whole
             buffers += (q + 2 * k * stream.repeats) * size / parts

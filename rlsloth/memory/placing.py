@@ -34,6 +34,7 @@ FLOPS_PER_BYTE = 13_000
 """Floating-point operations for each byte copied to the host (650 TFLOP/s and 50 GB/s on an H100):
 below this ratio the copies are not hidden behind the work."""
 OPS_PER_S = 4e14
+"""Floating-point operations a second in an update, on an H100."""
 LAYER_S = 4e-4
 """Seconds that a layer's kernels take to start, in a forward and a backward."""
 DEQUANTISED = 2.5e-12
@@ -53,13 +54,14 @@ class Mode:
         return (self.placement,) * (layers - kept) + (None,) * kept
 
 
-def modes(checkpointing: bool | str, *, halves: bool) -> list[Mode]:
+def modes(checkpointing: bool | str, backend: str) -> list[Mode]:
     """List the modes that ``model.gradient_checkpointing`` allows.
 
     Args:
         checkpointing: the option's value.
-        halves: whether attention's results can be kept.
+        backend: name of the attention backend; some cannot keep attention's results.
     """
+    halves = BACKENDS[backend].halves is not None
     device, host = Placement(), Placement("host")
     parts = ATTENTION_PARTS if halves else 1
     tiled = [Placement("host", None, parts, rows) for rows in TILES]
@@ -90,7 +92,7 @@ def choose(
     """
     named, layers = request.tokens_per_microbatch, len(shape.layers)
     checkpointing = request.model.gradient_checkpointing
-    allowed = modes(checkpointing, halves=BACKENDS[shape.attention].halves is not None)
+    allowed = modes(checkpointing, shape.attention)
     if request.overlap:  # the cache then takes all the room that the update leaves
         mode = Mode(Placement(), mixes=False) if checkpointing == "auto" else allowed[0]
         return request.with_update(named or max(MICROBATCH, least), mode.placements(layers, 0))
@@ -126,8 +128,7 @@ def most_frugal(backend: str, layers: int) -> Placements:
         backend: name of the attention backend.
         layers: number of decoder layers.
     """
-    halves = BACKENDS[backend].halves is not None
-    return modes("offload", halves=halves)[-1].placements(layers, 0)
+    return modes("offload", backend)[-1].placements(layers, 0)
 
 
 def _most_kept(

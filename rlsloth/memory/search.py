@@ -12,7 +12,6 @@ from rlsloth.memory.shape import ModelShape
 from rlsloth.memory.terms import Plan
 from rlsloth.memory.workload import Request
 from rlsloth.policy.activations.placement import Placements
-from rlsloth.policy.attention.backends import BACKENDS
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +37,7 @@ def longest_text(
         request: the run, with ``model.gradient_checkpointing`` as the user set it.
     """
     layers, found = len(shape.layers), LongestText(0, (), 0)
-    halves = BACKENDS[shape.attention].halves is not None
-    for mode in modes(request.model.gradient_checkpointing, halves=halves):
+    for mode in modes(request.model.gradient_checkpointing, shape.attention):
         placements = mode.placements(layers, 0)
         placed = partial(_alone, plan, request, placements)
         most = _largest(placed, 1, 1 << 24)

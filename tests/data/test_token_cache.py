@@ -217,6 +217,12 @@ def test_what_is_not_worth_it_or_not_known_is_not_kept(folder: Path) -> None:
     own = tiny_tokenizer()
     own.__class__ = Own
     Start(CHATS, tokenizer=own)
+    reading = Reading.of(SftDataConfig(), 16)
+    renderer = Renderer(tiny_tokenizer(), SftDataConfig())
+    none = token_cache.through_cache(
+        list, CHATS, SftDataConfig(), renderer, "d", reading, sft_examples
+    )
+    assert none == []
     assert list(folder.iterdir()) == []
 
 

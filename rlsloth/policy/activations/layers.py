@@ -139,7 +139,9 @@ class Recomputed:
         for index, (layer, placement) in enumerate(zip(layers, placements, strict=True)):
             layer.gradient_checkpointing = placement is not None
             if placement is not None:
-                layer._gradient_checkpointing_func = _Layer(self, placement, first=index == 0)
+                layer._gradient_checkpointing_func = _Layer(
+                    self, placement, first=index == 0, draws=_draws(layer)
+                )
 
     def close(self) -> None:
         """Free the host's memory; no backward pass may be pending."""
@@ -151,6 +153,7 @@ class Recomputed:
         self,
         placement: Placement,
         first: bool,
+        draws: bool,
         forward: Callable[..., Any],
         hidden: Tensor,
         *rest: Any,
@@ -168,7 +171,7 @@ class Recomputed:
         layer.start(hidden)
         del hidden
         # No tensor is an argument: the function above knows where the input is.
-        out = checkpoint(compute, layer, use_reentrant=False, preserve_rng_state=_draws(forward))
+        out = checkpoint(compute, layer, use_reentrant=False, preserve_rng_state=draws)
         self._last = layer
         return out
 
@@ -178,12 +181,12 @@ class _Layer:
     owner: Recomputed
     placement: Placement
     first: bool
+    draws: bool
 
     def __call__(self, forward: Callable[..., Any], *args: Any) -> Any:
-        return self.owner.run(self.placement, self.first, forward, *args)
+        return self.owner.run(self.placement, self.first, self.draws, forward, *args)
 
 
-def _draws(forward: Any) -> bool:
+def _draws(layer: nn.Module) -> bool:
     """Tell whether a layer draws random numbers, which its second forward must repeat."""
-    module = forward.func.__self__
-    return any(isinstance(m, nn.Dropout) and m.p > 0 for m in module.modules())
+    return any(isinstance(m, nn.Dropout) and m.p > 0 for m in layer.modules())

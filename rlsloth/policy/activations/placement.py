@@ -19,7 +19,10 @@ class Placement:
     attention: Place | None = None
     """Place of attention's output and log-sums; None: attention is computed again, too."""
     attention_parts: int = 1
-    """Number of parts, by heads, in which attention's backward is computed one after another."""
+    """Number of parts, by heads, in which attention's backward is computed one after another.
+
+    It is lowered to a number that divides the key heads.
+    """
     mlp_rows: int | None = None
     """Tokens that the MLP computes at a time; None: all."""
 

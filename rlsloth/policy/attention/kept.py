@@ -6,6 +6,7 @@ and values. Where the plan keeps them (policy/activations), the layer's second f
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -45,7 +46,7 @@ class KeptAttention(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,), (q, k, v, out, sums) = grads, ctx.saved_tensors
         backward = ctx.halves.backward
-        parts = ctx.parts if k.shape[1] % ctx.parts == 0 else 1
+        parts = math.gcd(ctx.parts, k.shape[1])
         if parts == 1:
             found = backward(grad, q, k, v, out, sums, ctx.packed, ctx.scale)
             return (*found, None, None, None)
