@@ -22,6 +22,36 @@ from typing import Any
 from measure import need, set_environment
 
 SHAPES: dict[str, dict[str, Any]] = {
+    "llama-3.1-8b": {
+        "model_type": "llama",
+        "vocab_size": 128256,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+    },
+    "llama-3.3-70b": {
+        "model_type": "llama",
+        "vocab_size": 128256,
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+    },
+    "qwen2.5-1.5b": {
+        "model_type": "qwen2",
+        "vocab_size": 151936,
+        "hidden_size": 1536,
+        "intermediate_size": 8960,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 2,
+        "tie_word_embeddings": True,
+    },
     "qwen3-8b": {
         "vocab_size": 151936,
         "hidden_size": 4096,
@@ -43,6 +73,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }
 COMMON = {
+    "model_type": "qwen3",
     "max_position_embeddings": 40960,
     "rms_norm_eps": 1e-6,
     "rope_parameters": {"rope_theta": 1e6, "rope_type": "default"},
@@ -60,6 +91,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--layers", type=int, help="number of layers, to save time; default: the shape's"
     )
+    parser.add_argument("--context", type=int, help="largest context; default: 40960")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True)
     source = parser.add_mutually_exclusive_group(required=True)
@@ -103,8 +135,16 @@ def make(args: argparse.Namespace) -> int:
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
-    shape = SHAPES[args.shape] | ({"num_hidden_layers": args.layers} if args.layers else {})
-    config = AutoConfig.for_model("qwen3", **shape, **COMMON, **ids)
+    shape = COMMON | SHAPES[args.shape]
+    shape |= {
+        name: value
+        for name, value in (
+            ("num_hidden_layers", args.layers),
+            ("max_position_embeddings", args.context),
+        )
+        if value
+    }
+    config = AutoConfig.for_model(**shape, **ids)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     config.architectures = [type(model).__name__]

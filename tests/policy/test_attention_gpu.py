@@ -6,46 +6,12 @@ import pytest
 import torch
 
 from helpers.attention import attended
-from helpers.attention_gpu import VOCAB, logprobs_and_gradient
+from helpers.attention_gpu import gpu_policy, logprobs_and_gradient
 from helpers.policies import make_groups
-from helpers.tiny import tiny_tokenizer
-from rlsloth.config import LoraConfig, ModelConfig, OptimConfig
 from rlsloth.data.packing import pack, to_device
-from rlsloth.policy.attention import interface as attention
 from rlsloth.policy.attention.backends import available_backends
-from rlsloth.policy.load import LoadedModel
-from rlsloth.policy.policy import Policy
 from rlsloth.records import SamplingParams
 from rlsloth.rollout.embedded.engine import TransformersEngine
-
-
-def gpu_policy(backend: str, dtype: torch.dtype) -> Policy:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    attention.register()
-    config = LlamaConfig(
-        vocab_size=VOCAB, hidden_size=256, intermediate_size=512, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=64, max_position_embeddings=4096,
-    )  # fmt: skip
-    model = LlamaForCausalLM(config).to("cuda", dtype)
-    model.requires_grad_(False)
-    model.set_attn_implementation(attention.NAME)
-    loaded = LoadedModel(model, tiny_tokenizer(), torch.device("cuda"), dtype)
-    policy = Policy(
-        loaded,
-        ModelConfig(attention=backend, gradient_checkpointing=False),
-        LoraConfig(rank=8),
-        OptimConfig(name="adamw"),
-        temperature=1.0,
-        total_updates=1,
-    )
-    generator = torch.Generator("cuda").manual_seed(1)
-    with torch.no_grad():
-        for name, p in policy.weights().tensors.items():
-            shape_noise = torch.randn(p.shape, generator=generator, device="cuda")
-            p.copy_(shape_noise * (0.02 if "lora_B" in name else 0.1))
-    return policy
 
 
 @pytest.fixture(scope="module")
