@@ -6,7 +6,7 @@ import torch
 
 from rlsloth.config import TrainingConfig
 from rlsloth.files import write_json
-from rlsloth.policy.activations.placement import Placements, describe
+from rlsloth.policy.activations.placement import Placements, describe, summary
 from rlsloth.policy.policy import Policy
 from rlsloth.run.run import Run
 
@@ -54,11 +54,11 @@ def open_policy(
     return policy
 
 
-def write_plan(run: Run, cfg: TrainingConfig, placements: Placements) -> None:
-    """Write the plan's settings to a file of their own; config.yaml has only the user's."""
+def write_plan(run: Run, tokens_per_microbatch: int, placements: Placements) -> None:
+    """Write the settings in use to a file of their own; config.yaml has only the user's."""
     decided = {
-        "tokens_per_microbatch": cfg.tokens_per_microbatch,
-        "gradient_checkpointing": cfg.model.gradient_checkpointing,
+        "tokens_per_microbatch": tokens_per_microbatch,
+        "gradient_checkpointing": summary(placements),
         "layers": describe(placements),
     }
     write_json(run.dir / PLAN, decided)
