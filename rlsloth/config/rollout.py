@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -30,8 +30,9 @@ class RolloutConfig(Section):
     """Leave out tokens less likely than this share of the likeliest; 0: none."""
     stop: list[Text] = []
     """Strings that end a completion."""
-    max_sequences: int = Field(default=256, ge=1)
-    """Completions decoded at once."""
+    max_sequences: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
+    """Completions decoded at once; the rest wait. auto: all of a step or an evaluation, but at most
+    1024, and no more than the GPU's memory allows; on a CPU 256."""
     cuda_graphs: bool = True
     """Replay decoding steps as CUDA graphs: several times faster for small models."""
     kv_cache: Literal["auto", "fp8", "fp8_per_token_head"] = "auto"

@@ -13,11 +13,13 @@ import torch
 from rlsloth.config import ModelConfig
 from rlsloth.config.training import TrainingConfig
 from rlsloth.errors import UserError, first_line
+from rlsloth.memory.findings import Source, find_all, planner_for
+from rlsloth.memory.knobs import advice
 from rlsloth.memory.placing import choose
-from rlsloth.memory.plan import make_plan
 from rlsloth.memory.planned_model import model_shape
-from rlsloth.memory.report import SEQUENCES, TOKENS, Source, print_json, print_table, report_line
-from rlsloth.memory.search import largest_sequences, largest_tokens, longest_text
+from rlsloth.memory.report import print_table, report_line, shortfall
+from rlsloth.memory.report_json import print_json
+from rlsloth.memory.search import decide_sequences
 from rlsloth.memory.shape import ModelShape
 from rlsloth.memory.terms import GIB, Plan
 from rlsloth.memory.workload import Request
@@ -75,22 +77,17 @@ def decide(
     try:
         wanted = request()
         shape = model_shape(wanted.model, wanted.lora)
-        plan_of, chosen = _decided(shape, wanted, total, host_bytes())
-        plan = plan_of(chosen)
+        planner = planner_for(total, host_bytes())
+        chosen = decide_settings(planner, shape, wanted)
+        plan = planner(shape, chosen)
+        options = "" if plan.fits else advice(planner, shape, chosen)
     except Exception as error:
         say(f"memory is not planned ({type(error).__name__}: {first_line(error, 100)})")
         return configured
     say(report_line(plan, chosen))
     if not plan.fits:
-        advice = (
-            "lower --tokens-per-microbatch or --data.max-tokens, or pass --model.precision nf4"
-            if wanted.sampling is None
-            else "run `rlsloth plan` with the same arguments for settings that fit"
-        )
-        warn(
-            f"the run needs an estimated {-plan.left / GIB:.1f} GiB more memory than this GPU has; "
-            f"{advice}"
-        )
+        options = options or "pass a smaller model"
+        warn(f"the run needs an estimated {shortfall(plan)}; {options}")
     return Decided(
         chosen.tokens_per_microbatch, chosen.model.gradient_checkpointing, chosen.placements
     )
@@ -114,13 +111,11 @@ def plan_run(
     Raises:
         UserError: the model or the adapter cannot be read.
     """
-    shape = model_shape(request.model, request.lora)
-    plan_of, chosen = _decided(shape, request, total, host)
-    plan = plan_of(chosen)
-    show = print_json if as_json else print_table
-    longest = longest_text(plan_of, shape, request)
-    show(plan, chosen, shape.name, source, _largest_settings(plan_of, chosen, shape), longest)
-    return 0 if plan.fits else 1
+    shape, planner = model_shape(request.model, request.lora), planner_for(total, host)
+    chosen = decide_settings(planner, shape, request)
+    findings = find_all(planner, shape, request, chosen, source)
+    (print_json if as_json else print_table)(findings)
+    return 0 if findings.plan.fits else 1
 
 
 def planned_bytes(model: ModelConfig, memory_gb: float | None) -> int:
@@ -152,30 +147,22 @@ def host_bytes() -> int:
     return int(HOST_SHARE * psutil.virtual_memory().available)
 
 
-def _decided(
-    shape: ModelShape, request: Request, total: int, host: int | None
-) -> tuple[Callable[[Request], Plan], Request]:
-    """Decide the settings of the update.
+def decide_settings(
+    planner: Callable[[ModelShape, Request], Plan], shape: ModelShape, request: Request
+) -> Request:
+    """Decide the settings that a request leaves open.
 
-    Returns:
-        The function that plans a request, and the request with these settings.
+    Args:
+        planner: function that plans a request for a model.
+        shape: the model's sizes.
+        request: the run as the user set it.
     """
-    plan_of = partial(_plan, shape, total, host)
+    plan_of = partial(planner, shape)
     # The fallback engine may end up sampling, and the embedded engine keeps its cache during the
     # update, so its memory must fit.
-    update = choose(plan_of, shape, request.with_fallback(), request.least_tokens(shape))
-    return plan_of, request.with_update(update.microbatch, update.placed(len(shape.layers)))
-
-
-def _plan(shape: ModelShape, total: int, host: int | None, request: Request) -> Plan:
-    return make_plan(shape, request, total, host_total=host)
-
-
-def _largest_settings(
-    plan_of: Callable[[Request], Plan], request: Request, shape: ModelShape
-) -> dict[str, int]:
-    """Find the largest value of each setting that fits, with the other one unchanged; 0 if none."""
-    largest = {TOKENS: largest_tokens(plan_of, request, request.least_tokens(shape))}
-    if request.sampling is not None:
-        largest[SEQUENCES] = largest_sequences(plan_of, request)
-    return largest
+    sampled = decide_sequences(plan_of, shape, request.with_fallback())
+    update = choose(plan_of, shape, sampled, request.least_tokens(shape))
+    if request.sampling is None or request.sampling.fallback is None:
+        return update
+    decided = request.with_update(update.microbatch, update.placed(len(shape.layers)))
+    return decide_sequences(plan_of, shape, decided)

@@ -1,52 +1,42 @@
-"""Print a memory plan as one line, a table or JSON."""
+"""Print a memory plan as one line or a table."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
 from typing import Any
 
+from rlsloth.memory.findings import SEQUENCES, TOKENS, Findings
+from rlsloth.memory.knobs import Freed, together_line
 from rlsloth.memory.plan import ACTIVATION_TOLERANCE
-from rlsloth.memory.search import LongestText
+from rlsloth.memory.search import Longest
 from rlsloth.memory.terms import GIB, Cache, Phase, Plan, Term
 from rlsloth.memory.workload import Request
 from rlsloth.policy.activations.placement import describe as describe_placements
 from rlsloth.policy.activations.placement import uniform
 
-TOKENS = "tokens_per_microbatch"
-SEQUENCES = "rollout.max_sequences"
-"""Settings whose largest fitting value is shown."""
-
-
-@dataclass(frozen=True, slots=True)
-class Source:
-    """The origin of a plan's inputs, for the table."""
-
-    longest: str = "from the data"
-    """Origin of the longest prompt's length."""
-    engine: str = ""
-    """Name of the planned engine, with the reason if it was chosen automatically."""
+HOLDS = "completions"
+"""Head of the column with the completions that the cache then holds at once."""
 
 
 def report_line(plan: Plan, request: Request) -> str:
     """Render a plan in one line, for a run's log.
 
     An example: ``memory: update 9.1 GiB, rollout 7.4 GiB of 24 GiB (estimate, engine transformers);
-    micro-batches of 8192 tokens, no gradient checkpointing``.
+    256 completions at once; micro-batches of 8192 tokens, no gradient checkpointing``.
     """
-    return f"{_summary(plan)}; {_describe_update(request)}"
+    return f"{_summary(plan, request)}; {_describe_update(request)}"
 
 
-def _summary(plan: Plan) -> str:
+def _summary(plan: Plan, request: Request) -> str:
     update, rollout = (plan.peak(phase) / GIB for phase in ("update", "rollout"))
     size = f"{plan.total / GIB:.1f}".removesuffix(".0")
-    if plan.engine is None:
+    if plan.engine is None or request.sampling is None:
         return f"memory: update {update:.1f} of {size} GiB (estimate)"
-    cache = "" if plan.cache is None else f"; {describe(plan.cache)}"
+    at_once = f"{request.sampling.at_once} completions at once"
     return (
         f"memory: update {update:.1f} GiB, rollout {rollout:.1f} GiB of {size} GiB "
-        f"(estimate, engine {plan.engine}){cache}"
+        f"(estimate, engine {plan.engine}); "
+        + (at_once if plan.cache is None else describe(plan.cache))
     )
 
 
@@ -64,67 +54,26 @@ def describe(cache: Cache) -> str:
     return f"{size} holds {cache.holds} completions of {cache.context} tokens at once ({more})"
 
 
-def print_json(
-    plan: Plan,
-    request: Request,
-    model: str,
-    source: Source,
-    largest: Mapping[str, int],
-    longest: LongestText,
-) -> None:
-    """Print a plan as JSON, with sizes in bytes.
-
-    Keys of the rollout are left out if nothing is sampled.
-    """
-    samples = request.sampling is not None
-    update = plan.peak("update")
-    row: dict[str, Any] = {
-        "fits": plan.fits,
-        "model": model,
-        "engine": plan.engine,
-        "total": plan.total,
-        "left": plan.left,
-        "peak": {"rollout": plan.peak("rollout"), "update": update} if samples else update,
-        "terms": [_term(term, samples) for term in plan.terms],
-        "kv_cache": None if plan.cache is None else asdict(plan.cache),
-        TOKENS: request.microbatch,
-        "gradient_checkpointing": request.model.gradient_checkpointing,
-        "host": plan.host,
-    }
-    if request.sampling is not None:
-        tokens = request.sampling.workload.longest_prompt
-        row["longest_prompt"] = {"tokens": tokens, "source": source.longest}
-    else:
-        for key in ("model", "engine", "kv_cache"):
-            del row[key]
-        row["longest_example"] = request.longest_example
-    row["largest_that_fits"] = dict(largest)
-    row["longest_update"] = {
-        "tokens": longest.tokens,
-        "layers": describe_placements(longest.placements) if longest.tokens else None,
-        "host": longest.host,
-    }
-    if samples:
-        row["activations"] = f"estimate, within {ACTIVATION_TOLERANCE:.0%} of measured on a CPU"
-    print(json.dumps(row, indent=2))
+def shortfall(plan: Plan) -> str:
+    """Say how much memory a run needs that the GPU or the host does not have; empty if it fits."""
+    parts = []
+    if plan.left < 0:
+        parts.append(f"{-plan.left / GIB:.2f} GiB more memory than this GPU has")
+    if not plan.fits_host:
+        assert plan.host_total is not None
+        parts.append(
+            f"{plan.host / GIB:.2f} GiB of host memory for activations, which may take "
+            f"{plan.host_total / GIB:.2f} GiB"
+        )
+    return " and ".join(parts)
 
 
-def _term(term: Term, samples: bool) -> dict[str, Any]:
-    return {name: value for name, value in asdict(term).items() if samples or name != "rollout"}
-
-
-def print_table(
-    plan: Plan,
-    request: Request,
-    model: str,
-    source: Source,
-    largest: Mapping[str, int],
-    longest: LongestText,
-) -> None:
-    """Print a plan as a table, the verdict, and advice on settings."""
+def print_table(findings: Findings) -> None:
+    """Print a plan as a table, the verdict, advice on settings, and what options would free."""
     from rich.console import Console
     from rich.table import Table
 
+    plan, request = findings.plan, findings.request
     phases: tuple[Phase, ...] = ("update",) if plan.engine is None else ("rollout", "update")
     table = Table(show_edge=False, header_style="bold")
     table.add_column("GiB", overflow="fold")
@@ -138,9 +87,9 @@ def print_table(
     left = [f"{(plan.total - size) / GIB:.2f}" for size in peaks]
     table.add_row(f"left of {plan.total / GIB:g}", *left)
     console = Console(highlight=False, soft_wrap=True)
-    console.print(f"{model} {request.model.path}, {_longest(request, source)}", markup=False)
+    console.print(f"{findings.model} {request.model.path}, {_prompts(findings)}", markup=False)
     if plan.engine is not None:
-        console.print(f"rollout engine: {source.engine}", markup=False)
+        console.print(f"rollout engine: {findings.source.engine}", markup=False)
     console.print(f"update: {_describe_update(request)}", markup=False)
     console.print(table)
     console.print(
@@ -148,18 +97,74 @@ def print_table(
         f"are an estimate: within {ACTIVATION_TOLERANCE:.0%} of the measured peak on a CPU, not "
         "measured on a GPU."
     )
-    verdict = "fits" if plan.fits else f"does not fit: {-plan.left / GIB:.2f} GiB too much"
-    console.print(verdict, style="bold green" if plan.fits else "bold red")
-    for line in [*_advice(plan, request, largest), *_longest_line(longest)]:
+    _print_verdict(console, plan)
+    for line in [*_advice(findings), *_longest_lines(findings)]:
         console.print(line, markup=False)
+    _print_freed(console, findings)
 
 
-def _longest_line(longest: LongestText) -> list[str]:
-    if not longest.tokens:
-        return []
+def _print_verdict(console: Any, plan: Plan) -> None:
+    lacks = shortfall(plan)
+    verdict = f"does not fit: it needs {lacks}" if lacks else "fits"
+    console.print(verdict, style="bold red" if lacks else "bold green", markup=False)
+
+
+def _print_freed(console: Any, findings: Findings) -> None:
+    """Print a row for each option that would free memory."""
+    from rich.table import Table
+
+    plan, freed = findings.plan, findings.freed
+    if not freed:
+        return
+    columns = _freed_columns(plan, freed)
+    table = Table(show_edge=False, header_style="bold")
+    table.add_column("GiB that each frees, alone", no_wrap=True)
+    for name in columns:
+        table.add_column(name, justify="right")
+    for one in freed:
+        table.add_row(one.option, *(_freed_cell(plan, one, name) for name in columns))
+    console.print(table)
+    if findings.together:
+        console.print(f"no single one is enough: {together_line(findings.together)}", markup=False)
+
+
+def _freed_columns(plan: Plan, freed: Sequence[Freed]) -> list[str]:
+    columns = ["update"] if plan.engine is None else ["rollout", "update"]
+    columns += ["host"] * any(round(one.host / GIB, 2) for one in freed)
+    columns += [HOLDS] * any(one.holds is not None for one in freed)
+    return columns + ["then"] * (not plan.fits)
+
+
+def _freed_cell(plan: Plan, one: Freed, column: str) -> str:
+    if column == HOLDS:
+        same = one.holds is None or plan.cache is None or one.holds == plan.cache.holds
+        return "" if same else str(one.holds)
+    if column == "then":
+        return "fits" if one.fits else ""
+    size = {"rollout": one.rollout, "update": one.update, "host": one.host}[column]
+    return f"{size / GIB:.2f}" if round(size / GIB, 2) else ""
+
+
+def _longest_lines(findings: Findings) -> list[str]:
+    lines = []
+    completion = findings.longest_completion
+    if findings.longest_text.tokens:
+        lines.append(
+            f"longest text whose update fits, alone: {_describe_longest(findings.longest_text)}"
+        )
+    if completion is not None and completion.tokens:
+        assert findings.request.sampling is not None
+        workload = findings.request.sampling.workload
+        lines.append(
+            f"longest completion of a prompt of {workload.longest_prompt} tokens, "
+            f"{workload.group_size} of a group at once: {_describe_longest(completion)}"
+        )
+    return lines
+
+
+def _describe_longest(longest: Longest) -> str:
     host = f"; {longest.host / GIB:.1f} GiB of host memory" if longest.host else ""
-    how = f"{describe_placements(longest.placements)}{host}"
-    return [f"longest text whose update fits, alone: {longest.tokens} tokens ({how})"]
+    return f"{longest.tokens} tokens ({describe_placements(longest.placements)}{host})"
 
 
 def _cell(term: Term, phase: Phase) -> str:
@@ -168,19 +173,22 @@ def _cell(term: Term, phase: Phase) -> str:
     return f"({text})" if term.moment and text else text
 
 
-def _longest(request: Request, source: Source) -> str:
+def _prompts(findings: Findings) -> str:
+    request = findings.request
     if request.sampling is None:
         return f"longest example {request.longest_example} tokens"
-    return f"longest prompt {request.sampling.workload.longest_prompt} tokens ({source.longest})"
+    longest = request.sampling.workload.longest_prompt
+    return f"longest prompt {longest} tokens ({findings.source.longest})"
 
 
-def _advice(plan: Plan, request: Request, largest: Mapping[str, int]) -> list[str]:
+def _advice(findings: Findings) -> list[str]:
     """List sentences about settings to change."""
+    plan, request = findings.plan, findings.request
     lines = []
     if plan.cache is not None:
         waits = 0 < plan.cache.holds < plan.cache.asked
         lines.append(describe(plan.cache) + (": the rest wait for room" if waits else ""))
-    tokens, sequences = largest[TOKENS], largest.get(SEQUENCES, 0)
+    tokens, sequences = findings.largest[TOKENS], findings.largest.get(SEQUENCES, 0)
     if tokens:
         lines.append(
             f"largest --tokens-per-microbatch that fits: {tokens} (now {request.microbatch})"
@@ -197,18 +205,12 @@ def _advice(plan: Plan, request: Request, largest: Mapping[str, int]) -> list[st
         every = sequences == request.sampling.workload.sequences
         most = " (all of a step or an evaluation)" if every else ""
         lines.append(f"largest --rollout.max-sequences that fits: {sequences}{most}"
-                     f" (now {request.sampling.rollout.max_sequences})")  # fmt: skip
-    if not tokens and not sequences:
+                     f" (now {request.sampling.at_once})")  # fmt: skip
+    helped = findings.together or any(one.fits for one in findings.freed)
+    if not plan.fits and not helped:
+        engine = "--rollout.engine transformers, " if plan.cache is not None else ""
         lines.append(
-            "neither setting alone makes it fit: lower both --tokens-per-microbatch and "
-            f"--rollout.max-sequences, or pass {_smaller(plan, request)}a smaller "
-            "--rollout.max-tokens or a smaller model"
+            f"no option below makes it fit: pass {engine}a still smaller --rollout.max-tokens or a "
+            "smaller model"
         )
     return lines
-
-
-def _smaller(plan: Plan, request: Request) -> str:
-    """List options with which a run needs less memory, each followed by a comma."""
-    experts = any("experts" in term.name for term in plan.terms)  # NF4 does not quantise them
-    nf4 = "" if experts or request.model.precision == "nf4" else "--model.precision nf4, "
-    return nf4 + ("--rollout.engine transformers, " if plan.cache is not None else "")

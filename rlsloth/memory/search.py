@@ -1,4 +1,4 @@
-"""Find the largest settings that fit a GPU."""
+"""Find the largest settings and the longest texts that fit a GPU."""
 
 from __future__ import annotations
 
@@ -8,15 +8,27 @@ from functools import partial
 
 from rlsloth.memory.activations import Stream
 from rlsloth.memory.placing import modes
+from rlsloth.memory.plan import precision_of
 from rlsloth.memory.shape import ModelShape
-from rlsloth.memory.terms import Plan
+from rlsloth.memory.terms import Plan, element_size
 from rlsloth.memory.workload import Request
 from rlsloth.policy.activations.placement import Placements
 
+OVERCOMMIT = 8
+"""Completions that vLLM is started for, for each that its cache holds at full length.
+
+Most completions end before their limit, and a group shares its prompt, so that more fit than are
+counted. If the cache runs full nevertheless, the last ones wait and are prefilled again, which
+takes little next to decoding. A row that stays empty takes about 2 % of a completion's memory.
+"""
+
+Planner = Callable[[Request], Plan]
+"""Function that plans a request."""
+
 
 @dataclass(frozen=True, slots=True)
-class LongestText:
-    """The longest single text whose update fits."""
+class Longest:
+    """The longest text, or the longest completion, that fits."""
 
     tokens: int
     """Number of tokens; 0: none fits."""
@@ -26,9 +38,7 @@ class LongestText:
     """Bytes of host memory that it takes."""
 
 
-def longest_text(
-    plan: Callable[[Request], Plan], shape: ModelShape, request: Request
-) -> LongestText:
+def longest_text(plan: Planner, shape: ModelShape, request: Request) -> Longest:
     """Find the longest text, packed alone, whose update fits, over all allowed placements.
 
     Args:
@@ -36,44 +46,131 @@ def longest_text(
         shape: the model's sizes.
         request: the run, with ``model.gradient_checkpointing`` as the user set it.
     """
-    layers, found = len(shape.layers), LongestText(0, (), 0)
+
+    def alone(placements: Placements, tokens: int) -> Request:
+        one = replace(request, stream=Stream(0, tokens, 1))
+        return one.with_update(tokens, placements)
+
+    return _longest(plan, shape, request, alone, lambda planned, _: planned.fits, 1 << 24)
+
+
+def longest_completion(plan: Planner, shape: ModelShape, request: Request) -> Longest:
+    """Find the longest completion with which rollouts and update fit.
+
+    Prompts and groups are as configured; one group is sampled at once, and a micro-batch holds one
+    completion with its prompt.
+
+    Args:
+        plan: function that plans a request.
+        shape: the model's sizes.
+        request: the run, with ``model.gradient_checkpointing`` as the user set it.
+    """
+    assert request.sampling is not None
+    workload = request.sampling.workload
+    named = request.sampling.rollout.max_sequences
+    rows = min(workload.group_size, workload.group_size if named == "auto" else named)
+
+    def run(placements: Placements, tokens: int) -> Request:
+        longer = request.with_completions(tokens).with_sequences(rows)
+        return longer.with_update(workload.longest_prompt + tokens, placements)
+
+    def fits(planned: Plan, candidate: Request) -> bool:
+        return planned.fits and _holds_group(planned, shape, candidate, rows)
+
+    most = workload.context_limit(shape) - workload.longest_prompt
+    return _longest(plan, shape, request, run, fits, most)
+
+
+def _holds_group(planned: Plan, shape: ModelShape, request: Request, rows: int) -> bool:
+    """Tell whether a cache whose size the plan decides holds a group, which shares its prompt."""
+    sampling = request.sampling
+    assert sampling is not None
+    size_of = sampling.engine.completion_bytes
+    if planned.cache is None or size_of is None:
+        return True
+    tokens = sampling.workload.longest_prompt + rows * sampling.rollout.max_tokens
+    size = element_size(precision_of(request.model, shape))
+    return size_of(shape, sampling.rollout.kv_cache, tokens, size) <= planned.cache.size
+
+
+def _longest(
+    plan: Planner,
+    shape: ModelShape,
+    request: Request,
+    run: Callable[[Placements, int], Request],
+    fits: Callable[[Plan, Request], bool],
+    most: int,
+) -> Longest:
+    """Find the placement with which the most tokens fit; ``run`` makes a run of so many."""
+    layers, found = len(shape.layers), Longest(0, (), 0)
+
+    def fitting(placements: Placements, tokens: int) -> bool:
+        candidate = run(placements, tokens)
+        return fits(plan(candidate), candidate)
+
     for mode in modes(request.model.gradient_checkpointing, shape.attention):
         placements = mode.placements(layers, 0)
-        placed = partial(_alone, plan, request, placements)
-        most = _largest(placed, 1, 1 << 24)
-        if most > found.tokens:
-            found = LongestText(most, placements, placed(most).host)
+        tokens = _largest(partial(fitting, placements), 1, most)
+        if tokens > found.tokens:
+            found = Longest(tokens, placements, plan(run(placements, tokens)).host)
     return found
 
 
-def _alone(
-    plan: Callable[[Request], Plan], request: Request, placements: Placements, tokens: int
-) -> Plan:
-    """Plan an update on one text."""
-    return plan(replace(request, stream=Stream(0, tokens, 1)).with_update(tokens, placements))
-
-
-def largest_tokens(plan: Callable[[Request], Plan], request: Request, least: int) -> int:
+def largest_tokens(plan: Planner, request: Request, least: int) -> int:
     """Find the largest ``tokens_per_microbatch`` that fits; 0 if ``least`` tokens do not fit."""
-    return _largest(lambda n: plan(replace(request, tokens_per_microbatch=n)), least)
+    return _largest(lambda n: plan(replace(request, tokens_per_microbatch=n)).fits, least)
 
 
-def largest_sequences(plan: Callable[[Request], Plan], request: Request) -> int:
+def largest_sequences(plan: Planner, request: Request) -> int:
     """Find the largest ``rollout.max_sequences`` that fits; 0 if not even 1 does.
 
     It is at most the number of completions of a step or an evaluation.
     """
     assert request.sampling is not None
     most = request.sampling.workload.sequences
-    return min(_largest(lambda rows: plan(request.with_sequences(rows)), 1), most)
+    return _largest(lambda rows: plan(request.with_sequences(rows)).fits, 1, most)
 
 
-def _largest(plan: Callable[[int], Plan], least: int, most: int = 1 << 20) -> int:
+def decide_sequences(plan: Planner, shape: ModelShape, request: Request) -> Request:
+    """Copy a request with ``rollout.max_sequences`` decided if it is ``auto``.
+
+    It is the number of completions of a step or an evaluation, at most ``most_sequences`` of the
+    engine. For an engine with a cache whose size the plan decides it is also at most OVERCOMMIT for
+    each completion that the cache holds; for another one, whose cache stays during the update,
+    rollouts take at most half of the memory that one row leaves, and the update still fits.
+
+    Args:
+        plan: function that plans a request.
+        shape: the model's sizes.
+        request: the run; if its placements are open, the update that needs the least memory is
+            assumed.
+    """
+    sampling = request.sampling
+    if sampling is None or sampling.rollout.max_sequences != "auto":
+        return request
+    assumed = request
+    if request.placements is None:
+        mode = modes(request.model.gradient_checkpointing, shape.attention)[-1]
+        tokens = request.tokens_per_microbatch or request.least_tokens(shape)
+        assumed = request.with_update(tokens, mode.placements(len(shape.layers), 0))
+    one = plan(assumed.with_sequences(1))
+    half = (one.peak("rollout") + one.total) / 2
+
+    def fits(rows: int) -> bool:
+        planned = plan(assumed.with_sequences(rows))
+        if planned.cache is not None:
+            return planned.cache.holds * OVERCOMMIT >= rows
+        return planned.fits and planned.peak("rollout") <= half
+
+    return request.with_sequences(max(1, _largest(fits, 1, sampling.at_once)))
+
+
+def _largest(fits: Callable[[int], bool], least: int, most: int = 1 << 20) -> int:
     """Find the largest number between ``least`` and ``most`` that fits, 0 if none, by bisection."""
-    if not plan(least).fits:
+    if most < least or not fits(least):
         return 0
     low, high = least, most
     while low < high:
         middle = (low + high + 1) // 2
-        low, high = (middle, high) if plan(middle).fits else (low, middle - 1)
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
     return low

@@ -12,6 +12,9 @@ from rlsloth.memory.shape import ModelShape
 from rlsloth.memory.terms import Precision, Term
 from rlsloth.policy.activations.placement import Placements, summary, uniform
 
+CPU_SEQUENCES = 256
+"""Value of ``rollout.max_sequences`` on a CPU, for which nothing is planned, if it is ``auto``."""
+
 
 @dataclass(frozen=True, slots=True)
 class Workload:
@@ -90,6 +93,8 @@ class EngineMemory:
     """Value of ``rollout.engine``."""
     title: str
     """The engine's name in the plan's table."""
+    most_sequences: int
+    """Largest value of ``rollout.max_sequences`` that ``auto`` stands for."""
     terms: Callable[[ModelShape, Sampling, Precision, int], list[Term]]
     """Function that makes the engine's rows, without a cache whose size the plan decides.
 
@@ -115,8 +120,13 @@ class Sampling:
 
     @property
     def at_once(self) -> int:
-        """Largest number of completions that are decoded at once."""
-        return min(self.rollout.max_sequences, self.workload.sequences)
+        """Largest number of completions that are decoded at once.
+
+        As long as ``rollout.max_sequences`` is not decided, this is its upper limit.
+        """
+        named = self.rollout.max_sequences
+        most = self.engine.most_sequences if named == "auto" else named
+        return min(most, self.workload.sequences)
 
     def one_completion(self, shape: ModelShape) -> int:
         """Return the number of tokens of the longest prompt with a training completion."""
@@ -166,6 +176,19 @@ class Request:
         assert self.sampling is not None
         rollout = self.sampling.rollout.model_copy(update={"max_sequences": rows})
         return replace(self, sampling=replace(self.sampling, rollout=rollout))
+
+    def with_completions(self, tokens: int) -> Request:
+        """Copy the request with ``rollout.max_tokens`` set to ``tokens``."""
+        assert self.sampling is not None
+        old, workload = self.sampling.rollout, self.sampling.workload
+        # A larger limit of evaluations stays.
+        evaluated = workload.max_tokens if workload.max_tokens > old.max_tokens else 0
+        sampling = replace(
+            self.sampling,
+            rollout=old.model_copy(update={"max_tokens": tokens}),
+            workload=replace(workload, max_tokens=max(tokens, evaluated)),
+        )
+        return replace(self, sampling=sampling)
 
     def with_fallback(self) -> Request:
         """Copy the request with the fallback engine, if there is one."""

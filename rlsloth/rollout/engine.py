@@ -26,6 +26,8 @@ class Engine(Protocol):
 
     version: int
     """Version of the weights in use."""
+    max_sequences: int
+    """Largest number of completions that are decoded at once."""
 
     def generate(
         self,

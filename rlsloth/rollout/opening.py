@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from rlsloth.data.renderer import Renderer
 from rlsloth.errors import UserError
 from rlsloth.memory.out_of_memory import free_memory
-from rlsloth.memory.workload import Request
+from rlsloth.memory.workload import CPU_SEQUENCES, Request
 from rlsloth.policy.policy import Policy
 from rlsloth.rollout.engine import Engine, Opening
 from rlsloth.rollout.engines import choose_engine
@@ -41,7 +41,10 @@ def open_engine(
             to; or packed training does not support the model.
     """
     assert request.sampling is not None
+    if policy.device.type == "cpu" and request.sampling.rollout.max_sequences == "auto":
+        request = request.with_sequences(CPU_SEQUENCES)
     sampling = request.sampling
+    assert sampling is not None
     choice = choose_engine(sampling.rollout, policy.device.type)
     opening = Opening(request, sampling, policy, renderer, run, stack, context, tuple(temperatures))
     try:

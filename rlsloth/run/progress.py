@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from datetime import timedelta
 
@@ -38,8 +37,6 @@ class Display:
     def __init__(self, total: int, console: Console | None = None) -> None:
         self._console = console or open_console()
         self._total = total
-        self._done_here = 0
-        self._began = 0.0
         self._stepping = False
         self._figures = ""
         self._bar: Progress | None = None
@@ -57,8 +54,8 @@ class Display:
             self._task = self._bar.add_task("", total=total, figures="", eta="", phase="")
 
     def begin(self, first: int, total: int) -> None:
-        """Begin the steps from first to total; the time left is estimated from these alone."""
-        self._total, self._done_here, self._began = total, 0, time.monotonic()
+        """Begin the steps from first to total."""
+        self._total = total
         self._stepping = True
         if self._bar is not None:
             self._bar.update(self._task, completed=first - 1, total=total)
@@ -72,8 +69,8 @@ class Display:
         elif name and not self._stepping:  # a long wait before or after the steps
             self._print(f"{name} ...")
 
-    def step(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Show the figures of a step."""
+    def step(self, step: int, metrics: Mapping[str, float], left: float | None = None) -> None:
+        """Show the figures of a step; ``left`` is the time to the run's end in seconds."""
         shown = [
             f"{label} {form.format(metrics[name])}"
             for name, label, form in (_SHOWN if "reward" in metrics else _SHOWN_WITHOUT_REWARD)
@@ -81,21 +78,14 @@ class Display:
         ]
         self._figures = "  ".join(shown)
         if self._bar is None:
-            eta = self._eta(step, self._done_here + 1)
-            self._print(f"step {step}/{self._total}  {self._figures}  {eta}")
+            self._print(f"step {step}/{self._total}  {self._figures}  {_eta(left)}".rstrip())
         else:
             self._bar.update(self._task, figures=self._figures)
 
-    def step_done(self, step: int) -> None:
-        """Count a step as done, its evaluation and checkpoint included."""
-        self._done_here += 1
+    def step_done(self, step: int, left: float | None = None) -> None:
+        """Count a step as done, its evaluation and checkpoint included; ``left`` as in step."""
         if self._bar is not None:
-            eta = self._eta(step, self._done_here)
-            self._bar.update(self._task, completed=step, phase="", eta=eta)
-
-    def _eta(self, step: int, done_here: int) -> str:
-        left = (time.monotonic() - self._began) / done_here * (self._total - step)
-        return f"eta {timedelta(seconds=round(left))}"
+            self._bar.update(self._task, completed=step, phase="", eta=_eta(left))
 
     def say(self, text: str, style: str = "") -> None:
         """Print a text above the bar."""
@@ -111,3 +101,7 @@ class Display:
         encoding = self._console.encoding
         safe = text.encode(encoding, "backslashreplace").decode(encoding)
         self._console.print(Text(visible(safe), style=style))
+
+
+def _eta(left: float | None) -> str:
+    return "" if left is None else f"eta {timedelta(seconds=round(left))}"

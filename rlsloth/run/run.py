@@ -19,6 +19,7 @@ from rlsloth.run.clock import PhaseClock
 from rlsloth.run.json_lines import append_json_lines
 from rlsloth.run.machine import write_environment
 from rlsloth.run.metrics import is_number
+from rlsloth.run.pace import Pace
 from rlsloth.run.progress import Display
 from rlsloth.run.report.page import write_report
 from rlsloth.run.samples import as_text, completion_text, write_samples
@@ -58,6 +59,7 @@ class Run:
         self._cfg = cfg
         self._display = Display(cfg.steps)
         self._clock = PhaseClock()
+        self._pace = Pace(cfg.eval)
         self._trackers: list[Tracker] = []
 
     @classmethod
@@ -110,11 +112,14 @@ class Run:
     def steps(self, first: int, total: int) -> Iterator[int]:
         """Yield the step numbers from first to total, counted from 1, and show the time left."""
         self._display.begin(first, total)
+        self._pace.begin(total)
         self._clock.restart()
         try:
             for step in range(first, total + 1):
                 yield step
-                self._display.step_done(step)
+                self._display.step_done(step, self._pace.left(step))
+                if line := self._pace.line(step):
+                    self.say(line)
         finally:
             self._display.stop()
 
@@ -139,7 +144,8 @@ class Run:
         times = {f"time/{phase}": spent for phase, spent in seconds.items()}
         row = {**metrics, "step_time": sum(seconds.values()), **times}
         self._write(step, row)
-        self._display.step(step, row)
+        self._pace.step(row["step_time"], metrics.get("num_tokens"))
+        self._display.step(step, row, self._pace.left(step))
 
     def log_eval(self, step: int, name: str, results: Mapping[str, float]) -> None:
         """Record an evaluation in its own line, as ``eval_<name>_<key>`` (``eval_<key>`` if name is
@@ -150,7 +156,9 @@ class Run:
         """
         prefix = f"eval_{name}_" if name else "eval_"
         row = {f"{prefix}{key}": value for key, value in results.items()}
-        self._write(step, row | {f"{prefix}runtime": self._clock.take_phase("eval")})
+        seconds = self._clock.take_phase("eval")
+        self._write(step, row | {f"{prefix}runtime": seconds})
+        self._pace.evaluation(step, seconds)
 
     def _write(self, step: int, metrics: Mapping[str, float]) -> None:
         row = {name: float(value) for name, value in metrics.items() if name != "step"}

@@ -49,12 +49,7 @@ from rlsloth.training.data_lines import (
     say_of_prompts,
 )
 from rlsloth.training.examples import check_longest, show_first, warn_of_data, warn_of_overlap
-from rlsloth.training.memory import (
-    examples_request,
-    grpo_request,
-    heaviest_of,
-    sampling_request,
-)
+from rlsloth.training.memory import examples_request, grpo_request, sampling_request
 from rlsloth.training.policy import open_policy, write_plan
 from rlsloth.training.preload import (
     finish_imports,
@@ -100,13 +95,13 @@ def open_grpo(
     if trains:
         with advise("trial", policy.model):
             trial_backward(policy)
-    one = min(longest + cfg.rollout.max_tokens, policy.context)
-    cfg = _with_room(cfg, named, one)
-    request = replace(grpo_request(cfg, longest), placements=policy.placements)
+    if named is None:
+        one = min(longest + cfg.rollout.max_tokens, policy.context)
+        cfg = cfg.model_copy(update={"tokens_per_microbatch": max(cfg.microbatch, one)})
     collector = open_collector(
         cfg,
         problems,
-        request,
+        replace(grpo_request(cfg, longest), placements=policy.placements),
         policy,
         renderer,
         run,
@@ -116,7 +111,7 @@ def open_grpo(
         temperatures=(cfg.rollout.temperature, cfg.eval.temperature),
     )
     if trains:
-        write_plan(run, cfg.microbatch, policy.placements)
+        write_plan(run, cfg, policy.placements, collector.engine)
         _check_grpo(cfg, env, longest, policy.context)
     describe_sampling(run, problems, policy)
     warn_of_open_tag(run, renderer, problems, cfg.reward)
@@ -124,7 +119,6 @@ def open_grpo(
     sampler = EpochSampler(env.train, cfg.seed, digest=contents.hash_prompts(env, env.train))
     inputs = contents.of_model(cfg.model, policy) | contents.of_problems(cfg, env)
     session = Session(cfg, run, policy, sampler, evaluator, contents=inputs, started=started)
-    session.heaviest = heaviest_of(request, one) if trains else None
     stack.push(session.leave)
     return session
 
@@ -163,7 +157,9 @@ def open_examples(cfg: Supervised, stack: ExitStack, read: Reader) -> Session[Su
     named = cfg.tokens_per_microbatch
     decided = decide(cfg, partial(examples_request, cfg, data.longest), run.say, run.warn)
     cfg = decided.applied(cfg)
-    cfg = _with_room(cfg, named, data.longest.packed)
+    if named is None:
+        tokens = max(cfg.microbatch, data.longest.packed)
+        cfg = cfg.model_copy(update={"tokens_per_microbatch": tokens})
     policy = open_policy(cfg, run, decided.placements, temperature=1.0, total_updates=cfg.steps)
     show_first(run, policy, data)
     with advise("trial", policy.model):
@@ -173,7 +169,7 @@ def open_examples(cfg: Supervised, stack: ExitStack, read: Reader) -> Session[Su
     if problems is not None:
         say_of_prompts(run, problems)
         warn_of_overlap(problems.env, data, run)
-    write_plan(run, cfg.microbatch, policy.placements)
+    write_plan(run, cfg, policy.placements, evaluator.collector.engine if evaluator else None)
     sampler = EpochSampler(data.train, cfg.seed, "examples", fingerprint(data.train), total)
     run.say(
         f"{len(data.train)} examples, {len(data.heldout)} held out; {cfg.steps} steps of "
@@ -185,7 +181,6 @@ def open_examples(cfg: Supervised, stack: ExitStack, read: Reader) -> Session[Su
     session = Session(
         cfg, run, policy, sampler, evaluator, data.heldout, contents=inputs, started=started
     )
-    session.heaviest = heaviest_of(examples_request(cfg, data.longest), data.longest.packed)
     stack.push(session.leave)
     return session
 
@@ -240,14 +235,6 @@ def _start_sampling(cfg: GrpoConfig | TeacherConfig, stack: ExitStack) -> tuple[
     if text := overlap_warning(questions_of(env.train), questions_of(env.heldout)):
         run.warn(text)
     return problems, run
-
-
-def _with_room(cfg: Training, named: int | None, least: int) -> Training:
-    """Copy a configuration with micro-batches of at least ``least`` tokens, unless the user has
-    ``named`` their size."""
-    if named is not None:
-        return cfg
-    return cfg.model_copy(update={"tokens_per_microbatch": max(cfg.microbatch, least)})
 
 
 def _grpo_request(cfg: GrpoConfig, prompts: Sequence[Prompt]) -> Request:

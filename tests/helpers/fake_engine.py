@@ -18,7 +18,7 @@ def fake_terms(
 
 FAKE = replace(
     TRANSFORMERS,
-    memory=EngineMemory("fake", "fake", fake_terms),
+    memory=EngineMemory("fake", "fake", 1024, fake_terms),
     why="it is a test",
     kv_caches=frozenset({"auto", "fp8"}),
 )

@@ -37,6 +37,7 @@ class ScriptedEngine:
 
     turns: list[list[str]]
     version: int = 3
+    max_sequences: int = 256
     prefixes: list[list[list[int]]] = field(default_factory=list)
     limits: list[list[int] | None] = field(default_factory=list)
     seeds: list[int] = field(default_factory=list)

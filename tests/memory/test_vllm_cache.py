@@ -35,7 +35,10 @@ OVERLAP = {"overlap": True}, {"correction": "token_truncate"}
 
 def config(rollout: dict[str, Any] | None = None, loss: dict[str, Any] | None = None) -> GrpoConfig:
     return GrpoConfig.model_validate(
-        {"rollout": {"engine": "vllm", **(rollout or {})}, "loss": loss or {}}
+        {
+            "rollout": {"engine": "vllm", "max_sequences": 256, **(rollout or {})},
+            "loss": loss or {},
+        }
     )
 
 
@@ -196,13 +199,13 @@ def test_tools_may_fill_the_context(shape, name, tokens):
 
 
 def test_the_table_says_how_many_completions_it_holds(llama_folder, capsys):
-    vllm = ("--rollout.engine", "vllm")
+    vllm = ("--rollout.engine", "vllm", "--rollout.max-sequences", "256")
     assert run(llama_folder, "--memory-gb", "8", *vllm) == 0
     printed = capsys.readouterr().out
     assert "rollout engine: vllm\n" in printed
     assert "GiB holds 256 completions of 512 tokens at once (all)\n" in printed
     assert "largest --tokens-per-microbatch" in printed
-    assert "--rollout.max-sequences" not in printed
+    assert "largest --rollout.max-sequences" not in printed
     assert run(llama_folder, "--memory-gb", "1", *vllm) == 1
     printed = capsys.readouterr().out
     assert "does not fit: " in printed

@@ -192,3 +192,22 @@ def test_what_waits_when_the_tail_is_cut_gets_its_first_token(make_engine):
         finished += short == long
     assert 9 <= finished < 20
     assert {len(ids) for ids in chain(*tokens(cut[2:]))} == {1}
+
+
+# Prefixes
+
+
+@pytest.mark.parametrize("max_sequences", [20, 64])
+def test_a_groups_prefix_is_computed_once(make_engine, monkeypatch, max_sequences):
+    """In waves, too: a group waits until there are rows for all of it."""
+    engine = make_engine(max_sequences)
+    computed: list[list[int]] = []
+    prefill = engine._decoder.prefill
+
+    def counted(prompts: list[list[int]]) -> Any:
+        computed.extend(prompts)
+        return prefill(prompts)
+
+    monkeypatch.setattr(engine._decoder, "prefill", counted)
+    engine.generate(PROMPTS, 4, SamplingParams(max_tokens=12, seed=2))
+    assert sorted(computed) == sorted(PROMPTS)

@@ -197,7 +197,7 @@ def test_vllm_gets_a_tokenizer_where_it_looks_for_stop_strings(start, monkeypatc
 
 # --- vLLM's cache --------------------------------------------------------------------------------
 
-CONFIG = GrpoConfig.model_validate({"rollout": {"engine": "vllm"}})
+CONFIG = GrpoConfig.model_validate({"rollout": {"engine": "vllm", "max_sequences": 256}})
 REQUEST = grpo_request(CONFIG, 8)
 SAMPLING: Any = REQUEST.sampling
 ONE = (2 * 2 * 16) * 2 * (64 + 32)

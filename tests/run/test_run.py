@@ -248,7 +248,7 @@ def test_a_terminal_shows_a_bar_with_phase_and_time_left():
     display.phase("rollout")
     display.step(5, {"reward": 0.25, "completions/clipped_ratio": 0.5})
     display.say("[bold]in between[/bold] \x1b[2J")
-    display.step_done(5)
+    display.step_done(5, 0.0)
     display.phase("update")
     display.stop()
     shown = shown_in.getvalue()

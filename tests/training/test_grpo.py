@@ -85,6 +85,8 @@ def test_run_folder(whole: Path) -> None:
     ]
     config = GrpoConfig.model_validate(yaml.safe_load((whole / "config.yaml").read_text()))
     assert config.optim.lr == 1e-3
+    assert config.rollout.max_sequences == "auto"
+    assert json.loads((whole / "plan.json").read_text())["max_sequences"] == 256  # on a CPU
     samples = pq.read_table(whole / "samples" / "step_00003.parquet").to_pylist()
     assert len(samples) == 16
     assert {r["step"] for r in samples} == {3}

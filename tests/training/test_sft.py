@@ -149,6 +149,7 @@ def test_config_keeps_the_users_settings_and_the_plan_is_made_again_on_resume() 
     assert "tokens_per_microbatch: null" in config.read_text()
     decided = json.loads(plan.read_text())
     assert decided["tokens_per_microbatch"] > 0
+    assert "max_sequences" not in decided  # nothing is sampled
     plan.write_text('{"tokens_per_microbatch": 1}')  # as another card would have decided
     assert cli.main(["sft", "run/config.yaml", "--run.resume", "--steps", "2"]) == 0
     assert json.loads(plan.read_text()) == decided

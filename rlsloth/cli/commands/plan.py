@@ -66,7 +66,7 @@ def _plan_grpo(config: GrpoConfig, own: GrpoPlanOptions) -> int:
             --memory-gb.
     """
     from rlsloth.memory.decide import plan_run
-    from rlsloth.memory.report import Source
+    from rlsloth.memory.findings import Source
     from rlsloth.rollout.engines import choose_engine
     from rlsloth.training.memory import grpo_request
 
@@ -131,7 +131,7 @@ def _plan_supervised(config: SupervisedConfig, own: PlanOptions) -> int:
     from rlsloth.data.examples import load_examples
     from rlsloth.data.preference import reader
     from rlsloth.memory.decide import plan_run
-    from rlsloth.memory.report import Source
+    from rlsloth.memory.findings import Source
     from rlsloth.policy.tokenizer import load_tokenizer, read_limits
     from rlsloth.training.memory import examples_request
 

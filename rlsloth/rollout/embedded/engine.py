@@ -108,7 +108,7 @@ class TransformersEngine:
         self._tokenizer = tokenizer
         self._stop_ids = frozenset(stop_ids)
         self._context = context
-        self._max_sequences = max_sequences
+        self.max_sequences = max_sequences
         self._device = device
         self.version = 0
 
@@ -149,7 +149,7 @@ class TransformersEngine:
         """See Engine.generate."""
         sequences = self._sequences(prefixes, n, sampling, limits)
         longest = max(len(prefixes[s.prefix]) + s.limit for s in sequences)
-        cache = self._decoder.cache(min(self._max_sequences, len(sequences)), longest)
+        cache = self._decoder.cache(min(self.max_sequences, len(sequences)), longest)
         generator = torch.Generator().manual_seed(sampling.seed)
         # Each sequence has its own row: its tokens do not depend on the others in the batch.
         uniform = torch.rand(len(sequences), sampling.max_tokens, generator=generator)
@@ -203,7 +203,7 @@ class TransformersEngine:
         quarter of the rows would stay empty.
         """
         groups: list[list[_Sequence]] = []
-        free = min(cache.rows, self._max_sequences) - cache.active
+        free = min(cache.rows, self.max_sequences) - cache.active
         width = 0
         while queue and free:
             group = _leading_group(queue)

@@ -11,6 +11,9 @@ PREFILL_TOKENS = 8192
 """Padded prompt tokens of one prefill (rollout.embedded.engine.PREFILL_TOKENS)."""
 COLUMNS = 128
 """The length of a cache with CUDA graphs is a multiple of it (rollout.embedded.decode.COLUMNS)."""
+MOST_SEQUENCES = 1024
+"""Rows of the cache that ``rollout.max_sequences: auto`` asks for at most: graphs are captured for
+each power of two, and beyond this number a step's time grows with its rows."""
 NF4_ROWS = 256
 """Decoding steps of more rows use dequantised matrices (kernels.lora.op.DECODED_ROWS)."""
 
@@ -60,4 +63,4 @@ def embedded_terms(
     ]
 
 
-EMBEDDED_MEMORY = EngineMemory("transformers", "embedded engine", embedded_terms)
+EMBEDDED_MEMORY = EngineMemory("transformers", "embedded engine", MOST_SEQUENCES, embedded_terms)

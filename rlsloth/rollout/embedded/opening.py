@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
+
+import torch
+
 from rlsloth.memory.out_of_memory import advise
+from rlsloth.memory.plan import make_plan
+from rlsloth.memory.search import decide_sequences
+from rlsloth.memory.shape import read_shape
 from rlsloth.rollout.embedded.engine import TransformersEngine
 from rlsloth.rollout.embedded.memory import EMBEDDED_MEMORY
 from rlsloth.rollout.engine import Engine, EngineKind, Opening
@@ -22,13 +30,27 @@ def open_transformers(opening: Opening) -> Engine:
         transform=policy.logit_transform,
         stop_ids=opening.renderer.stop_ids,
         context=policy.context,
-        max_sequences=rollout.max_sequences,
+        max_sequences=most_rows(opening),
         device=policy.device,
         cuda_graphs=rollout.cuda_graphs,
     )
     with advise("rollout", policy.model):
         probe(policy, engine)
     return engine
+
+
+def most_rows(opening: Opening) -> int:
+    """Return the value of ``rollout.max_sequences``; ``auto`` is decided for the policy's GPU."""
+    named = opening.sampling.rollout.max_sequences
+    if named != "auto":
+        return named
+    shape = read_shape(opening.policy.model)
+    _, total = torch.cuda.mem_get_info(opening.policy.device)
+    sampling = replace(opening.sampling, engine=EMBEDDED_MEMORY, fallback=None)
+    request = replace(opening.request, sampling=sampling)
+    decided = decide_sequences(partial(make_plan, shape, total=total), shape, request).sampling
+    assert decided is not None
+    return decided.at_once
 
 
 TRANSFORMERS = EngineKind(EMBEDDED_MEMORY, open_transformers)

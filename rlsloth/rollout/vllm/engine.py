@@ -59,6 +59,7 @@ class VllmEngine:
                 model.
         """
         self.version = 0
+        self.max_sequences = max_sequences
         self._finds_strings = tokenizer is not None
         self._stop_ids = sorted(stop_ids)
         self._context = context

@@ -11,6 +11,14 @@ BLOCK = 32
 """Tokens of a key-value block, or a multiple of it (rollout.vllm.start.BLOCK)."""
 BATCHED_TOKENS = 8192
 """Prompt tokens computed in one step (rollout.vllm.start.BATCHED_TOKENS)."""
+MOST_SEQUENCES = 1024
+"""Sequences that ``rollout.max_sequences: auto`` asks vLLM for at most.
+
+vLLM reserves memory for all of them, whether they come or not: 16 bytes a row and word of the
+vocabulary to sample (2 GiB for 1024 rows of 128,256 words), and the rows' buffers in CUDA graphs.
+Its graphs (rollout.vllm.start.GRAPHED) end here, too: at larger sizes starting a step's kernels no
+longer takes a noticeable share of its time, and each further graph makes the start longer.
+"""
 SPLITS = 32
 """Largest number of parts into which attention in CUDA graphs splits a sequence: vLLM's
 ``flash_attn_max_num_splits_for_cuda_graph``. Only FlashAttention 3 (Hopper) splits."""
@@ -96,4 +104,4 @@ def completion_bytes(shape: ModelShape, kv_cache: str, context: int, size: int) 
     return tokens * (shape.kv_width + (4 * scales if per_token else 0))
 
 
-VLLM_MEMORY = EngineMemory("vllm", "vLLM", vllm_terms, completion_bytes)
+VLLM_MEMORY = EngineMemory("vllm", "vLLM", MOST_SEQUENCES, vllm_terms, completion_bytes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -11,6 +12,7 @@ from rlsloth.errors import UserError
 from rlsloth.memory.out_of_memory import advise
 from rlsloth.memory.plan import fit_cache, make_plan
 from rlsloth.memory.report import describe
+from rlsloth.memory.search import decide_sequences
 from rlsloth.memory.shape import read_shape
 from rlsloth.memory.terms import GIB, Cache, Phase
 from rlsloth.memory.workload import Request, Sampling
@@ -89,8 +91,10 @@ def size_cache(request: Request, sampling: Sampling, policy: Policy, context: in
     free, total = torch.cuda.mem_get_info(policy.device)
     longest_prompt = max(1, context - sampling.rollout.max_tokens)
     workload = replace(sampling.workload, longest_prompt=longest_prompt)
-    request = replace(request, sampling=replace(sampling, workload=workload))
-    plan = make_plan(shape, request, total, engine=VLLM_MEMORY, context=context, free=free)
+    sampling = replace(sampling, workload=workload, engine=VLLM_MEMORY, fallback=None)
+    request = replace(request, sampling=sampling)
+    planned = partial(make_plan, shape, total=total, engine=VLLM_MEMORY, context=context, free=free)
+    plan = planned(decide_sequences(planned, shape, request))
     assert plan.cache is not None  # plans with vLLM have one
     if plan.cache.holds == 0:
         phases: tuple[Phase, ...] = ("rollout", "update") if request.overlap else ("rollout",)

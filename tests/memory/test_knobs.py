@@ -1,0 +1,232 @@
+"""Memory that single options would free, and the longest completion that fits."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import LlamaConfig
+
+from helpers.plans import make_policy, run
+from rlsloth.config import GrpoConfig, LoraConfig, ModelConfig
+from rlsloth.memory import decide as planning
+from rlsloth.memory.findings import planner_for
+from rlsloth.memory.knobs import LISTED, advice, list_freed, that_fit_together, with_rank
+from rlsloth.memory.plan import make_plan
+from rlsloth.memory.planned_model import model_shape
+from rlsloth.memory.search import longest_completion
+from rlsloth.memory.shape import ModelShape, read_shape
+from rlsloth.memory.terms import GIB
+from rlsloth.memory.workload import Request
+from rlsloth.training.memory import grpo_request
+
+pytestmark = pytest.mark.slow
+
+SIZES = {
+    "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "vocab_size": 32000,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 131072,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("models") / "llama"
+    LlamaConfig(**SIZES).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def shape(folder: Path) -> ModelShape:
+    return model_shape(ModelConfig(path=str(folder)), LoraConfig())
+
+
+def chosen(shape: ModelShape, total: int, host: int | None = None, **settings: Any) -> Request:
+    request = grpo_request(GrpoConfig.model_validate(settings), 100)
+    return planning.decide_settings(planner_for(total, host), shape, request)
+
+
+def test_a_listed_option_frees_what_a_plan_with_it_says(shape):
+    total, request = 24 * GIB, chosen(
+        shape, 24 * GIB, rollout={"engine": "transformers"}, optim={"name": "adamw"},
+        lora={"rank": 64}, model={"precision": "bf16"}, tokens_per_microbatch=16384,
+    )  # fmt: skip
+    shape = with_rank(shape, 16, 64)
+    planner = planner_for(total, None)
+    now, freed = planner(shape, request), list_freed(planner, shape, request)
+    found = {one.option: one for one in freed}
+    assert sorted(freed, key=lambda f: max(f.gpu, f.host), reverse=True) == freed
+    assert all(max(f.gpu, f.host) > LISTED * total for f in freed)
+    assert set(found) >= {
+        "--model.precision nf4", "--tokens-per-microbatch 8192", "--lora.rank 32",
+        "--optim.name adamw_8bit", "--rollout.max-sequences 256", "--rollout.max-tokens 256",
+        "--model.gradient-checkpointing true", "--model.gradient-checkpointing offload",
+    }  # fmt: skip
+    assert not {"--rollout.overlap false", "--rollout.kv-cache fp8"} & set(found)
+    halved = planner(shape, request.with_update(8192, request.placed(16)))
+    assert found["--tokens-per-microbatch 8192"].update == now.peak("update") - halved.peak(
+        "update"
+    )
+    fewer = planner(shape, request.with_sequences(256))
+    assert found["--rollout.max-sequences 256"].rollout == now.peak("rollout") - fewer.peak(
+        "rollout"
+    )
+    eight = planner(shape, replace(request, optim=request.optim.model_copy(
+        update={"name": "adamw_8bit"})))  # fmt: skip
+    assert found["--optim.name adamw_8bit"].update == now.peak("update") - eight.peak("update")
+
+
+@pytest.mark.parametrize(("old", "new"), [(64, 32), (16, 8), (8, 4)])
+def test_another_rank_is_the_shape_that_a_model_with_it_has(folder, old, new):
+    model = ModelConfig(path=str(folder))
+    before, want = (model_shape(model, LoraConfig(rank=rank)) for rank in (old, new))
+    changed = with_rank(before, old, new)
+    assert replace(changed, largest_matrix=0) == replace(want, largest_matrix=0)
+    assert changed.largest_matrix == pytest.approx(want.largest_matrix, rel=0.05)
+
+
+def test_with_vllm_a_fuller_cache_is_listed(shape):
+    planner = planner_for(8 * GIB, None)
+    rollout = {"engine": "vllm", "max_tokens": 8000}
+    request = chosen(shape, 8 * GIB, rollout=rollout)
+    now = planner(shape, request)
+    assert now.cache is not None
+    assert 0 < now.cache.holds < now.cache.asked
+    found = {one.option: one for one in list_freed(planner, shape, request)}
+    fp8 = found["--rollout.kv-cache fp8"].holds
+    assert fp8 is not None
+    assert 2 * now.cache.holds <= fp8 <= 2 * now.cache.holds + 1
+    four = found["--model.precision nf4"]
+    assert four.holds is not None
+    assert four.holds > now.cache.holds
+    assert four.rollout > GIB  # although the cache takes them
+    overlap = chosen(
+        shape, 24 * GIB, rollout={**rollout, "overlap": True},
+        loss={"correction": "token_truncate"},
+    )  # fmt: skip
+    planner = planner_for(24 * GIB, None)
+    assert "--rollout.overlap false" in [o.option for o in list_freed(planner, shape, overlap)]
+
+
+def test_options_that_fit_together(shape):
+    request = chosen(shape, 8 * GIB, rollout={"engine": "transformers", "max_tokens": 2000})
+    for total in (int(n * GIB / 2) for n in range(4, 12)):
+        planner = planner_for(total, None)
+        if planner(shape, request).fits:
+            break
+        options = that_fit_together(planner, shape, request)
+        if any(one.fits for one in list_freed(planner, shape, request)):
+            assert len(options) == 1
+            assert f"{options[0]} frees " in advice(planner, shape, request)
+        elif options:
+            assert len(options) > 1
+            assert f"it fits with {' '.join(options)}" in advice(planner, shape, request)
+    assert that_fit_together(planner_for(GIB // 2, None), shape, request) == []
+
+
+# --- the command and a run ------------------------------------------------------------------------
+
+
+def test_the_table_and_json_list_them(folder, capsys):
+    card = ("--gpu", "RTX 4090")
+    assert run(folder, *card) == 0
+    printed = capsys.readouterr().out
+    assert "frees, alone" in printed
+    assert "\n --model.precision nf4 " in printed
+    assert run(folder, *card, "--json") == 0
+    knobs = json.loads(capsys.readouterr().out)["knobs"]
+    sizes = [max(k["update"], k["rollout"], k["host"]) for k in knobs]
+    assert sizes == sorted(sizes, reverse=True)
+    four = next(k for k in knobs if k["option"] == "--model.precision nf4")
+    assert four["update"] > GIB
+    assert four["fits"] is True
+    assert run(folder, *card, "--json", "--model.precision", "nf4") == 0
+    knobs = json.loads(capsys.readouterr().out)["knobs"]
+    assert "--model.precision nf4" not in [k["option"] for k in knobs]
+
+
+def test_a_small_card_is_one_verdict_with_options(folder, capsys):
+    small = ("--memory-gb", "4", "--rollout.engine", "transformers")
+    assert run(folder, *small, "--rollout.max-sequences", "128") == 1
+    printed = capsys.readouterr().out
+    assert printed.count("does not fit: ") == 1
+    assert "more memory than this GPU has" in printed
+    assert "host memory" not in printed.split("does not fit")[1].split("\n")[0]
+    assert "then" in printed
+
+
+def test_a_small_host_says_which_option_frees_how_much(folder, capsys):
+    offload = [
+        "--gpu", "RTX 4090", "--model.gradient-checkpointing", "offload",
+        "--tokens-per-microbatch", "65536",
+    ]  # fmt: skip
+    assert run(folder, *offload, "--host-gb", "64") == 0
+    capsys.readouterr()
+    assert run(folder, *offload, "--host-gb", "2") == 1
+    printed = capsys.readouterr().out
+    (verdict,) = [line for line in printed.splitlines() if line.startswith("does not fit: ")]
+    assert "4.00 GiB of host memory for activations, which may take 2.00 GiB" in verdict
+    assert "this GPU" not in verdict
+    row = next(line for line in printed.splitlines() if "--tokens-per-microbatch 32768" in line)
+    assert "2.00" in row
+    assert row.rstrip().endswith("fits")
+    assert run(folder, *offload, "--host-gb", "2", "--json") == 1
+    plan = json.loads(capsys.readouterr().out)
+    assert (plan["host"], plan["host_total"]) == (4 * GIB, 2 * GIB)
+    halved = next(k for k in plan["knobs"] if k["option"] == "--tokens-per-microbatch 32768")
+    assert (halved["host"], halved["fits"]) == (2 * GIB, True)
+
+
+@pytest.mark.parametrize("host", [None, 1])
+def test_a_run_that_does_not_fit_names_options(folder, host, monkeypatch):
+    monkeypatch.setattr(planning, "gpu_bytes", lambda model: 6 * GIB if host is None else 24 * GIB)
+    monkeypatch.setattr(planning, "host_bytes", lambda: 64 * GIB if host is None else host * GIB)
+    settings: dict[str, Any] = {"model": {"path": str(folder)}, "tokens_per_microbatch": 32768}
+    settings["rollout"] = {"engine": "transformers", "max_sequences": 8}
+    settings["model"]["gradient_checkpointing"] = "offload" if host else False
+    cfg: Any = GrpoConfig.model_validate(settings)
+    warnings: list[str] = []
+    planning.decide(cfg, partial(grpo_request, cfg, 100), lambda _: None, warnings.append)
+    (warning,) = warnings
+    place = "of host memory for activations, which may take 1.00" if host else "than this GPU has"
+    assert place in warning
+    assert "GiB of host memory" in warning if host else "offload frees " in warning
+    assert "(then it fits)" in warning
+
+
+# --- the longest completion -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("engine", ["vllm", "transformers"])
+def test_the_longest_completion_fits_and_one_longer_does_not(folder, engine, capsys):
+    arguments = ("--memory-gb", "6", "--rollout.engine", engine, "--group-size", "4", "--json")
+    assert run(folder, *arguments) == 0
+    found = json.loads(capsys.readouterr().out)["longest_completion"]
+    tokens = found["tokens"]
+    assert 1000 < tokens < 131072
+    rows = ("--rollout.max-sequences", "4")
+
+    def fits(tokens: int) -> bool:
+        whole = ("--tokens-per-microbatch", str(tokens + 50), "--rollout.max-tokens", str(tokens))
+        status = run(folder, *arguments, *rows, *whole)
+        row = json.loads(capsys.readouterr().out)
+        cache = row["kv_cache"]
+        # A group shares its prompt of 50 tokens.
+        per_token = 2 * 8 * 64 * 16 * 2
+        room = cache is None or cache["size"] >= per_token * (4 * tokens + 50)
+        return status == 0 and room
+
+    assert fits(tokens)
+    assert not fits(tokens + 512)
+
+
+def test_a_longer_prompt_leaves_less_to_the_completion():
+    shape = read_shape(make_policy("llama").model)
+    plan_of = partial(make_plan, shape, total=80 * GIB)
+    cfg = GrpoConfig.model_validate({"rollout": {"engine": "vllm"}})
+    for prompt in (100, 8000):  # the context of 8192 tokens is the limit
+        found = longest_completion(plan_of, shape, grpo_request(cfg, prompt))
+        assert found.tokens == 8192 - prompt
