@@ -217,6 +217,8 @@ class PackedBatch:
     """Number of sampled tokens of the step, without masked rollouts, with zero advantages."""
     trained_tokens: int
     """Sum of N over the micro-batches, that is, tokens of the packed rollouts."""
+    budget: int
+    """Largest number of tokens in a micro-batch's stream, unless it is a single rollout."""
 
 
 @dataclass(slots=True)

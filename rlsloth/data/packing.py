@@ -64,7 +64,8 @@ def pack(
         budget = None if whole_groups else tokens_per_microbatch
         trees += _split(g, group, packed, budget)
     micros = tuple(_microbatch(groups, bin_) for bin_ in _first_fit(trees, tokens_per_microbatch))
-    return PackedBatch(micros, rollouts, scored, sum(len(m.target_ids) for m in micros))
+    trained = sum(len(m.target_ids) for m in micros)
+    return PackedBatch(micros, rollouts, scored, trained, tokens_per_microbatch)
 
 
 def _stream_length(rollout: Rollout) -> int:
@@ -221,6 +222,27 @@ def _advantages(rollout: Rollout) -> Array:
 
 def _joined(parts: list[Array]) -> Tensor:
     return torch.from_numpy(np.concatenate(parts))
+
+
+def longest_stream(batch: PackedBatch) -> int:
+    """Return the number of tokens in the longest stream of all micro-batches."""
+    return max((len(micro.token_ids) for micro in batch.microbatches), default=0)
+
+
+def regroup(values: Sequence[Tensor], before: PackedBatch, after: PackedBatch) -> list[Tensor]:
+    """Distribute values of scored tokens over other micro-batches of the same rollouts.
+
+    Args:
+        values: [N] values of each micro-batch of ``before``.
+        before: the step as it was packed.
+        after: the step as it is packed now.
+    """
+    found: dict[tuple[int, int], Tensor] = {}
+    for micro, value in zip(before.microbatches, values, strict=True):
+        counts = torch.bincount(micro.rollout_of, minlength=micro.rollout_count).tolist()
+        parts = torch.split(value, counts)
+        found |= dict(zip(micro.source, parts, strict=True))
+    return [torch.cat([found[one] for one in micro.source]) for micro in after.microbatches]
 
 
 def to_device(micro: MicroBatch, device: torch.device) -> MicroBatch:

@@ -127,7 +127,7 @@ def _try(loss: PolicyLoss, cfg: LossConfig, what: str) -> None:
     old_N = logprobs_N.detach() + torch.tensor([0.0, 0.1, -0.3, 0.0, 0.5, -0.1])
     plain = cfg.model_copy(update={"beta": 0.0, "correction": "none"})
     try:
-        norm = normalizer(loss, PackedBatch((micro,), 3, 6, 6), max_tokens=8)
+        norm = normalizer(loss, PackedBatch((micro,), 3, 6, 6, 6), max_tokens=8)
         output = policy_loss(
             loss, logprobs_N, micro, plain, old_logprobs_N=old_N, reference_logprobs_N=None
         )

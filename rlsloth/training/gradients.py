@@ -3,70 +3,134 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
 
+from rlsloth.data.packing import longest_stream
 from rlsloth.memory.out_of_memory import free_memory
 from rlsloth.memory.placing import most_frugal
 from rlsloth.policy.activations.placement import describe
 from rlsloth.policy.policy import Policy
+from rlsloth.records import PackedBatch
 
 Result = TypeVar("Result")
+Pack = Callable[[int], PackedBatch]
+"""Function that packs a step's rollouts into micro-batches of at most so many tokens."""
+Shrink = Callable[[PackedBatch], PackedBatch | None]
+"""Function that packs a step again into smaller micro-batches; None: they cannot be smaller."""
+Change = Callable[[PackedBatch], tuple[PackedBatch, str]]
+"""Function that lowers the need of memory; it returns the step's micro-batches and a remark."""
+
+
+@dataclass(slots=True)
+class Budget:
+    """The number of tokens in a micro-batch, which an out-of-memory lowers for the rest of a run.
+
+    A resumed run begins with the plan's number again.
+    """
+
+    tokens: int
+
+    def shrinking(self, pack: Pack) -> Shrink:
+        """Return the function that lowers the budget and packs a step again.
+
+        The budget is halved, but remains large enough for the step's longest rollout with its
+        prompt, or for its largest group where groups stay whole.
+
+        Args:
+            pack: packs the step.
+        """
+
+        def shrink(batch: PackedBatch) -> PackedBatch | None:
+            longest, least = longest_stream(batch), longest_stream(pack(1))
+            if longest <= least:
+                return None
+            self.tokens = max(min(batch.budget, longest) // 2, least)
+            return pack(self.tokens)
+
+        return shrink
 
 
 def accumulate(
-    policy: Policy, compute: Callable[[], Result], warn: Callable[[str], None] = print
-) -> Result:
+    policy: Policy,
+    batch: PackedBatch,
+    compute: Callable[[PackedBatch], Result],
+    shrink: Shrink = lambda _: None,
+    warn: Callable[[str], None] = print,
+) -> tuple[Result, PackedBatch]:
     """Compute the gradients of a step's micro-batches, again from the first one after a failure.
 
     The first time that memory runs out, nothing changes but that unused memory is given back:
     another program's or fragments may have taken it. The second time, activations are placed where
-    they need the least of the GPU's memory, for the rest of the run. Gradients are added up in the
-    same order, so that the update is that of a run with enough memory.
+    they need the least of the GPU's memory, for the rest of the run. After that, micro-batches are
+    made smaller. Until then gradients are added up in the same order, so that the update is that of
+    a run with enough memory; smaller micro-batches change the order of sums.
+
+    All micro-batches are computed again, not only the one that failed, because its backward pass
+    has already added a part of its gradients to theirs: that costs time, and no memory for a copy.
 
     Args:
         policy: the policy; its gradients are empty.
+        batch: the step's micro-batches.
         compute: runs forward and backward of all micro-batches. A call that fails must leave
             nothing but gradients behind.
+        shrink: packs the step again into smaller micro-batches.
         warn: prints a warning.
 
     Returns:
-        The result of ``compute``.
+        The result of ``compute``, and the micro-batches of which it is.
 
     Raises:
-        torch.OutOfMemoryError: memory ran out a third time.
+        torch.OutOfMemoryError: memory ran out with the smallest micro-batches.
     """
-    state = _random_state(policy.device)
-    for change in (_change_nothing, _place_frugally):
+    state = random_state(policy.device)
+    failures = 0
+    while True:
         try:
-            return compute()
+            return compute(batch), batch
         except torch.OutOfMemoryError:
-            pass
+            failures += 1
+            change = _next_change(policy, batch, shrink, failures)
+            if change is None:
+                raise
         # Here rather than above: the exception's traceback holds the failed call's tensors.
         policy.optimizer.zero_grad(set_to_none=True)
         free_memory()
-        warn(f"GPU memory ran out in the update; its gradients are computed again{change(policy)}")
-        _set_random_state(policy.device, state)
-    return compute()
+        batch, remark = change(batch)
+        warn(f"GPU memory ran out in the update; its gradients are computed again{remark}")
+        set_random_state(policy.device, state)
 
 
-def _change_nothing(_: Policy) -> str:
-    return ""
+def _next_change(
+    policy: Policy, batch: PackedBatch, shrink: Shrink, failures: int
+) -> Change | None:
+    """Choose what to change after so many failures of an update; None: nothing is left."""
+    if failures == 1:
+        return lambda batch: (batch, "")
+    frugal = most_frugal(policy.backend, len(policy.placements))
+    if policy.placements != frugal:
+
+        def place(batch: PackedBatch) -> tuple[PackedBatch, str]:
+            policy.place(frugal)
+            return batch, f", from now on with {describe(frugal)}: this is slower"
+
+        return place
+    smaller = shrink(batch)
+    if smaller is None:
+        return None
+    return lambda _: (smaller, f", from now on in micro-batches of {smaller.budget} tokens")
 
 
-def _place_frugally(policy: Policy) -> str:
-    policy.place(most_frugal(policy.backend, len(policy.placements)))
-    return f", from now on with {describe(policy.placements)}: this is slower"
-
-
-def _random_state(device: torch.device) -> list[torch.Tensor]:
+def random_state(device: torch.device) -> list[torch.Tensor]:
     """Return the states of the generators that dropout draws from."""
     states = [torch.get_rng_state()]
     return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states
 
 
-def _set_random_state(device: torch.device, states: list[torch.Tensor]) -> None:
+def set_random_state(device: torch.device, states: list[torch.Tensor]) -> None:
+    """Set the generators to the result of ``random_state``."""
     torch.set_rng_state(states[0])
     if device.type == "cuda":
         torch.cuda.set_rng_state(states[1], device)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 
 import torch
 
 from rlsloth.config import GrpoConfig, LossConfig
-from rlsloth.data.packing import pack, to_device
+from rlsloth.data.packing import pack, regroup, to_device
 from rlsloth.losses.advantages import assign_advantages
 from rlsloth.losses.base import PolicyLoss
 from rlsloth.losses.opening import open_loss
@@ -29,7 +29,7 @@ from rlsloth.run.metrics import (
 from rlsloth.run.watch import Watch
 from rlsloth.scoring.patience import FailedRounds
 from rlsloth.scoring.shaping import penalize_overlong
-from rlsloth.training.gradients import accumulate
+from rlsloth.training.gradients import Shrink, accumulate
 from rlsloth.training.opening import open_grpo
 from rlsloth.training.rollouts import Rollouts
 
@@ -68,15 +68,17 @@ def train(cfg: GrpoConfig) -> Path:
                 groups, max_tokens=cfg.rollout.max_tokens, buffer=cfg.loss.overlong_buffer
             )
             assign_advantages(groups, cfg.advantage)
-            batch = pack(
+            packed = partial(
+                pack,
                 groups,
-                cfg.microbatch,
                 mask_truncated=cfg.loss.mask_truncated,
                 keep_zero_advantage=cfg.loss.beta > 0,
             )
+            batch = packed(session.budget.tokens)
             with session.updating("update"):
+                shrink = session.budget.shrinking(packed)
                 with rollouts.during_update(step):
-                    updates = update(policy, batch, cfg, loss, guard.loss, run.warn)
+                    updates = update(policy, batch, cfg, loss, guard.loss, run.warn, shrink)
                 collector.engine.set_weights(policy.weights())
             tokens = count_tokens(groups)
             metrics = rollout_metrics(groups, scorer.names, num_tokens=tokens)
@@ -98,13 +100,15 @@ def update(
     variant: PolicyLoss,
     loss_cfg: LossConfig,
     warn: Callable[[str], None] = print,
+    shrink: Shrink = lambda _: None,
 ) -> list[UpdateFigures]:
     """Make ``updates_per_rollout`` optimizer updates on one step's rollouts.
 
     The first update is on-policy: its ratio is exactly 1 and needs no old log-probs. Later updates
     compare with the log-probs that the first one computed, so no update needs a separate pass.
 
-    ``loss_cfg`` is the loss section with the correction that the gap's guard has chosen.
+    ``loss_cfg`` is the loss section with the correction that the gap's guard has chosen. ``shrink``
+    packs the rollouts into smaller micro-batches when memory runs out.
     """
     norm = normalizer(variant, batch, max_tokens=cfg.rollout.max_tokens)
     _check_version(batch, policy.version, cfg)
@@ -116,8 +120,8 @@ def update(
     first: Round | None = None
     figures = []
     for _ in range(cfg.updates_per_rollout):
-        compute = partial(_gradients, policy, batch, variant, loss_cfg, norm, first)
-        done = accumulate(policy, compute, warn)
+        compute = partial(_gradients, policy, variant, loss_cfg, norm, first)
+        done, batch = accumulate(policy, batch, compute, shrink, warn)
         first = first or done
         step = policy.step()
         figures.append(
@@ -139,6 +143,8 @@ def update(
 class Round:
     """The sums of one update over its micro-batches."""
 
+    batch: PackedBatch
+    """The micro-batches."""
     old: list[torch.Tensor] = field(default_factory=list)
     """Log-probs [N] of each micro-batch before the first update; empty in later ones."""
     reference: list[torch.Tensor] = field(default_factory=list)
@@ -149,17 +155,26 @@ class Round:
     gap: float = 0.0
     gap_max: float = 0.0
 
+    def on(self, batch: PackedBatch) -> Round:
+        """Return the update as if it had been computed on other micro-batches of its rollouts."""
+        if batch is self.batch:
+            return self
+        old = regroup(self.old, self.batch, batch)
+        reference = regroup(self.reference, self.batch, batch) if self.reference else []
+        return replace(self, batch=batch, old=old, reference=reference)
+
 
 def _gradients(
     policy: Policy,
-    batch: PackedBatch,
     variant: PolicyLoss,
     loss_cfg: LossConfig,
     norm: float,
     first: Round | None,
+    batch: PackedBatch,
 ) -> Round:
     """Add the gradients of all micro-batches; ``first`` is the first update's, None in that one."""
-    done = Round()
+    done = Round(batch)
+    first = first and first.on(batch)
     for i, micro in enumerate(batch.microbatches):
         micro = to_device(micro, policy.device)
         if first is None and loss_cfg.beta > 0:

@@ -1,4 +1,4 @@
-"""Requests to the memory plan: each kind of run in the plan's terms."""
+"""Requests to the memory plan: each kind of run in the plan's terms, and its heaviest part."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from rlsloth.environments.loading import declaration
 from rlsloth.memory.activations import Stream
 from rlsloth.memory.workload import Request, Sampling, make_workload
 from rlsloth.rollout.engines import choose_engine
+from rlsloth.training.heaviest import Heaviest
 
 
 def grpo_request(cfg: GrpoConfig, longest_prompt: int) -> Request:
@@ -63,6 +64,17 @@ def examples_request(cfg: SupervisedConfig, longest: Example) -> Request:
         stream=stream,
         longest_example=longest.packed,
     )
+
+
+def heaviest_of(request: Request, longest: int) -> Heaviest:
+    """Describe a run's heaviest micro-batch.
+
+    Args:
+        request: the run.
+        longest: tokens of the longest example, or of the longest prompt with its completion.
+    """
+    phase = "examples" if request.sampling is None else "update"
+    return Heaviest(request.micro_batch_stream(), longest, request.optim.name, phase)
 
 
 def evaluation_request(cfg: SupervisedConfig, longest_prompt: int) -> Request:

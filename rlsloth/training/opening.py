@@ -49,7 +49,12 @@ from rlsloth.training.data_lines import (
     say_of_prompts,
 )
 from rlsloth.training.examples import check_longest, show_first, warn_of_data, warn_of_overlap
-from rlsloth.training.memory import examples_request, grpo_request, sampling_request
+from rlsloth.training.memory import (
+    examples_request,
+    grpo_request,
+    heaviest_of,
+    sampling_request,
+)
 from rlsloth.training.policy import open_policy, write_plan
 from rlsloth.training.preload import (
     finish_imports,
@@ -95,13 +100,13 @@ def open_grpo(
     if trains:
         with advise("trial", policy.model):
             trial_backward(policy)
-    if named is None:
-        one = min(longest + cfg.rollout.max_tokens, policy.context)
-        cfg = cfg.model_copy(update={"tokens_per_microbatch": max(cfg.microbatch, one)})
+    one = min(longest + cfg.rollout.max_tokens, policy.context)
+    cfg = _with_room(cfg, named, one)
+    request = replace(grpo_request(cfg, longest), placements=policy.placements)
     collector = open_collector(
         cfg,
         problems,
-        replace(grpo_request(cfg, longest), placements=policy.placements),
+        request,
         policy,
         renderer,
         run,
@@ -111,7 +116,7 @@ def open_grpo(
         temperatures=(cfg.rollout.temperature, cfg.eval.temperature),
     )
     if trains:
-        write_plan(run, cfg, policy.placements, collector.engine)
+        write_plan(run, cfg.microbatch, policy.placements, collector.engine)
         _check_grpo(cfg, env, longest, policy.context)
     describe_sampling(run, problems, policy)
     warn_of_open_tag(run, renderer, problems, cfg.reward)
@@ -119,6 +124,7 @@ def open_grpo(
     sampler = EpochSampler(env.train, cfg.seed, digest=contents.hash_prompts(env, env.train))
     inputs = contents.of_model(cfg.model, policy) | contents.of_problems(cfg, env)
     session = Session(cfg, run, policy, sampler, evaluator, contents=inputs, started=started)
+    session.heaviest = heaviest_of(request, one) if trains else None
     stack.push(session.leave)
     return session
 
@@ -157,9 +163,7 @@ def open_examples(cfg: Supervised, stack: ExitStack, read: Reader) -> Session[Su
     named = cfg.tokens_per_microbatch
     decided = decide(cfg, partial(examples_request, cfg, data.longest), run.say, run.warn)
     cfg = decided.applied(cfg)
-    if named is None:
-        tokens = max(cfg.microbatch, data.longest.packed)
-        cfg = cfg.model_copy(update={"tokens_per_microbatch": tokens})
+    cfg = _with_room(cfg, named, data.longest.packed)
     policy = open_policy(cfg, run, decided.placements, temperature=1.0, total_updates=cfg.steps)
     show_first(run, policy, data)
     with advise("trial", policy.model):
@@ -169,7 +173,8 @@ def open_examples(cfg: Supervised, stack: ExitStack, read: Reader) -> Session[Su
     if problems is not None:
         say_of_prompts(run, problems)
         warn_of_overlap(problems.env, data, run)
-    write_plan(run, cfg, policy.placements, evaluator.collector.engine if evaluator else None)
+    engine_used = evaluator.collector.engine if evaluator else None
+    write_plan(run, cfg.microbatch, policy.placements, engine_used)
     sampler = EpochSampler(data.train, cfg.seed, "examples", fingerprint(data.train), total)
     run.say(
         f"{len(data.train)} examples, {len(data.heldout)} held out; {cfg.steps} steps of "
@@ -181,6 +186,7 @@ def open_examples(cfg: Supervised, stack: ExitStack, read: Reader) -> Session[Su
     session = Session(
         cfg, run, policy, sampler, evaluator, data.heldout, contents=inputs, started=started
     )
+    session.heaviest = heaviest_of(examples_request(cfg, data.longest), data.longest.packed)
     stack.push(session.leave)
     return session
 
@@ -235,6 +241,14 @@ def _start_sampling(cfg: GrpoConfig | TeacherConfig, stack: ExitStack) -> tuple[
     if text := overlap_warning(questions_of(env.train), questions_of(env.heldout)):
         run.warn(text)
     return problems, run
+
+
+def _with_room(cfg: Training, named: int | None, least: int) -> Training:
+    """Copy a configuration with micro-batches of at least ``least`` tokens, unless the user has
+    ``named`` their size."""
+    if named is not None:
+        return cfg
+    return cfg.model_copy(update={"tokens_per_microbatch": max(cfg.microbatch, least)})
 
 
 def _grpo_request(cfg: GrpoConfig, prompts: Sequence[Prompt]) -> Request:

@@ -6,7 +6,7 @@ import torch
 
 from rlsloth.config import TrainingConfig
 from rlsloth.files import write_json
-from rlsloth.policy.activations.placement import Placements, describe
+from rlsloth.policy.activations.placement import Placements, describe, summary
 from rlsloth.policy.policy import Policy
 from rlsloth.rollout.engine import Engine
 from rlsloth.run.run import Run
@@ -56,19 +56,19 @@ def open_policy(
 
 
 def write_plan(
-    run: Run, cfg: TrainingConfig, placements: Placements, engine: Engine | None
+    run: Run, tokens_per_microbatch: int, placements: Placements, engine: Engine | None
 ) -> None:
-    """Write the plan's settings to a file of their own; config.yaml has only the user's.
+    """Write the settings in use to a file of their own; config.yaml has only the user's.
 
     Args:
         run: the run.
-        cfg: the configuration with the plan's decisions.
+        tokens_per_microbatch: token budget of a micro-batch.
         placements: placement of each layer's activations.
         engine: the engine that samples; None if nothing is sampled.
     """
     decided: dict[str, object] = {
-        "tokens_per_microbatch": cfg.tokens_per_microbatch,
-        "gradient_checkpointing": cfg.model.gradient_checkpointing,
+        "tokens_per_microbatch": tokens_per_microbatch,
+        "gradient_checkpointing": summary(placements),
         "layers": describe(placements),
     }
     if engine is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -29,7 +30,7 @@ from rlsloth.losses.preference.methods import PreferenceMethod, method_of
 from rlsloth.losses.ratio import rollout_sum
 from rlsloth.policy.policy import Policy
 from rlsloth.records import Group, MicroBatch, PackedBatch, Rollout, StepStats
-from rlsloth.training.gradients import accumulate
+from rlsloth.training.gradients import Shrink, accumulate
 from rlsloth.training.opening import open_examples
 from rlsloth.training.reference import with_reference
 from rlsloth.training.session import Metrics, step_metrics
@@ -51,7 +52,7 @@ def train(cfg: PreferenceConfig) -> Path:
             with_reference(session, reference_sums)
 
         def measure(heldout: Sequence[Example]) -> Metrics:
-            batch = pack_examples(heldout, cfg.microbatch)
+            batch = pack_examples(heldout, session.budget.tokens)
             outputs = losses(policy, heldout, batch, cfg, policy.eval_logprobs)
             return metrics([output.stats for output in outputs])
 
@@ -59,9 +60,11 @@ def train(cfg: PreferenceConfig) -> Path:
         session.begin()
         for step in session.steps():
             examples = session.sampler.take(cfg.samples_per_step)
-            batch = pack_examples(examples, cfg.microbatch)
+            packed = partial(pack_examples, examples)
+            batch = packed(session.budget.tokens)
             with session.updating("examples"):
-                figures, stats = update(policy, examples, batch, cfg, session.run.warn)
+                shrink = session.budget.shrinking(packed)
+                figures, stats = update(policy, examples, batch, cfg, session.run.warn, shrink)
             figures |= step_metrics(stats)
             session.close_step(step, figures, batch, tokens=sum(e.tokens for e in examples))
             session.end_step(step, batch, skipped=stats.skipped)
@@ -96,17 +99,22 @@ def update(
     batch: PackedBatch,
     cfg: PreferenceConfig,
     warn: Callable[[str], None] = print,
+    shrink: Shrink = lambda _: None,
 ) -> tuple[Metrics, StepStats]:
-    """Make one optimizer update; ``batch`` has the step's examples packed by ``pack_examples``."""
+    """Make one optimizer update; ``batch`` has the step's examples packed by ``pack_examples``.
 
-    def compute() -> list[PreferenceStats]:
+    ``shrink`` packs them into smaller micro-batches when memory runs out.
+    """
+
+    def compute(batch: PackedBatch) -> list[PreferenceStats]:
         stats = []
         for output in losses(policy, examples, batch, cfg, lambda m: policy.logprobs(m).logprobs):
             torch.autograd.backward(output.total)
             stats.append(output.stats)
         return stats
 
-    return metrics(accumulate(policy, compute, warn)), policy.step()
+    stats, _ = accumulate(policy, batch, compute, shrink, warn)
+    return metrics(stats), policy.step()
 
 
 def losses(
@@ -124,7 +132,7 @@ def losses(
     loss = method.load_loss()
     groups = [example.group() for example in examples]
     norm = normalizer(groups, nll_prompt=method.needs_prompts(cfg))
-    kl = _kl(policy, groups, cfg.microbatch) if method.needs_kl(cfg) else None
+    kl = _kl(policy, groups, cfg.microbatch, batch.budget) if method.needs_kl(cfg) else None
     for micro in batch.microbatches:
         if method.needs_prompts(cfg):
             micro = score_prompts(micro)
@@ -165,11 +173,12 @@ def _labelled_logps(
 
 
 @torch.no_grad()
-def _kl(policy: Policy, groups: Sequence[Group], tokens_per_microbatch: int) -> Tensor:
+def _kl(policy: Policy, groups: Sequence[Group], tokens_per_microbatch: int, budget: int) -> Tensor:
     """Estimate KTO's KL baseline, a scalar, from completions after other examples' prompts.
 
     Each completion follows the next example's prompt, which is TRL's pairing, and is cut to the
-    context and the micro-batch.
+    context and to ``tokens_per_microbatch`` as configured. ``budget`` is the number of tokens in a
+    micro-batch now, which does not change the result.
     """
     limit = min(policy.context, tokens_per_microbatch)
     unrelated = [
@@ -177,7 +186,7 @@ def _kl(policy: Policy, groups: Sequence[Group], tokens_per_microbatch: int) -> 
         for group, other in zip(groups, [groups[-1], *groups[:-1]], strict=True)
     ]
     policy_parts, reference_parts = [], []
-    for micro in _pack(unrelated, tokens_per_microbatch).microbatches:
+    for micro in _pack(unrelated, budget).microbatches:
         micro = to_device(micro, policy.device)
         policy_parts.append(rollout_sum(policy.eval_logprobs(micro), micro))
         reference_parts.append(rollout_sum(policy.reference_logprobs(micro), micro))

@@ -19,11 +19,15 @@ from rlsloth.errors import UserError
 from rlsloth.evaluation.evaluator import Evaluator
 from rlsloth.evaluation.result import EvalResult, result_summary
 from rlsloth.memory.out_of_memory import advise
+from rlsloth.policy.activations.placement import Placements
 from rlsloth.policy.lora import save_adapter
 from rlsloth.policy.policy import Policy
 from rlsloth.records import PackedBatch, StepStats
 from rlsloth.run.run import Run
 from rlsloth.seeding import derive_seed
+from rlsloth.training.gradients import Budget
+from rlsloth.training.heaviest import Heaviest, try_heaviest
+from rlsloth.training.policy import write_plan
 from rlsloth.training.progress import Contents, Progress, resume, run_summary, save
 from rlsloth.training.skips import Skips
 
@@ -55,14 +59,20 @@ class Session(Generic[Config, Item]):
     """Examples for the held-out loss."""
     heldout_loss: HeldoutLoss | None = None
     """Measures the held-out loss; None: the run has none."""
+    heaviest: Heaviest | None = None
+    """The heaviest micro-batch, which is tried before the first step; None: nothing is trained."""
     cursor: Callable[[], SamplerState] | None = None
     """Returns the position in the data for a checkpoint; None: the sampler's own."""
     progress: Progress = field(default_factory=lambda: Progress(1, 0))
     skips: Skips = field(init=False)
+    budget: Budget = field(init=False)
+    """The number of tokens in a micro-batch; every step and evaluation packs by it."""
     contents: Contents = field(default_factory=dict)
     """Digests of the run's inputs, which a resume compares."""
     started: float = field(default_factory=time.monotonic)
     """Reading of the monotonic clock, in seconds, when opening began."""
+    _planned: tuple[int, Placements] = field(init=False)
+    """Settings in plan.json."""
     _rest: SamplerState | None = field(init=False, default=None)
     """Position in the data while the policy is between two steps; None: an update is under way."""
     _saved: int = field(init=False, default=0)
@@ -72,11 +82,14 @@ class Session(Generic[Config, Item]):
 
     def __post_init__(self) -> None:
         self.skips = Skips(self.cfg.optim.max_skipped)
+        self.budget = Budget(self.cfg.microbatch)
+        self._planned = self.budget.tokens, self.policy.placements
 
     def begin(self) -> None:
         """Restore the newest undamaged checkpoint if the run resumes; else evaluate before step 1.
 
-        An evaluation that is missing after the checkpoint's step is made.
+        On a GPU the heaviest micro-batch is tried before that. An evaluation that is missing after
+        the checkpoint's step is made.
 
         Raises:
             UserError: the run cannot be resumed, or has nothing to evaluate on.
@@ -89,10 +102,26 @@ class Session(Generic[Config, Item]):
             self.evaluator.collector.engine.set_weights(self.policy.weights())
         self._rest = self.sampler.state()
         done = self.progress.next_step - 1
+        if done < self.cfg.steps and self.policy.device.type == "cuda":
+            self.try_heaviest()
         if done == 0 and self.cfg.eval.at_start:
             self.progress.loss_before, self.progress.before = self.evaluate(0)
         elif missing and self._evaluates_after(done):
             self.evaluate(done)
+
+    def try_heaviest(self) -> None:
+        """Try the heaviest micro-batch, and change what does not fit, with the memory of an update.
+
+        Raises:
+            UserError: the GPU's memory ran out with the smallest micro-batch.
+        """
+        if self.heaviest is None:
+            return
+        if self.evaluator is not None:
+            self.evaluator.collector.engine.release()
+        with advise(self.heaviest.phase, self.policy.model):
+            try_heaviest(self.policy, self.heaviest, self.budget, self.run.say, self.run.warn)
+        self._write_changed_plan()
 
     def steps(self) -> Iterator[int]:
         """Yield the number of each remaining step, with torch's generator seeded for it."""
@@ -111,6 +140,15 @@ class Session(Generic[Config, Item]):
         self._rest = None
         with self.run.timed("update"), advise(what, self.policy.model):
             yield
+        self._write_changed_plan()
+
+    def _write_changed_plan(self) -> None:
+        """Write plan.json again if memory that ran out has changed its settings."""
+        now = self.budget.tokens, self.policy.placements
+        if now != self._planned:
+            self._planned = now
+            engine = self.evaluator.collector.engine if self.evaluator else None
+            write_plan(self.run, *now, engine)
 
     def close_step(
         self, step: int, metrics: Mapping[str, float], batch: PackedBatch, *, tokens: int

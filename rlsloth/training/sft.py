@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ from rlsloth.data.packing import pack, to_device
 from rlsloth.data.sft import sft_examples
 from rlsloth.policy.policy import Policy
 from rlsloth.records import PackedBatch, StepStats
-from rlsloth.training.gradients import accumulate
+from rlsloth.training.gradients import Shrink, accumulate
 from rlsloth.training.opening import open_examples
 from rlsloth.training.session import Metrics, step_metrics
 
@@ -30,14 +31,16 @@ def train(cfg: SftConfig) -> Path:
         session = open_examples(cfg, stack, sft_examples)
         cfg, policy = session.cfg, session.policy
         session.heldout_loss = lambda heldout: held_out_loss(
-            policy, pack_examples(heldout, cfg.microbatch)
+            policy, pack_examples(heldout, session.budget.tokens)
         )
         session.begin()
         for step in session.steps():
             examples = session.sampler.take(cfg.samples_per_step)
-            batch = pack_examples(examples, cfg.microbatch)
+            packed = partial(pack_examples, examples)
+            batch = packed(session.budget.tokens)
             with session.updating("examples"):
-                metrics, stats = update(policy, batch, session.run.warn)
+                shrink = session.budget.shrinking(packed)
+                metrics, stats = update(policy, batch, session.run.warn, shrink)
             metrics |= step_metrics(stats)
             session.close_step(step, metrics, batch, tokens=sum(e.tokens for e in examples))
             session.end_step(step, batch, skipped=stats.skipped)
@@ -51,14 +54,18 @@ def pack_examples(examples: Sequence[Example], tokens_per_microbatch: int) -> Pa
 
 
 def update(
-    policy: Policy, batch: PackedBatch, warn: Callable[[str], None] = print
+    policy: Policy,
+    batch: PackedBatch,
+    warn: Callable[[str], None] = print,
+    shrink: Shrink = lambda _: None,
 ) -> tuple[Metrics, StepStats]:
     """Make one optimizer update on the mean of -log p over the step's trained tokens.
 
-    The update does not depend on how the step is divided into micro-batches.
+    The update does not depend on how the step is divided into micro-batches, which ``shrink`` makes
+    smaller when memory runs out.
     """
 
-    def compute() -> list[Tensor]:
+    def compute(batch: PackedBatch) -> list[Tensor]:
         sums = []
         for micro in batch.microbatches:
             out = policy.logprobs(to_device(micro, policy.device))
@@ -67,7 +74,7 @@ def update(
             sums.append(torch.stack([nll.detach(), out.entropy.sum()]))
         return sums
 
-    sums = accumulate(policy, compute, warn)
+    sums, _ = accumulate(policy, batch, compute, shrink, warn)
     step = policy.step()
     loss, entropy = (torch.stack(sums).sum(0) / batch.scored_tokens).tolist()
     return {"loss": loss, "entropy": entropy}, step

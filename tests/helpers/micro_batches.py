@@ -34,4 +34,4 @@ def make_micro(lengths: list[int], advantages_N: Tensor, rollout_logprobs_N: Ten
 
 def make_batch(micros: list[MicroBatch], rollouts: int, scored_tokens: int) -> PackedBatch:
     trained = sum(m.rollout_of.numel() for m in micros)
-    return PackedBatch(tuple(micros), rollouts, scored_tokens, trained)
+    return PackedBatch(tuple(micros), rollouts, scored_tokens, trained, trained)

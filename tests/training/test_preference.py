@@ -202,7 +202,9 @@ def test_kl_is_of_each_completion_after_the_next_prompt() -> None:
             with policy.starting_policy():
                 ratios.append(ratio - policy.plain_logprobs(prompt, ids).sum())
         wanted = torch.stack(ratios).mean().clamp(min=0)
-        found = preference._kl(policy, [e.group() for e in examples], used.microbatch)
+        found = preference._kl(
+            policy, [e.group() for e in examples], used.microbatch, used.microbatch
+        )
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
 
 
