@@ -64,6 +64,39 @@ def _warmed_up(after: Callable[[int], float], warmup_steps: int, update: int) ->
     return (update + 1) / warmup_steps if update < warmup_steps else after(update)
 
 
+def reserve(optimizer: torch.optim.Optimizer) -> None:
+    """Allocate the memory of an update, so that it does not run out half-way through the update.
+
+    These are the states of weights with a gradient, before their first update, and for torch's
+    AdamW on a GPU a tensor like each weight, which then waits in torch's cache.
+
+    Raises:
+        torch.OutOfMemoryError: the states that were made are complete.
+    """
+    plain = isinstance(optimizer, torch.optim.AdamW)
+    for g, group in enumerate(optimizer.param_groups):
+        for i, weight in enumerate(group["params"]):
+            if weight.grad is None or optimizer.state.get(weight):
+                continue
+            try:
+                if plain:
+                    optimizer.state[weight] = _adamw_state(weight)
+                else:
+                    optimizer.init_state(group, weight, g, i)  # type: ignore[attr-defined]
+            except torch.OutOfMemoryError:
+                optimizer.state.pop(weight, None)
+                raise
+        if plain:
+            held = [torch.empty_like(w) for w in group["params"] if w.device.type == "cuda"]
+            del held
+
+
+def _adamw_state(weight: Parameter) -> dict[str, Tensor]:
+    """Make the state with which torch's AdamW begins."""
+    moments = {name: torch.zeros_like(weight) for name in ("exp_avg", "exp_avg_sq")}
+    return {"step": torch.tensor(0.0), **moments}
+
+
 def flatten_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Split the optimizer's state into tensors and JSON values, for a checkpoint.
 

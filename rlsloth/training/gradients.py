@@ -12,6 +12,7 @@ from rlsloth.data.packing import longest_stream
 from rlsloth.memory.out_of_memory import free_memory
 from rlsloth.memory.placing import most_frugal
 from rlsloth.policy.activations.placement import describe
+from rlsloth.policy.optimizer import reserve
 from rlsloth.policy.policy import Policy
 from rlsloth.records import PackedBatch
 
@@ -68,6 +69,9 @@ def accumulate(
     made smaller. Until then gradients are added up in the same order, so that the update is that of
     a run with enough memory; smaller micro-batches change the order of sums.
 
+    The memory of the optimizer's update is allocated here, too, so that it fails before that
+    update has changed anything.
+
     All micro-batches are computed again, not only the one that failed, because its backward pass
     has already added a part of its gradients to theirs: that costs time, and no memory for a copy.
 
@@ -89,7 +93,9 @@ def accumulate(
     failures = 0
     while True:
         try:
-            return compute(batch), batch
+            result = compute(batch)
+            reserve(policy.optimizer)
+            return result, batch
         except torch.OutOfMemoryError:
             failures += 1
             change = _next_change(policy, batch, shrink, failures)

@@ -12,8 +12,8 @@ import torch
 from rlsloth.data.packing import pack, to_device
 from rlsloth.memory.activations import Stream
 from rlsloth.memory.out_of_memory import ADVICE
-from rlsloth.memory.plan import optimizer_bytes
 from rlsloth.policy.activations.placement import describe
+from rlsloth.policy.optimizer import reserve
 from rlsloth.policy.policy import Policy
 from rlsloth.records import Group, PackedBatch, Prompt, Rollout
 from rlsloth.training.gradients import Budget, accumulate, random_state, set_random_state
@@ -32,8 +32,6 @@ class Heaviest:
     """Prompts and completions that fill the micro-batch."""
     longest: int
     """Tokens of the longest example, or of the longest prompt with its completion."""
-    optimizer: str
-    """Value of ``optim.name``."""
     phase: str
     """Key of rlsloth.memory.out_of_memory.ADVICE."""
 
@@ -47,8 +45,8 @@ def try_heaviest(
 ) -> None:
     """Compute the gradients of a run's heaviest micro-batch, and drop them.
 
-    Memory that runs out changes placements and the budget as in an update. Weights, optimizer and
-    random numbers are as before.
+    Memory that runs out changes placements and the budget as in an update. Weights and random
+    numbers are as before; the optimizer has its states, as it begins with.
 
     Args:
         policy: the policy; its gradients are empty.
@@ -73,9 +71,14 @@ def try_heaviest(
         return make(budget.tokens)
 
     state = random_state(policy.device)
-    compute = partial(_forward_and_backward, policy, heaviest.optimizer)
     try:
-        accumulate(policy, make(tokens), compute, shrink, warn=lambda _: None)
+        accumulate(
+            policy,
+            make(tokens),
+            partial(_forward_and_backward, policy),
+            shrink,
+            warn=lambda _: None,
+        )
     finally:
         policy.optimizer.zero_grad(set_to_none=True)
         set_random_state(policy.device, state)
@@ -99,21 +102,16 @@ def _too_long(heaviest: Heaviest, budget: Budget) -> str:
     )
 
 
-def _forward_and_backward(policy: Policy, optimizer: str, batch: PackedBatch) -> None:
+def _forward_and_backward(policy: Policy, batch: PackedBatch) -> None:
     """Compute gradients with everything allocated that an update's last micro-batch finds."""
-    trained = list(policy.weights().tensors.values())
-    for weight in trained:
+    for weight in policy.weights().tensors.values():
         weight.grad = torch.zeros_like(weight)
-    size = optimizer_bytes(tuple(weight.numel() for weight in trained), optimizer)
-    if policy.optimizer.state:  # a resumed run has them
-        size = 0
-    states = torch.empty(size, dtype=torch.uint8, device=policy.device)
+    reserve(policy.optimizer)
     for micro in batch.microbatches:
         out = policy.logprobs(to_device(micro, policy.device))
         torch.autograd.backward(out.logprobs.sum())
     if policy.device.type == "cuda":
         torch.cuda.synchronize()
-    del states
 
 
 def _random_batch(stream: Stream, vocabulary: int, tokens: int) -> PackedBatch:

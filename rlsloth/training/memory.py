@@ -74,7 +74,7 @@ def heaviest_of(request: Request, longest: int) -> Heaviest:
         longest: tokens of the longest example, or of the longest prompt with its completion.
     """
     phase = "examples" if request.sampling is None else "update"
-    return Heaviest(request.micro_batch_stream(), longest, request.optim.name, phase)
+    return Heaviest(request.micro_batch_stream(), longest, phase)
 
 
 def evaluation_request(cfg: SupervisedConfig, longest_prompt: int) -> Request:

@@ -81,7 +81,10 @@ def update_of(
         cfg = GrpoConfig.model_validate(
             {"updates_per_rollout": 2, "loss": {"beta": 0.1}, "optim": {"lr": 1e-3}}
         )
-        make = partial(pack, make_groups(2, 5), mask_truncated=False, keep_zero_advantage=True)
+        groups = make_groups(2, 5)
+        for rollout in (rollout for group in groups for rollout in group.rollouts):
+            rollout.policy_version = [policy.version] * len(rollout.token_ids)
+        make = partial(pack, groups, mask_truncated=False, keep_zero_advantage=True)
         shrink, loss = budget.shrinking(make), open_loss(cfg.loss)
         found = grpo.update(policy, make(tokens), cfg, loss, cfg.loss, warn, shrink)
         return [asdict(figures) for figures in found], budget

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -18,7 +17,7 @@ from rlsloth.training import gradients
 from rlsloth.training.gradients import Budget
 from rlsloth.training.heaviest import LEAST, Heaviest, _random_batch, try_heaviest
 
-HEAVIEST = Heaviest(Stream(20, 50, 4), 300, "adamw", "update")
+HEAVIEST = Heaviest(Stream(20, 50, 4), 300, "update")
 
 
 @pytest.fixture(autouse=True)
@@ -70,7 +69,10 @@ def test_nothing_remains_of_a_trial_that_fits() -> None:
     assert torch.equal(torch.get_rng_state(), state)
     assert policy.version == 0
     assert policy.placements == placements
-    assert not policy.optimizer.state
+    _, values = policy.state()
+    assert {name: v for name, v in values["optimizer"].items() if v} == {}
+    for name, state in policy.state()[0]["optimizer"].items():
+        assert not state.any(), name
     for name, weight in policy.weights().tensors.items():
         assert weight.grad is None
         assert torch.equal(weight, before[name])
@@ -115,26 +117,19 @@ def test_it_is_an_error_if_next_to_nothing_fits() -> None:
     assert all(weight.grad is None for weight in policy.weights().tensors.values())
 
 
-def test_states_of_the_optimizer_and_gradients_are_there_during_the_trial(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    policy, sizes = make_policy(), []
-    empty, logprobs = torch.empty, policy.logprobs
+def test_states_of_the_optimizer_and_gradients_are_there_during_the_trial() -> None:
+    policy = make_policy()
+    logprobs, trained = policy.logprobs, policy.weights().tensors.values()
+    seen = []
 
-    def counted(*size: Any, **options: Any) -> torch.Tensor:
-        if options.get("dtype") is torch.uint8:
-            sizes.append(size[0])
-        return empty(*size, **options)
-
-    def with_gradients(micro: MicroBatch) -> TokenLogprobs:
-        assert all(w.grad is not None for w in policy.weights().tensors.values())
+    def checked(micro: MicroBatch) -> TokenLogprobs:
+        assert all(weight.grad is not None for weight in trained)
+        seen.append(sum(len(policy.optimizer.state[weight]) for weight in trained))
         return logprobs(micro)
 
-    monkeypatch.setattr(torch, "empty", counted)
-    policy.logprobs = with_gradients
+    policy.logprobs = checked
     tried(policy, 100)
-    trained = [w.numel() for w in policy.weights().tensors.values()]
-    assert sizes == [sum(8 * n + 4 for n in trained)]
+    assert seen == [3 * len(trained)]
 
 
 def test_seconds_are_said_if_there_are_many(monkeypatch: pytest.MonkeyPatch) -> None:

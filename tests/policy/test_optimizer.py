@@ -1,0 +1,84 @@
+"""The optimizer's memory, allocated before an update so that the update cannot fail half-way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from rlsloth.config import OptimConfig
+from rlsloth.policy.optimizer import flatten_state, make_optimizer, reserve
+
+SIZES = (5, 5000, 300, 9000)
+"""Elements of tensors; 8-bit AdamW keeps small ones in float32."""
+
+
+def parameters() -> list[torch.nn.Parameter]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.nn.Parameter(torch.randn(n, generator=generator)) for n in SIZES]
+
+
+def make(weights: list[torch.nn.Parameter], name: str) -> torch.optim.Optimizer:
+    cfg = OptimConfig.model_validate({"name": name, "weight_decay": 0.1})
+    return make_optimizer(weights, cfg, torch.device("cpu"), 10)[0]
+
+
+@pytest.mark.parametrize("name", ["adamw", "adamw_8bit"])
+def test_states_that_are_made_before_are_those_that_the_update_makes(name: str) -> None:
+    runs = []
+    for reserved in (False, True):
+        weights = parameters()
+        optimizer = make(weights, name)
+        generator = torch.Generator().manual_seed(1)
+        for step in range(3):
+            for weight in weights[: 2 if step == 0 else 4]:  # the last two have no gradient yet
+                weight.grad = torch.randn(weight.shape, generator=generator)
+            if reserved:
+                reserve(optimizer)
+            optimizer.step()
+        tensors, scalars = flatten_state(optimizer)
+        runs.append((weights, tensors, scalars))
+    (weights, tensors, scalars), (ours, our_tensors, our_scalars) = runs
+    assert our_scalars == scalars
+    assert our_tensors.keys() == tensors.keys()
+    assert all(torch.equal(our_tensors[key], value) for key, value in tensors.items())
+    assert all(torch.equal(one, two) for one, two in zip(ours, weights, strict=True))
+
+
+@pytest.mark.parametrize("name", ["adamw", "adamw_8bit"])
+def test_memory_that_runs_out_leaves_whole_states(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = made(name, lambda optimizer: reserve(optimizer))
+
+    def interrupted(optimizer: torch.optim.Optimizer) -> None:
+        zeros, calls = torch.zeros_like, 0
+
+        def failing(x: torch.Tensor, **options: Any) -> torch.Tensor:
+            nonlocal calls
+            calls += 1
+            if calls == 4:  # the second weight's second moment
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return zeros(x, **options)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "zeros_like", failing)
+            with pytest.raises(torch.OutOfMemoryError):
+                reserve(optimizer)
+        assert len(optimizer.state) == 1
+        reserve(optimizer)
+
+    for one, two in zip(made(name, interrupted), wanted, strict=True):
+        assert torch.equal(one, two)
+
+
+def made(name: str, before: Callable[[torch.optim.Optimizer], None]) -> list[torch.nn.Parameter]:
+    weights = parameters()
+    optimizer = make(weights, name)
+    for weight in weights:
+        weight.grad = weight.detach().clone()
+    before(optimizer)
+    optimizer.step()
+    return weights
