@@ -27,8 +27,7 @@ from rlsloth.policy.attention import layout as packed_layout
 from rlsloth.policy.load import load_model
 from rlsloth.policy.lora import add_adapter, save_adapter
 from rlsloth.policy.policy import Policy
-from rlsloth.rollout.embedded import decode
-from rlsloth.rollout.embedded import engine as transformers_engine
+from rlsloth.rollout.embedded import batch, decode
 from rlsloth.rollout.embedded import memory as rollout_transformers
 from rlsloth.rollout.embedded.memory import slots_shape
 from rlsloth.rollout.embedded.slot_cache import PromptCache, SlotCache
@@ -154,7 +153,7 @@ def test_graphed_slots_are_rounded_up():
 
 
 def test_numbers_that_other_modules_own():
-    assert rollout_transformers.PREFILL_TOKENS == transformers_engine.PREFILL_TOKENS
+    assert rollout_transformers.PREFILL_TOKENS == batch.PREFILL_TOKENS
     assert rollout_transformers.COLUMNS == decode.COLUMNS
     from rlsloth.kernels.lora.op import DECODED_ROWS
 

@@ -3,47 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from rlsloth.errors import UserError
-from rlsloth.records import Completion, FinishReason, LogitTransform, SamplingParams, Weights
+from rlsloth.records import Completion, LogitTransform, SamplingParams, Weights
+from rlsloth.rollout.embedded.batch import Batch, Sampled
 from rlsloth.rollout.embedded.decode import Decoder
 from rlsloth.rollout.embedded.sampling import draw
 from rlsloth.rollout.embedded.slot_cache import SlotCache
 from rlsloth.rollout.engine import BASE_VERSION, most_tokens
 
 UNCHANGED = LogitTransform()
-PREFILL_TOKENS = 8192
-"""Largest number of padded prompt tokens in one prefill; bounds its activations."""
-
-
-@dataclass(slots=True)
-class _Sequence:
-    """One completion that is waiting or being sampled."""
-
-    prefix: int
-    """Index of its prefix."""
-    number: int
-    """Its row in the table of random numbers."""
-    limit: int
-    """Largest number of tokens, by the sampling parameters and the context."""
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    finish: FinishReason = "length"
-
-    @property
-    def done(self) -> bool:
-        return self.finish == "stop" or len(self.token_ids) >= self.limit
-
-    def completion(self, version: int) -> Completion:
-        return Completion(self.token_ids, self.logprobs, self.finish, version)
 
 
 @torch.no_grad()
@@ -75,8 +50,9 @@ def copy_weights(model: Any, tensors: Mapping[str, Tensor]) -> None:
 class TransformersEngine:
     """Continuous batching on a transformers model, without a second copy of the weights.
 
-    A prefix is computed once and its keys and values are copied to its ``n`` rows. Finished rows
-    leave the batch at once, and waiting prefixes take their place.
+    A prefix is computed once and its keys and values are copied to its ``n`` rows, also to those
+    that start later, for want of room. Finished rows leave the batch at once, and waiting sequences
+    take their place.
     """
 
     def __init__(
@@ -155,24 +131,18 @@ class TransformersEngine:
         uniform = torch.rand(len(sequences), sampling.max_tokens, generator=generator)
         uniform = uniform.to(self._device)
         self._model.eval()
-        queue, running = deque(sequences), list[_Sequence]()
+        batch = Batch(sequences, prefixes, cache, self.max_sequences)
         out: list[list[Completion]] = [[] for _ in prefixes]
         left = [n] * len(prefixes)
         finished = 0
-        while queue or running:
-            groups = self._next_groups(queue, prefixes, cache)
-            if groups:
-                fresh = [s for group in groups for s in group]
-                self._advance(fresh, self._admit(groups, prefixes, cache), uniform, sampling)
-                running += fresh
-            else:
-                logits = self._decoder.step(cache, [s.token_ids[-1] for s in running])
-                self._advance(running, logits, uniform, sampling)
-            finished += sum(s.done for s in running)
+        while batch.waiting or batch.running:
+            advanced, logits = self._compute(batch, prefixes, cache)
+            self._advance(advanced, logits, uniform, sampling)
+            finished += sum(s.done for s in batch.running)
             if finished >= sampling.cut_tail * len(sequences):
-                for s in (*running, *queue):
+                for s in (*batch.running, *batch.waiting):
                     s.limit = max(len(s.token_ids), 1)
-            for p in self._retire(running, cache):
+            for p in batch.retire():
                 left[p] -= 1
                 if left[p] == 0:
                     out[p] = [s.completion(self.version) for s in sequences[p * n : (p + 1) * n]]
@@ -186,56 +156,36 @@ class TransformersEngine:
         n: int,
         sampling: SamplingParams,
         limits: Sequence[int] | None,
-    ) -> list[_Sequence]:
+    ) -> list[Sampled]:
         sequences = []
         for p, prefix in enumerate(prefixes):
             wanted = sampling.max_tokens if limits is None else limits[p]
             limit = most_tokens(prefix, wanted, self._context)
-            sequences += [_Sequence(p, p * n + i, limit) for i in range(n)]
+            sequences += [Sampled(p, p * n + i, limit) for i in range(n)]
         return sequences
 
-    def _next_groups(
-        self, queue: deque[_Sequence], prefixes: Sequence[Sequence[int]], cache: SlotCache
-    ) -> list[list[_Sequence]]:
-        """Take groups of waiting sequences that share a prefix and fit the cache's free rows.
+    def _compute(
+        self, batch: Batch, prefixes: Sequence[Sequence[int]], cache: SlotCache
+    ) -> tuple[list[Sampled], Tensor]:
+        """Start sequences that find a row, or else make a decoding step for the running ones.
 
-        A group is taken as a whole, so that its prefix is computed once, unless more than a
-        quarter of the rows would stay empty.
+        Returns:
+            The sequences that get a token, and logits [sequences, V] for it.
         """
-        groups: list[list[_Sequence]] = []
-        free = min(cache.rows, self.max_sequences) - cache.active
-        width = 0
-        while queue and free:
-            group = _leading_group(queue)
-            if len(group) > free:
-                if groups or free * 4 <= cache.rows:
-                    break
-                group = group[:free]
-            width = max(width, len(prefixes[group[0].prefix]))
-            if groups and width * (len(groups) + 1) > PREFILL_TOKENS:
-                break
-            for _ in group:
-                queue.popleft()
-            groups.append(group)
-            free -= len(group)
-        return groups
-
-    def _admit(
-        self,
-        groups: list[list[_Sequence]],
-        prefixes: Sequence[Sequence[int]],
-        cache: SlotCache,
-    ) -> Tensor:
-        """Compute the groups' prefixes into free rows; return logits [rows, V] after them."""
-        prompt, logits = self._decoder.prefill([list(prefixes[g[0].prefix]) for g in groups])
-        for row, group in enumerate(groups):
-            cache.admit(prompt, row, len(group))
-        copies = torch.tensor([len(g) for g in groups], device=self._device)
-        return logits.repeat_interleave(copies, 0)
+        begun, logits = batch.follow()
+        if begun:
+            assert logits is not None
+            return begun, logits
+        if groups := batch.next_groups():
+            prompt, after = self._decoder.prefill([list(prefixes[g[0].prefix]) for g in groups])
+            batch.admit(groups, prompt, after)
+            copies = torch.tensor([len(g) for g in groups], device=self._device)
+            return [s for group in groups for s in group], after.repeat_interleave(copies, 0)
+        return batch.running, self._decoder.step(cache, [s.token_ids[-1] for s in batch.running])
 
     def _advance(
         self,
-        sequences: list[_Sequence],
+        sequences: list[Sampled],
         logits: Tensor,
         uniform: Tensor,
         sampling: SamplingParams,
@@ -256,31 +206,10 @@ class TransformersEngine:
             if token in self._stop_ids or self._hits_stop_string(sequence, sampling.stop):
                 sequence.finish = "stop"
 
-    def _hits_stop_string(self, sequence: _Sequence, stop: tuple[str, ...]) -> bool:
+    def _hits_stop_string(self, sequence: Sampled, stop: tuple[str, ...]) -> bool:
         if not stop:
             return False
         # A token holds at least one byte, so a stop string ends within its last len(bytes) tokens.
         tail = sequence.token_ids[-(max(len(s.encode()) for s in stop) + 1) :]
         text = self._tokenizer.decode(tail, clean_up_tokenization_spaces=False)
         return any(s in text for s in stop)
-
-    def _retire(self, running: list[_Sequence], cache: SlotCache) -> list[int]:
-        """Free the rows of finished sequences; return the index of each one's prefix."""
-        prefixes = []
-        for row in reversed(range(len(running))):
-            if running[row].done:
-                prefixes.append(running[row].prefix)
-                cache.drop(row)
-                running[row] = running[-1]
-                running.pop()
-        return prefixes
-
-
-def _leading_group(queue: deque[_Sequence]) -> list[_Sequence]:
-    """Return the first waiting sequences, as far as they share a prefix."""
-    group = []
-    for sequence in queue:
-        if sequence.prefix != queue[0].prefix:
-            break
-        group.append(sequence)
-    return group

@@ -8,7 +8,7 @@ from rlsloth.memory.terms import Precision, Term, element_size
 from rlsloth.memory.workload import EngineMemory, Sampling
 
 PREFILL_TOKENS = 8192
-"""Padded prompt tokens of one prefill (rollout.embedded.engine.PREFILL_TOKENS)."""
+"""Padded prompt tokens of one prefill (rollout.embedded.batch.PREFILL_TOKENS)."""
 COLUMNS = 128
 """The length of a cache with CUDA graphs is a multiple of it (rollout.embedded.decode.COLUMNS)."""
 MOST_SEQUENCES = 1024

@@ -86,6 +86,19 @@ class SlotCache:
         self.lengths[start : start + copies] = [length] * copies
         self.active += copies
 
+    def fork(self, row: int, copies: int, length: int) -> None:
+        """Start ``copies`` sequences from the first ``length`` tokens of a running row."""
+        start = self.active
+        for layers in (self._keys, self._values):
+            for layer in layers:
+                layer[start : start + copies, :, :length] = layer[row, :, :length]
+        self.lengths[start : start + copies] = [length] * copies
+        self.active += copies
+
+    def rewind(self, row: int, length: int) -> None:
+        """Start another sequence in a running row, from that row's first ``length`` tokens."""
+        self.lengths[row] = length
+
     def _empty_like(self, filled: Tensor) -> Tensor:
         # Zeros, because masked columns are multiplied by 0, and 0 * NaN would be NaN.
         shape = (self.rows, filled.shape[1], self.length, filled.shape[3])
