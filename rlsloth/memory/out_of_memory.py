@@ -21,12 +21,14 @@ ADVICE = {
     "pass --model.gradient-checkpointing true",
 }
 """Phase of a run -> advice."""
+SIGNS = "out of memory", "STATUS_ALLOC_FAILED"
+"""Texts in errors of CUDA, Triton, cuBLAS and cuDNN, which allocate memory beside torch's."""
 FOUR_BITS = "load the base model in 4 bits with --model.precision nf4"
 
 
 @contextmanager
 def advise(phase: str, model: Any = None) -> Iterator[None]:
-    """Turn torch's out-of-memory error inside this context into a UserError with advice.
+    """Turn an out-of-memory error of a GPU inside this context into a UserError with advice.
 
     Args:
         phase: key of ADVICE.
@@ -37,7 +39,9 @@ def advise(phase: str, model: Any = None) -> Iterator[None]:
     """
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         free, total = (n / 2**30 for n in torch.cuda.mem_get_info())
         raise UserError(
             f"GPU memory ran out during the {phase} ({free:.1f} of {total:.1f} GiB free): "
@@ -53,6 +57,11 @@ def _four_bits(model: Any) -> str:
     sizes = [(p.numel(), p.dim()) for p in model.parameters()]
     experts = sum(size for size, dim in sizes if dim == 3)  # stacked: bitsandbytes skips them
     return "" if 2 * experts > sum(size for size, _ in sizes) else f", or {FOUR_BITS}"
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Tell whether a GPU's memory ran out, in torch or in a library beside it."""
+    return isinstance(error, torch.OutOfMemoryError) or any(sign in str(error) for sign in SIGNS)
 
 
 def free_memory() -> None:

@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 
 from rlsloth.data.packing import longest_stream
-from rlsloth.memory.out_of_memory import free_memory
+from rlsloth.memory.out_of_memory import free_memory, is_out_of_memory
 from rlsloth.memory.placing import most_frugal
 from rlsloth.policy.activations.placement import describe
 from rlsloth.policy.optimizer import reserve
@@ -87,7 +87,7 @@ def accumulate(
         The result of ``compute``, and the micro-batches of which it is.
 
     Raises:
-        torch.OutOfMemoryError: memory ran out with the smallest micro-batches.
+        RuntimeError: memory ran out with the smallest micro-batches (``is_out_of_memory``).
     """
     state = random_state(policy.device)
     failures = 0
@@ -96,7 +96,9 @@ def accumulate(
             result = compute(batch)
             reserve(policy.optimizer)
             return result, batch
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             failures += 1
             change = _next_change(policy, batch, shrink, failures)
             if change is None:

@@ -56,7 +56,7 @@ def try_heaviest(
         warn: prints a warning.
 
     Raises:
-        torch.OutOfMemoryError: not even LEAST tokens fit.
+        RuntimeError: not even LEAST tokens fit (``is_out_of_memory``).
     """
     started = time.monotonic()
     tokens, placements = budget.tokens, policy.placements

@@ -88,8 +88,8 @@ class Session(Generic[Config, Item]):
     def begin(self) -> None:
         """Restore the newest undamaged checkpoint if the run resumes; else evaluate before step 1.
 
-        On a GPU the heaviest micro-batch is tried before that. An evaluation that is missing after
-        the checkpoint's step is made.
+        On a GPU the heaviest micro-batch is tried before that, unless a single step is left, which
+        would not gain by it. An evaluation that is missing after the checkpoint's step is made.
 
         Raises:
             UserError: the run cannot be resumed, or has nothing to evaluate on.
@@ -102,7 +102,7 @@ class Session(Generic[Config, Item]):
             self.evaluator.collector.engine.set_weights(self.policy.weights())
         self._rest = self.sampler.state()
         done = self.progress.next_step - 1
-        if done < self.cfg.steps and self.policy.device.type == "cuda":
+        if done + 1 < self.cfg.steps and self.policy.device.type == "cuda":
             self.try_heaviest()
         if done == 0 and self.cfg.eval.at_start:
             self.progress.loss_before, self.progress.before = self.evaluate(0)

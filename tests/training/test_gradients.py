@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -10,7 +11,8 @@ import torch
 from helpers.policies import make_groups, make_policy
 from rlsloth.data.packing import pack
 from rlsloth.policy.policy import Policy
-from rlsloth.records import MicroBatch, TokenLogprobs
+from rlsloth.records import MicroBatch, PackedBatch, TokenLogprobs
+from rlsloth.training.gradients import accumulate
 from rlsloth.training.sft import update
 
 BATCH = pack(make_groups(1, groups=6), 60, mask_truncated=False, keep_zero_advantage=True)
@@ -70,6 +72,32 @@ def test_the_update_is_that_of_a_run_with_memory(
     assert disturbed_metrics == metrics
     for name, tensor in undisturbed.items():
         assert torch.equal(found[name], tensor), name
+
+
+@pytest.mark.parametrize(
+    ("text", "repeated"),
+    [
+        ("CUDA error: out of memory", True),
+        ("Triton Error [CUDA]: out of memory", True),
+        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", True),
+        ("mat1 and mat2 shapes cannot be multiplied", False),
+    ],
+)
+def test_memory_runs_out_in_other_libraries_than_torch(text: str, repeated: bool) -> None:
+    policy, calls = make_policy(), 0
+
+    def compute(batch: PackedBatch) -> int:
+        nonlocal calls
+        calls += 1
+        if calls == 1:
+            raise RuntimeError(text)
+        return calls
+
+    warnings: list[str] = []
+    with nullcontext() if repeated else pytest.raises(RuntimeError, match="mat1"):
+        result, batch = accumulate(policy, BATCH, compute, warn=warnings.append)
+        assert (result, batch) == (2, BATCH)
+    assert len(warnings) == repeated
 
 
 def test_a_third_time_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
