@@ -15,9 +15,10 @@ A mode places all layers alike; parts are joined by +:
     parts      attention's backward runs in --parts parts
     auto       the plan chooses for --cap-gib
 
-One process measures all modes, one after another. --cap-gib limits torch's memory
-(set_per_process_memory_fraction); a mode that does not fit is a row with its error. The device's
-own count includes the CUDA context and other processes.
+One process measures all modes, one after another. --cap-gib is model.memory_gb: torch's allocator
+may take what the CUDA context leaves of it; a mode that does not fit is a row with its error. The
+device's own count includes the CUDA context and other processes. rollout_tokens_per_s counts a
+prompt once for each of its completions.
 """
 
 from __future__ import annotations
@@ -43,11 +44,6 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     set_environment()
     need("torch", "transformers", "rlsloth")
-    import torch
-
-    if args.cap_gib and torch.cuda.is_available():
-        total = torch.cuda.get_device_properties(0).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, args.cap_gib * GIB / total))
     bench = Bench(args)
     rows = []
     for mode in args.modes:
@@ -77,6 +73,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--tile", type=int, default=8192)
     add("--parts", type=int, default=4)
     add("--repeats", type=int, default=3, help="measured updates; one more warms up")
+    add("--offload-embeddings", action="store_true", help="keep the embedding in host memory")
     add("--cap-gib", type=float, help="limit of torch's memory; default: the whole GPU")
     add("--json", type=Path)
     return parser.parse_args(argv)
@@ -103,6 +100,8 @@ class Bench:
             precision=args.precision,
             attention=args.attention,
             max_context=prompt + completion,
+            offload_embeddings=args.offload_embeddings,
+            memory_gb=args.cap_gib,
         )
         lora = LoraConfig(rank=args.rank, alpha=2 * args.rank)
         self.shape = model_shape(model, lora)
@@ -191,6 +190,9 @@ class Bench:
         else:
             row["seconds"] = statistics.median(seconds)
             row["tokens_per_s"] = self.tokens / row["seconds"]
+            prompt, completion, group = self.args.stream
+            rolled_out = self.args.trees * group * (prompt + completion)
+            row["rollout_tokens_per_s"] = rolled_out / row["seconds"]
             row |= memory()
         self.policy._recomputed.close()
         gc.collect()

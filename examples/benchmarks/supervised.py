@@ -24,6 +24,10 @@ also measures trl:packing and unsloth:packing, orpo also unsloth:fused.
 --vocab measures two layers of the 8B shape with random weights instead, at each vocabulary size:
 memory besides embedding and head should not grow.
 
+--memory-gb stands for a smaller card: rlsloth gets it as model.memory_gb, of which torch may take
+what the CUDA context leaves (0.8 GiB are assumed for trl and unsloth). device_gib is the
+device's own count at the end of the run, with the context.
+
 Differences that remain: a packed row of TRL and Unsloth has samples of other steps, too. Unsloth's
 DPO scores its reference with a copy of the adapter, which TRL makes for adapters that it did not
 add itself. rlsloth computes the prompt of a pair once. """
@@ -58,6 +62,8 @@ ALSO = {"packed": ("trl:packing", "unsloth:packing"), "orpo": ("unsloth:fused",)
 RESULT = "supervised result: "
 VOCABULARY_LAYERS = 2
 KEPT_LINES = 40
+CONTEXT_GIB = 0.8
+"""Assumed memory of a CUDA context."""
 """Last lines kept of a process's output, in which a system prints its own choices."""
 LEAST_S = 20.0
 """Least seconds left with which a measurement is started."""
@@ -113,6 +119,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     add("--rows", type=int, help="sequences or pairs of a forward pass of trl and unsloth")
     add("--rank", type=int, default=32)
+    add("--memory-gb", type=float, help="limit of each system's GPU memory, context included")
     add("--vocab", type=int, nargs="+", metavar="SIZE")
     add("--peers-path", help="folder put before PYTHONPATH for unsloth")
     add("--seconds", type=float, default=520, help="time for all measurements")
@@ -160,8 +167,18 @@ def measure_one(args: argparse.Namespace) -> Result:
     else:
         import supervised_peers
 
+        limit_memory(args.memory_gb)
         getattr(supervised_peers, name)(args, clock)
     return clock.result() | {"machine": machine()}
+
+
+def limit_memory(gib: float | None) -> None:
+    """Keep torch's allocator to this much memory, less what a CUDA context takes."""
+    import torch
+
+    if gib is not None and torch.cuda.is_available():
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction((gib - CONTEXT_GIB) * GIB / total)
 
 
 def run_one(

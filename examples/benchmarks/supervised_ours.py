@@ -55,6 +55,7 @@ def config(args: argparse.Namespace, data: Path, folder: Path) -> Any:
     model: dict[str, Any] = {"path": args.model, "max_context": args.tokens}
     if torch.cuda.is_available():
         model["precision"] = "nf4"
+        model["memory_gb"] = args.memory_gb
     for variant, on in (("ckpt", True), ("nockpt", False)):
         if variant in args.variant:
             model["gradient_checkpointing"] = on

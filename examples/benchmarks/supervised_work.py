@@ -129,6 +129,7 @@ class Clock:
             "first_loss": self.first_loss,
             **_most(self._peaks, last),
             "steps_allocated_gib": last["allocated_gib"],
+            "device_gib": _device_gib(),
         }
 
 
@@ -152,6 +153,16 @@ def _peaks(reset: bool) -> dict[str, float]:
     if reset:
         torch.cuda.reset_peak_memory_stats()
     return found
+
+
+def _device_gib() -> float:
+    """The device's own count of memory in use, which includes torch's cache and the context."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return 0.0
+    free, total = torch.cuda.mem_get_info()
+    return (total - free) / GIB
 
 
 def _most(one: dict[str, float], other: dict[str, float]) -> dict[str, float]:

@@ -24,6 +24,8 @@ class ModelConfig(Section):
     by bitsandbytes."""
     device: str = "auto"
     """Device. auto: the first GPU if there is one, else the CPU."""
+    memory_gb: float | None = Field(default=None, gt=0)
+    """GPU memory in GiB that the run may take; default: all that other programs do not use."""
     attention: Literal["auto", "fa4", "cudnn", "varlen", "flex", "sdpa"] = "auto"
     """Attention backend of training. auto: the fastest on this machine; for models under a billion
     parameters varlen, which starts at once."""
@@ -31,6 +33,10 @@ class ModelConfig(Section):
     """Recompute layers in the backward pass: less memory, up to a third more time. offload: keep
     their inputs in host memory. auto: as the memory plan says, and off if the GPU does not need it;
     on without a plan, on a CPU and with rollout.overlap."""
+    offload_embeddings: Literal["auto"] | bool = "auto"
+    """Keep the embedding in host memory, from which the GPU reads a token's row: a GiB less for a
+    vocabulary of 128,000 and a hidden size of 4096. Not with vLLM, nor if the embedding is also the
+    output head. auto: as the memory plan says, else false."""
     fused_kernels: bool = True
     """Run layers of known model families on rlsloth's kernels; false: on transformers' own
     modules."""

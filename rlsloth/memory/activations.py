@@ -47,10 +47,15 @@ class LayerMemory:
 
     kept: float
     """Bytes a token that autograd keeps from the layer's forward to its backward."""
-    at_work: float
-    """Bytes a token at the peak of the layer's backward, including ``kept`` and its gradient."""
-    fixed: float
-    """Bytes at that peak that do not depend on the number of tokens."""
+    moments: tuple[tuple[float, float], ...]
+    """The MLP's and attention's backward: bytes a token, and bytes for any number of tokens.
+
+    The former include ``kept`` and its gradient.
+    """
+
+    def at_work(self, tokens: int) -> float:
+        """Return the bytes at the peak of the layer's backward, including ``kept``."""
+        return max(tokens * each + fixed for each, fixed in self.moments)
 
 
 @cache
@@ -77,19 +82,25 @@ def layer_memory(
     placement = placement or Placement()
     kept, work, fixed = _attention(layer, size, stream, backend, placement.attention_parts)
     mlp_kept, mlp_work = _mlp(layer, hidden, size)
+    mlp_fixed = 0.0
     if placement.mlp_rows is not None and tiles_mlp(layer):
         # Gate, up, their product or its gradient, and the product's sums, of one tile.
         mlp_kept = mlp_work = 0.0
-        rows = min(placement.mlp_rows, tokens or placement.mlp_rows)
-        fixed = max(fixed, 4.0 * layer.width * size * rows)
+        mlp_fixed = 4.0 * layer.width * size * min(placement.mlp_rows, tokens or 1 << 40)
     around_kept, around_work = _around(layer, hidden, size)
     kept += mlp_kept + around_kept
     fused = size < 4 and layer.rank <= FUSED_RANK
     if layer.on_kernels and not layer.chosen and not fused:
         # Chunks of gate, of up, and of their product's gradient, with adapters added.
-        fixed = max(fixed, 3.0 * layer.width * size * CHUNK_ROWS)
-    # The MLP's part is freed before attention's backward begins: only the larger one counts.
-    return LayerMemory(kept, max(kept + mlp_work, kept - mlp_kept + work) + around_work, fixed)
+        mlp_fixed = max(mlp_fixed, 3.0 * layer.width * size * CHUNK_ROWS)
+    # The MLP's part is freed before attention's backward begins.
+    return LayerMemory(
+        kept,
+        (
+            (kept + mlp_work + around_work, mlp_fixed),
+            (kept - mlp_kept + work + around_work, fixed),
+        ),
+    )
 
 
 def tiles_mlp(layer: Layer) -> bool:

@@ -5,16 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
-
-import psutil
-import torch
+from typing import Literal, TypeVar
 
 from rlsloth.config import ModelConfig
 from rlsloth.config.training import TrainingConfig
 from rlsloth.errors import UserError, first_line
 from rlsloth.memory.findings import Source, find_all, planner_for
 from rlsloth.memory.knobs import advice
+from rlsloth.memory.machine import gpu_bytes, host_bytes
 from rlsloth.memory.placing import choose
 from rlsloth.memory.planned_model import model_shape
 from rlsloth.memory.report import print_table, report_line, shortfall
@@ -25,8 +23,6 @@ from rlsloth.memory.terms import GIB, Plan
 from rlsloth.memory.workload import Request
 from rlsloth.policy.activations.placement import Checkpointing, Placements
 
-HOST_SHARE = 0.8
-"""Share of the free host memory that activations may take."""
 DEFAULT_PROMPT = 512
 """Number of tokens of the longest prompt that is assumed if the prompts are unknown."""
 
@@ -41,13 +37,17 @@ class Decided:
     """None if nothing was planned and the configuration has no number."""
     gradient_checkpointing: Checkpointing
     """``auto`` if nothing was planned."""
+    offload_embeddings: Literal["auto"] | bool = "auto"
     placements: Placements | None = None
     """One for each layer; None if nothing was planned."""
 
     def applied(self, cfg: Training) -> Training:
         """Copy a configuration with these settings."""
-        checkpointing = {"gradient_checkpointing": self.gradient_checkpointing}
-        model = cfg.model.model_copy(update=checkpointing)
+        update = {
+            "gradient_checkpointing": self.gradient_checkpointing,
+            "offload_embeddings": self.offload_embeddings,
+        }
+        model = cfg.model.model_copy(update=update)
         tokens = self.tokens_per_microbatch
         return cfg.model_copy(update={"model": model, "tokens_per_microbatch": tokens})
 
@@ -70,7 +70,9 @@ def decide(
         say: prints a line.
         warn: prints a warning.
     """
-    configured = Decided(cfg.tokens_per_microbatch, cfg.model.gradient_checkpointing)
+    configured = Decided(
+        cfg.tokens_per_microbatch, cfg.model.gradient_checkpointing, cfg.model.offload_embeddings
+    )
     total = gpu_bytes(cfg.model)
     if total is None:
         return configured
@@ -89,7 +91,10 @@ def decide(
         options = options or "pass a smaller model"
         warn(f"the run needs an estimated {shortfall(plan)}; {options}")
     return Decided(
-        chosen.tokens_per_microbatch, chosen.model.gradient_checkpointing, chosen.placements
+        chosen.tokens_per_microbatch,
+        chosen.model.gradient_checkpointing,
+        chosen.model.offload_embeddings,
+        chosen.placements,
     )
 
 
@@ -133,20 +138,6 @@ def planned_bytes(model: ModelConfig, memory_gb: float | None) -> int:
     return total
 
 
-def gpu_bytes(model: ModelConfig) -> int | None:
-    """Return the bytes of the run's GPU, or None if it runs on a CPU."""
-    device = model.device
-    if device == "cpu" or not torch.cuda.is_available():
-        return None
-    index = torch.device("cuda" if device == "auto" else device).index or 0
-    return int(torch.cuda.get_device_properties(index).total_memory)
-
-
-def host_bytes() -> int:
-    """Return the bytes of this machine's memory that activations may take."""
-    return int(HOST_SHARE * psutil.virtual_memory().available)
-
-
 def decide_settings(
     planner: Callable[[ModelShape, Request], Plan], shape: ModelShape, request: Request
 ) -> Request:
@@ -158,11 +149,15 @@ def decide_settings(
         request: the run as the user set it.
     """
     plan_of = partial(planner, shape)
+    shares = request.sampling is not None and request.sampling.engine.shares_weights
+    if shares and request.model.offload_embeddings == "auto":
+        request = request.with_embeddings(False)
     # The fallback engine may end up sampling, and the embedded engine keeps its cache during the
     # update, so its memory must fit.
     sampled = decide_sequences(plan_of, shape, request.with_fallback())
     update = choose(plan_of, shape, sampled, request.least_tokens(shape))
     if request.sampling is None or request.sampling.fallback is None:
         return update
+    request = request.with_embeddings(update.model.offload_embeddings is True)
     decided = request.with_update(update.microbatch, update.placed(len(shape.layers)))
     return decide_sequences(plan_of, shape, decided)

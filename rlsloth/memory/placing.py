@@ -1,8 +1,8 @@
 """Choose the size of a micro-batch and the placement of activations that take the least time.
 
-The candidates are few: micro-batches of certain sizes, and modes, in which all layers are placed
-alike; then as many of the last layers as fit keep all their activations. Times are relative, by
-counting multiplications: they rank candidates.
+The candidates are few: micro-batches of certain sizes, and modes, which place the first layers in
+one way and as many of the last ones as fit in another. Times are relative, by counting
+multiplications: they rank candidates.
 """
 
 from __future__ import annotations
@@ -10,13 +10,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 from rlsloth.config import MICROBATCH
 from rlsloth.memory.plan import KEPT_FREE, held_bytes, precision_of
 from rlsloth.memory.shape import ModelShape
 from rlsloth.memory.terms import Plan, element_size
 from rlsloth.memory.workload import Request
-from rlsloth.policy.activations.placement import Placement, Placements
+from rlsloth.policy.activations.placement import Place, Placement, Placements
 from rlsloth.policy.attention.backends import BACKENDS
 
 MICROBATCHES = (
@@ -37,21 +38,26 @@ OPS_PER_S = 4e14
 """Floating-point operations a second in an update, on an H100."""
 LAYER_S = 4e-4
 """Seconds that a layer's kernels take to start, in a forward and a backward."""
+LOOKUP_S_PER_BYTE = 5e-11
+"""Seconds to read a byte of an embedding in host memory."""
 DEQUANTISED = 2.5e-12
 """Seconds to dequantise a weight from NF4: 2.5 bytes at 3 TB/s, 3 times for each micro-batch."""
 
 
 @dataclass(frozen=True, slots=True)
 class Mode:
-    """A placement of all layers but the last ones, which keep their activations."""
+    """Two placements: one of the first layers, and one of as many of the last ones as fit."""
 
-    placement: Placement | None
-    mixes: bool
-    """Whether the last layers keep all their activations if there is room."""
+    first: Placement | None
+    last: Placement | None
 
-    def placements(self, layers: int, kept: int) -> Placements:
-        """Place each layer; the last ``kept`` of them keep their activations."""
-        return (self.placement,) * (layers - kept) + (None,) * kept
+    def placements(self, layers: int, last: int) -> Placements:
+        """Place each layer."""
+        return (self.first,) * (layers - last) + (self.last,) * last
+
+    def most(self, layers: int) -> int:
+        """Return the largest number of layers that may have the second placement."""
+        return 0 if self.first == self.last else layers - 1
 
 
 def modes(checkpointing: bool | str, backend: str) -> list[Mode]:
@@ -65,21 +71,32 @@ def modes(checkpointing: bool | str, backend: str) -> list[Mode]:
     device, host = Placement(), Placement("host")
     parts = ATTENTION_PARTS if halves else 1
     tiled = [Placement("host", None, parts, rows) for rows in TILES]
-    kept = [Placement("device", "device"), Placement("host", "host")] if halves else []
     if checkpointing is False:
-        return [Mode(None, mixes=False)]
+        return [Mode(None, None)]
     if checkpointing is True:
-        return [Mode(device, mixes=False)]
+        return [Mode(device, device)]
     if checkpointing == "offload":
-        return [Mode(p, mixes=False) for p in (host, *tiled)]
-    tried = [device, *kept, host, *(replace(p, input="device") for p in tiled), *tiled]
-    return [Mode(None, mixes=False), *(Mode(p, mixes=True) for p in tried)]
+        return [Mode(p, p) for p in (host, *tiled)]
+    attention = [Placement("host", "host"), replace(tiled[0], attention="host")] if halves else []
+    offloaded = [host, *attention, *tiled]
+    kept = [_on_device(p) for p in offloaded]
+    return [
+        Mode(None, None),
+        *(Mode(p, None) for p in (*kept, *offloaded)),
+        *(Mode(p, _on_device(p)) for p in offloaded),
+    ]
+
+
+def _on_device(placement: Placement) -> Placement:
+    """Keep on the GPU what a placement keeps in host memory."""
+    attention: Place | None = None if placement.attention is None else "device"
+    return replace(placement, input="device", attention=attention)
 
 
 def choose(
     plan: Callable[[Request], Plan], shape: ModelShape, request: Request, least: int
 ) -> Request:
-    """Choose ``tokens_per_microbatch`` and placements, if they are open.
+    """Choose ``tokens_per_microbatch``, placements and the embedding's place, if they are open.
 
     The update must leave a share KEPT_FREE of the GPU. If nothing fits, the result is ``least``
     tokens in the mode that needs the least memory.
@@ -93,32 +110,40 @@ def choose(
     named, layers = request.tokens_per_microbatch, len(shape.layers)
     checkpointing = request.model.gradient_checkpointing
     allowed = modes(checkpointing, shape.attention)
+    runs = [request.with_embeddings(offload) for offload in embedding_places(shape, request)]
     if request.overlap:  # the cache then takes all the room that the update leaves
-        mode = Mode(Placement(), mixes=False) if checkpointing == "auto" else allowed[0]
-        return request.with_update(named or max(MICROBATCH, least), mode.placements(layers, 0))
-
-    def fits(candidate: Request) -> bool:
-        made = plan(candidate)
-        return made.peak("update") <= (1 - KEPT_FREE) * made.total and made.fits_host
-
+        mode = Mode(Placement(), Placement()) if checkpointing == "auto" else allowed[0]
+        return runs[0].with_update(named or max(MICROBATCH, least), mode.placements(layers, 0))
     sizes = [named] if named else sorted({max(n, least) for n in MICROBATCHES}, reverse=True)
     tried = []
-    for tokens in sizes:
-        for mode in allowed:
-            most = layers - 1 if mode.mixes else 0
-            bound = relative_time(shape, request.with_update(tokens, mode.placements(layers, most)))
-            tried.append((bound, tokens, mode))
+    for run in runs:
+        for tokens in sizes:
+            for mode in allowed:
+                best_case = run.with_update(tokens, mode.placements(layers, mode.most(layers)))
+                tried.append((relative_time(shape, best_case), tokens, run, mode))
     tried.sort(key=lambda one: one[0])
     best: tuple[float, Request] | None = None
-    for bound, tokens, mode in tried:
+    for bound, tokens, run, mode in tried:
         if best is not None and bound >= best[0]:
             break
-        found = _most_kept(fits, request, layers, tokens, mode)
+        candidate = partial(_candidate, run, layers, tokens, mode)
+        found = fitting(plan, candidate, mode.most(layers), 1 - KEPT_FREE)
         if found is not None and (best is None or relative_time(shape, found) < best[0]):
             best = relative_time(shape, found), found
     if best is not None:
         return best[1]
-    return request.with_update(named or least, allowed[-1].placements(layers, 0))
+    return runs[-1].with_update(named or least, allowed[-1].placements(layers, 0))
+
+
+def _candidate(request: Request, layers: int, tokens: int, mode: Mode, last: int) -> Request:
+    return request.with_update(tokens, mode.placements(layers, last))
+
+
+def embedding_places(shape: ModelShape, request: Request) -> tuple[bool, ...]:
+    """List the allowed values of ``model.offload_embeddings``, the fastest one first."""
+    if request.model.offload_embeddings != "auto":
+        return (request.model.offload_embeddings,)
+    return (False, True) if shape.embedding else (False,)
 
 
 def most_frugal(backend: str, layers: int) -> Placements:
@@ -131,21 +156,36 @@ def most_frugal(backend: str, layers: int) -> Placements:
     return modes("offload", backend)[-1].placements(layers, 0)
 
 
-def _most_kept(
-    fits: Callable[[Request], bool], request: Request, layers: int, tokens: int, mode: Mode
+def fitting(
+    plan: Callable[[Request], Plan],
+    candidate: Callable[[int], Request],
+    most: int,
+    share: float = 1.0,
 ) -> Request | None:
-    """Keep as many of the last layers as fit; None if the mode does not fit at all."""
+    """Give as many of the last layers as fit the GPU a mode's second placement.
 
-    def candidate(kept: int) -> Request:
-        return request.with_update(tokens, mode.placements(layers, kept))
+    Args:
+        plan: function that plans a request.
+        candidate: makes the request with so many layers of the second placement.
+        most: largest number of such layers.
+        share: share of the GPU that the update may use.
 
-    if not fits(candidate(0)):
+    Returns:
+        The request; None if GPU or host have no room for any number of layers.
+    """
+
+    def fits(last: int) -> bool:
+        made = plan(candidate(last))
+        return made.peak("update") <= share * made.total
+
+    if not fits(0):
         return None
-    low, high = 0, layers - 1 if mode.mixes else 0
+    low, high = 0, most
     while low < high:
         middle = (low + high + 1) // 2
-        low, high = (middle, high) if fits(candidate(middle)) else (low, middle - 1)
-    return candidate(low)
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    # The second placement needs no more of the host than the first.
+    return candidate(low) if plan(candidate(low)).fits_host else None
 
 
 def relative_time(shape: ModelShape, request: Request) -> float:
@@ -163,6 +203,8 @@ def relative_time(shape: ModelShape, request: Request) -> float:
     seconds += len(shape.layers) * LAYER_S / tokens
     if precision == "nf4":
         seconds += 3 * DEQUANTISED * linear_weights(shape) / tokens
+    if request.model.offload_embeddings is True:
+        seconds += shape.hidden * element_size(precision) * LOOKUP_S_PER_BYTE
     # A completion's prompt is computed again in each micro-batch that holds a part of its group.
     held = max(1.0, min(stream.group, (tokens - stream.prompt) / stream.completion))
     return seconds * (stream.prompt / held + stream.completion) / stream.completion
@@ -184,4 +226,4 @@ def _layer_time(linear: float, attention: float, placement: Placement | None, co
     total += max(0.0, copied * FLOPS_PER_BYTE / 2 - linear - attention)
     # Copies and tiles cost a little even where they are hidden.
     tiles = 0.0 if placement.mlp_rows is None else 80 / placement.mlp_rows
-    return total * (1 + 0.005 * (copied > 0) + tiles)
+    return total * (1 + 0.002 * (copied > 0) + tiles)

@@ -20,7 +20,7 @@ from rlsloth.kernels.lora.layer import ALIGNMENT
 from rlsloth.kernels.nf4.ahead import BUFFERS
 from rlsloth.memory.activations import LayerMemory, attention_results, layer_memory
 from rlsloth.memory.shape import Layer, ModelShape, Weight
-from rlsloth.memory.terms import GIB, Cache, Phase, Plan, Precision, Term, element_size
+from rlsloth.memory.terms import CONTEXT, Cache, Phase, Plan, Precision, Term, element_size
 from rlsloth.memory.workload import EngineMemory, Request, Sampling
 from rlsloth.policy.activations.placement import Place, Placement, Placements
 
@@ -28,11 +28,6 @@ ACTIVATION_TOLERANCE = 0.12
 """Relative error of the estimate on a CPU, for nine families (tests/memory/test_plan.py)."""
 KEPT_FREE = 0.1
 """Share of a GPU that the decision leaves free for errors of the estimate and fragmentation."""
-CONTEXT = int(0.6 * GIB)
-"""Allowance in bytes for the CUDA context, kernels, and cuBLAS's workspaces.
-
-There is a workspace for each stream, 32 MiB on a Hopper GPU; torch counts them as tensors.
-"""
 SPARE = 32
 """1 / SPARE of a GPU is not given to the cache, because allocators lose memory to gaps."""
 SMALL_CACHE = 20
@@ -176,6 +171,8 @@ def _static(shape: ModelShape, request: Request, precision: Precision) -> list[T
     kept = {True: "NF4 + double quantisation", False: "fp32" if precision == "fp32" else "bf16"}
     sizes: dict[str, int] = {}
     for weight in shape.weights:
+        if weight.group == "embeddings" and request.model.offload_embeddings is True:
+            continue
         label = kept[precision == "nf4" and weight.quantised]
         name = f"base: {weight.group}, {label}"
         sizes[name] = sizes.get(name, 0) + weight_bytes(weight, precision)
@@ -219,11 +216,11 @@ def _activations(shape: ModelShape, request: Request, precision: Precision) -> l
         rank = request.lora.rank
         padded = (rank + -rank % ALIGNMENT) / rank * len(kept) / len(shape.layers)
         whole += int(size * sum(shape.trained) * padded) if shape.layers[0].on_kernels else 0
-        work = tokens * max(m.at_work - m.kept for m in kept) + max(m.fixed for m in kept)
+        work = max(m.at_work(tokens) - tokens * m.kept for m in kept)
         name = f"activations: {len(kept)} layers kept, and one's backward (estimate)"
         terms.append(Term(name, 0, whole + int(work), moment=True))
     if again:  # the layers kept are the last ones, whose memory is free by then
-        work = tokens * max(m.at_work for m in again) + max(m.fixed for m in again)
+        work = max(m.at_work(tokens) for m in again)
         name = "activations: one layer's forward and backward (estimate)"
         terms.append(Term(name, 0, int(work), moment=True))
     with_kept = " with the layers kept" if kept else ""
@@ -250,11 +247,12 @@ def _passing(shape: ModelShape, size: int, placements: Placements) -> int:
 
 
 def host_bytes(shape: ModelShape, request: Request) -> int:
-    """Return the bytes of host memory that hold activations."""
+    """Return the bytes of host memory that hold activations and the embedding."""
     size = element_size(precision_of(request.model, shape))
     pairs = zip(shape.layers, request.placed(len(shape.layers)), strict=True)
     held = sum(held_bytes(layer, shape.hidden, size, p, "host") for layer, p in pairs)
-    return request.microbatch * held
+    table = size * shape.embedding if request.model.offload_embeddings is True else 0
+    return request.microbatch * held + table
 
 
 def head_bytes(shape: ModelShape, tokens: int, precision: Precision) -> int:

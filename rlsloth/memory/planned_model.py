@@ -11,7 +11,8 @@ import torch
 
 from rlsloth.config import EnvConfig, LoraConfig, ModelConfig
 from rlsloth.errors import UserError, first_line
-from rlsloth.memory.shape import ModelShape, read_shape
+from rlsloth.memory.read_shape import read_shape
+from rlsloth.memory.shape import ModelShape
 from rlsloth.policy.attention.backends import choose_backend
 from rlsloth.policy.files import locate
 from rlsloth.policy.support import read_meta_model

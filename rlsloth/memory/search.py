@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
+from itertools import product
 
 from rlsloth.memory.activations import Stream
-from rlsloth.memory.placing import modes
+from rlsloth.memory.placing import Mode, embedding_places, fitting, modes
 from rlsloth.memory.plan import precision_of
 from rlsloth.memory.shape import ModelShape
 from rlsloth.memory.terms import Plan, element_size
@@ -103,16 +103,19 @@ def _longest(
 ) -> Longest:
     """Find the placement with which the most tokens fit; ``run`` makes a run of so many."""
     layers, found = len(shape.layers), Longest(0, (), 0)
+    allowed = modes(request.model.gradient_checkpointing, shape.attention)
+    for offload, mode in product(embedding_places(shape, request), allowed):
 
-    def fitting(placements: Placements, tokens: int) -> bool:
-        candidate = run(placements, tokens)
-        return fits(plan(candidate), candidate)
+        def fitted(tokens: int, offload: bool = offload, mode: Mode = mode) -> Request | None:
+            def candidate(last: int) -> Request:
+                return run(mode.placements(layers, last), tokens).with_embeddings(offload)
 
-    for mode in modes(request.model.gradient_checkpointing, shape.attention):
-        placements = mode.placements(layers, 0)
-        tokens = _largest(partial(fitting, placements), 1, most)
-        if tokens > found.tokens:
-            found = Longest(tokens, placements, plan(run(placements, tokens)).host)
+            made = fitting(plan, candidate, mode.most(layers))
+            return made if made is not None and fits(plan(made), made) else None
+
+        tokens = _largest(lambda n: fitted(n) is not None, found.tokens + 1, most)
+        if tokens and (best := fitted(tokens)) is not None:
+            found = Longest(tokens, best.placed(layers), plan(best).host)
     return found
 
 

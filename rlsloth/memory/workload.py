@@ -100,6 +100,8 @@ class EngineMemory:
 
     Its last argument is the number of tokens of the longest prompt with its completion.
     """
+    shares_weights: bool = False
+    """Whether the engine computes with the trainer's tensors itself, the embedding included."""
     completion_bytes: Callable[[ModelShape, str, int, int], int] | None = None
     """Function that gives the bytes of one completion's keys and values.
 
@@ -170,6 +172,11 @@ class Request:
         update = {"gradient_checkpointing": summary(placements)}
         model = self.model.model_copy(update=update)
         return replace(self, model=model, tokens_per_microbatch=tokens, placements=placements)
+
+    def with_embeddings(self, offload: bool) -> Request:
+        """Copy the request with ``model.offload_embeddings`` decided."""
+        model = self.model.model_copy(update={"offload_embeddings": offload})
+        return replace(self, model=model)
 
     def with_sequences(self, rows: int) -> Request:
         """Copy the request with ``rollout.max_sequences`` set to ``rows``."""

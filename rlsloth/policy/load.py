@@ -91,6 +91,7 @@ def load_model(cfg: ModelConfig) -> LoadedModel:
     device = pick_device(cfg.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)  # CUDA graphs are captured on the current device
+        _limit_memory(cfg, device)
     precision = held_precision(cfg, device.type)
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
     if precision == "nf4" and device.type == "cpu":
@@ -126,6 +127,21 @@ def load_model(cfg: ModelConfig) -> LoadedModel:
         )
     setattr(model, IDENTITY, identity)  # save_adapter writes it
     return LoadedModel(model, tokenizer, device, dtype, precision)
+
+
+def _limit_memory(cfg: ModelConfig, device: torch.device) -> None:
+    """Keep torch from taking more than ``model.memory_gb`` of a GPU, less the CUDA context."""
+    if cfg.memory_gb is None:
+        return
+    free, total = torch.cuda.mem_get_info(device)
+    context = total - free - torch.cuda.memory_reserved(device)
+    share = (cfg.memory_gb * 2**30 - context) / total
+    if share <= 0:
+        raise UserError(
+            f"--model.memory-gb {cfg.memory_gb:g}: the CUDA context and other programs take "
+            f"{context / 2**30:.1f} GiB of this GPU already; pass more"
+        )
+    torch.cuda.set_per_process_memory_fraction(min(1.0, share), device)
 
 
 def quiet_libraries() -> None:

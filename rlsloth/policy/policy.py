@@ -20,6 +20,7 @@ from rlsloth.policy.attention.backends import choose_backend
 from rlsloth.policy.attention.interface import NAME
 from rlsloth.policy.attention.layout import PackedLayout
 from rlsloth.policy.head import HeadAdapter, before_final_norm
+from rlsloth.policy.host_embedding import offload_embeddings
 from rlsloth.policy.layers import decoder_layers
 from rlsloth.policy.load import LoadedModel, load_model
 from rlsloth.policy.lora import REFERENCE, TRAINED, add_adapter
@@ -67,11 +68,12 @@ class Policy:
         self.config = base.config.get_text_config()
         self.context = _context(model, int(self.config.max_position_embeddings))
         ends = base.generation_config.eos_token_id
-        if ends is None:
-            ends = []
+        ends = [] if ends is None else ends
         self.eos_token_ids: list[int] = ends if isinstance(ends, list) else [ends]
         self._decoder = base.get_decoder()
         self._head = base.get_output_embeddings()
+        if model.offload_embeddings is True:
+            offload_embeddings(base)
         self.embeddings = int(base.get_input_embeddings().weight.shape[0])
         self.logit_transform = _logit_transform(self.config)
         self._head_adapter = HeadAdapter(base, self.dtype)

@@ -18,8 +18,9 @@ from rlsloth.memory.findings import planner_for
 from rlsloth.memory.knobs import LISTED, advice, list_freed, that_fit_together, with_rank
 from rlsloth.memory.plan import make_plan
 from rlsloth.memory.planned_model import model_shape
+from rlsloth.memory.read_shape import read_shape
 from rlsloth.memory.search import longest_completion
-from rlsloth.memory.shape import ModelShape, read_shape
+from rlsloth.memory.shape import ModelShape
 from rlsloth.memory.terms import GIB
 from rlsloth.memory.workload import Request
 from rlsloth.training.memory import grpo_request

@@ -20,7 +20,7 @@ from rlsloth.memory.plan import (
     weight_bytes,
 )
 from rlsloth.memory.planned_model import model_shape
-from rlsloth.memory.shape import read_shape
+from rlsloth.memory.read_shape import read_shape
 from rlsloth.memory.terms import GIB
 from rlsloth.memory.workload import Sampling
 from rlsloth.policy.attention import layout as packed_layout
@@ -196,9 +196,9 @@ def estimate(policy: Policy, checkpointing: bool) -> float:
     layers = [layer_memory(x, shape.hidden, size, Stream(40, 40, 3)) for x in shape.layers]
     inputs = len(layers) * shape.hidden * size
     if checkpointing:
-        return inputs + max(x.at_work for x in layers)
+        return inputs + max(each for x in layers for each, _ in x.moments)
     kept = inputs + sum(x.kept for x in layers)
-    return kept + max(x.at_work - x.kept for x in layers)
+    return kept + max(each - x.kept for x in layers for each, _ in x.moments)
 
 
 def test_memory_grows_with_what_the_settings_say():

@@ -14,8 +14,9 @@ from helpers.plans import make_policy, run
 from rlsloth.config import GrpoConfig, ModelConfig, RolloutConfig
 from rlsloth.memory import decide as planning
 from rlsloth.memory.plan import make_plan
+from rlsloth.memory.read_shape import read_shape
 from rlsloth.memory.search import OVERCOMMIT, decide_sequences
-from rlsloth.memory.shape import ModelShape, read_shape
+from rlsloth.memory.shape import ModelShape
 from rlsloth.memory.terms import GIB, Plan
 from rlsloth.memory.workload import Request
 from rlsloth.rollout.vllm.start import GRAPHED

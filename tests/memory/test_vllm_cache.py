@@ -18,7 +18,8 @@ from rlsloth.errors import UserError
 from rlsloth.memory import decide as planning
 from rlsloth.memory.plan import SMALL_CACHE, SPARE, fit_cache
 from rlsloth.memory.plan import make_plan as plan_request
-from rlsloth.memory.shape import ModelShape, read_shape
+from rlsloth.memory.read_shape import read_shape
+from rlsloth.memory.shape import ModelShape
 from rlsloth.memory.terms import GIB, Cache, Plan
 from rlsloth.policy.lora import add_adapter
 from rlsloth.rollout.vllm import memory as rollout_vllm

@@ -25,7 +25,7 @@ from rlsloth.config import (
 from rlsloth.data.renderer import Renderer
 from rlsloth.errors import UserError
 from rlsloth.memory.plan import make_plan
-from rlsloth.memory.shape import read_shape
+from rlsloth.memory.read_shape import read_shape
 from rlsloth.memory.terms import GIB
 from rlsloth.policy.lora import add_adapter
 from rlsloth.policy.policy import Policy

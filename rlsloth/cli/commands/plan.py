@@ -97,7 +97,7 @@ def _total(config: GrpoConfig | SupervisedConfig, own: PlanOptions) -> int:
 
 def _host(own: PlanOptions) -> int | None:
     """Bytes of host memory for activations; None: not limited."""
-    from rlsloth.memory.decide import host_bytes
+    from rlsloth.memory.machine import host_bytes
     from rlsloth.memory.terms import GIB
 
     if own.host_gb is not None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import mmap
 import weakref
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from rlsloth.errors import UserError
+from rlsloth.policy.page_lock import lock, unlock
 
 SLAB = 32 * 2**20
 """Bytes of a slab. Copying one takes 0.6 ms at 50 GB/s, far more than starting the copy."""
@@ -36,8 +36,7 @@ class HostArena:
         self._free: list[Tensor] = []
         self._blocks: list[Tensor] = []
         self._locked: list[Tensor] = []
-        # Memory that is still locked when it is freed would break later copies.
-        self._unlock = weakref.finalize(self, _unlock, self._locked)
+        self._unlock = weakref.finalize(self, unlock, self._locked)
 
     def take(self, size: int) -> list[Tensor]:
         """Return uint8 slabs that together hold at least ``size`` bytes.
@@ -74,7 +73,7 @@ class HostArena:
                 f"({self.size >> 20} MiB are in use; {error}); lower --tokens-per-microbatch, or "
                 "pass --model.gradient-checkpointing true"
             ) from error
-        if self._pinned and _lock(block):
+        if self._pinned and lock(block):
             self._locked.append(block)
         elif self._pinned:
             self._pinned = False
@@ -84,19 +83,3 @@ class HostArena:
             )
         self._blocks.append(block)
         self._free += block.split(SLAB)  # type: ignore[no-untyped-call]
-
-
-def _unlock(blocks: list[Tensor]) -> None:
-    """Unlock blocks once no copy uses them any more."""
-    if blocks:
-        torch.cuda.synchronize()
-        runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-        for block in blocks:
-            runtime.cudaHostUnregister(block.data_ptr())
-        blocks.clear()
-
-
-def _lock(block: Tensor) -> bool:
-    """Page-lock a block; return whether the system allowed it."""
-    runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-    return int(runtime.cudaHostRegister(block.data_ptr(), block.numel(), 0)) == 0

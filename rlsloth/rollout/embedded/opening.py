@@ -9,8 +9,8 @@ import torch
 
 from rlsloth.memory.out_of_memory import advise
 from rlsloth.memory.plan import make_plan
+from rlsloth.memory.read_shape import read_shape
 from rlsloth.memory.search import decide_sequences
-from rlsloth.memory.shape import read_shape
 from rlsloth.rollout.embedded.engine import TransformersEngine
 from rlsloth.rollout.embedded.memory import EMBEDDED_MEMORY
 from rlsloth.rollout.engine import Engine, EngineKind, Opening

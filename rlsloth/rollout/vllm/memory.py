@@ -104,4 +104,11 @@ def completion_bytes(shape: ModelShape, kv_cache: str, context: int, size: int) 
     return tokens * (shape.kv_width + (4 * scales if per_token else 0))
 
 
-VLLM_MEMORY = EngineMemory("vllm", "vLLM", MOST_SEQUENCES, vllm_terms, completion_bytes)
+VLLM_MEMORY = EngineMemory(
+    "vllm",
+    "vLLM",
+    MOST_SEQUENCES,
+    vllm_terms,
+    shares_weights=True,
+    completion_bytes=completion_bytes,
+)

@@ -11,9 +11,9 @@ from rlsloth.config import RolloutConfig
 from rlsloth.errors import UserError
 from rlsloth.memory.out_of_memory import advise
 from rlsloth.memory.plan import fit_cache, make_plan
+from rlsloth.memory.read_shape import read_shape
 from rlsloth.memory.report import describe
 from rlsloth.memory.search import decide_sequences
-from rlsloth.memory.shape import read_shape
 from rlsloth.memory.terms import GIB, Cache, Phase
 from rlsloth.memory.workload import Request, Sampling
 from rlsloth.policy.policy import Policy

@@ -13,6 +13,7 @@ import torch
 from packaging.version import Version
 
 from rlsloth.errors import UserError, first_line
+from rlsloth.policy.host_embedding import HostEmbedding
 from rlsloth.rollout.vllm.compat import (
     forget_graph_pool,
     register_imported,
@@ -100,11 +101,7 @@ def start_vllm(
         UserError: vLLM is not installed, of another release, or it cannot run the model.
     """
     check_installed()
-    if device.type == "cuda" and device.index:
-        raise UserError(
-            f"vLLM uses the first visible GPU only: instead of --model.device {device} set the "
-            f"environment variable CUDA_VISIBLE_DEVICES={device.index}"
-        )
+    _refuse(model, device)
     family = type(model.get_base_model()).__name__
     slots: list[Slot] = []
     with state_restored(), tempfile.TemporaryDirectory(prefix="rlsloth-vllm-") as folder:
@@ -171,6 +168,20 @@ def _prepare(
         tokenizer.save_pretrained(folder)
     vllm_weights.share(model, slots)
     return {"load_format": vllm_weights.NAME, "hf_overrides": {"architectures": [family]}}
+
+
+def _refuse(model: Any, device: torch.device) -> None:
+    """Refuse what vLLM cannot share: another GPU than the first, an embedding on the host."""
+    if device.type == "cuda" and device.index:
+        raise UserError(
+            f"vLLM uses the first visible GPU only: instead of --model.device {device} set the "
+            f"environment variable CUDA_VISIBLE_DEVICES={device.index}"
+        )
+    if isinstance(model.get_base_model().get_input_embeddings(), HostEmbedding):
+        raise UserError(
+            "--model.offload_embeddings true: vLLM reads the trainer's embedding on the GPU; pass "
+            "false, or --rollout.engine transformers"
+        )
 
 
 def _for_device(device: torch.device, max_sequences: int) -> dict[str, Any]:

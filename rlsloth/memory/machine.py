@@ -1,0 +1,33 @@
+"""The memory of this machine that a run may take."""
+
+from __future__ import annotations
+
+import psutil
+import torch
+
+from rlsloth.config import ModelConfig
+from rlsloth.memory.terms import CONTEXT, GIB
+
+HOST_SHARE = 0.8
+"""Share of the free host memory that may be taken."""
+OTHERS = 0.02
+"""Share of a GPU below which memory in use is not counted as other programs'."""
+
+
+def gpu_bytes(model: ModelConfig) -> int | None:
+    """Return the bytes of the GPU that the run may take, or None if it runs on a CPU.
+
+    These are ``model.memory_gb``, or all that other programs do not use now.
+    """
+    if model.device == "cpu" or not torch.cuda.is_available():
+        return None
+    index = torch.device("cuda" if model.device == "auto" else model.device).index or 0
+    free, total = torch.cuda.mem_get_info(index)
+    others = total - free - torch.cuda.memory_reserved(index) - CONTEXT
+    room = total - others if others > OTHERS * total else total
+    return min(room, int((model.memory_gb or total) * GIB))
+
+
+def host_bytes() -> int:
+    """Return the bytes of this machine's memory that a run may take."""
+    return int(HOST_SHARE * psutil.virtual_memory().available)

@@ -1,0 +1,197 @@
+"""Read a model's sizes from its modules, even on the meta device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from rlsloth.kernels.lora.layer import ALIGNMENT
+from rlsloth.memory.shape import Fused, Group, Layer, ModelShape, Weight
+from rlsloth.policy.config_values import value_of
+from rlsloth.policy.layers import decoder_layers
+from rlsloth.policy.support import not_stored_in_nf4, stored_in_nf4
+
+SIBLINGS = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
+"""Linear layers with a common input: nf4.ahead stacks their adapters, and vLLM fuses them."""
+
+
+def read_shape(model: Any) -> ModelShape:
+    """Read the sizes of PEFT's causal language model, wrapped or not, quantised or not."""
+    base = model.get_base_model()
+    config, decoder = base.config.get_text_config(), base.get_decoder()
+    head, embeddings = base.get_output_embeddings(), base.get_input_embeddings()
+    weights, trained, reference = [], [], 0
+    skipped = _not_quantised(base)
+    for module_name, module in base.named_modules():
+        for name, p in module.named_parameters(recurse=False):
+            if p.requires_grad:
+                trained.append(p.numel())
+            elif ".lora_" in module_name:
+                reference += p.numel()
+            elif p is not _weight_of(embeddings) or module is embeddings:
+                group = _group(p, _weight_of(head), _weight_of(embeddings))
+                packed = name == "weight" and (type(module) is nn.Linear or _is_packed(p))
+                packed &= not _is_skipped(module_name.removesuffix(".base_layer"), skipped)
+                weights.append(Weight(group, _shape_of(p).numel(), packed))
+    dtype = _weight_of(embeddings).dtype
+    modules = decoder_layers(decoder)
+    fused = [joined for layer in modules for joined in _fused(layer, skipped)]
+    if _lora_rank(head):
+        out, into = _shape_of(_weight_of(head))
+        fused.append(Fused(out, into, _lora_rank(head), quantised=False))
+    return ModelShape(
+        name=type(base).__name__,
+        hidden=config.hidden_size,
+        vocabulary=_weight_of(head).shape[0],
+        context=int(config.max_position_embeddings),
+        weights=tuple(weights),
+        layers=tuple(_layer(layer, config, dtype) for layer in modules),
+        largest_matrix=max(_with_adapters(layer, skipped) for layer in modules),
+        trained=tuple(trained),
+        reference=reference,
+        head_rank=_rank(head),
+        fused=tuple(fused),
+        stored_in_nf4=stored_in_nf4(base.config),
+    )
+
+
+def _not_quantised(base: Any) -> list[str]:
+    """List modules that transformers does not quantise: the head, tied and float32 modules."""
+    from transformers.quantizers.base import get_keys_to_not_convert
+
+    kept = [*get_keys_to_not_convert(base), *(base._keep_in_fp32_modules or ())]
+    kept += not_stored_in_nf4(base.config)
+    return [name.replace(".base_layer", "") for name in kept if ".lora_" not in name]
+
+
+def _is_skipped(name: str, skipped: list[str]) -> bool:
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    return not should_convert_module(name, skipped)
+
+
+def _weight_of(module: Any) -> torch.Tensor:
+    weight: torch.Tensor = getattr(module, "base_layer", module).weight
+    return weight
+
+
+def _is_packed(weight: torch.Tensor) -> bool:
+    return getattr(weight, "quant_state", None) is not None
+
+
+def _shape_of(weight: Any) -> torch.Size:
+    """Return a parameter's shape, without regard to NF4's packing."""
+    shape: torch.Size = weight.quant_state.shape if _is_packed(weight) else weight.shape
+    return shape
+
+
+def _group(p: torch.Tensor, head: torch.Tensor, embeddings: torch.Tensor) -> Group:
+    if p is embeddings:
+        return "embeddings"
+    if p is head:
+        return "head"
+    if p.dim() >= 3:
+        return "experts"
+    return "linears" if p.dim() == 2 else "norms and biases"
+
+
+def _linears(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Yield the linear layers of a module with their names, wrapped by PEFT or not."""
+    for name, child in module.named_modules():
+        if hasattr(child, "base_layer") or (
+            isinstance(child, nn.Linear) and ".lora_" not in f".{name}" and "base_layer" not in name
+        ):
+            yield name, child
+
+
+def _lora_rank(linear: Any) -> int:
+    """Return the rank of a linear layer's adapter, 0 without one."""
+    adapters = getattr(linear, "lora_A", None)
+    return next(iter(adapters.values())).weight.shape[0] if adapters else 0
+
+
+def _rank(linear: Any) -> int:
+    """Return the rank of a layer's adapter, rounded up to the kernels' ALIGNMENT."""
+    return -(-_lora_rank(linear) // ALIGNMENT) * ALIGNMENT
+
+
+def _with_adapters(layer: nn.Module, skipped: list[str]) -> int:
+    """Count the elements of a layer's largest matrix, stacked with its siblings' adapters."""
+    found = [
+        (name, *_shape_of(_weight_of(linear)), _rank(linear)) for name, linear in _linears(layer)
+    ]
+    largest = 0
+    for name, out, into, rank in found:
+        if _is_skipped(name, skipped):
+            continue
+        mine = next((s for s in SIBLINGS if name.rpartition(".")[2] in s), ())
+        stacked = sum(r for n, *_, r in found if n.rpartition(".")[2] in mine) or rank
+        largest = max(largest, (out + stacked) * into, out * (into + stacked))
+    return largest
+
+
+def _fused(layer: nn.Module, skipped: list[str]) -> list[Fused]:
+    """List a decoder layer's linear layers as vLLM has them."""
+    groups: dict[str, list[tuple[str, Any]]] = {}
+    for name, linear in _linears(layer):
+        parent, _, last = name.rpartition(".")
+        place = next((f"{parent} {s}" for s in SIBLINGS if last in s), name)
+        groups.setdefault(place, []).append((name, linear))
+    return [
+        Fused(
+            out=sum(_shape_of(_weight_of(linear))[0] for _, linear in parts),
+            into=_shape_of(_weight_of(parts[0][1]))[1],
+            rank=sum(_lora_rank(linear) for _, linear in parts),
+            quantised=not _is_skipped(parts[0][0], skipped),
+        )
+        for parts in groups.values()
+    ]
+
+
+def _kernels(module: Any, dtype: torch.dtype) -> set[str]:
+    """Name the kernels on which a module's replaced forward runs (policy.wrap.forwards)."""
+    forward = vars(module).get("forward")
+    if not hasattr(forward, "linears"):
+        return set()
+    lora = {k for k, linears in forward.linears.items() if not linears.left(dtype)}
+    return {*forward.kernels, *lora}
+
+
+def _layer(layer: Any, config: Any, dtype: torch.dtype) -> Layer:
+    found = dict(_linears(layer))
+    kernels = set().union(*(_kernels(m, dtype) for m in layer.modules()))
+    experts = [m for m in layer.modules() if any(p.dim() == 3 for p in m.parameters(recurse=False))]
+    attention = getattr(layer, "self_attn", None)
+    heads = config.num_attention_heads
+    size = getattr(attention, "head_dim", None) or config.hidden_size // heads
+    key_heads = value_of(config, "num_key_value_heads")
+    if key_heads is None:  # not given, or layers differ in it
+        keys = found.get("self_attn.k_proj")
+        key_heads = _shape_of(_weight_of(keys))[0] // size if keys is not None else heads
+    down = next((x for n, x in found.items() if n.endswith("down_proj")), None)
+    width = _shape_of(_weight_of(down))[1] if down is not None else config.intermediate_size
+    if experts:
+        width = value_of(config, "moe_intermediate_size") or config.intermediate_size
+    window = getattr(attention, "sliding_window", None)
+    if window is None and getattr(config, "layer_types", None) is None:
+        window = getattr(config, "sliding_window", None)
+    return Layer(
+        on_kernels={"lora_qkv", "lora_o", "rope"} <= kernels
+        and ("lora_mlp" in kernels or bool(experts)),
+        queries=heads * size,
+        keys=0 if attention is None else key_heads * size,
+        heads=heads,
+        normed=hasattr(attention, "q_norm"),
+        sandwich=hasattr(layer, "pre_feedforward_layernorm"),
+        scores=bool(getattr(config, "attn_logit_softcapping", None)) or hasattr(attention, "sinks"),
+        window=window,
+        width=width,
+        chosen=config.num_experts_per_tok if experts else 0,
+        fused_mlp=any(name.endswith("gate_up_proj") for name in found),
+        ranks=sum(_rank(linear) for linear in found.values()),
+        rank=max((_rank(linear) for linear in found.values()), default=0),
+        adapted_inputs=sum(_shape_of(_weight_of(x))[1] for x in found.values() if _rank(x)),
+    )
