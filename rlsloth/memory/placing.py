@@ -143,6 +143,8 @@ def embedding_places(shape: ModelShape, request: Request) -> tuple[bool, ...]:
     """List the allowed values of ``model.offload_embeddings``, the fastest one first."""
     if request.model.offload_embeddings != "auto":
         return (request.model.offload_embeddings,)
+    if request.sampling is not None and request.sampling.engine.shares_weights:
+        return (False,)
     return (False, True) if shape.embedding else (False,)
 
 

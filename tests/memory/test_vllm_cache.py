@@ -182,7 +182,7 @@ def test_no_more_than_what_is_free_beside_what_is_to_come(shape):
     loaded = sum(t.rollout for t in plan.terms if t.loaded)
     assert cache(total) == cache(total - loaded) == plan.cache
     assert cache(total - loaded - 1000).size == cache_of(plan).size - 1000
-    assert cache(total // 2).holds == 0
+    assert cache(total // 3).holds == 0
 
 
 @pytest.mark.parametrize(
