@@ -9,24 +9,29 @@ from __future__ import annotations
 import gc
 import random
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from helpers.attention_gpu import VOCAB, gpu_policy
 from helpers.out_of_memory import MODULES, TOKENS, Exhausted, update_of, weights_of
+from helpers.supervised import SFT, command, make_folder, steps
+from helpers.tiny import tiny_llama
 from rlsloth.memory.activations import Stream
 from rlsloth.memory.out_of_memory import free_memory
 from rlsloth.policy.attention.backends import available_backends
 from rlsloth.policy.policy import Policy
-from rlsloth.training import gradients
+from rlsloth.training import gradients, sft
 from rlsloth.training.gradients import Budget
 from rlsloth.training.heaviest import Heaviest, _random_batch, try_heaviest
 
 CAP = 2 * 2**30
 """Bytes that the process may take; a small number is taken quickly."""
 STEPS = 8
+NO_EVAL = "--eval.at-start false --eval.at-end false --data.heldout 0"
 
 
 class Grab:
@@ -78,7 +83,7 @@ def grab(monkeypatch: pytest.MonkeyPatch) -> Grab:
 def backend_for(dtype: torch.dtype) -> str:
     if dtype is torch.float32:
         return "sdpa"
-    return next(name for name in ("fa4", "varlen", "sdpa") if name in available_backends())
+    return next(name for name in ("varlen", "fa4", "sdpa") if name in available_backends())
 
 
 Run = tuple[dict[str, torch.Tensor], list[float], int, list[int], int, list[str]]
@@ -108,7 +113,7 @@ def run(kind: str, dtype: torch.dtype, strikes: Sequence[Sequence[int]], grab: G
             grab.give()
             tokens = budget.tokens
             counts.append(mode.count)
-            figures += numbers(found)
+            figures += _numbers(found)
     changes = {name: weight - start[name] for name, weight in weights_of(policy).items()}
     del start, found
     gc.collect()
@@ -159,9 +164,11 @@ def test_frugal_placements_and_smaller_micro_batches_make_the_same_step(
     kind: str, failures: int, grab: Grab
 ) -> None:
     dtype = torch.float32  # of which rounding is small enough to see a wrong sum
+    run(kind, dtype, [[]], grab)
     wanted, figures, remaining, counts, *_ = run(kind, dtype, [[]], grab)
     draw = random.Random(kind)
-    early = [draw.randint(1, counts[0] // 4) for _ in range(failures)]
+    # Each counts from the one before, after which a few operations may allocate nothing.
+    early = [draw.randint(50, max(60, counts[0] // 4)) for _ in range(failures)]
     changes, again, left, _, tokens, warnings = run(kind, dtype, [early], grab)
     off, off_figures = error(changes, wanted), worst(again, figures)
     print(f"{kind}, {failures} failures: weights {off:.1e}, figures {off_figures:.1e}")
@@ -170,6 +177,53 @@ def test_frugal_placements_and_smaller_micro_batches_make_the_same_step(
     assert left == remaining
     assert off_figures <= 1e-4
     assert off <= 1e-3  # Adam's first step is the gradient's sign where the gradient is tiny
+
+
+def test_a_whole_run_of_the_command_line(
+    grab: Grab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SFT with the options that a GPU has by default; memory runs out once in each of 24 steps."""
+    monkeypatch.chdir(tmp_path)
+    make_folder(tmp_path, d=SFT)
+    tiny_llama(hidden=256).save_pretrained(tmp_path / "model")
+    draw = random.Random(0)
+    counts: list[int] = []
+
+    def train(name: str, strikes: bool) -> tuple[dict[str, torch.Tensor], list[float]]:
+        with monkeypatch.context() as patch:
+            mode = Exhausted([], grab.take)
+            mode.patch(patch, sft)
+            accumulate = vars(sft)["accumulate"]  # as the mode has wrapped it
+
+            def one_step(*arguments: Any) -> Any:
+                mode.at = [draw.randint(1, int(0.9 * min(counts)))] if strikes else []
+                mode.count = 0
+                result = accumulate(*arguments)
+                grab.give()
+                counts.append(mode.count)
+                return result
+
+            patch.setattr(sft, "accumulate", one_step)
+            options = f"--steps 24 --tokens-per-microbatch 100 --run.dir {name} {NO_EVAL}"
+            assert command("sft", "d", *options.split()) == 0
+        weights = load_file(f"{name}/adapter/adapter_model.safetensors")
+        rows = steps(name)
+        assert len(rows) == 24
+        return weights, [row[key] for row in rows for key in ("loss", "grad_norm", "entropy")]
+
+    wanted, figures = train("first", False)
+    repeated = [train(f"again{i}", False) for i in range(3)]
+    noise = max(error(weights, wanted) for weights, _ in repeated)
+    noise_of_figures = max(worst(again, figures) for _, again in repeated)
+    weights, again = train("disturbed", True)
+    off, off_figures = error(weights, wanted), worst(again, figures)
+    failures = Path("disturbed/log.txt").read_text().count("GPU memory ran out in the update")
+    print(f"{failures} failures: weights {off:.1e}, noise {noise:.1e}; figures {off_figures:.1e}, "
+          f"noise {noise_of_figures:.1e}")  # fmt: skip
+    assert grab.strikes == 24
+    assert failures >= 20
+    assert off <= max(3 * noise, 1e-5)
+    assert off_figures <= max(3 * noise_of_figures, 1e-5)
 
 
 def test_the_heaviest_micro_batch_decides_before_step_1() -> None:
@@ -204,12 +258,12 @@ def fits(policy: Policy, budget: Budget, heaviest: Heaviest) -> None:
     assert lines == []
 
 
-def numbers(figures: Any) -> list[float]:
+def _numbers(figures: Any) -> list[float]:
     """All numbers of an update's figures, in order."""
     if isinstance(figures, dict):
-        return [x for key in sorted(figures) for x in numbers(figures[key])]
+        return [x for key in sorted(figures) for x in _numbers(figures[key])]
     if isinstance(figures, (list, tuple)):
-        return [x for part in figures for x in numbers(part)]
+        return [x for part in figures for x in _numbers(part)]
     if isinstance(figures, (int, float)):
         return [float(figures)]
     return [figures.grad_norm, figures.learning_rate, float(figures.skipped)]
