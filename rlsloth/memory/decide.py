@@ -11,7 +11,7 @@ from rlsloth.config import ModelConfig
 from rlsloth.config.training import TrainingConfig
 from rlsloth.errors import UserError, first_line
 from rlsloth.memory.findings import Source, find_all, planner_for
-from rlsloth.memory.knobs import advice
+from rlsloth.memory.freed import advice
 from rlsloth.memory.machine import gpu_bytes, host_bytes
 from rlsloth.memory.placing import choose
 from rlsloth.memory.planned_model import model_shape
@@ -88,7 +88,6 @@ def decide(
         return configured
     say(report_line(plan, chosen))
     if not plan.fits:
-        options = options or "pass a smaller model"
         warn(f"the run needs an estimated {shortfall(plan)}; {options}")
     return Decided(
         chosen.tokens_per_microbatch,

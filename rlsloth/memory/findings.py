@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
-from rlsloth.memory.knobs import Freed, list_freed, that_fit_together
+from rlsloth.memory.freed import Freed, list_freed, that_fit_together
 from rlsloth.memory.plan import make_plan
 from rlsloth.memory.search import (
     Longest,

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from rlsloth.memory.findings import SEQUENCES, TOKENS, Findings
-from rlsloth.memory.knobs import Freed, together_line
+from rlsloth.memory.freed import Freed, together_line
 from rlsloth.memory.plan import ACTIVATION_TOLERANCE
 from rlsloth.memory.search import Longest
 from rlsloth.memory.terms import GIB, Cache, Phase, Plan, Term
@@ -14,7 +14,7 @@ from rlsloth.memory.workload import Request
 from rlsloth.policy.activations.placement import describe as describe_placements
 from rlsloth.policy.activations.placement import uniform
 
-HOLDS = "completions"
+HOLDS = "cache holds"
 """Head of the column with the completions that the cache then holds at once."""
 
 
@@ -32,7 +32,8 @@ def _summary(plan: Plan, request: Request) -> str:
     size = f"{plan.total / GIB:.1f}".removesuffix(".0")
     if plan.engine is None or request.sampling is None:
         return f"memory: update {update:.1f} of {size} GiB (estimate)"
-    at_once = f"{request.sampling.at_once} completions at once"
+    rows = request.sampling.at_once
+    at_once = f"{rows} completion{'s' * (rows != 1)} at once"
     return (
         f"memory: update {update:.1f} GiB, rollout {rollout:.1f} GiB of {size} GiB "
         f"(estimate, engine {plan.engine}); "
@@ -154,10 +155,10 @@ def _longest_lines(findings: Findings) -> list[str]:
         )
     if completion is not None and completion.tokens:
         assert findings.request.sampling is not None
-        workload = findings.request.sampling.workload
+        sampling = findings.request.sampling
         lines.append(
-            f"longest completion of a prompt of {workload.longest_prompt} tokens, "
-            f"{workload.group_size} of a group at once: {_describe_longest(completion)}"
+            f"longest completion of a prompt of {sampling.workload.longest_prompt} tokens, "
+            f"{sampling.group_at_once} of a group at once: {_describe_longest(completion)}"
         )
     return lines
 

@@ -57,8 +57,8 @@ def longest_text(plan: Planner, shape: ModelShape, request: Request) -> Longest:
 def longest_completion(plan: Planner, shape: ModelShape, request: Request) -> Longest:
     """Find the longest completion with which rollouts and update fit.
 
-    Prompts and groups are as configured; one group is sampled at once, and a micro-batch holds one
-    completion with its prompt.
+    Prompts and groups are as configured; one group is sampled at once, or as much of it as
+    ``rollout.max_sequences`` allows, and a micro-batch holds one completion with its prompt.
 
     Args:
         plan: function that plans a request.
@@ -66,9 +66,7 @@ def longest_completion(plan: Planner, shape: ModelShape, request: Request) -> Lo
         request: the run, with ``model.gradient_checkpointing`` as the user set it.
     """
     assert request.sampling is not None
-    workload = request.sampling.workload
-    named = request.sampling.rollout.max_sequences
-    rows = min(workload.group_size, workload.group_size if named == "auto" else named)
+    workload, rows = request.sampling.workload, request.sampling.group_at_once
 
     def run(placements: Placements, tokens: int) -> Request:
         longer = request.with_completions(tokens).with_sequences(rows)
@@ -163,7 +161,7 @@ def decide_sequences(plan: Planner, shape: ModelShape, request: Request) -> Requ
         planned = plan(assumed.with_sequences(rows))
         if planned.cache is not None:
             return planned.cache.holds * OVERCOMMIT >= rows
-        return planned.fits and planned.peak("rollout") <= half
+        return planned.left >= 0 and planned.peak("rollout") <= half
 
     return request.with_sequences(max(1, _largest(fits, 1, sampling.at_once)))
 

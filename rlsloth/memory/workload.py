@@ -130,6 +130,11 @@ class Sampling:
         most = self.engine.most_sequences if named == "auto" else named
         return min(most, self.workload.sequences)
 
+    @property
+    def group_at_once(self) -> int:
+        """Largest number of completions of one group that are decoded at once."""
+        return min(self.at_once, self.workload.group_size)
+
     def one_completion(self, shape: ModelShape) -> int:
         """Return the number of tokens of the longest prompt with a training completion."""
         tokens = self.workload.longest_prompt + self.rollout.max_tokens

@@ -15,7 +15,8 @@ from helpers.plans import make_policy, run
 from rlsloth.config import GrpoConfig, LoraConfig, ModelConfig
 from rlsloth.memory import decide as planning
 from rlsloth.memory.findings import planner_for
-from rlsloth.memory.knobs import LISTED, advice, list_freed, that_fit_together, with_rank
+from rlsloth.memory.freed import LISTED, advice, list_freed, that_fit_together
+from rlsloth.memory.knobs import with_rank
 from rlsloth.memory.plan import make_plan
 from rlsloth.memory.planned_model import model_shape
 from rlsloth.memory.read_shape import read_shape
@@ -59,8 +60,8 @@ def test_a_listed_option_frees_what_a_plan_with_it_says(shape):
     planner = planner_for(total, None)
     now, freed = planner(shape, request), list_freed(planner, shape, request)
     found = {one.option: one for one in freed}
-    assert sorted(freed, key=lambda f: max(f.gpu, f.host), reverse=True) == freed
-    assert all(max(f.gpu, f.host) > LISTED * total for f in freed)
+    assert sorted(freed, key=lambda f: f.gpu, reverse=True) == freed
+    assert all(f.gpu > LISTED * total for f in freed)
     assert set(found) >= {
         "--model.precision nf4", "--tokens-per-microbatch 8192", "--lora.rank 32",
         "--optim.name adamw_8bit", "--rollout.max-sequences 256", "--rollout.max-tokens 256",
@@ -125,7 +126,9 @@ def test_options_that_fit_together(shape):
         elif options:
             assert len(options) > 1
             assert f"it fits with {' '.join(options)}" in advice(planner, shape, request)
-    assert that_fit_together(planner_for(GIB // 2, None), shape, request) == []
+    tiny = planner_for(GIB // 2, None)
+    assert that_fit_together(tiny, shape, request) == []
+    assert "no option makes it fit: pass a smaller model" in advice(tiny, shape, request)
 
 
 # --- the command and a run ------------------------------------------------------------------------
@@ -139,7 +142,7 @@ def test_the_table_and_json_list_them(folder, capsys):
     assert "\n --model.precision nf4 " in printed
     assert run(folder, *card, "--json") == 0
     knobs = json.loads(capsys.readouterr().out)["knobs"]
-    sizes = [max(k["update"], k["rollout"], k["host"]) for k in knobs]
+    sizes = [max(k["update"], k["rollout"]) for k in knobs]
     assert sizes == sorted(sizes, reverse=True)
     four = next(k for k in knobs if k["option"] == "--model.precision nf4")
     assert four["update"] > GIB

@@ -89,6 +89,17 @@ def test_a_full_gpu_samples_one_by_one(shape):
         assert not plan.fits
 
 
+def test_a_small_host_does_not_matter(shape):
+    model = {"gradient_checkpointing": "offload"}
+    cfg = GrpoConfig.model_validate({"model": model, "rollout": {"engine": "transformers"}})
+    request = grpo_request(cfg, 100)
+    for host in (None, 0):
+        plan_of = partial(make_plan, shape, total=GIB, host_total=host)
+        sampling = decide_sequences(plan_of, shape, request).sampling
+        assert sampling is not None
+        assert sampling.at_once > 100
+
+
 def test_each_engine_of_auto_gets_its_own_number(shape, monkeypatch):
     monkeypatch.setattr("rlsloth.rollout.vllm.opening.check_installed", lambda: None)
     cfg = GrpoConfig(rollout=RolloutConfig(max_tokens=4000))
