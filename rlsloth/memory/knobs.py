@@ -41,6 +41,14 @@ def _checkpointing(
     return f"--model.gradient-checkpointing {str(value).lower()}", shape, chosen
 
 
+def _embeddings(_planner: Planner, shape: ModelShape, request: Request) -> Changed | None:
+    engine = None if request.sampling is None else request.sampling.engine
+    shared = engine is not None and engine.shares_weights
+    if shared or not shape.embedding or request.model.offload_embeddings is True:
+        return None
+    return "--model.offload-embeddings true", shape, request.with_embeddings(True)
+
+
 def _micro_batch(_planner: Planner, shape: ModelShape, request: Request) -> Changed | None:
     tokens = max(request.microbatch // 2, request.least_tokens(shape))
     if tokens >= request.microbatch:
@@ -108,6 +116,7 @@ KNOBS: tuple[Knob, ...] = (
     _four_bits,
     partial(_checkpointing, True),
     partial(_checkpointing, "offload"),
+    _embeddings,
     _micro_batch,
     _rank,
     _optimizer,

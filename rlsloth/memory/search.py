@@ -154,6 +154,7 @@ def decide_sequences(plan: Planner, shape: ModelShape, request: Request) -> Requ
         mode = modes(request.model.gradient_checkpointing, shape.attention)[-1]
         tokens = request.tokens_per_microbatch or request.least_tokens(shape)
         assumed = request.with_update(tokens, mode.placements(len(shape.layers), 0))
+        assumed = assumed.with_embeddings(embedding_places(shape, request)[-1])
     one = plan(assumed.with_sequences(1))
     half = (one.peak("rollout") + one.total) / 2
 
