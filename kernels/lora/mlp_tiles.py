@@ -94,10 +94,3 @@ def _backward(
                 total += grad
         sums = sums or grads
     return grad_x_TH, sums
-
-
-def tiled_mlp(x_TH: Tensor, parts: Parts, most: int, adapters: list[Tensor | None]) -> Tensor:
-    """Return the MLP's output, differentiable in x and the adapters."""
-    token_TH = TiledInnerFunction.apply(x_TH, parts, most, *adapters)  # type: ignore[no-untyped-call]
-    y_TH: Tensor = TiledOuterFunction.apply(token_TH, x_TH.detach(), parts, most)  # type: ignore[no-untyped-call]
-    return y_TH

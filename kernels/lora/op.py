@@ -8,6 +8,8 @@ their gradients are summed in float32 and returned in the parameters' dtype. Aut
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -65,6 +67,7 @@ def lora_mlp(
     activation: str,
     *,
     tile_rows: int | None = None,
+    inner_only: bool = False,
 ) -> Tensor:
     """Return ``down(act(gate(x)) * up(x))`` [..., H], differentiable like ``lora_linears``.
 
@@ -77,6 +80,8 @@ def lora_mlp(
         activation: "silu", "gelu_tanh" or "gelu".
         tile_rows: compute at most this many tokens at a time, forward and backward; then only x is
             kept, and the backward computes gate and up again. None: all tokens at once.
+        inner_only: compute only what the backward keeps, and return a tensor without content: for
+            the second forward of activation checkpointing.
 
     Raises:
         TypeError: x is not in the weights' dtype.
@@ -94,7 +99,10 @@ def lora_mlp(
     layers = (gate, up, down)
     x_TH = x.reshape(-1, x.shape[-1])
     with torch.autocast(x.device.type, enabled=False):
-        y_TH = _mlp(x_TH, layers, activation, tile_rows, _needs_graph(x, layers))
+        if inner_only and _needs_graph(x, layers):
+            y_TH = _inner(x_TH, layers, activation, tile_rows)[0]
+        else:
+            y_TH = _mlp(x_TH, layers, activation, tile_rows, _needs_graph(x, layers))
     return y_TH.view(*x.shape[:-1], y_TH.shape[-1])
 
 
@@ -106,22 +114,34 @@ def _mlp(
         e_TF, g_TF = autograd.linears_decoded(x_TH, (gate, up))
         h_TF = glu_forward(e_TF, g_TF, activation, out=e_TF)
         return autograd.linears_decoded(h_TF, (down,))[0]
-    parts = mlp.Parts(layers, activation)
-    if tile_rows is not None and x_TH.shape[0] > tile_rows:
-        if not with_graph:
-            return mlp_tiles.forward(x_TH, parts, tile_rows)
-        return mlp_tiles.tiled_mlp(x_TH, parts, tile_rows, _adapters(layers))
-    matrices = dequantize_ahead(parts.jobs())
     if not with_graph:
+        parts = mlp.Parts(layers, activation)
+        if tile_rows is not None and x_TH.shape[0] > tile_rows:
+            return mlp_tiles.forward(x_TH, parts, tile_rows)
+        matrices = dequantize_ahead(parts.jobs())
         h_wide, *_ = mlp.inner(x_TH, parts, matrices)
         return mlp.outer(h_wide, parts, matrices)
+    token_TH, outer = _inner(x_TH, layers, activation, tile_rows)
+    return outer(token_TH)
+
+
+def _inner(
+    x_TH: Tensor, layers: mlp.Mlp, activation: str, tile_rows: int | None
+) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """Compute what the backward keeps: a token without content, and the function of the rest."""
+    parts, adapters = mlp.Parts(layers, activation), _adapters(layers)
+    if tile_rows is not None and x_TH.shape[0] > tile_rows:
+        token_TH: Tensor = mlp_tiles.TiledInnerFunction.apply(  # type: ignore[no-untyped-call]
+            x_TH, parts, tile_rows, *adapters
+        )
+        tiled: Callable[..., Tensor] = mlp_tiles.TiledOuterFunction.apply
+        return token_TH, lambda token: tiled(token, x_TH.detach(), parts, tile_rows)
+    matrices = dequantize_ahead(parts.jobs())
     token_TH, h_wide = mlp.InnerFunction.apply(  # type: ignore[no-untyped-call]
-        x_TH, parts, matrices, *_adapters(layers)
+        x_TH, parts, matrices, *adapters
     )
-    y_TH: Tensor = mlp.OuterFunction.apply(  # type: ignore[no-untyped-call]
-        token_TH, h_wide, parts, matrices
-    )
-    return y_TH
+    outer: Callable[..., Tensor] = mlp.OuterFunction.apply
+    return token_TH, lambda token: outer(token, h_wide, parts, matrices)
 
 
 def _adapters(layers: tuple[LoraLinear, ...]) -> list[Tensor | None]:

@@ -36,8 +36,9 @@ FLOPS_PER_BYTE = 13_000
 below this ratio the copies are not hidden behind the work."""
 OPS_PER_S = 4e14
 """Floating-point operations a second in an update, on an H100."""
-LAYER_S = 4e-4
-"""Seconds that a layer's kernels take to start, in a forward and a backward."""
+LAYER_S = 5e-3, 7.5e-3
+"""Seconds in which the host starts a layer's kernels, in a micro-batch: without and with a second
+forward. Small micro-batches take this long (an H200's host took 2.7 times as much)."""
 LOOKUP_S_PER_BYTE = 5e-11
 """Seconds to read a byte of an embedding in host memory."""
 DEQUANTISED = 2.5e-12
@@ -202,9 +203,11 @@ def relative_time(shape: ModelShape, request: Request) -> float:
         copied = held_bytes(layer, shape.hidden, element_size(precision), placement, "host")
         total += count * _layer_time(linear, layer.queries * length, placement, copied)
     seconds = 2 * total / OPS_PER_S
-    seconds += len(shape.layers) * LAYER_S / tokens
     if precision == "nf4":
         seconds += 3 * DEQUANTISED * linear_weights(shape) / tokens
+    again = sum(placement is not None for placement in request.placed(len(shape.layers)))
+    started = (len(shape.layers) - again) * LAYER_S[0] + again * LAYER_S[1]
+    seconds = max(seconds, started / tokens)
     if request.model.offload_embeddings is True:
         seconds += shape.hidden * element_size(precision) * LOOKUP_S_PER_BYTE
     # A completion's prompt is computed again in each micro-batch that holds a part of its group.

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from rlsloth.policy.activations.arena import HostArena
 from rlsloth.policy.activations.placement import Place, Placement
@@ -37,6 +37,12 @@ class Pass:
         self._grad = False
         self.again = False
         """Whether the layer is being computed again."""
+        self.ends_early = False
+        """Whether the rest of the second forward saves nothing for the backward, and is left out.
+
+        The layer sets it. torch would end the second forward by an exception inside autograd's
+        hooks, which some releases turn into a SystemError.
+        """
 
     def start(self, hidden: Tensor) -> None:
         """Begin the first forward; the layer before has ended, so its copies are due."""
@@ -171,7 +177,8 @@ class Recomputed:
         layer.start(hidden)
         del hidden
         # No tensor is an argument: the function above knows where the input is.
-        out = checkpoint(compute, layer, use_reentrant=False, preserve_rng_state=draws)
+        with set_checkpoint_early_stop(False):  # Pass.ends_early
+            out = checkpoint(compute, layer, use_reentrant=False, preserve_rng_state=draws)
         self._last = layer
         return out
 

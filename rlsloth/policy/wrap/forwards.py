@@ -81,7 +81,8 @@ class MlpForward(Forward):
         gate, up, down = linears
         layer = current_pass()
         rows = None if layer is None else layer.placement.mlp_rows
-        return lora_mlp(x, gate, up, down, self._activation, tile_rows=rows)
+        ends = layer is not None and layer.ends_early
+        return lora_mlp(x, gate, up, down, self._activation, tile_rows=rows, inner_only=ends)
 
 
 class FusedMlpForward(Forward):
@@ -221,6 +222,11 @@ class LayerForward(Forward):
         else:
             total = attended + hidden_states
             normed = self._second_norm(total)
+        current = current_pass()
+        if current is not None and current.again and not self._sandwich:
+            current.ends_early = True
+            layer.mlp(normed)
+            return total
         out = layer.mlp(normed)
         if isinstance(out, tuple):  # the MLP of gpt-oss also returns the router's scores
             out = out[0]
