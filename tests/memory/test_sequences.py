@@ -152,7 +152,7 @@ def test_the_embedded_engine_is_opened_with_the_planned_number(shape, monkeypatc
     from rlsloth.rollout.embedded.opening import most_rows
 
     total = 1600 << 20
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (total // 2, total))
+    monkeypatch.setattr("rlsloth.rollout.embedded.opening.gpu_bytes", lambda model: total)
     settings = {"rollout": {"engine": "transformers", "max_tokens": 4000}}
     request = grpo_request(GrpoConfig.model_validate(settings), 100)
     policy = SimpleNamespace(model=make_policy("llama").model, device=torch.device("cuda"))

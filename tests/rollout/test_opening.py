@@ -26,7 +26,7 @@ from rlsloth.data.renderer import Renderer
 from rlsloth.errors import UserError
 from rlsloth.memory.plan import make_plan
 from rlsloth.memory.read_shape import read_shape
-from rlsloth.memory.terms import GIB
+from rlsloth.memory.terms import CONTEXT, GIB
 from rlsloth.policy.lora import add_adapter
 from rlsloth.policy.policy import Policy
 from rlsloth.records import Completion, SamplingParams
@@ -228,6 +228,19 @@ def test_what_another_program_holds_is_not_given_away(policy: Any, monkeypatch) 
     gpu(monkeypatch, beside + 255 * ONE + 7, 24 * GIB)
     cache = size_cache(REQUEST, SAMPLING, policy, 64)
     assert (cache.holds, cache.size) == (255, 255 * ONE + 7)
+
+
+def test_a_limit_of_the_runs_memory_bounds_the_cache(policy: Any, monkeypatch) -> None:
+    """Memory that the run has already taken counts, that of other programs does not."""
+    gpu(monkeypatch, 100 * GIB, 140 * GIB)
+    shape = read_shape(policy.model)
+    plan = make_plan(shape, grpo_request(CONFIG, 1), 2 * GIB, context=64)
+    beside = plan.peak("rollout", to_come=True) - 256 * ONE
+    taken = 2 * GIB - CONTEXT - beside - 100 * ONE
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: taken)
+    limited = replace(REQUEST, model=ModelConfig(memory_gb=2))
+    cache = size_cache(limited, SAMPLING, policy, 64)
+    assert (cache.holds, cache.size) == (100, 100 * ONE)
 
 
 def test_no_room_is_one_line_that_says_what_to_do(policy: Any, monkeypatch) -> None:

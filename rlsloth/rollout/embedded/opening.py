@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 
-import torch
-
+from rlsloth.memory.machine import gpu_bytes
 from rlsloth.memory.out_of_memory import advise
 from rlsloth.memory.plan import make_plan
 from rlsloth.memory.read_shape import read_shape
@@ -45,7 +44,8 @@ def most_rows(opening: Opening) -> int:
     if named != "auto":
         return named
     shape = read_shape(opening.policy.model)
-    _, total = torch.cuda.mem_get_info(opening.policy.device)
+    total = gpu_bytes(opening.request.model)
+    assert total is not None  # on a CPU the number is decided before (rollout/opening.py)
     sampling = replace(opening.sampling, engine=EMBEDDED_MEMORY, fallback=None)
     request = replace(opening.request, sampling=sampling)
     decided = decide_sequences(partial(make_plan, shape, total=total), shape, request).sampling

@@ -7,14 +7,14 @@ from functools import partial
 
 import torch
 
-from rlsloth.config import RolloutConfig
+from rlsloth.config import ModelConfig, RolloutConfig
 from rlsloth.errors import UserError
 from rlsloth.memory.out_of_memory import advise
 from rlsloth.memory.plan import fit_cache, make_plan
 from rlsloth.memory.read_shape import read_shape
 from rlsloth.memory.report import describe
 from rlsloth.memory.search import decide_sequences
-from rlsloth.memory.terms import GIB, Cache, Phase
+from rlsloth.memory.terms import CONTEXT, GIB, Cache, Phase
 from rlsloth.memory.workload import Request, Sampling
 from rlsloth.policy.policy import Policy
 from rlsloth.rollout.engine import Engine, EngineKind, Opening
@@ -88,7 +88,7 @@ def size_cache(request: Request, sampling: Sampling, policy: Policy, context: in
         one = completion_bytes(shape, kind, context, policy.dtype.itemsize)
         return fit_cache(one, sampling.at_once, context, max(one, CPU_CACHE))
     torch.cuda.empty_cache()
-    free, total = torch.cuda.mem_get_info(policy.device)
+    free, total = _memory(request.model, policy.device)
     longest_prompt = max(1, context - sampling.rollout.max_tokens)
     workload = replace(sampling.workload, longest_prompt=longest_prompt)
     sampling = replace(sampling, workload=workload, engine=VLLM_MEMORY, fallback=None)
@@ -108,6 +108,15 @@ def size_cache(request: Request, sampling: Sampling, policy: Policy, context: in
             f"{'' if request.overlap else ', or --rollout.engine transformers'}"
         )
     return plan.cache
+
+
+def _memory(model: ModelConfig, device: torch.device) -> tuple[int, int]:
+    """Return the bytes of a GPU that are free for the run, and those that it may take in all."""
+    free, total = torch.cuda.mem_get_info(device)
+    if model.memory_gb is None:
+        return free, total
+    most = min(total, int(model.memory_gb * GIB))
+    return min(free, most - torch.cuda.memory_reserved(device) - CONTEXT), most
 
 
 def why_not(device_type: str) -> str:
