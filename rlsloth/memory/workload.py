@@ -202,6 +202,16 @@ class Request:
         )
         return replace(self, sampling=sampling)
 
+    def placed_as(self, placements: Placements | None) -> Request:
+        """Copy the request of a loaded policy with the placements in use.
+
+        None: the run only samples, and the update is assumed to need as little as it can.
+        """
+        if placements is not None:
+            return replace(self, placements=placements)
+        model = self.model.model_copy(update={"gradient_checkpointing": "auto"})
+        return replace(self, model=model, tokens_per_microbatch=None, placements=None)
+
     def with_fallback(self) -> Request:
         """Copy the request with the fallback engine, if there is one."""
         sampling = self.sampling

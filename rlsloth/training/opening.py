@@ -6,7 +6,6 @@ import math
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from functools import partial
 from typing import TypeVar
 
@@ -102,7 +101,7 @@ def open_grpo(
             trial_backward(policy)
     one = min(longest + cfg.rollout.max_tokens, policy.context)
     cfg = _with_room(cfg, named, one)
-    request = replace(grpo_request(cfg, longest), placements=policy.placements)
+    request = grpo_request(cfg, longest).placed_as(policy.placements if trains else None)
     collector = open_collector(
         cfg,
         problems,
@@ -214,7 +213,7 @@ def open_teacher(
     collector = open_collector(
         cfg,
         problems,
-        sampling_request(cfg, cfg, longest, prompts=prompts, group_size=samples),
+        sampling_request(cfg, cfg, longest, prompts=prompts, group_size=samples).placed_as(None),
         policy,
         renderer,
         run,

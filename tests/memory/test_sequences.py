@@ -100,6 +100,20 @@ def test_a_small_host_does_not_matter(shape):
         assert sampling.at_once > 100
 
 
+def test_a_run_that_only_samples_leaves_no_room_to_a_large_update(shape):
+    model = {"gradient_checkpointing": False}
+    settings = {"model": model, "rollout": {"engine": "transformers"}}
+    cfg = GrpoConfig.model_validate({**settings, "tokens_per_microbatch": 10**6})
+    plan_of = partial(make_plan, shape, total=2 * GIB)
+    request = grpo_request(cfg, 100)
+    numbers = []
+    for placements in ((None,) * len(shape.layers), None):
+        sampling = decide_sequences(plan_of, shape, request.placed_as(placements)).sampling
+        assert sampling is not None
+        numbers.append(sampling.at_once)
+    assert numbers == [1, 800]
+
+
 def test_each_engine_of_auto_gets_its_own_number(shape, monkeypatch):
     monkeypatch.setattr("rlsloth.rollout.vllm.opening.check_installed", lambda: None)
     cfg = GrpoConfig(rollout=RolloutConfig(max_tokens=4000))
