@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -37,6 +37,11 @@ class ModelConfig(Section):
     """Keep the embedding in host memory, from which the GPU reads a token's row: a GiB less for a
     vocabulary of 128,000 and a hidden size of 4096. Not with vLLM, nor if the embedding is also the
     output head. auto: as the memory plan says, else false."""
+    offload_layers: Literal["auto"] | Annotated[int, Field(ge=0)] = "auto"
+    """Keep the frozen weights of this many decoder layers, from the first one, in host memory, and
+    copy them to the GPU ahead of their use: for models larger than the card. Slower where a copy
+    takes longer than a layer's work; sampling goes without CUDA graphs. Not with vLLM. auto: as the
+    memory plan says, else 0."""
     fused_kernels: bool = True
     """Run layers of known model families on rlsloth's kernels; false: on transformers' own
     modules."""

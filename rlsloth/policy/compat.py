@@ -14,6 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
@@ -116,6 +117,36 @@ def keep_nf4_weights(module: Any) -> None:
         module.support_avx512bf16_for_cpu = False
 
 
+# --- bitsandbytes: weights are quantised on the GPU ----------------------------------------------
+
+NF4_QUANTISED_WHERE_LOADED = Change(
+    "bitsandbytes",
+    ">=0.50,<0.51",
+    "weights that are loaded to the CPU are quantised there, which takes minutes for a model of "
+    "billions of weights, and 16 times the memory of the largest one",
+)
+
+
+@contextmanager
+def quantised_on(device: torch.device) -> Iterator[None]:
+    """Let bitsandbytes quantise on a device what it then puts anywhere else."""
+    from bitsandbytes.nn import Params4bit
+
+    theirs = Params4bit._quantize
+
+    def quantise(self: Any, place: Any) -> Any:
+        made = theirs(self, device)
+        made.data = made.data.to(place)
+        made.quant_state.to(place)
+        return made
+
+    Params4bit._quantize = quantise
+    try:
+        yield
+    finally:
+        Params4bit._quantize = theirs
+
+
 # --- decoders: hidden states before the final norm -----------------------------------------------
 
 HIDDEN_STATES_NORMED = Change(
@@ -189,6 +220,7 @@ CHANGES = (
     GGUF_PARSED_OFTEN,
     SCIKIT_LEARN_IMPORTED,
     NF4_REWRITTEN_ON_CPU,
+    NF4_QUANTISED_WHERE_LOADED,
     HIDDEN_STATES_NORMED,
     DENSE_MLPS_TAKEN_FOR_EXPERTS,
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,12 +13,13 @@ import torch
 from rlsloth.config import ModelConfig
 from rlsloth.errors import UserError
 from rlsloth.policy.attention.interface import NAME, register
-from rlsloth.policy.compat import forget_parsed_gguf, keep_nf4_weights
+from rlsloth.policy.compat import forget_parsed_gguf, keep_nf4_weights, quantised_on
 from rlsloth.policy.files import ModelFiles, locate
 from rlsloth.policy.gguf_check import GgufHeader, check_gguf, unread_keys
 from rlsloth.policy.gguf_tokenizer import end_ids
 from rlsloth.policy.gguf_tokenizer import unread_keys as unread_tokenizer_keys
 from rlsloth.policy.identity import IDENTITY, identify
+from rlsloth.policy.streamed_layers import refuse_more_layers, stream_layers
 from rlsloth.policy.support import (
     Precision,
     expert_share,
@@ -101,13 +103,21 @@ def load_model(cfg: ModelConfig) -> LoadedModel:
     config = files.read_config()
     with files.refusing():
         refuse_unsupported(cfg, config, files)
-    if files.gguf is not None:
-        model = _from_gguf(files, dtype, precision == "nf4", device)
-        tokenizer.model_max_length = model.config.max_position_embeddings
-    else:
-        model = _pretrained(cfg, config, dtype, precision == "nf4", device)
+    streamed = 0 if cfg.offload_layers == "auto" else cfg.offload_layers
+    if streamed:
+        refuse_more_layers(streamed, int(config.get_text_config().num_hidden_layers))
+    # The whole base may be larger than the GPU: only what stays there goes there.
+    place = torch.device("cpu") if streamed else device
+    with quantised_on(device) if streamed and precision == "nf4" else nullcontext():
+        if files.gguf is not None:
+            model = _from_gguf(files, dtype, precision == "nf4", place)
+            tokenizer.model_max_length = model.config.max_position_embeddings
+        else:
+            model = _pretrained(cfg, config, dtype, precision == "nf4", place)
     precision = held_precision(cfg, device.type, config)
     model.requires_grad_(False)
+    if streamed:
+        _stream(cfg, model, streamed, device)
     for module in model.modules():
         # With dropout in the base, the trained distribution would differ from the sampled one.
         if isinstance(module, torch.nn.Dropout):
@@ -127,6 +137,16 @@ def load_model(cfg: ModelConfig) -> LoadedModel:
         )
     setattr(model, IDENTITY, identity)  # save_adapter writes it
     return LoadedModel(model, tokenizer, device, dtype, precision)
+
+
+def _stream(cfg: ModelConfig, model: Any, layers: int, device: torch.device) -> None:
+    try:
+        stream_layers(model, layers, device)
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"--model.offload-layers {layers}: the rest of {cfg.path} does not fit the GPU's "
+            "memory; pass a larger number of layers, or a smaller model"
+        ) from error
 
 
 def _limit_memory(cfg: ModelConfig, device: torch.device) -> None:

@@ -18,7 +18,13 @@ import torch
 from packaging.specifiers import SpecifierSet
 
 from helpers.tiny import tiny_llama
-from rlsloth.policy.compat import CHANGES, Change, norm_skipped, without_scikit_learn
+from rlsloth.policy.compat import (
+    CHANGES,
+    Change,
+    norm_skipped,
+    quantised_on,
+    without_scikit_learn,
+)
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: f"{change.library}")
@@ -133,3 +139,27 @@ def test_peft_still_takes_dense_mlps_for_experts() -> None:
     lora = peft.LoraConfig(target_modules=["down_proj"])
     convert_peft_config_for_transformers(lora, model, None)
     assert not lora.target_modules
+
+
+def test_bitsandbytes_still_quantises_where_weights_are_loaded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import bitsandbytes
+    from bitsandbytes.nn import Params4bit
+
+    places = []
+    quantise = bitsandbytes.functional.quantize_4bit
+
+    def recorded(w: torch.Tensor, **settings: object) -> object:
+        places.append(w.device.type)
+        return quantise(w.to("cpu") if w.device.type == "cpu" else torch.ones(w.shape), **settings)
+
+    monkeypatch.setattr(bitsandbytes.functional, "quantize_4bit", recorded)
+    weight = torch.ones(64, 64)
+    plain = Params4bit(weight, quant_type="nf4").to("cpu")
+    with quantised_on(torch.device("meta")):
+        moved = Params4bit(weight, quant_type="nf4").to("cpu")
+    assert places == ["cpu", "meta"]
+    assert torch.equal(plain.data, moved.data)
+    assert Params4bit(weight, quant_type="nf4").to("cpu").device.type == "cpu"
+    assert places[-1] == "cpu"

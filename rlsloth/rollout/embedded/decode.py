@@ -10,6 +10,7 @@ from torch import Tensor
 from rlsloth.errors import UserError, first_line
 from rlsloth.kernels.linear_logprob.products import add_transposed, project
 from rlsloth.policy.head import read_head_lora
+from rlsloth.policy.streamed_layers import streamed_layers
 from rlsloth.records import LogitTransform
 from rlsloth.rollout.embedded.slot_cache import PromptCache, SlotCache
 
@@ -36,7 +37,8 @@ class Decoder:
         self._layers = base.get_decoder()
         self._head = base.get_output_embeddings()
         self._device = device
-        self._graphed = cuda_graphs and device.type == "cuda"
+        # A graph would not copy the weights of layers in host memory.
+        self._graphed = cuda_graphs and device.type == "cuda" and not streamed_layers(base)
         self._graphs: dict[Any, torch.cuda.CUDAGraph] = {}
         self._logits_out: Tensor | None = None
         """Logits [cache rows, V] of every graph; else each graph would allocate its own."""

@@ -10,6 +10,7 @@ from rlsloth.memory.out_of_memory import advise
 from rlsloth.memory.plan import make_plan
 from rlsloth.memory.read_shape import read_shape
 from rlsloth.memory.search import decide_sequences
+from rlsloth.policy.streamed_layers import streamed_layers
 from rlsloth.rollout.embedded.engine import TransformersEngine
 from rlsloth.rollout.embedded.memory import EMBEDDED_MEMORY
 from rlsloth.rollout.engine import Engine, EngineKind, Opening
@@ -23,6 +24,12 @@ def open_transformers(opening: Opening) -> Engine:
         UserError: packed training or the engine does not support the model.
     """
     policy, rollout = opening.policy, opening.sampling.rollout
+    streamed = streamed_layers(policy.model)
+    if streamed and rollout.cuda_graphs and policy.device.type == "cuda":
+        opening.run.say(
+            f"--model.offload-layers {streamed}: decoding steps are not captured as CUDA graphs, "
+            "which would not copy these layers' weights"
+        )
     engine = TransformersEngine(
         policy.model,
         policy.tokenizer,

@@ -14,6 +14,7 @@ from packaging.version import Version
 
 from rlsloth.errors import UserError, first_line
 from rlsloth.policy.host_embedding import HostEmbedding
+from rlsloth.policy.streamed_layers import streamed_layers
 from rlsloth.rollout.vllm.compat import (
     forget_graph_pool,
     register_imported,
@@ -171,7 +172,7 @@ def _prepare(
 
 
 def _refuse(model: Any, device: torch.device) -> None:
-    """Refuse what vLLM cannot share: another GPU than the first, an embedding on the host."""
+    """Refuse what vLLM cannot share: another GPU than the first, weights in host memory."""
     if device.type == "cuda" and device.index:
         raise UserError(
             f"vLLM uses the first visible GPU only: instead of --model.device {device} set the "
@@ -181,6 +182,11 @@ def _refuse(model: Any, device: torch.device) -> None:
         raise UserError(
             "--model.offload_embeddings true: vLLM reads the trainer's embedding on the GPU; pass "
             "false, or --rollout.engine transformers"
+        )
+    if layers := streamed_layers(model):
+        raise UserError(
+            f"--model.offload-layers {layers}: vLLM reads the trainer's weights on the GPU; pass "
+            "0, or --rollout.engine transformers"
         )
 
 
