@@ -12,7 +12,7 @@ are those of the stream, each prompt once.
 A mode places all layers alike; parts are joined by +:
     keep       autograd keeps everything           device, host  the layer's input is kept there
     attention  attention's results are kept, too   tiles         the MLP runs in tiles (--tile rows)
-    parts      attention's backward runs in --parts parts
+    projections  and those of its linear layers    parts         its backward runs in --parts parts
     auto       the plan chooses for --cap-gib
 
 One process measures all modes, one after another. --cap-gib is model.memory_gb: torch's allocator
@@ -163,6 +163,7 @@ class Bench:
         placement = Placement(
             place,
             place if "attention" in parts else None,
+            place if "projections" in parts else None,
             self.args.parts if "parts" in parts else 1,
             self.args.tile if "tiles" in parts else None,
         )

@@ -89,10 +89,18 @@ class LinearsFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x_TI: Tensor, layers: Layers, *parameters: Tensor | None
+        ctx: Any,
+        x_TI: Tensor,
+        layers: Layers,
+        known: list[Tensor] | None,
+        *parameters: Tensor | None,
     ) -> tuple[Tensor, ...]:
         adapters = Adapters.of(layers)
-        outputs, low_TR = linears(x_TI, layers, adapters)
+        if known is None:
+            outputs, low_TR = linears(x_TI, layers, adapters)
+        else:
+            stacked = adapters.stacked
+            outputs, low_TR = known, None if stacked is None else x_TI @ stacked.a_RI.t()
         # The layers hold the parameters; saving them too lets autograd notice a change. Their
         # copies are saved so that activation checkpointing can free them.
         ctx.save_for_backward(x_TI, low_TR, *adapters.tensors(), *parameters)
@@ -108,7 +116,7 @@ class LinearsFunction(torch.autograd.Function):
         adapters = Adapters.again(ctx.layers, copies[: 1 + len(ctx.layers)])
         live = [index for index, grad in enumerate(grads) if grad is not None]
         if not live:
-            return (None,) * (2 + 2 * len(ctx.layers))
+            return (None,) * (3 + 2 * len(ctx.layers))
         with torch.autocast(x_TI.device.type, enabled=False):
             result = _gradients(
                 ctx.layers, adapters, x_TI, low_TR, live, grads, ctx.needs_input_grad[0]
@@ -129,7 +137,7 @@ def _gradients(
     stacked = adapters.stacked
     backward = _input_gradient if with_input else _low_gradient
     grad_x_TI, grad_low_TR = backward(layers, adapters, live, grads)
-    result: list[Tensor | None] = [grad_x_TI, None]
+    result: list[Tensor | None] = [grad_x_TI, None, None]
     if stacked is None:
         return result + [None, None] * len(layers)
     assert grad_low_TR is not None

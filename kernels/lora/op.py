@@ -31,7 +31,9 @@ def lora_linear(x: Tensor, layer: LoraLinear) -> Tensor:
     return lora_linears(x, (layer,))[0]
 
 
-def lora_linears(x: Tensor, layers: tuple[LoraLinear, ...]) -> tuple[Tensor, ...]:
+def lora_linears(
+    x: Tensor, layers: tuple[LoraLinear, ...], *, outputs: tuple[Tensor, ...] | None = None
+) -> tuple[Tensor, ...]:
     """Return the outputs of layers that share an input (q, k, v), each [..., O], in x's dtype.
 
     Differentiable in x and in every lora_a and lora_b. x is read once for all A, and its gradient
@@ -39,6 +41,8 @@ def lora_linears(x: Tensor, layers: tuple[LoraLinear, ...]) -> tuple[Tensor, ...
 
     Args:
         x: [..., I], in the weights' dtype; any dimension before the last may be 0.
+        outputs: results of the same call, which are then returned in place of new ones: for the
+            second forward of activation checkpointing.
 
     Raises:
         TypeError: x is not in the weights' dtype.
@@ -49,14 +53,15 @@ def lora_linears(x: Tensor, layers: tuple[LoraLinear, ...]) -> tuple[Tensor, ...
     x_TI = x.reshape(-1, x.shape[-1])
     with torch.autocast(x.device.type, enabled=False):
         if _needs_graph(x, layers):
-            outputs = autograd.LinearsFunction.apply(  # type: ignore[no-untyped-call]
-                x_TI, layers, *_adapters(layers)
+            known = None if outputs is None else [y.flatten(0, -2) for y in outputs]
+            made = autograd.LinearsFunction.apply(  # type: ignore[no-untyped-call]
+                x_TI, layers, known, *_adapters(layers)
             )
         elif _decodes(x_TI):
-            outputs = autograd.linears_decoded(x_TI, layers)
+            made = autograd.linears_decoded(x_TI, layers)
         else:
-            outputs, _ = autograd.linears(x_TI, layers, autograd.Adapters.of(layers))
-    return tuple(y_TO.view(*x.shape[:-1], y_TO.shape[-1]) for y_TO in outputs)
+            made, _ = autograd.linears(x_TI, layers, autograd.Adapters.of(layers))
+    return tuple(y_TO.view(*x.shape[:-1], y_TO.shape[-1]) for y_TO in made)
 
 
 def lora_mlp(

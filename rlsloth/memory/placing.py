@@ -61,17 +61,18 @@ class Mode:
         return 0 if self.first == self.last else layers - 1
 
 
-def modes(checkpointing: bool | str, backend: str) -> list[Mode]:
+def modes(checkpointing: bool | str, backend: str, *, projections: bool = False) -> list[Mode]:
     """List the modes that ``model.gradient_checkpointing`` allows.
 
     Args:
         checkpointing: the option's value.
         backend: name of the attention backend; some cannot keep attention's results.
+        projections: whether layers can keep the results of attention's linear layers.
     """
     halves = BACKENDS[backend].halves is not None
     device, host = Placement(), Placement("host")
     parts = ATTENTION_PARTS if halves else 1
-    tiled = [Placement("host", None, parts, rows) for rows in TILES]
+    tiled = [Placement("host", attention_parts=parts, mlp_rows=rows) for rows in TILES]
     if checkpointing is False:
         return [Mode(None, None)]
     if checkpointing is True:
@@ -79,6 +80,8 @@ def modes(checkpointing: bool | str, backend: str) -> list[Mode]:
     if checkpointing == "offload":
         return [Mode(p, p) for p in (host, *tiled)]
     attention = [Placement("host", "host"), replace(tiled[0], attention="host")] if halves else []
+    if projections:
+        attention += [replace(placement, projections="host") for placement in attention]
     offloaded = [host, *attention, *tiled]
     kept = [_on_device(p) for p in offloaded]
     return [
@@ -91,7 +94,8 @@ def modes(checkpointing: bool | str, backend: str) -> list[Mode]:
 def _on_device(placement: Placement) -> Placement:
     """Keep on the GPU what a placement keeps in host memory."""
     attention: Place | None = None if placement.attention is None else "device"
-    return replace(placement, input="device", attention=attention)
+    projections: Place | None = None if placement.projections is None else "device"
+    return replace(placement, input="device", attention=attention, projections=projections)
 
 
 def choose(
@@ -110,7 +114,8 @@ def choose(
     """
     named, layers = request.tokens_per_microbatch, len(shape.layers)
     checkpointing = request.model.gradient_checkpointing
-    allowed = modes(checkpointing, shape.attention)
+    on_kernels = all(layer.on_kernels for layer in shape.layers)
+    allowed = modes(checkpointing, shape.attention, projections=on_kernels)
     runs = [request.with_embeddings(offload) for offload in embedding_places(shape, request)]
     if request.overlap:  # the cache then takes all the room that the update leaves
         mode = Mode(Placement(), Placement()) if checkpointing == "auto" else allowed[0]
@@ -201,7 +206,11 @@ def relative_time(shape: ModelShape, request: Request) -> float:
     pairs = Counter(zip(shape.layers, request.placed(len(shape.layers)), strict=True))
     for (layer, placement), count in pairs.items():
         copied = held_bytes(layer, shape.hidden, element_size(precision), placement, "host")
+        known = 0.0
+        if placement is not None and placement.projections is not None:
+            known = (2 * layer.queries + 2 * layer.keys) * shape.hidden
         total += count * _layer_time(linear, layer.queries * length, placement, copied)
+        total -= count * known
     seconds = 2 * total / OPS_PER_S
     if precision == "nf4":
         seconds += 3 * DEQUANTISED * linear_weights(shape) / tokens

@@ -237,13 +237,16 @@ def held_bytes(
     if placement is None:
         return hidden * size if place == "device" else 0
     held = hidden * size if placement.input == place else 0
-    return held + (attention_results(layer, size) if placement.attention == place else 0)
+    held += attention_results(layer, size) if placement.attention == place else 0
+    projected = (layer.queries + 2 * layer.keys + hidden) * size
+    return held + (projected if placement.projections == place else 0)
 
 
 def _passing(shape: ModelShape, size: int, placements: Placements) -> int:
-    """Return the bytes a token of two layers' tensors: one at work, and the next being fetched."""
+    """Return the bytes a token of a layer's tensors being fetched, and of the input at work."""
     pairs = zip(shape.layers, placements, strict=True)
-    return 2 * max(held_bytes(layer, shape.hidden, size, p, "host") for layer, p in pairs)
+    most = max(held_bytes(layer, shape.hidden, size, p, "host") for layer, p in pairs)
+    return most + shape.hidden * size if most else 0
 
 
 def host_bytes(shape: ModelShape, request: Request) -> int:

@@ -16,6 +16,7 @@ from rlsloth.policy.compat import norm_skipped
 from rlsloth.policy.wrap.families import Norm, spec_of
 from rlsloth.policy.wrap.forwards import NormForward
 from rlsloth.policy.wrap.linears import Linears, has_hooks
+from rlsloth.records import LogitTransform
 
 
 class HeadAdapter:
@@ -118,3 +119,10 @@ def _final_norm(decoder: Any) -> FinalNorm | None:
     spec = spec_of(module)
     assert isinstance(spec, Norm)
     return FinalNorm(module.weight, float(getattr(module, spec.eps)), spec.offset)
+
+
+def logit_transform(config: Any) -> LogitTransform:
+    """Read the transform of the logits: Cohere multiplies, Granite divides, Gemma 2 caps them."""
+    scale = float(getattr(config, "logit_scale", None) or 1.0)
+    scale /= float(getattr(config, "logits_scaling", None) or 1.0)
+    return LogitTransform(scale, getattr(config, "final_logit_softcapping", None))

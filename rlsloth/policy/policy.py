@@ -19,7 +19,7 @@ from rlsloth.policy.activations.placement import Placements, uniform
 from rlsloth.policy.attention.backends import choose_backend
 from rlsloth.policy.attention.interface import NAME
 from rlsloth.policy.attention.layout import PackedLayout
-from rlsloth.policy.head import HeadAdapter, before_final_norm
+from rlsloth.policy.head import HeadAdapter, before_final_norm, logit_transform
 from rlsloth.policy.host_embedding import offload_embeddings
 from rlsloth.policy.layers import decoder_layers
 from rlsloth.policy.load import LoadedModel, load_model
@@ -31,7 +31,7 @@ from rlsloth.policy.optimizer import (
     resume_schedule,
 )
 from rlsloth.policy.wrap.wrap import unwrapped, wrap
-from rlsloth.records import LogitTransform, MicroBatch, StepStats, TokenLogprobs, Weights
+from rlsloth.records import MicroBatch, StepStats, TokenLogprobs, Weights
 
 
 class Policy:
@@ -75,7 +75,7 @@ class Policy:
         if model.offload_embeddings is True:
             offload_embeddings(base)
         self.embeddings = int(base.get_input_embeddings().weight.shape[0])
-        self.logit_transform = _logit_transform(self.config)
+        self.logit_transform = logit_transform(self.config)
         self._head_adapter = HeadAdapter(base, self.dtype)
         self.temperature = temperature or 1.0
         self._max_grad_norm = optim.max_grad_norm
@@ -136,7 +136,8 @@ class Policy:
         The log-probs are those at the sampling temperature. This is one packed forward, and
         linear_logprob applies the head, so that logits [N, V] never exist.
         """
-        if not self.model.training:  # setting it in every module takes 1 ms a layer
+        # Setting it in every module takes 1 ms a layer. PEFT's model may differ from its layers.
+        if not (self.model.training and decoder_layers(self._decoder)[0].training):
             self.model.train()
         return self._score(micro)
 
@@ -292,10 +293,3 @@ def _context(model: ModelConfig, limit: int) -> int:
             f"{model.path} supports; pass at most {limit}"
         )
     return model.max_context or limit
-
-
-def _logit_transform(config: Any) -> LogitTransform:
-    """Read the transform of the logits: Cohere multiplies, Granite divides, Gemma 2 caps them."""
-    scale = float(getattr(config, "logit_scale", None) or 1.0)
-    scale /= float(getattr(config, "logits_scaling", None) or 1.0)
-    return LogitTransform(scale, getattr(config, "final_logit_softcapping", None))

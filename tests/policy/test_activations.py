@@ -12,6 +12,7 @@ import torch
 from helpers.allocations import stream
 from helpers.families import FAMILIES
 from helpers.plans import make_policy
+from rlsloth.kernels.lora import products as products_module
 from rlsloth.policy.activations import arena
 from rlsloth.policy.activations.layers import Recomputed
 from rlsloth.policy.activations.placement import Placement
@@ -168,9 +169,49 @@ def test_attention_is_kept(
     reference = gradients(policy_with("llama", False))
     everything = found([None] * 3)
     CALLS.clear()
-    kept = found([Placement(input_place, attention, parts)] * 3)
+    kept = found([Placement(input_place, attention, attention_parts=parts)] * 3)
     assert len(CALLS) == 3 * (2 if attention is None else 1)
     for name, grad in kept.items():
         if parts == 1:
             assert torch.equal(grad, everything[name]), name
         torch.testing.assert_close(grad, reference[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("place", ["device", "host"])
+@pytest.mark.parametrize(
+    "family", ["llama", "qwen2", "qwen3", "phi3", "gemma3_text", "granite", "qwen3_moe", "gpt_oss"]
+)
+def test_results_of_linear_layers_are_kept(
+    plain_halves: None, family: str, place: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = policy_with(family, False)
+    policy.backend = "plain"
+    want = gradients(policy)
+    products = count_products(monkeypatch)
+    for placement, left_out in (
+        (Placement(place, place), 0),
+        (Placement(place, place, place), 4 * 3 if family != "granite" else 0),
+    ):
+        policy.place((placement,) * 3)
+        products.clear()
+        kept = gradients(policy)
+        if left_out == 0:
+            whole = len(products)
+        elif family != "phi3":  # it has one linear layer for queries, keys and values
+            assert len(products) == whole - left_out
+        for name, grad in kept.items():
+            torch.testing.assert_close(grad, want[name], rtol=1e-5, atol=1e-6, msg=name)
+
+
+def count_products(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Return a list that grows by one with each product with a frozen weight in a forward."""
+    calls: list[Any] = []
+    for name in ("frozen", "with_low"):
+        whole = getattr(products_module, name)
+
+        def counted(*args: Any, whole: Any = whole) -> torch.Tensor:
+            calls.append(args[2])
+            return whole(*args)
+
+        monkeypatch.setattr(products_module, name, counted)
+    return calls

@@ -14,8 +14,10 @@ PLACEMENTS = [
     Placement("host"),
     Placement("device", "device"),
     Placement("host", "host"),
-    Placement("host", None, 2),
-    Placement("host", "host", 2, 64),
+    Placement("device", "device", "device"),
+    Placement("host", "host", "host"),
+    Placement("host", attention_parts=2),
+    Placement("host", "host", "host", 2, 64),
 ]
 
 

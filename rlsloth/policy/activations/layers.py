@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from rlsloth.policy.activations.arena import HostArena
-from rlsloth.policy.activations.placement import Place, Placement
+from rlsloth.policy.activations.placement import Place, Placement, summary
 from rlsloth.policy.activations.transfer import Parked, Transfer
 
 Kept = Tensor | Parked
@@ -33,10 +34,12 @@ class Pass:
         self.placement, self._transfer = placement, transfer
         self._before = before
         self._input: Kept | None = None
-        self._attention: tuple[Kept, ...] | None = None
+        self._kept: dict[str, tuple[Kept, ...]] = {}
         self._grad = False
         self.again = False
         """Whether the layer is being computed again."""
+        self.knows_sum = False
+        """Whether the second forward need not compute attention's output projection."""
         self.ends_early = False
         """Whether the rest of the second forward saves nothing for the backward, and is left out.
 
@@ -62,14 +65,14 @@ class Pass:
         self._before = None
         return hidden
 
-    def keep_attention(self, tensors: Sequence[Tensor]) -> None:
-        """Keep attention's results in the first forward, if the plan says so."""
-        if (place := self.placement.attention) is not None:
-            self._attention = tuple(self._keep(x, place) for x in tensors)
+    def keep(self, name: str, tensors: Sequence[Tensor], place: Place | None) -> None:
+        """Keep tensors in the first forward, which must not be written to; None: keep nothing."""
+        if place is not None and not self.again:
+            self._kept[name] = tuple(self._keep(x.detach(), place) for x in tensors)
 
-    def take_attention(self) -> tuple[Tensor, ...] | None:
-        """Return attention's results in the second forward; None if they were not kept."""
-        kept, self._attention = self._attention, None
+    def take(self, name: str) -> tuple[Tensor, ...] | None:
+        """Return tensors in the second forward; None in the first, and if they were not kept."""
+        kept = self._kept.pop(name, None) if self.again else None
         return None if kept is None else tuple(_take(x) for x in kept)
 
     def settle(self) -> None:
@@ -89,7 +92,7 @@ class Pass:
         return self._transfer.park(x)
 
     def _parked(self) -> Iterator[Parked]:
-        for kept in (self._input, *(self._attention or ())):
+        for kept in (self._input, *chain(*self._kept.values())):
             if isinstance(kept, Parked):
                 yield kept
 
@@ -138,7 +141,7 @@ class Recomputed:
             say: prints a line.
         """
         self._transfer: Transfer | None = None
-        if any(p is not None and "host" in (p.input, p.attention) for p in placements):
+        if summary(tuple(placements)) == "offload":
             arena = HostArena(pinned=device.type == "cuda", say=say)
             self._transfer = Transfer(device, arena)
         self._last: Pass | None = None

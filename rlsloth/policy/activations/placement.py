@@ -18,6 +18,11 @@ class Placement:
     """Place of the layer's input."""
     attention: Place | None = None
     """Place of attention's output and log-sums; None: attention is computed again, too."""
+    projections: Place | None = None
+    """Place of queries, keys, values and the sum after attention; None: computed again.
+
+    Only together with ``attention``: then attention's linear layers are not computed again either.
+    """
     attention_parts: int = 1
     """Number of parts, by heads, in which attention's backward is computed one after another.
 
@@ -41,7 +46,8 @@ def uniform(checkpointing: Checkpointing, layers: int) -> Placements:
 def summary(placements: Placements) -> Literal["offload"] | bool:
     """Summarise placements as a value of ``model.gradient_checkpointing``."""
     again = [p for p in placements if p is not None]
-    return "offload" if any("host" in (p.input, p.attention) for p in again) else bool(again)
+    places = {place for p in again for place in (p.input, p.attention, p.projections)}
+    return "offload" if "host" in places else bool(again)
 
 
 def describe(placements: Placements) -> str:
@@ -52,7 +58,8 @@ def describe(placements: Placements) -> str:
     again = next(p for p in placements if p is not None)
     parts = [f"{total - kept} of {total} layers recomputed" if kept else "gradient checkpointing"]
     parts += ["inputs in host memory"] * (again.input == "host")
-    parts += [f"attention kept ({again.attention})"] * (again.attention is not None)
+    attention = "attention" if again.projections is None else "attention and its linear layers"
+    parts += [f"{attention} kept ({again.attention})"] * (again.attention is not None)
     parts += [f"MLP in tiles of {again.mlp_rows} tokens"] * (again.mlp_rows is not None)
     parts += [f"attention's backward in {again.attention_parts} parts"] * (
         again.attention_parts > 1

@@ -32,10 +32,10 @@ class KeptAttention(torch.autograd.Function):
         scale: float,
     ) -> Tensor:
         layer = current_pass()
-        kept = layer.take_attention() if layer is not None and layer.again else None
+        kept = None if layer is None else layer.take("attention")
         out, sums = kept or halves.forward(q, k, v, packed, scale)
-        if layer is not None and not layer.again:
-            layer.keep_attention((out, sums))
+        if layer is not None:
+            layer.keep("attention", (out, sums), layer.placement.attention)
         ctx.save_for_backward(q, k, v, out, sums)
         ctx.halves, ctx.packed, ctx.scale = halves, packed, scale
         ctx.parts = 1 if layer is None else layer.placement.attention_parts

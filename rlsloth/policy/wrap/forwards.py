@@ -134,8 +134,12 @@ class AttentionForward(Forward):
         query, key, value = self._project(hidden_states)
         if self._spec.normed:
             query, key = module.q_norm(query), module.k_norm(key)
-        # In place is safe, because neither projections nor norms read their outputs again.
-        query, key = rope(query, key, *self._tables(position_embeddings), inplace=True)
+        # In place is safe, because neither projections nor norms read their outputs again, unless
+        # the projections' outputs are kept.
+        current = current_pass()
+        kept = current is not None and current.placement.projections is not None
+        inplace = self._spec.normed or not kept
+        query, key = rope(query, key, *self._tables(position_embeddings), inplace=inplace)
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, module.layer_idx)
@@ -159,7 +163,11 @@ class AttentionForward(Forward):
         if linears is None:
             outs = [getattr(self._module, name)(hidden_states) for name in self._names]
         else:
-            outs = list(lora_linears(hidden_states, linears))
+            current = current_pass()
+            known = None if current is None else current.take("projections")
+            outs = list(lora_linears(hidden_states, linears, outputs=known))
+            if current is not None:
+                current.keep("projections", outs, current.placement.projections)
         heads = [out.unflatten(-1, (-1, self._module.head_dim)) for out in outs]
         if self._spec.fused:
             queries, keys = self._heads
@@ -188,7 +196,12 @@ class AttentionForward(Forward):
         linears = self.linears["lora_o"].read(attended.dtype)
         if linears is None:
             return self._module.o_proj(attended)  # type: ignore[no-any-return]
-        return lora_linear(attended, linears[0])
+        current = current_pass()
+        if current is None or not current.knows_sum:
+            return lora_linear(attended, linears[0])
+        width = linears[0].weight.shape[0]
+        unread = attended.new_empty(()).expand(*attended.shape[:-1], width)
+        return lora_linears(attended, linears, outputs=(unread,))[0]
 
 
 class LayerForward(Forward):
@@ -214,15 +227,12 @@ class LayerForward(Forward):
             normed, hidden_states = first.fork(hidden_states)
         else:
             normed = layer.input_layernorm(hidden_states)
-        attended, _ = layer.self_attn(hidden_states=normed, **kwargs)
-        if self._sandwich:
-            attended = layer.post_attention_layernorm(attended)
-        if second := _bare_norm(self._second_norm):
-            normed, total = second.after_adding(attended, hidden_states)
-        else:
-            total = attended + hidden_states
-            normed = self._second_norm(total)
         current = current_pass()
+        known = None if current is None else current.take("sum")
+        if current is not None:
+            current.knows_sum = known is not None
+        attended, _ = layer.self_attn(hidden_states=normed, **kwargs)
+        normed, total = self._add(attended, hidden_states, None if known is None else known[0])
         if current is not None and current.again and not self._sandwich:
             current.ends_early = True
             layer.mlp(normed)
@@ -233,6 +243,33 @@ class LayerForward(Forward):
         if self._sandwich:
             out = layer.post_feedforward_layernorm(out)
         return total + out  # type: ignore[no-any-return]
+
+    def _add(
+        self, attended: Tensor, hidden_states: Tensor, known: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Return the norm of the sum after attention, and that sum.
+
+        ``known`` is the sum; with a norm after attention it is that norm's input.
+        """
+        current = current_pass()
+        place = None if current is None else current.placement.projections
+        second = _bare_norm(self._second_norm)
+        if self._sandwich:
+            attended = attended if known is None else known.requires_grad_(attended.requires_grad)
+            if current is not None:
+                current.keep("sum", (attended,), place)
+            attended, known = self._module.post_attention_layernorm(attended), None
+        if known is not None:  # it must save what the sum saved
+            known.requires_grad_(attended.requires_grad or hidden_states.requires_grad)
+            return (self._second_norm(known), known) if second is None else second.fork(known)
+        if second is not None:
+            normed, total = second.after_adding(attended, hidden_states)
+        else:
+            total = attended + hidden_states
+            normed = self._second_norm(total)
+        if current is not None and not self._sandwich:
+            current.keep("sum", (total,), place)
+        return normed, total
 
 
 def _bare_norm(module: Any) -> NormForward | None:
