@@ -34,6 +34,7 @@ MODULES = {"sft": sft, "grpo": grpo, "dpo": preference, "orpo": preference, "kto
 class Exhausted(TorchDispatchMode):
     """Calls a function at chosen operations inside ``accumulate``, forward and backward alike.
 
+    Views are not counted: they take no memory.
     Each number counts operations from the start, or from the failure before.
     """
 
@@ -45,7 +46,7 @@ class Exhausted(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        self.count += 1
+        self.count += not func.is_view
         if self.at and self.count >= self.at[0]:
             self.count = 0
             del self.at[0]

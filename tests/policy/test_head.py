@@ -27,6 +27,8 @@ from rlsloth.policy.wrap.wrap import unwrapped
 from rlsloth.records import MicroBatch, SamplingParams
 from rlsloth.rollout.embedded.engine import TransformersEngine
 
+pytestmark = pytest.mark.slow
+
 HEAD = ["q_proj", "lm_head"]
 
 

@@ -19,6 +19,8 @@ from rlsloth.config import LoraConfig, ModelConfig
 from rlsloth.policy.lora import REFERENCE, TRAINED, add_adapter, save_adapter
 from rlsloth.policy.wrap.wrap import unwrapped, wrap
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("family", ["llama", "phi3", "gemma2"])
 def test_adapter_off(family):

@@ -16,6 +16,8 @@ from rlsloth.config import RewardConfig
 from rlsloth.scoring.replies import InvalidReplyError, check_ready, check_reply, most_bytes
 from rlsloth.scoring.scorer import Scorer
 
+pytestmark = pytest.mark.slow
+
 REWARD = """
 import json, os, sys
 

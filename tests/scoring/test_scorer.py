@@ -14,6 +14,8 @@ from rlsloth.errors import UserError
 from rlsloth.records import Group, Prompt
 from rlsloth.scoring.scorer import Scorer
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def contract(hostile_file: str) -> Iterator[Scorer]:

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from helpers.refusals import offline, write_rows
+
+pytestmark = pytest.mark.slow
 
 
 def test_missing_prompt_column(refused) -> None:

@@ -9,6 +9,8 @@ import pytest
 
 from rlsloth.cli import main as cli
 
+pytestmark = pytest.mark.slow
+
 
 def test_all_is_well_otherwise(sound_folder: Path) -> None:
     assert cli.main(["grpo", "config.yaml", "--run.dir", "fine"]) == 0

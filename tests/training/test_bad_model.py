@@ -12,6 +12,8 @@ import torch
 from helpers.refusals import offline
 from helpers.tiny import tiny_tokenizer
 
+pytestmark = pytest.mark.slow
+
 
 def copy_model(name: str, *, without: str = "", **tokenizer: Any) -> None:
     Path(name).mkdir()

@@ -11,6 +11,8 @@ import pytest
 from helpers.tiny import tiny_llama, tiny_tokenizer
 from rlsloth.cli import main as cli
 
+pytestmark = pytest.mark.slow
+
 QUIET = [
     "--steps", "1", "--eval.at-start", "false", "--eval.at-end", "false", "--model.device", "cpu",
     "--run.dir", "run", "--model.path", "model",

@@ -15,6 +15,8 @@ from rlsloth.records import MicroBatch, PackedBatch, TokenLogprobs
 from rlsloth.training.gradients import accumulate
 from rlsloth.training.sft import update
 
+pytestmark = pytest.mark.slow
+
 BATCH = pack(make_groups(1, groups=6), 60, mask_truncated=False, keep_zero_advantage=True)
 
 

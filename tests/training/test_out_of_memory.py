@@ -25,6 +25,8 @@ from rlsloth.policy.policy import Policy
 from rlsloth.training import gradients
 from rlsloth.training.gradients import Budget
 
+pytestmark = pytest.mark.slow
+
 Update = tuple[dict[str, torch.Tensor], Any, list[str], Policy, Budget, int]
 
 
