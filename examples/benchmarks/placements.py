@@ -195,6 +195,9 @@ class Bench:
             rolled_out = self.args.trees * group * (prompt + completion)
             row["rollout_tokens_per_s"] = rolled_out / row["seconds"]
             row |= memory()
+            if row.get("device_gib"):  # the plan counts the context, but not unused blocks
+                used = row["allocated_gib"] + row["device_gib"] - row["reserved_gib"]
+                row["plan_error"] = row["planned_gib"] / used - 1
         self.policy._recomputed.close()
         gc.collect()
         if torch.cuda.is_available():
