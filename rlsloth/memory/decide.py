@@ -38,6 +38,7 @@ class Decided:
     gradient_checkpointing: Checkpointing
     """``auto`` if nothing was planned."""
     offload_embeddings: Literal["auto"] | bool = "auto"
+    offload_layers: Literal["auto"] | int = "auto"
     placements: Placements | None = None
     """One for each layer; None if nothing was planned."""
 
@@ -46,6 +47,7 @@ class Decided:
         update = {
             "gradient_checkpointing": self.gradient_checkpointing,
             "offload_embeddings": self.offload_embeddings,
+            "offload_layers": self.offload_layers,
         }
         model = cfg.model.model_copy(update=update)
         tokens = self.tokens_per_microbatch
@@ -71,7 +73,10 @@ def decide(
         warn: prints a warning.
     """
     configured = Decided(
-        cfg.tokens_per_microbatch, cfg.model.gradient_checkpointing, cfg.model.offload_embeddings
+        cfg.tokens_per_microbatch,
+        cfg.model.gradient_checkpointing,
+        cfg.model.offload_embeddings,
+        cfg.model.offload_layers,
     )
     total = gpu_bytes(cfg.model)
     if total is None:
@@ -93,6 +98,7 @@ def decide(
         chosen.tokens_per_microbatch,
         chosen.model.gradient_checkpointing,
         chosen.model.offload_embeddings,
+        chosen.model.offload_layers,
         chosen.placements,
     )
 
@@ -151,6 +157,8 @@ def decide_settings(
     shares = request.sampling is not None and request.sampling.engine.shares_weights
     if shares and request.model.offload_embeddings == "auto":
         request = request.with_embeddings(False)
+    if shares and request.model.offload_layers == "auto":
+        request = request.with_layers(0)
     # The fallback engine may end up sampling, and the embedded engine keeps its cache during the
     # update, so its memory must fit.
     sampled = decide_sequences(plan_of, shape, request.with_fallback())
@@ -158,5 +166,6 @@ def decide_settings(
     if request.sampling is None or request.sampling.fallback is None:
         return update
     request = request.with_embeddings(update.model.offload_embeddings is True)
+    request = request.with_layers(update.streamed)
     decided = request.with_update(update.microbatch, update.placed(len(shape.layers)))
     return decide_sequences(plan_of, shape, decided)

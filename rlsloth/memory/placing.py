@@ -15,6 +15,7 @@ from functools import partial
 from rlsloth.config import MICROBATCH
 from rlsloth.memory.plan import KEPT_FREE, held_bytes, precision_of
 from rlsloth.memory.shape import ModelShape
+from rlsloth.memory.streamed import blocks, exposed_seconds, layer_counts
 from rlsloth.memory.terms import Plan, element_size
 from rlsloth.memory.workload import Request
 from rlsloth.policy.activations.placement import Place, Placement, Placements
@@ -101,10 +102,11 @@ def _on_device(placement: Placement) -> Placement:
 def choose(
     plan: Callable[[Request], Plan], shape: ModelShape, request: Request, least: int
 ) -> Request:
-    """Choose ``tokens_per_microbatch``, placements and the embedding's place, if they are open.
+    """Choose ``tokens_per_microbatch``, placements and the places of weights, if they are open.
 
-    The update must leave a share KEPT_FREE of the GPU. If nothing fits, the result is ``least``
-    tokens in the mode that needs the least memory.
+    The update must leave a share KEPT_FREE of the GPU. As few layers' weights are in host memory as
+    that allows. If nothing fits, the result is ``least`` tokens in the mode that needs the least
+    memory.
 
     Args:
         plan: function that plans a request.
@@ -112,13 +114,39 @@ def choose(
         request: the run.
         least: smallest possible number of tokens in a micro-batch.
     """
-    named, layers = request.tokens_per_microbatch, len(shape.layers)
-    checkpointing = request.model.gradient_checkpointing
+    named, counts = request.tokens_per_microbatch, layer_counts(shape, request)
     on_kernels = all(layer.on_kernels for layer in shape.layers)
+    checkpointing = request.model.gradient_checkpointing
     allowed = modes(checkpointing, shape.attention, projections=on_kernels)
+    frugal = request.with_embeddings(embedding_places(shape, request)[-1])
+    frugal = frugal.with_update(named or least, allowed[-1].placements(len(shape.layers), 0))
+    tried: list[Request] = []
+    for count in counts:
+        smallest = plan(frugal.with_layers(count))
+        if smallest.peak("update") > (1 - KEPT_FREE) * smallest.total and not request.overlap:
+            continue
+        best = _choose(plan, shape, request.with_layers(count), least, allowed)
+        if best is not None and plan(best).fits:
+            return best
+        tried += [] if best is None else [best]  # its rollouts need more layers in host memory
+    fallbacks = [frugal.with_layers(count) for count in reversed(counts)]
+    fits = next((run for run in fallbacks if plan(run).fits), None)
+    return fits or next((run for run in (*tried, *fallbacks) if plan(run).fits_host), fallbacks[-1])
+
+
+def _choose(
+    plan: Callable[[Request], Plan],
+    shape: ModelShape,
+    request: Request,
+    least: int,
+    allowed: list[Mode],
+) -> Request | None:
+    """Choose all but the number of layers in host memory; None if no update fits."""
+    named, layers = request.tokens_per_microbatch, len(shape.layers)
     runs = [request.with_embeddings(offload) for offload in embedding_places(shape, request)]
     if request.overlap:  # the cache then takes all the room that the update leaves
-        mode = Mode(Placement(), Placement()) if checkpointing == "auto" else allowed[0]
+        automatic = request.model.gradient_checkpointing == "auto"
+        mode = Mode(Placement(), Placement()) if automatic else allowed[0]
         return runs[0].with_update(named or max(MICROBATCH, least), mode.placements(layers, 0))
     sizes = [named] if named else sorted({max(n, least) for n in MICROBATCHES}, reverse=True)
     tried = []
@@ -136,9 +164,7 @@ def choose(
         found = fitting(plan, candidate, mode.most(layers), 1 - KEPT_FREE)
         if found is not None and (best is None or relative_time(shape, found) < best[0]):
             best = relative_time(shape, found), found
-    if best is not None:
-        return best[1]
-    return runs[-1].with_update(named or least, allowed[-1].placements(layers, 0))
+    return None if best is None else best[1]
 
 
 def _candidate(request: Request, layers: int, tokens: int, mode: Mode, last: int) -> Request:
@@ -217,6 +243,12 @@ def relative_time(shape: ModelShape, request: Request) -> float:
     again = sum(placement is not None for placement in request.placed(len(shape.layers)))
     started = (len(shape.layers) - again) * LAYER_S[0] + again * LAYER_S[1]
     seconds = max(seconds, started / tokens)
+    if request.streamed:
+        mean = sum(layer.queries for layer in shape.layers) * length / len(shape.layers)
+        forward = 2 * tokens * (linear + mean) / OPS_PER_S
+        backward = tokens * seconds / len(shape.layers) - forward
+        sizes = blocks(shape, request, precision)
+        seconds += exposed_seconds(sizes, forward, backward) / tokens
     if request.model.offload_embeddings is True:
         seconds += shape.hidden * element_size(precision) * LOOKUP_S_PER_BYTE
     # A completion's prompt is computed again in each micro-batch that holds a part of its group.

@@ -20,9 +20,11 @@ from rlsloth.kernels.lora.layer import ALIGNMENT
 from rlsloth.kernels.nf4.ahead import BUFFERS
 from rlsloth.memory.activations import LayerMemory, attention_results, layer_memory
 from rlsloth.memory.shape import Layer, ModelShape, Weight
+from rlsloth.memory.streamed import blocks, slot_bytes, streamed_bytes
 from rlsloth.memory.terms import CONTEXT, Cache, Phase, Plan, Precision, Term, element_size
 from rlsloth.memory.workload import EngineMemory, Request, Sampling
 from rlsloth.policy.activations.placement import Place, Placement, Placements
+from rlsloth.policy.streamed_layers import SLOTS
 
 ACTIVATION_TOLERANCE = 0.12
 """Relative error of the estimate on a CPU, for nine families (tests/memory/test_plan.py)."""
@@ -59,7 +61,7 @@ def make_plan(
         free: bytes that are free on the GPU once the model is loaded; as planned by default.
         host_total: bytes of host memory that may be used for activations; None if unknown.
     """
-    precision, sampling = precision_of(request.model, shape), request.sampling
+    precision, sampling = precision_of(request.model, shape), request.decoding
     terms = _static(shape, request, precision)
     if sampling is not None:
         engine = engine or sampling.engine
@@ -176,7 +178,11 @@ def _static(shape: ModelShape, request: Request, precision: Precision) -> list[T
         label = kept[precision == "nf4" and weight.quantised]
         name = f"base: {weight.group}, {label}"
         sizes[name] = sizes.get(name, 0) + weight_bytes(weight, precision)
+        if weight.layer is not None and weight.layer < request.streamed:
+            sizes[name] -= streamed_bytes(weight, precision)
     terms += [Term(name, size, size, loaded=True) for name, size in sizes.items()]
+    if slots := slot_bytes(blocks(shape, request, precision)):
+        terms.append(Term(f"base: {SLOTS} slots for streamed layers", slots, slots, loaded=True))
     # PEFT keeps adapters in float32 (policy/lora.py).
     adapters = 4 * (sum(shape.trained) + shape.reference)
     terms.append(Term("LoRA: weights, fp32", adapters, adapters, loaded=True))
@@ -250,12 +256,13 @@ def _passing(shape: ModelShape, size: int, placements: Placements) -> int:
 
 
 def host_bytes(shape: ModelShape, request: Request) -> int:
-    """Return the bytes of host memory that hold activations and the embedding."""
-    size = element_size(precision_of(request.model, shape))
+    """Return the bytes of host memory that hold activations, the embedding and layers' weights."""
+    precision = precision_of(request.model, shape)
+    size = element_size(precision)
     pairs = zip(shape.layers, request.placed(len(shape.layers)), strict=True)
     held = sum(held_bytes(layer, shape.hidden, size, p, "host") for layer, p in pairs)
     table = size * shape.embedding if request.model.offload_embeddings is True else 0
-    return request.microbatch * held + table
+    return request.microbatch * held + table + sum(blocks(shape, request, precision))
 
 
 def head_bytes(shape: ModelShape, tokens: int, precision: Precision) -> int:

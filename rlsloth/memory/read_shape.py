@@ -24,7 +24,8 @@ def read_shape(model: Any) -> ModelShape:
     config, decoder = base.config.get_text_config(), base.get_decoder()
     head, embeddings = base.get_output_embeddings(), base.get_input_embeddings()
     weights, trained, reference = [], [], 0
-    skipped = _not_quantised(base)
+    skipped, modules = _not_quantised(base), decoder_layers(decoder)
+    layer_of = {part: i for i, layer in enumerate(modules) for part in layer.modules()}
     for module_name, module in base.named_modules():
         for name, p in module.named_parameters(recurse=False):
             if p.requires_grad:
@@ -35,9 +36,9 @@ def read_shape(model: Any) -> ModelShape:
                 group = _group(p, _weight_of(head), _weight_of(embeddings))
                 packed = name == "weight" and (type(module) is nn.Linear or _is_packed(p))
                 packed &= not _is_skipped(module_name.removesuffix(".base_layer"), skipped)
-                weights.append(Weight(group, _shape_of(p).numel(), packed))
+                count = _shape_of(p).numel()
+                weights.append(Weight(group, count, packed, layer_of.get(module)))
     dtype = _weight_of(embeddings).dtype
-    modules = decoder_layers(decoder)
     fused = [joined for layer in modules for joined in _fused(layer, skipped)]
     if _lora_rank(head):
         out, into = _shape_of(_weight_of(head))

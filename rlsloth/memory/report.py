@@ -11,8 +11,8 @@ from rlsloth.memory.plan import ACTIVATION_TOLERANCE
 from rlsloth.memory.search import Longest
 from rlsloth.memory.terms import GIB, Cache, Phase, Plan, Term
 from rlsloth.memory.workload import Request
+from rlsloth.policy.activations.placement import Placements, uniform
 from rlsloth.policy.activations.placement import describe as describe_placements
-from rlsloth.policy.activations.placement import uniform
 
 HOLDS = "cache holds"
 """Head of the column with the completions that the cache then holds at once."""
@@ -43,7 +43,14 @@ def _summary(plan: Plan, request: Request) -> str:
 
 def _describe_update(request: Request) -> str:
     placements = request.placements or uniform(request.model.gradient_checkpointing, 1)
-    return f"micro-batches of {request.microbatch} tokens, {describe_placements(placements)}"
+    placed = describe_placements(placements) + _describe_streamed(request.streamed, placements)
+    return f"micro-batches of {request.microbatch} tokens, {placed}"
+
+
+def _describe_streamed(count: int, placements: Placements) -> str:
+    """Say how many layers' weights are in host memory; empty if none are."""
+    of = f" of {len(placements)}" if len(placements) >= count else ""
+    return f", {count}{of} layers' weights in host memory" if count else ""
 
 
 def describe(cache: Cache) -> str:
@@ -63,7 +70,7 @@ def shortfall(plan: Plan) -> str:
     if not plan.fits_host:
         assert plan.host_total is not None
         parts.append(
-            f"{plan.host / GIB:.2f} GiB of host memory for activations, which may take "
+            f"{plan.host / GIB:.2f} GiB of host memory for activations and weights, which may take "
             f"{plan.host_total / GIB:.2f} GiB"
         )
     return " and ".join(parts)
@@ -165,7 +172,9 @@ def _longest_lines(findings: Findings) -> list[str]:
 
 def _describe_longest(longest: Longest) -> str:
     host = f"; {longest.host / GIB:.1f} GiB of host memory" if longest.host else ""
-    return f"{longest.tokens} tokens ({describe_placements(longest.placements)}{host})"
+    placed = describe_placements(longest.placements)
+    placed += _describe_streamed(longest.streamed, longest.placements)
+    return f"{longest.tokens} tokens ({placed}{host})"
 
 
 def _cell(term: Term, phase: Phase) -> str:

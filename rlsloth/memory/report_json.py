@@ -29,6 +29,7 @@ def print_json(findings: Findings) -> None:
         "kv_cache": None if plan.cache is None else asdict(plan.cache),
         TOKENS: request.microbatch,
         "gradient_checkpointing": request.model.gradient_checkpointing,
+        "offload_layers": request.streamed,
         "host": plan.host,
         "host_total": plan.host_total,
     }
@@ -57,4 +58,5 @@ def _term(term: Term, samples: bool) -> dict[str, Any]:
 
 def _longest(longest: Longest) -> dict[str, Any]:
     layers = describe(longest.placements) if longest.tokens else None
-    return {"tokens": longest.tokens, "layers": layers, "host": longest.host}
+    found = {"tokens": longest.tokens, "layers": layers, "host": longest.host}
+    return found | {"offload_layers": longest.streamed}

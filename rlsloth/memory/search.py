@@ -10,6 +10,7 @@ from rlsloth.memory.activations import Stream
 from rlsloth.memory.placing import Mode, embedding_places, fitting, modes
 from rlsloth.memory.plan import precision_of
 from rlsloth.memory.shape import ModelShape
+from rlsloth.memory.streamed import layer_counts
 from rlsloth.memory.terms import Plan, element_size
 from rlsloth.memory.workload import Request
 from rlsloth.policy.activations.placement import Placements
@@ -34,6 +35,8 @@ class Longest:
     """Number of tokens; 0: none fits."""
     placements: Placements
     """Placement of the layers' activations with which it fits."""
+    streamed: int
+    """Number of layers whose weights are then in host memory."""
     host: int
     """Bytes of host memory that it takes."""
 
@@ -100,20 +103,25 @@ def _longest(
     most: int,
 ) -> Longest:
     """Find the placement with which the most tokens fit; ``run`` makes a run of so many."""
-    layers, found = len(shape.layers), Longest(0, (), 0)
+    layers, found = len(shape.layers), Longest(0, (), 0, 0)
     allowed = modes(request.model.gradient_checkpointing, shape.attention)
-    for offload, mode in product(embedding_places(shape, request), allowed):
+    offloads, counts = embedding_places(shape, request), layer_counts(shape, request)
+    # Between none and all layers' weights in host memory little more would be found.
+    for offload, streamed, mode in product(offloads, sorted({counts[0], counts[-1]}), allowed):
 
-        def fitted(tokens: int, offload: bool = offload, mode: Mode = mode) -> Request | None:
+        def fitted(
+            tokens: int, offload: bool = offload, streamed: int = streamed, mode: Mode = mode
+        ) -> Request | None:
             def candidate(last: int) -> Request:
-                return run(mode.placements(layers, last), tokens).with_embeddings(offload)
+                made = run(mode.placements(layers, last), tokens)
+                return made.with_embeddings(offload).with_layers(streamed)
 
             made = fitting(plan, candidate, mode.most(layers))
             return made if made is not None and fits(plan(made), made) else None
 
         tokens = _largest(lambda n: fitted(n) is not None, found.tokens + 1, most)
         if tokens and (best := fitted(tokens)) is not None:
-            found = Longest(tokens, best.placed(layers), plan(best).host)
+            found = Longest(tokens, best.placed(layers), streamed, plan(best).host)
     return found
 
 
@@ -155,7 +163,11 @@ def decide_sequences(plan: Planner, shape: ModelShape, request: Request) -> Requ
         tokens = request.tokens_per_microbatch or request.least_tokens(shape)
         assumed = request.with_update(tokens, mode.placements(len(shape.layers), 0))
         assumed = assumed.with_embeddings(embedding_places(shape, request)[-1])
-    one = plan(assumed.with_sequences(1))
+    for count in layer_counts(shape, request):
+        assumed = assumed.with_layers(count)
+        one = plan(assumed.with_sequences(1))
+        if one.left >= 0:
+            break
     half = (one.peak("rollout") + one.total) / 2
 
     def fits(rows: int) -> bool:

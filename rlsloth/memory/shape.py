@@ -17,6 +17,8 @@ class Weight:
     """Number of elements."""
     quantised: bool
     """Whether ``--model.precision nf4`` quantises it."""
+    layer: int | None = None
+    """Index of its decoder layer; None outside of them."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -63,7 +63,7 @@ class Plan:
     The embedded engine's cache is a term.
     """
     host: int = 0
-    """Bytes of host memory for activations and the embedding."""
+    """Bytes of host memory for activations, the embedding and layers' weights."""
     host_total: int | None = None
     """Bytes of host memory that may be used for them; None if unknown."""
 

@@ -183,6 +183,24 @@ class Request:
         model = self.model.model_copy(update={"offload_embeddings": offload})
         return replace(self, model=model)
 
+    def with_layers(self, streamed: int) -> Request:
+        """Copy the request with ``model.offload_layers`` decided."""
+        model = self.model.model_copy(update={"offload_layers": streamed})
+        return replace(self, model=model)
+
+    @property
+    def streamed(self) -> int:
+        """Number of layers whose weights are in host memory; 0 as long as it is not decided."""
+        return 0 if self.model.offload_layers == "auto" else self.model.offload_layers
+
+    @property
+    def decoding(self) -> Sampling | None:
+        """The sampling part as it runs: with weights in host memory there are no CUDA graphs."""
+        if self.sampling is None or not self.streamed:
+            return self.sampling
+        rollout = self.sampling.rollout.model_copy(update={"cuda_graphs": False})
+        return replace(self.sampling, rollout=rollout)
+
     def with_sequences(self, rows: int) -> Request:
         """Copy the request with ``rollout.max_sequences`` set to ``rows``."""
         assert self.sampling is not None

@@ -153,7 +153,7 @@ def test_the_table_and_json_list_them(folder, capsys):
 
 
 def test_a_small_card_is_one_verdict_with_options(folder, capsys):
-    small = ("--memory-gb", "4", "--rollout.engine", "transformers")
+    small = ("--memory-gb", "4", "--rollout.engine", "transformers", "--model.offload-layers", "0")
     assert run(folder, *small, "--rollout.max-sequences", "128") == 1
     printed = capsys.readouterr().out
     assert printed.count("does not fit: ") == 1
@@ -172,7 +172,7 @@ def test_a_small_host_says_which_option_frees_how_much(folder, capsys):
     assert run(folder, *offload, "--host-gb", "2") == 1
     printed = capsys.readouterr().out
     (verdict,) = [line for line in printed.splitlines() if line.startswith("does not fit: ")]
-    assert "4.00 GiB of host memory for activations, which may take 2.00 GiB" in verdict
+    assert "4.00 GiB of host memory for activations and weights, which may take 2.00 GiB" in verdict
     assert "this GPU" not in verdict
     row = next(line for line in printed.splitlines() if "--tokens-per-microbatch 32768" in line)
     assert "2.00" in row
@@ -195,7 +195,11 @@ def test_a_run_that_does_not_fit_names_options(folder, host, monkeypatch):
     warnings: list[str] = []
     planning.decide(cfg, partial(grpo_request, cfg, 100), lambda _: None, warnings.append)
     (warning,) = warnings
-    place = "of host memory for activations, which may take 1.00" if host else "than this GPU has"
+    place = (
+        "of host memory for activations and weights, which may take 1.00"
+        if host
+        else "than this GPU has"
+    )
     assert place in warning
     assert "GiB of host memory" in warning if host else "offload frees " in warning
     assert "(then it fits)" in warning

@@ -162,7 +162,7 @@ def test_the_longest_text_is_the_longest(tmp_path, capsys):
     run(tmp_path, *few[:2], "--memory-gb", "6", "--model.gradient-checkpointing", "false")
     printed = capsys.readouterr().out
     assert "longest text whose update fits, alone: " in printed
-    assert "(no gradient checkpointing; " in printed
+    assert "(no gradient checkpointing, 16 of 16 layers' weights in host memory; " in printed
 
 
 def test_a_small_host_limits_what_leaves_the_gpu(tmp_path):

@@ -55,6 +55,7 @@ def most_rows(opening: Opening) -> int:
     assert total is not None  # on a CPU the number is decided before (rollout/opening.py)
     sampling = replace(opening.sampling, engine=EMBEDDED_MEMORY, fallback=None)
     request = replace(opening.request, sampling=sampling)
+    request = request.with_layers(streamed_layers(opening.policy.model))
     decided = decide_sequences(partial(make_plan, shape, total=total), shape, request).sampling
     assert decided is not None
     return decided.at_once

@@ -1,0 +1,116 @@
+"""The plan of layers whose weights are in host memory: its decision, and its bytes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import LlamaConfig
+
+from rlsloth.config import GrpoConfig, LoraConfig, ModelConfig
+from rlsloth.memory import decide as planning
+from rlsloth.memory.plan import make_plan
+from rlsloth.memory.planned_model import model_shape
+from rlsloth.memory.streamed import blocks, exposed_seconds
+from rlsloth.memory.terms import GIB
+from rlsloth.policy.load import load_model
+from rlsloth.policy.streamed_layers import ALIGNMENT, STREAMED
+from rlsloth.training.memory import grpo_request
+
+pytestmark = pytest.mark.slow
+
+LAYERS = 40
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The configuration of a model of 14 billion weights."""
+    path = tmp_path_factory.mktemp("large")
+    LlamaConfig(
+        vocab_size=152_000, hidden_size=5120, intermediate_size=17408, num_hidden_layers=LAYERS,
+        num_attention_heads=40, num_key_value_heads=8, max_position_embeddings=32768,
+    ).save_pretrained(path)  # fmt: skip
+    return path
+
+
+def decided(folder: Path, gib: int, engine: str, layers: Any = "auto") -> tuple[int, bool]:
+    """The number of layers in host memory on a card of this size, and whether the run fits."""
+    cfg: Any = GrpoConfig.model_validate({
+        "model": {"path": str(folder), "precision": "nf4", "offload_layers": layers},
+        "rollout": {"engine": engine, "max_tokens": 512, "max_sequences": 8},
+    })  # fmt: skip
+    planner = partial(make_plan, total=gib * GIB, host_total=48 * GIB)
+    shape = model_shape(cfg.model, cfg.lora)
+    chosen = planning.decide_settings(planner, shape, grpo_request(cfg, 100))
+    return chosen.streamed, planner(shape, chosen).fits
+
+
+def test_as_few_layers_as_the_card_needs(large: Path) -> None:
+    (most, fits), (fewer, also), none = (decided(large, gib, "transformers") for gib in (8, 10, 24))
+    assert fits
+    assert also
+    assert LAYERS > most > fewer > 0
+    assert none == (0, True)
+    assert decided(large, 8, "transformers", most - 5) == (most - 5, False)
+
+
+def test_the_users_number_and_vllm_are_left_alone(large: Path) -> None:
+    assert decided(large, 24, "transformers", 7) == (7, True)
+    assert decided(large, 8, "vllm") == (0, False)
+
+
+def test_a_run_says_and_uses_the_number(large: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planning, "gpu_bytes", lambda model: 8 * GIB)
+    monkeypatch.setattr(planning, "host_bytes", lambda: 48 * GIB)
+    cfg: Any = GrpoConfig.model_validate({
+        "model": {"path": str(large), "precision": "nf4"},
+        "rollout": {"engine": "transformers", "max_tokens": 512, "max_sequences": 8},
+    })  # fmt: skip
+    lines: list[str] = []
+    warnings: list[str] = []
+    request = partial(grpo_request, cfg, 100)
+    decided = planning.decide(cfg, request, lines.append, warnings.append)
+    count = decided.applied(cfg).model.offload_layers
+    assert 0 < count < LAYERS
+    assert f"{count} of {LAYERS} layers' weights in host memory" in lines[0]
+    assert not warnings
+
+
+def test_bytes_on_host_and_gpu(large: Path) -> None:
+    cfg = GrpoConfig.model_validate({
+        "model": {"path": str(large), "precision": "nf4"}, "rollout": {"engine": "transformers"}
+    })  # fmt: skip
+    shape, request = model_shape(cfg.model, cfg.lora), grpo_request(cfg, 100)
+    assert request.sampling is not None
+    rollout = request.sampling.rollout.model_copy(update={"cuda_graphs": False})
+    request = replace(request, sampling=replace(request.sampling, rollout=rollout))
+    resident, streamed = (
+        make_plan(shape, request.with_layers(count), 24 * GIB) for count in (0, 30)
+    )
+    layer = 5120 * (2 * 5120 + 2 * 1024 + 3 * 17408)
+    one = layer // 2 + layer // 64
+    assert streamed.host - resident.host == 30 * one
+    for phase in ("rollout", "update"):
+        assert resident.peak(phase) - streamed.peak(phase) == 28 * one
+
+
+@pytest.mark.parametrize("precision", ["nf4", "fp32"])
+def test_the_blocks_are_as_large_as_planned(llama_folder: Path, precision: Any) -> None:
+    model = ModelConfig(path=str(llama_folder), precision=precision, device="cpu", offload_layers=2)
+    held: Any = getattr(load_model(model).model, STREAMED)
+    shape = model_shape(model, LoraConfig())
+    cfg = GrpoConfig(model=model)
+    sizes = blocks(shape, grpo_request(cfg, 50), precision)
+    tensors = 7 * (2 if precision == "nf4" else 1)
+    for block, size in zip(held._blocks, sizes, strict=True):
+        assert size <= len(block) < size + tensors * ALIGNMENT
+
+
+def test_copies_that_work_hides_take_no_time() -> None:
+    size = 100_000_000  # 2 ms
+    assert exposed_seconds([size] * 5, 3e-3, 5e-3) == 0
+    assert exposed_seconds([size] * 5, 1.5e-3, 5e-3) == pytest.approx(1.5e-3)
+    assert exposed_seconds([size] * 2, 0, 0) == 0
