@@ -72,7 +72,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--modes", nargs="+", default=list(MODES))
     add("--tile", type=int, default=8192)
     add("--parts", type=int, default=4)
-    add("--repeats", type=int, default=3, help="measured updates; one more warms up")
+    add(
+        "--repeats",
+        type=int,
+        default=3,
+        help="measured updates; one more warms up, which counts if this is 0",
+    )
     add("--offload-embeddings", action="store_true", help="keep the embedding in host memory")
     add("--cap-gib", type=float, help="limit of torch's memory; default: the whole GPU")
     add("--json", type=Path)
@@ -184,7 +189,8 @@ class Bench:
         row |= {"planned_gib": plan.peak("update") / GIB, "planned_host_gib": plan.host / GIB}
         self.policy._recomputed = Recomputed(self.layers, placements, self.policy.device)
         try:
-            seconds = [self.update() for _ in range(1 + self.args.repeats)][1:]
+            seconds = [self.update() for _ in range(1 + self.args.repeats)]
+            seconds = seconds[1:] or seconds
         except torch.OutOfMemoryError as error:
             row["error"] = str(error).splitlines()[0]
             self.policy.optimizer.zero_grad(set_to_none=True)
