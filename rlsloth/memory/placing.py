@@ -105,8 +105,9 @@ def choose(
     """Choose ``tokens_per_microbatch``, placements and the places of weights, if they are open.
 
     The update must leave a share KEPT_FREE of the GPU. As few layers' weights are in host memory as
-    that allows. If nothing fits, the result is ``least`` tokens in the mode that needs the least
-    memory.
+    that allows, since each decoding step copies them; if nothing is sampled, more if the larger
+    micro-batches make up for it. If nothing fits, the result is ``least`` tokens in the mode that
+    needs the least memory.
 
     Args:
         plan: function that plans a request.
@@ -121,14 +122,21 @@ def choose(
     frugal = request.with_embeddings(embedding_places(shape, request)[-1])
     frugal = frugal.with_update(named or least, allowed[-1].placements(len(shape.layers), 0))
     tried: list[Request] = []
+    fastest: Request | None = None
     for count in counts:
         smallest = plan(frugal.with_layers(count))
         if smallest.peak("update") > (1 - KEPT_FREE) * smallest.total and not request.overlap:
             continue
         best = _choose(plan, shape, request.with_layers(count), least, allowed)
         if best is not None and plan(best).fits:
-            return best
+            if count == 0 or request.sampling is not None:
+                return best
+            if fastest and relative_time(shape, best) >= relative_time(shape, fastest):
+                break
+            fastest = best
         tried += [] if best is None else [best]  # its rollouts need more layers in host memory
+    if fastest is not None:
+        return fastest
     fallbacks = [frugal.with_layers(count) for count in reversed(counts)]
     fits = next((run for run in fallbacks if plan(run).fits), None)
     return fits or next((run for run in (*tried, *fallbacks) if plan(run).fits_host), fallbacks[-1])

@@ -12,6 +12,8 @@ from transformers import LlamaConfig
 
 from rlsloth.config import GrpoConfig, LoraConfig, ModelConfig
 from rlsloth.memory import decide as planning
+from rlsloth.memory.activations import Stream
+from rlsloth.memory.placing import choose, relative_time
 from rlsloth.memory.plan import make_plan
 from rlsloth.memory.planned_model import model_shape
 from rlsloth.memory.streamed import blocks, exposed_seconds
@@ -55,6 +57,22 @@ def test_as_few_layers_as_the_card_needs(large: Path) -> None:
     assert LAYERS > most > fewer > 0
     assert none == (0, True)
     assert decided(large, 8, "transformers", most - 5) == (most - 5, False)
+
+
+def test_without_sampling_more_layers_make_room_for_larger_micro_batches(large: Path) -> None:
+    cfg: Any = GrpoConfig.model_validate({"model": {"path": str(large), "precision": "nf4"}})
+    shape = model_shape(cfg.model, cfg.lora)
+    request = replace(grpo_request(cfg, 100), sampling=None, stream=Stream(0, 512, 1))
+    plan = partial(make_plan, shape, total=8 * GIB, host_total=48 * GIB)
+    chosen = choose(plan, shape, request, 512)
+    fewest, count = None, 0
+    while fewest is None or not plan(fewest).fits or plan(fewest).left < 0.1 * 8 * GIB:
+        count += 5
+        fewest = choose(plan, shape, request.with_layers(count), 512)
+    assert plan(chosen).fits
+    assert fewest.streamed < chosen.streamed
+    assert fewest.microbatch < chosen.microbatch
+    assert relative_time(shape, chosen) < relative_time(shape, fewest)
 
 
 def test_the_users_number_and_vllm_are_left_alone(large: Path) -> None:
