@@ -76,7 +76,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--repeats",
         type=int,
         default=3,
-        help="measured updates; one more warms up, which counts if this is 0",
+        help="updates after the first; 0: measure the first",
     )
     add("--offload-embeddings", action="store_true", help="keep the embedding in host memory")
     add("--cap-gib", type=float, help="limit of torch's memory; default: the whole GPU")

@@ -154,11 +154,8 @@ def decide_settings(
         request: the run as the user set it.
     """
     plan_of = partial(planner, shape)
-    shares = request.sampling is not None and request.sampling.engine.shares_weights
-    if shares and request.model.offload_embeddings == "auto":
-        request = request.with_embeddings(False)
-    if shares and request.model.offload_layers == "auto":
-        request = request.with_layers(0)
+    if request.sampling is not None and request.sampling.engine.shares_weights:
+        request = request.with_shared_weights()
     # The fallback engine may end up sampling, and the embedded engine keeps its cache during the
     # update, so its memory must fit.
     sampled = decide_sequences(plan_of, shape, request.with_fallback())

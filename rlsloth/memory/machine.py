@@ -6,7 +6,8 @@ import psutil
 import torch
 
 from rlsloth.config import ModelConfig
-from rlsloth.memory.terms import CONTEXT, GIB
+from rlsloth.memory.terms import GIB
+from rlsloth.policy.gpu_limit import CONTEXT
 
 HOST_SHARE = 0.8
 """Share of the free host memory that may be taken."""

@@ -21,9 +21,10 @@ from rlsloth.kernels.nf4.ahead import BUFFERS
 from rlsloth.memory.activations import LayerMemory, attention_results, layer_memory
 from rlsloth.memory.shape import Layer, ModelShape, Weight
 from rlsloth.memory.streamed import blocks, slot_bytes, streamed_bytes
-from rlsloth.memory.terms import CONTEXT, Cache, Phase, Plan, Precision, Term, element_size
+from rlsloth.memory.terms import Cache, Phase, Plan, Precision, Term, element_size
 from rlsloth.memory.workload import EngineMemory, Request, Sampling
 from rlsloth.policy.activations.placement import Place, Placement, Placements
+from rlsloth.policy.gpu_limit import CONTEXT
 from rlsloth.policy.streamed_layers import SLOTS
 
 ACTIVATION_TOLERANCE = 0.12

@@ -6,12 +6,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 GIB = 2**30
-CONTEXT = int(0.8 * GIB)
-"""Allowance in bytes for the CUDA context, kernels, and cuBLAS's workspaces.
-
-There is a workspace for each stream, 32 MiB on a Hopper GPU; torch counts them as tensors. On an
-H200 the device counts 0.8 GiB more than torch (docs/PERFORMANCE.md).
-"""
 
 Precision = Literal["nf4", "bf16", "fp32"]
 Phase = Literal["rollout", "update"]

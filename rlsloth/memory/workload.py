@@ -201,6 +201,16 @@ class Request:
         rollout = self.sampling.rollout.model_copy(update={"cuda_graphs": False})
         return replace(self.sampling, rollout=rollout)
 
+    def with_shared_weights(self) -> Request:
+        """Copy the request with all weights on the GPU, unless the user decided otherwise.
+
+        For an engine that computes with the trainer's tensors.
+        """
+        run = self
+        if run.model.offload_embeddings == "auto":
+            run = run.with_embeddings(False)
+        return run.with_layers(0) if run.model.offload_layers == "auto" else run
+
     def with_sequences(self, rows: int) -> Request:
         """Copy the request with ``rollout.max_sequences`` set to ``rows``."""
         assert self.sampling is not None

@@ -18,6 +18,7 @@ from rlsloth.policy.files import ModelFiles, locate
 from rlsloth.policy.gguf_check import GgufHeader, check_gguf, unread_keys
 from rlsloth.policy.gguf_tokenizer import end_ids
 from rlsloth.policy.gguf_tokenizer import unread_keys as unread_tokenizer_keys
+from rlsloth.policy.gpu_limit import limit_memory
 from rlsloth.policy.identity import IDENTITY, identify
 from rlsloth.policy.streamed_layers import refuse_more_layers, stream_layers
 from rlsloth.policy.support import (
@@ -93,7 +94,7 @@ def load_model(cfg: ModelConfig) -> LoadedModel:
     device = pick_device(cfg.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)  # CUDA graphs are captured on the current device
-        _limit_memory(cfg, device)
+        limit_memory(cfg.memory_gb, device)
     precision = held_precision(cfg, device.type)
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
     if precision == "nf4" and device.type == "cpu":
@@ -147,21 +148,6 @@ def _stream(cfg: ModelConfig, model: Any, layers: int, device: torch.device) -> 
             f"--model.offload-layers {layers}: the rest of {cfg.path} does not fit the GPU's "
             "memory; pass a larger number of layers, or a smaller model"
         ) from error
-
-
-def _limit_memory(cfg: ModelConfig, device: torch.device) -> None:
-    """Keep torch from taking more than ``model.memory_gb`` of a GPU, less the CUDA context."""
-    if cfg.memory_gb is None:
-        return
-    free, total = torch.cuda.mem_get_info(device)
-    context = total - free - torch.cuda.memory_reserved(device)
-    share = (cfg.memory_gb * 2**30 - context) / total
-    if share <= 0:
-        raise UserError(
-            f"--model.memory-gb {cfg.memory_gb:g}: the CUDA context and other programs take "
-            f"{context / 2**30:.1f} GiB of this GPU already; pass more"
-        )
-    torch.cuda.set_per_process_memory_fraction(min(1.0, share), device)
 
 
 def quiet_libraries() -> None:

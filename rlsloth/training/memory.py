@@ -56,7 +56,7 @@ def examples_request(cfg: SupervisedConfig, longest: Example) -> Request:
     answers = len(longest.answers)
     prompt = len(longest.prompt_ids) if answers > 1 else 0
     stream = Stream(prompt, -(-(longest.packed - prompt) // answers), answers)
-    return Request(
+    request = Request(
         cfg.model,
         cfg.lora,
         cfg.optim,
@@ -64,6 +64,10 @@ def examples_request(cfg: SupervisedConfig, longest: Example) -> Request:
         stream=stream,
         longest_example=longest.packed,
     )
+    if not cfg.eval.generate:
+        return request
+    choice = choose_engine(cfg.rollout, "cuda", planned=True)
+    return request.with_shared_weights() if choice.kind.memory.shares_weights else request
 
 
 def heaviest_of(request: Request, longest: int) -> Heaviest:

@@ -6,12 +6,15 @@ import json
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 from transformers import LlamaConfig
 
 from helpers.families import family_model
 from helpers.plans import run
 from rlsloth.config import GrpoConfig, ModelConfig, RolloutConfig
+from rlsloth.config.sft import SftConfig
+from rlsloth.data.example import Example
 from rlsloth.memory import decide as planning
 from rlsloth.memory.placing import choose, relative_time
 from rlsloth.memory.plan import KEPT_FREE, make_plan
@@ -19,10 +22,11 @@ from rlsloth.memory.planned_model import model_shape
 from rlsloth.memory.terms import GIB, Plan
 from rlsloth.memory.workload import Request
 from rlsloth.policy.activations.placement import Placement
-from rlsloth.training.memory import grpo_request
+from rlsloth.training.memory import examples_request, grpo_request
 
 pytestmark = pytest.mark.slow
 SIZES = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16}
+TOKENS, MASK = np.zeros(600, np.int32), np.ones(600, np.bool_)
 FEW = RolloutConfig(max_sequences=8)
 HEADS = {"num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 32000}
 
@@ -202,3 +206,17 @@ def test_a_run_says_it_in_a_line(llama_folder, gib, warned, monkeypatch):
     assert said[0].startswith("memory: update ")
     assert f" of {gib:g} GiB" in said[0]
     assert bool(warnings) is warned
+
+
+@pytest.mark.parametrize("generates", [True, False])
+def test_weights_that_an_evaluating_engine_shares_stay_on_the_gpu(tmp_path, generates):
+    LlamaConfig(**SIZES, **HEADS).save_pretrained(tmp_path)
+    cfg = SftConfig.model_validate({
+        "model": {"path": str(tmp_path)}, "data": {"train": "x.jsonl"},
+        "eval": {"generate": generates},
+        "rollout": {"engine": "vllm"} if generates else {},
+    })  # fmt: skip
+    request = examples_request(cfg, Example(0, "", np.zeros(5, np.int32), ((TOKENS, MASK),)))
+    shape = model_shape(cfg.model, cfg.lora)
+    chosen = choose(lambda one: make_plan(shape, one, 2 * GIB), shape, request, 600)
+    assert (chosen.model.offload_embeddings is True) is not generates

@@ -26,7 +26,8 @@ from rlsloth.data.renderer import Renderer
 from rlsloth.errors import UserError
 from rlsloth.memory.plan import make_plan
 from rlsloth.memory.read_shape import read_shape
-from rlsloth.memory.terms import CONTEXT, GIB
+from rlsloth.memory.terms import GIB
+from rlsloth.policy.gpu_limit import CONTEXT
 from rlsloth.policy.lora import add_adapter
 from rlsloth.policy.policy import Policy
 from rlsloth.records import Completion, SamplingParams

@@ -14,8 +14,9 @@ from rlsloth.memory.plan import fit_cache, make_plan
 from rlsloth.memory.read_shape import read_shape
 from rlsloth.memory.report import describe
 from rlsloth.memory.search import decide_sequences
-from rlsloth.memory.terms import CONTEXT, GIB, Cache, Phase
+from rlsloth.memory.terms import GIB, Cache, Phase
 from rlsloth.memory.workload import Request, Sampling
+from rlsloth.policy.gpu_limit import CONTEXT
 from rlsloth.policy.policy import Policy
 from rlsloth.rollout.engine import Engine, EngineKind, Opening
 from rlsloth.rollout.trial import PROMPT_TOKENS, SAMPLED_TOKENS, probe
