@@ -68,6 +68,8 @@ def write_plan(
     """
     decided: dict[str, object] = {
         "tokens_per_microbatch": tokens_per_microbatch,
+        "offload_embeddings": cfg.model.offload_embeddings is True,
+        "offload_layers": 0 if cfg.model.offload_layers == "auto" else cfg.model.offload_layers,
         "gradient_checkpointing": summary(placements),
         "layers": describe(placements),
     }
