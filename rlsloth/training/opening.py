@@ -115,7 +115,7 @@ def open_grpo(
         temperatures=(cfg.rollout.temperature, cfg.eval.temperature),
     )
     if trains:
-        write_plan(run, cfg.microbatch, policy.placements, collector.engine)
+        write_plan(run, cfg.microbatch, policy, collector.engine)
         _check_grpo(cfg, env, longest, policy.context)
     describe_sampling(run, problems, policy)
     warn_of_open_tag(run, renderer, problems, cfg.reward)
@@ -173,7 +173,7 @@ def open_examples(cfg: Supervised, stack: ExitStack, read: Reader) -> Session[Su
         say_of_prompts(run, problems)
         warn_of_overlap(problems.env, data, run)
     engine_used = evaluator.collector.engine if evaluator else None
-    write_plan(run, cfg.microbatch, policy.placements, engine_used)
+    write_plan(run, cfg.microbatch, policy, engine_used)
     sampler = EpochSampler(data.train, cfg.seed, "examples", fingerprint(data.train), total)
     run.say(
         f"{len(data.train)} examples, {len(data.heldout)} held out; {cfg.steps} steps of "

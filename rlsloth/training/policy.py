@@ -7,7 +7,9 @@ import torch
 from rlsloth.config import TrainingConfig
 from rlsloth.files import write_json
 from rlsloth.policy.activations.placement import Placements, describe, summary
+from rlsloth.policy.host_embedding import HostEmbedding
 from rlsloth.policy.policy import Policy
+from rlsloth.policy.streamed_layers import streamed_layers
 from rlsloth.rollout.engine import Engine
 from rlsloth.run.run import Run
 
@@ -55,23 +57,22 @@ def open_policy(
     return policy
 
 
-def write_plan(
-    run: Run, tokens_per_microbatch: int, placements: Placements, engine: Engine | None
-) -> None:
+def write_plan(run: Run, tokens_per_microbatch: int, policy: Policy, engine: Engine | None) -> None:
     """Write the settings in use to a file of their own; config.yaml has only the user's.
 
     Args:
         run: the run.
         tokens_per_microbatch: token budget of a micro-batch.
-        placements: placement of each layer's activations.
+        policy: the policy, with the placement of activations and weights.
         engine: the engine that samples; None if nothing is sampled.
     """
+    embedding = policy.model.get_base_model().get_input_embeddings()
     decided: dict[str, object] = {
         "tokens_per_microbatch": tokens_per_microbatch,
-        "offload_embeddings": cfg.model.offload_embeddings is True,
-        "offload_layers": 0 if cfg.model.offload_layers == "auto" else cfg.model.offload_layers,
-        "gradient_checkpointing": summary(placements),
-        "layers": describe(placements),
+        "offload_embeddings": isinstance(embedding, HostEmbedding),
+        "offload_layers": streamed_layers(policy.model),
+        "gradient_checkpointing": summary(policy.placements),
+        "layers": describe(policy.placements),
     }
     if engine is not None:
         decided["max_sequences"] = engine.max_sequences

@@ -148,7 +148,7 @@ class Session(Generic[Config, Item]):
         if now != self._planned:
             self._planned = now
             engine = self.evaluator.collector.engine if self.evaluator else None
-            write_plan(self.run, *now, engine)
+            write_plan(self.run, now[0], self.policy, engine)
 
     def close_step(
         self, step: int, metrics: Mapping[str, float], batch: PackedBatch, *, tokens: int
