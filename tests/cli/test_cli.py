@@ -21,6 +21,8 @@ from rlsloth.cli.table import COMMANDS
 from rlsloth.config import GrpoConfig, RewardConfig
 from rlsloth.errors import UserError
 
+pytestmark = pytest.mark.slow
+
 Output = pytest.CaptureFixture[str]
 
 

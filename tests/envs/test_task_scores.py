@@ -13,6 +13,8 @@ from rlsloth.envs import reasoning_gym as env
 from rlsloth.rewards.reasoning_gym import reasoning_gym
 from rlsloth.scoring.typed_json import from_json
 
+pytestmark = pytest.mark.slow
+
 Params = Mapping[str, Any]
 
 

@@ -22,6 +22,8 @@ from rlsloth.losses.base import PolicyLoss
 from rlsloth.losses.opening import open_loss
 from rlsloth.losses.policy_loss import normalizer, policy_loss
 
+pytestmark = pytest.mark.slow
+
 GRPOTrainer = pytest.importorskip("trl").GRPOTrainer
 MAX_TOKENS = 11
 TOLERANCE = 1e-5

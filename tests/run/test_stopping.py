@@ -17,6 +17,8 @@ from rlsloth.run import stopping
 from rlsloth.run.run import Run
 from rlsloth.run.stopping import DEFAULTS, Stopped, Stopper
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def handlers_of_a_terminal() -> Iterator[None]:

@@ -13,6 +13,8 @@ from rlsloth.errors import UserError
 from rlsloth.scoring.patience import MAX_HANGS, MAX_ROUNDS, FailedRounds
 from rlsloth.scoring.scorer import Scorer
 
+pytestmark = pytest.mark.slow
+
 REWARD = """
 import time
 

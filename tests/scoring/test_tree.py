@@ -15,6 +15,8 @@ from rlsloth.config import RewardConfig
 from rlsloth.scoring.scorer import Scorer
 from rlsloth.scoring.surroundings import is_secret
 
+pytestmark = pytest.mark.slow
+
 REWARD = """
 import os, subprocess, sys, time
 
