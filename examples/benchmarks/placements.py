@@ -91,20 +91,17 @@ class Bench:
         import torch
 
         from rlsloth.config import LoraConfig, ModelConfig, OptimConfig
-        from rlsloth.data.packing import to_device
-        from rlsloth.memory.activations import Stream
         from rlsloth.memory.planned_model import model_shape
         from rlsloth.memory.workload import Request
         from rlsloth.policy.layers import decoder_layers
         from rlsloth.policy.policy import Policy
 
         self.args = args
-        prompt, completion, group = args.stream
         model = ModelConfig(
             path=args.model,
             precision=args.precision,
             attention=args.attention,
-            max_context=prompt + completion,
+            max_context=args.stream[0] + args.stream[1],
             offload_embeddings=args.offload_embeddings,
             memory_gb=args.cap_gib,
         )
@@ -113,15 +110,26 @@ class Bench:
         self.policy = Policy.load(model, lora, OptimConfig(), temperature=1.0, total_updates=100)
         self.layers = decoder_layers(self.policy.model)
         self.shape = replace(self.shape, attention=self.policy.backend)
-        self.micro = to_device(self.stream(), self.policy.device)
-        self.tokens = len(self.micro.token_ids)
-        stream = Stream(prompt, completion, group)
-        self.request = Request(
-            model, lora, OptimConfig(), self.tokens, stream=stream, longest_example=self.tokens
-        )
+        self.request = Request(model, lora, OptimConfig(), None)
+        self.load(*args.stream)
         self.total = int(args.cap_gib * GIB) if args.cap_gib else 0
         if torch.cuda.is_available() and not self.total:
             self.total = torch.cuda.get_device_properties(0).total_memory
+
+    def load(self, prompt: int, completion: int, group: int) -> None:
+        """Make the micro-batch: random tokens."""
+        from rlsloth.data.packing import to_device
+        from rlsloth.memory.activations import Stream
+
+        self.args.stream = prompt, completion, group
+        self.micro = to_device(self.stream(), self.policy.device)
+        self.tokens = len(self.micro.token_ids)
+        self.request = replace(
+            self.request,
+            tokens_per_microbatch=self.tokens,
+            stream=Stream(prompt, completion, group),
+            longest_example=self.tokens,
+        )
 
     def stream(self) -> Any:
         """Pack random tokens as the micro-batch."""
