@@ -22,6 +22,8 @@ from rlsloth.memory.shape import ModelShape
 from rlsloth.memory.terms import GIB, Plan
 from rlsloth.memory.workload import Request
 from rlsloth.policy.activations.placement import Checkpointing, Placements
+from rlsloth.policy.host_embedding import EMBEDDING_STAYS
+from rlsloth.policy.streamed_layers import refuse_more_layers
 
 DEFAULT_PROMPT = 512
 """Number of tokens of the longest prompt that is assumed if the prompts are unknown."""
@@ -122,10 +124,27 @@ def plan_run(
         UserError: the model or the adapter cannot be read.
     """
     shape, planner = model_shape(request.model, request.lora), planner_for(total, host)
+    _refuse(shape, request)
     chosen = decide_settings(planner, shape, request)
     findings = find_all(planner, shape, request, chosen, source)
     (print_json if as_json else print_table)(findings)
     return 0 if findings.plan.fits else 1
+
+
+def _refuse(shape: ModelShape, request: Request) -> None:
+    """Refuse options that a run would refuse after loading the model."""
+    refuse_more_layers(request.streamed, len(shape.layers))
+    offloads = request.model.offload_embeddings is True
+    if offloads and not shape.embedding:
+        raise UserError(EMBEDDING_STAYS)
+    sampling = request.sampling
+    shares = sampling is not None and sampling.engine.shares_weights and not sampling.fallback
+    if shares and (offloads or request.streamed):
+        option = "embeddings true" if offloads else f"layers {request.streamed}"
+        raise UserError(
+            f"--model.offload-{option}: vLLM computes with the trainer's weights on the GPU; leave "
+            "the option out, or pass --rollout.engine transformers"
+        )
 
 
 def planned_bytes(model: ModelConfig, memory_gb: float | None) -> int:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+from pathlib import Path
+
 import psutil
 import torch
 
@@ -11,6 +14,12 @@ from rlsloth.policy.gpu_limit import CONTEXT
 
 HOST_SHARE = 0.8
 """Share of the free host memory that may be taken."""
+_CGROUP = Path("/sys/fs/cgroup")
+CGROUPS = (
+    (_CGROUP / "memory.max", _CGROUP / "memory.current"),
+    (_CGROUP / "memory/memory.limit_in_bytes", _CGROUP / "memory/memory.usage_in_bytes"),
+)
+"""Files of a container's limit and use of memory, in the two versions of Linux control groups."""
 OTHERS = 0.02
 """Share of a GPU below which memory in use is not counted as other programs'."""
 
@@ -30,5 +39,9 @@ def gpu_bytes(model: ModelConfig) -> int | None:
 
 
 def host_bytes() -> int:
-    """Return the bytes of this machine's memory that a run may take."""
-    return int(HOST_SHARE * psutil.virtual_memory().available)
+    """Return the bytes of this machine's memory that a run may take, also inside a container."""
+    available = int(psutil.virtual_memory().available)
+    for limit, used in CGROUPS:
+        with suppress(OSError, ValueError):  # no such file, or "max"
+            available = min(available, int(limit.read_text()) - int(used.read_text()))
+    return int(HOST_SHARE * max(0, available))

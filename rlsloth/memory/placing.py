@@ -126,6 +126,8 @@ def choose(
     for count in counts:
         smallest = plan(frugal.with_layers(count))
         if smallest.peak("update") > (1 - KEPT_FREE) * smallest.total and not request.overlap:
+            if count == 0 and request.sampling is not None and smallest.fits:
+                return frugal.with_layers(0)  # streamed layers would slow down each sampled token
             continue
         best = _choose(plan, shape, request.with_layers(count), least, allowed)
         if best is not None and plan(best).fits:
@@ -156,7 +158,8 @@ def _choose(
         automatic = request.model.gradient_checkpointing == "auto"
         mode = Mode(Placement(), Placement()) if automatic else allowed[0]
         return runs[0].with_update(named or max(MICROBATCH, least), mode.placements(layers, 0))
-    sizes = [named] if named else sorted({max(n, least) for n in MICROBATCHES}, reverse=True)
+    most = request.most_tokens or MICROBATCHES[0]
+    sizes = [named] if named else sorted({max(min(n, most), least) for n in MICROBATCHES})[::-1]
     tried = []
     for run in runs:
         for tokens in sizes:

@@ -2,7 +2,6 @@
 
 Weights, adapters, optimizer states and the embedded engine's cache are counted exactly. Activations
 are an estimate (activations.py), within ACTIVATION_TOLERANCE of the measured peak on a CPU.
-Workspaces of attention and matrix libraries on a GPU were not measured.
 
 vLLM's key-value cache gets the room that everything else leaves. It is the only memory that is
 freed for the update and allocated again for rollouts.
@@ -263,7 +262,12 @@ def host_bytes(shape: ModelShape, request: Request) -> int:
     pairs = zip(shape.layers, request.placed(len(shape.layers)), strict=True)
     held = sum(held_bytes(layer, shape.hidden, size, p, "host") for layer, p in pairs)
     table = size * shape.embedding if request.model.offload_embeddings is True else 0
-    return request.microbatch * held + table + sum(blocks(shape, request, precision))
+    streamed = sum(blocks(shape, request, precision))
+    running = request.microbatch * held + table + streamed
+    if not streamed:
+        return running
+    # The whole base is loaded to the host before its layers go where they belong.
+    return max(running, streamed + sum(weight_bytes(w, precision) for w in shape.weights))
 
 
 def head_bytes(shape: ModelShape, tokens: int, precision: Precision) -> int:

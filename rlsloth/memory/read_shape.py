@@ -11,6 +11,7 @@ from torch import nn
 from rlsloth.kernels.lora.layer import ALIGNMENT
 from rlsloth.memory.shape import Fused, Group, Layer, ModelShape, Weight
 from rlsloth.policy.config_values import value_of
+from rlsloth.policy.host_embedding import can_offload
 from rlsloth.policy.layers import decoder_layers
 from rlsloth.policy.support import not_stored_in_nf4, stored_in_nf4
 
@@ -23,6 +24,7 @@ def read_shape(model: Any) -> ModelShape:
     base = model.get_base_model()
     config, decoder = base.config.get_text_config(), base.get_decoder()
     head, embeddings = base.get_output_embeddings(), base.get_input_embeddings()
+    table = getattr(embeddings, "base_layer", embeddings)
     weights, trained, reference = [], [], 0
     skipped, modules = _not_quantised(base), decoder_layers(decoder)
     layer_of = {part: i for i, layer in enumerate(modules) for part in layer.modules()}
@@ -32,7 +34,7 @@ def read_shape(model: Any) -> ModelShape:
                 trained.append(p.numel())
             elif ".lora_" in module_name:
                 reference += p.numel()
-            elif p is not _weight_of(embeddings) or module is embeddings:
+            elif p is not _weight_of(embeddings) or module is table:
                 group = _group(p, _weight_of(head), _weight_of(embeddings))
                 packed = name == "weight" and (type(module) is nn.Linear or _is_packed(p))
                 packed &= not _is_skipped(module_name.removesuffix(".base_layer"), skipped)
@@ -55,6 +57,7 @@ def read_shape(model: Any) -> ModelShape:
         reference=reference,
         head_rank=_rank(head),
         fused=tuple(fused),
+        embedding=_shape_of(_weight_of(embeddings)).numel() if can_offload(base) else 0,
         stored_in_nf4=stored_in_nf4(base.config),
     )
 

@@ -98,16 +98,12 @@ class ModelShape:
     """Rank of the adapter on the output head, rounded up to ALIGNMENT; 0 without one."""
     fused: tuple[Fused, ...]
     """The linear layers as vLLM has them; the output head only if it is adapted."""
+    embedding: int = 0
+    """Number of elements of an embedding that can be in host memory; 0 if it cannot."""
     stored_in_nf4: bool = False
     """Whether the checkpoint stores its linear layers in NF4, which loading keeps."""
     attention: str = field(default="varlen", compare=False)
     """Name of the attention backend that is assumed for training."""
-
-    @property
-    def embedding(self) -> int:
-        """Number of elements of an embedding that is not also the output head; 0 if it is."""
-        sizes = {weight.group: weight.count for weight in self.weights}
-        return sizes["embeddings"] if "head" in sizes else 0
 
     @property
     def kv_width(self) -> int:

@@ -153,6 +153,8 @@ class Request:
     """None if nothing is sampled."""
     stream: Stream | None = None
     """Composition of micro-batches; None to derive it from the sampled rollouts."""
+    samples: int | None = None
+    """Number of examples, or pairs, of a step; None if it samples, or if it is unknown."""
     longest_example: int | None = None
     """Number of tokens of the longest example with all its completions; None if it samples."""
     placements: Placements | None = None
@@ -246,6 +248,17 @@ class Request:
         if sampling is None or sampling.fallback is None:
             return self
         return replace(self, sampling=replace(sampling, engine=sampling.fallback, fallback=None))
+
+    @property
+    def most_tokens(self) -> int | None:
+        """Largest number of tokens of a step, which no micro-batch exceeds; None if unknown."""
+        if self.sampling is not None:
+            workload, longest = self.sampling.workload, self.sampling.rollout.max_tokens
+            group = workload.longest_prompt + workload.group_size * longest
+            return workload.prompts * group if workload.single_turn else None
+        if self.samples is None or self.longest_example is None:
+            return None
+        return self.samples * self.longest_example
 
     def least_tokens(self, shape: ModelShape) -> int:
         """Return the number of tokens that a micro-batch must hold: one completion or example."""

@@ -14,24 +14,32 @@ counts them as tensors. On an H200 the device counts 0.8 GiB more than torch (do
 """
 
 
+_limited: set[int] = set()
+"""GPUs that an earlier run in this process has limited."""
+
+
 def limit_memory(gib: float | None, device: torch.device) -> None:
     """Keep torch from taking more than so many GiB of a GPU, less what the CUDA context takes.
 
     Args:
-        gib: ``model.memory_gb``; None: no limit is set.
-        device: the GPU.
+        gib: ``model.memory_gb``; None: an earlier run's limit is lifted.
+        device: the GPU, with its index.
 
     Raises:
-        UserError: the context and other programs take as much already.
+        UserError: the context alone takes as much.
     """
+    index = device.index or 0
     if gib is None:
+        if index in _limited:
+            torch.cuda.set_per_process_memory_fraction(1.0, index)
+            _limited.discard(index)
         return
-    free, total = torch.cuda.mem_get_info(device)
-    context = max(CONTEXT, total - free - torch.cuda.memory_reserved(device))
-    share = (gib * 2**30 - context) / total
-    if share <= 0:
+    room = gib * 2**30 - CONTEXT
+    if room <= 0:
         raise UserError(
-            f"--model.memory-gb {gib:g}: the CUDA context and other programs take "
-            f"{context / 2**30:.1f} GiB of this GPU already; pass more"
+            f"--model.memory-gb {gib:g}: a CUDA context alone takes about "
+            f"{CONTEXT / 2**30:.1f} GiB; pass more"
         )
-    torch.cuda.set_per_process_memory_fraction(min(1.0, share), device)
+    total = torch.cuda.get_device_properties(index).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, room / total), index)
+    _limited.add(index)

@@ -12,6 +12,12 @@ from rlsloth.errors import UserError
 from rlsloth.kernels.host_rows.op import host_rows
 from rlsloth.policy.page_lock import lock, unlock
 
+EMBEDDING_STAYS = (
+    "--model.offload-embeddings true: this model's embedding is also its output head, or no plain "
+    "table, and must be on the GPU; pass false"
+)
+"""Message for a model of which ``can_offload`` is false."""
+
 
 class HostEmbedding(nn.Module):
     """An embedding whose table the GPU reads row by row from page-locked host memory.
@@ -50,10 +56,7 @@ def offload_embeddings(model: Any, say: Callable[[str], None] = print) -> None:
         UserError: the model's embedding cannot be in host memory.
     """
     if not can_offload(model):
-        raise UserError(
-            "--model.offload_embeddings true: this model's embedding is also its output head, or "
-            "no plain table, and must be on the GPU; pass false"
-        )
+        raise UserError(EMBEDDING_STAYS)
     weight = model.get_input_embeddings().weight
     table = weight.detach().to("cpu", copy=True).contiguous()
     if weight.device.type == "cuda" and not lock(table):

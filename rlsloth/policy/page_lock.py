@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
+import mmap
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor
 
 
+def host_block(size: int) -> Tensor:
+    """Allocate uint8 host memory of its own pages, which go back to the system when it is freed.
+
+    Raises:
+        OSError: the host has no memory left.
+    """
+    return torch.frombuffer(mmap.mmap(-1, size), dtype=torch.uint8)
+
+
 def lock(block: Tensor) -> bool:
     """Page-lock a CPU tensor's memory; return whether the system allowed it."""
     runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-    return int(runtime.cudaHostRegister(block.data_ptr(), block.numel() * block.itemsize, 0)) == 0
+    if int(runtime.cudaHostRegister(block.data_ptr(), block.nbytes, 0)) == 0:
+        return True
+    # The refusal stays CUDA's last error: the next kernel would fail with it.
+    with suppress(RuntimeError):
+        torch.zeros(1, device="cuda")
+    return False
 
 
 def unlock(blocks: list[Tensor]) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from rlsloth.errors import UserError
 from rlsloth.policy.activations.layers import current_pass
 from rlsloth.policy.layers import decoder_layers
-from rlsloth.policy.page_lock import lock, unlock
+from rlsloth.policy.page_lock import host_block, lock, unlock
 
 SLOTS = 2
 """Slots on the GPU: a layer at work, and the next one."""
@@ -162,7 +162,7 @@ def stream_layers(
     ]
     blocks, locked = [], list[Tensor]()
     for index, of_layer in enumerate(places):
-        block = torch.empty(sizes[index], dtype=torch.uint8)
+        block = host_block(sizes[index])
         _move(of_layer, block, slots[index % SLOTS].data)
         blocks.append(block)
         if device.type == "cuda" and len(locked) == index and lock(block):

@@ -9,6 +9,7 @@ from typing import TypeVar
 import torch
 
 from rlsloth.data.packing import longest_stream
+from rlsloth.memory.machine import host_bytes
 from rlsloth.memory.out_of_memory import free_memory, is_out_of_memory
 from rlsloth.memory.placing import most_frugal
 from rlsloth.policy.activations.placement import describe
@@ -118,7 +119,7 @@ def _next_change(
     if failures == 1:
         return lambda batch: (batch, "")
     frugal = most_frugal(policy.backend, len(policy.placements))
-    if policy.placements != frugal:
+    if policy.placements != frugal and _host_has_room(policy, batch):
 
         def place(batch: PackedBatch) -> tuple[PackedBatch, str]:
             policy.place(frugal)
@@ -129,6 +130,13 @@ def _next_change(
     if smaller is None:
         return None
     return lambda _: (smaller, f", from now on in micro-batches of {smaller.budget} tokens")
+
+
+def _host_has_room(policy: Policy, batch: PackedBatch) -> bool:
+    """Tell whether layer inputs of the largest micro-batch fit into host memory."""
+    tokens = max((len(micro.token_ids) for micro in batch.microbatches), default=0)
+    row = len(policy.placements) * int(policy.config.hidden_size) * policy.dtype.itemsize
+    return tokens * row <= host_bytes()
 
 
 def random_state(device: torch.device) -> list[torch.Tensor]:

@@ -34,6 +34,8 @@ class Heaviest:
     """Tokens of the longest example, or of the longest prompt with its completion."""
     phase: str
     """Key of rlsloth.memory.out_of_memory.ADVICE."""
+    most: int | None = None
+    """Tokens of the largest step; None if it is unknown."""
 
 
 def try_heaviest(
@@ -74,7 +76,7 @@ def try_heaviest(
     try:
         accumulate(
             policy,
-            make(tokens),
+            make(min(tokens, heaviest.most or tokens)),
             partial(_forward_and_backward, policy),
             shrink,
             warn=lambda _: None,
@@ -103,7 +105,7 @@ def _too_long(heaviest: Heaviest, budget: Budget) -> str:
 
 
 def _forward_and_backward(policy: Policy, batch: PackedBatch) -> None:
-    """Compute gradients with everything allocated that an update's last micro-batch finds."""
+    """Compute gradients with gradients and states allocated, as an update's last micro-batch."""
     for weight in policy.weights().tensors.values():
         weight.grad = torch.zeros_like(weight)
     reserve(policy.optimizer)

@@ -62,6 +62,7 @@ def examples_request(cfg: SupervisedConfig, longest: Example) -> Request:
         cfg.optim,
         cfg.tokens_per_microbatch,
         stream=stream,
+        samples=cfg.samples_per_step,
         longest_example=longest.packed,
     )
     if not cfg.eval.generate:
@@ -78,7 +79,7 @@ def heaviest_of(request: Request, longest: int) -> Heaviest:
         longest: tokens of the longest example, or of the longest prompt with its completion.
     """
     phase = "examples" if request.sampling is None else "update"
-    return Heaviest(request.micro_batch_stream(), longest, phase)
+    return Heaviest(request.micro_batch_stream(), longest, phase, request.most_tokens)
 
 
 def evaluation_request(cfg: SupervisedConfig, longest_prompt: int) -> Request:

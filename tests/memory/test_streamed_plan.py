@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 from transformers import LlamaConfig
 
+from helpers.families import family_model
+from helpers.plans import run
 from rlsloth.config import GrpoConfig, LoraConfig, ModelConfig
 from rlsloth.memory import decide as planning
 from rlsloth.memory.activations import Stream
@@ -110,7 +112,9 @@ def test_bytes_on_host_and_gpu(large: Path) -> None:
     )
     layer = 5120 * (2 * 5120 + 2 * 1024 + 3 * 17408)
     one = layer // 2 + layer // 64
-    assert streamed.host - resident.host == 30 * one
+    # While the model is loaded, its whole base is in host memory, too.
+    base = sum(t.update for t in resident.terms if t.name.startswith("base: "))
+    assert (resident.host, streamed.host) == (0, 30 * one + base)
     for phase in ("rollout", "update"):
         assert resident.peak(phase) - streamed.peak(phase) == 28 * one
 
@@ -132,3 +136,64 @@ def test_copies_that_work_hides_take_no_time() -> None:
     assert exposed_seconds([size] * 5, 3e-3, 5e-3) == 0
     assert exposed_seconds([size] * 5, 1.5e-3, 5e-3) == pytest.approx(1.5e-3)
     assert exposed_seconds([size] * 2, 0, 0) == 0
+
+
+def test_no_layer_is_streamed_if_a_sampling_run_fits_without(large: Path) -> None:
+    cfg = GrpoConfig.model_validate({
+        "model": {"path": str(large), "precision": "nf4"},
+        "rollout": {"engine": "transformers", "max_sequences": 4},
+    })  # fmt: skip
+    shape, request = model_shape(cfg.model, cfg.lora), grpo_request(cfg, 100)
+    counts = []
+    for megabytes in range(8000, 20000, 2000):
+        plan_of = partial(make_plan, shape, total=megabytes << 20)
+        chosen = choose(plan_of, shape, request, 612)
+        frugal = choose(plan_of, shape, request.with_layers(0), 612)
+        assert (chosen.streamed == 0) is plan_of(frugal).fits
+        counts.append(chosen.streamed)
+    assert counts == sorted(counts, reverse=True)
+    assert counts[0] > counts[-1] == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--model.offload-layers", "99"], "--model.offload-layers 99"),
+        (["--model.offload-embeddings", "true"], "--model.offload-embeddings true"),
+        (["--model.offload-layers", "1", "--rollout.engine", "vllm"], "--model.offload-layers 1"),
+    ],
+)
+def test_a_plan_refuses_what_a_run_refuses(
+    options: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    family_model("gemma2").config.save_pretrained(tmp_path)  # its embedding is its head
+    assert run(tmp_path, "--memory-gb", "8", *options) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
+
+
+def test_only_a_plain_embedding_may_leave_the_gpu(large: Path, tmp_path: Path) -> None:
+    def table(path: Path, *targets: str) -> tuple[int, int]:
+        lora = LoraConfig(targets=[*targets] or ["all-linear"])
+        shape = model_shape(ModelConfig(path=str(path)), lora)
+        held = [weight.count for weight in shape.weights if weight.group == "embeddings"]
+        return shape.embedding, sum(held)
+
+    assert table(large) == (152_000 * 5120,) * 2
+    assert table(large, "q_proj", "embed_tokens") == (0, 152_000 * 5120)
+    scaled = family_model("gemma3_text").config
+    scaled.tie_word_embeddings = False
+    scaled.save_pretrained(tmp_path)
+    assert table(tmp_path)[0] == 0
+
+
+def test_micro_batches_are_no_larger_than_a_step(large: Path) -> None:
+    cfg = GrpoConfig.model_validate({
+        "model": {"path": str(large), "precision": "nf4"}, "prompts_per_step": 2, "group_size": 4,
+        "rollout": {"engine": "transformers", "max_tokens": 400},
+    })  # fmt: skip
+    shape, request = model_shape(cfg.model, cfg.lora), grpo_request(cfg, 100)
+    assert request.most_tokens == 2 * (100 + 4 * 400)
+    plan_of = partial(make_plan, shape, total=80 * GIB)
+    assert choose(plan_of, shape, request, 500).microbatch <= request.most_tokens

@@ -57,5 +57,5 @@ def test_training_and_sampling_are_those_of_a_resident_embedding(folder):
 def test_a_tied_embedding_is_refused():
     model = make_policy("gemma2").model.get_base_model()
     assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
-    with pytest.raises(UserError, match=r"offload_embeddings true: .* pass false"):
+    with pytest.raises(UserError, match=r"offload-embeddings true: .* pass false"):
         offload_embeddings(model)

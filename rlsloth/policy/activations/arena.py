@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import mmap
 import weakref
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
 from rlsloth.errors import UserError
-from rlsloth.policy.page_lock import lock, unlock
+from rlsloth.policy.page_lock import host_block, lock, unlock
 
 SLAB = 32 * 2**20
 """Bytes of a slab. Copying one takes 0.6 ms at 50 GB/s, far more than starting the copy."""
@@ -65,8 +63,7 @@ class HostArena:
 
     def _grow(self) -> None:
         try:
-            # A mapping of its own: pages are aligned, and freed memory goes back to the system.
-            block = torch.frombuffer(mmap.mmap(-1, BLOCK), dtype=torch.uint8)
+            block = host_block(BLOCK)
         except OSError as error:
             raise UserError(
                 f"the host has no {BLOCK >> 20} MiB of memory left for activations "

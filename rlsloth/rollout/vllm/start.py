@@ -180,7 +180,7 @@ def _refuse(model: Any, device: torch.device) -> None:
         )
     if isinstance(model.get_base_model().get_input_embeddings(), HostEmbedding):
         raise UserError(
-            "--model.offload_embeddings true: vLLM reads the trainer's embedding on the GPU; pass "
+            "--model.offload-embeddings true: vLLM reads the trainer's embedding on the GPU; pass "
             "false, or --rollout.engine transformers"
         )
     if layers := streamed_layers(model):

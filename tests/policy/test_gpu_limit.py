@@ -1,0 +1,48 @@
+"""A limit of the GPU memory that torch may take, and host memory inside a container."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from rlsloth.errors import UserError
+from rlsloth.memory import machine
+from rlsloth.policy import gpu_limit
+from rlsloth.policy.gpu_limit import CONTEXT, limit_memory
+
+GPU = torch.device("cuda", 1)
+
+
+def test_a_limit_is_set_and_lifted(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[float, int]] = []
+    card = SimpleNamespace(total_memory=80 << 30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
+    monkeypatch.setattr(
+        torch.cuda, "set_per_process_memory_fraction", lambda *call: calls.append(call)
+    )
+    monkeypatch.setattr(gpu_limit, "_limited", set())
+    limit_memory(None, GPU)
+    assert calls == []  # nobody's own limit is touched
+    limit_memory(8.0, GPU)
+    limit_memory(200.0, GPU)
+    limit_memory(None, GPU)
+    limit_memory(None, GPU)
+    share = ((8 << 30) - CONTEXT) / (80 << 30)
+    assert calls == [(pytest.approx(share), 1), (1.0, 1), (1.0, 1)]
+    with pytest.raises(UserError, match=r"--model\.memory-gb 0\.5: .* pass more"):
+        limit_memory(0.5, GPU)
+
+
+def test_a_containers_limit_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    limit, used = tmp_path / "memory.max", tmp_path / "memory.current"
+    monkeypatch.setattr(machine, "CGROUPS", ((limit, used),))
+    free = machine.host_bytes()
+    assert free > 3 << 20
+    used.write_text(str(1 << 20))
+    limit.write_text("max\n")
+    assert machine.host_bytes() > 3 << 20
+    limit.write_text(f"{3 << 20}\n")
+    assert machine.host_bytes() == int(machine.HOST_SHARE * (2 << 20))
