@@ -13,9 +13,8 @@ It grows as kernels are loaded. There is a workspace for each stream, 32 MiB on 
 counts them as tensors. On an H200 the device counts 0.8 GiB more than torch (docs/PERFORMANCE.md).
 """
 
-
-_limited: set[int] = set()
-"""GPUs that an earlier run in this process has limited."""
+_limits: dict[int, float] = {}
+"""Index of a GPU -> bytes that torch may take there, if a run has limited them."""
 
 
 def limit_memory(gib: float | None, device: torch.device) -> None:
@@ -30,9 +29,8 @@ def limit_memory(gib: float | None, device: torch.device) -> None:
     """
     index = device.index or 0
     if gib is None:
-        if index in _limited:
+        if _limits.pop(index, None) is not None:
             torch.cuda.set_per_process_memory_fraction(1.0, index)
-            _limited.discard(index)
         return
     room = gib * 2**30 - CONTEXT
     if room <= 0:
@@ -40,6 +38,21 @@ def limit_memory(gib: float | None, device: torch.device) -> None:
             f"--model.memory-gb {gib:g}: a CUDA context alone takes about "
             f"{CONTEXT / 2**30:.1f} GiB; pass more"
         )
+    _set(index, room)
+
+
+def raise_limit(size: int, device: torch.device) -> None:
+    """Let torch count ``size`` bytes more, or fewer if it is negative, where a limit is set.
+
+    For memory that vLLM has given back, or taken again, without torch's knowledge: torch goes on
+    counting it while vLLM sleeps.
+    """
+    index = device.index or 0
+    if index in _limits:
+        _set(index, _limits[index] + size)
+
+
+def _set(index: int, room: float) -> None:
     total = torch.cuda.get_device_properties(index).total_memory
     torch.cuda.set_per_process_memory_fraction(min(1.0, room / total), index)
-    _limited.add(index)
+    _limits[index] = room

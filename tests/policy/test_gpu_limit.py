@@ -11,7 +11,7 @@ import torch
 from rlsloth.errors import UserError
 from rlsloth.memory import machine
 from rlsloth.policy import gpu_limit
-from rlsloth.policy.gpu_limit import CONTEXT, limit_memory
+from rlsloth.policy.gpu_limit import CONTEXT, limit_memory, raise_limit
 
 GPU = torch.device("cuda", 1)
 
@@ -23,15 +23,20 @@ def test_a_limit_is_set_and_lifted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         torch.cuda, "set_per_process_memory_fraction", lambda *call: calls.append(call)
     )
-    monkeypatch.setattr(gpu_limit, "_limited", set())
+    monkeypatch.setattr(gpu_limit, "_limits", {})
+    raise_limit(1 << 30, GPU)
     limit_memory(None, GPU)
     assert calls == []  # nobody's own limit is touched
     limit_memory(8.0, GPU)
+    raise_limit(4 << 30, GPU)  # vLLM sleeps
+    raise_limit(-(4 << 30), GPU)
     limit_memory(200.0, GPU)
     limit_memory(None, GPU)
     limit_memory(None, GPU)
-    share = ((8 << 30) - CONTEXT) / (80 << 30)
-    assert calls == [(pytest.approx(share), 1), (1.0, 1), (1.0, 1)]
+    low, high = (((gib << 30) - CONTEXT) / (80 << 30) for gib in (8, 12))
+    shares = [low, high, low, 1.0, 1.0]
+    assert [index for _, index in calls] == [1] * len(shares)
+    assert [share for share, _ in calls] == pytest.approx(shares)
     with pytest.raises(UserError, match=r"--model\.memory-gb 0\.5: .* pass more"):
         limit_memory(0.5, GPU)
 

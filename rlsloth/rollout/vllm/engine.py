@@ -12,6 +12,7 @@ import torch
 
 from rlsloth.errors import UserError, first_line
 from rlsloth.memory.out_of_memory import free_memory
+from rlsloth.policy.gpu_limit import raise_limit
 from rlsloth.records import Completion, SamplingParams, Weights
 from rlsloth.rollout.engine import BASE_VERSION, most_tokens
 from rlsloth.rollout.vllm.adapter import clear, fill
@@ -65,6 +66,7 @@ class VllmEngine:
         self._context = context
         self._adapter: Weights | None = None
         """The adapter in use; None: none is loaded, or the base model samples."""
+        self._device, self._kv_bytes = device, kv_bytes
         self._sleeps = device.type == "cuda" and not kv_stays
         self._asleep = False
         self._interrupted = threading.Event()
@@ -210,6 +212,7 @@ class VllmEngine:
         """Free the key-value cache with its prefixes, unless it stays. See Engine.release."""
         if not self._asleep and self._sleeps:
             self._live().sleep(level=1)
+            raise_limit(self._kv_bytes, self._device)
             self._asleep = True
 
     def interrupt(self) -> None:
@@ -225,6 +228,7 @@ class VllmEngine:
                 raise torch.OutOfMemoryError(
                     f"not enough free memory for vLLM's key-value cache: {first_line(error)}"
                 ) from error
+            raise_limit(-self._kv_bytes, self._device)
             self._asleep = False
 
     def close(self) -> None:
