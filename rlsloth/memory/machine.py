@@ -35,7 +35,7 @@ def gpu_bytes(model: ModelConfig) -> int | None:
     free, total = torch.cuda.mem_get_info(index)
     others = total - free - torch.cuda.memory_reserved(index) - CONTEXT
     room = total - others if others > OTHERS * total else total
-    return min(room, int((model.memory_gb or total) * GIB))
+    return room if model.memory_gb is None else min(room, int(model.memory_gb * GIB))
 
 
 def host_bytes() -> int:

@@ -30,7 +30,6 @@ class HostEmbedding(nn.Module):
         """Wrap a contiguous table on the CPU; page-locked if the model is on a GPU."""
         super().__init__()
         self.weight = table_VH
-        self.num_embeddings, self.embedding_dim = table_VH.shape
 
     def forward(self, ids: Tensor) -> Tensor:
         """Look up tokens: [B, S] -> [B, S, H]."""

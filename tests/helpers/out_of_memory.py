@@ -133,3 +133,14 @@ def live_tensors() -> int:
     gc.unfreeze()
     gc.collect()
     return sum(issubclass(type(x), torch.Tensor) for x in gc.get_objects())
+
+
+def numbers_of(figures: Any) -> list[float]:
+    """All numbers of an update's figures, in order."""
+    if isinstance(figures, dict):
+        return [x for key in sorted(figures) for x in numbers_of(figures[key])]
+    if isinstance(figures, (list, tuple)):
+        return [x for part in figures for x in numbers_of(part)]
+    if isinstance(figures, (int, float)):
+        return [float(figures)]
+    return [figures.grad_norm, figures.learning_rate, float(figures.skipped)]

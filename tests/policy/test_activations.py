@@ -15,7 +15,7 @@ from helpers.plans import make_policy
 from rlsloth.kernels.lora import products as products_module
 from rlsloth.policy.activations import arena
 from rlsloth.policy.activations.layers import Recomputed
-from rlsloth.policy.activations.placement import Placement
+from rlsloth.policy.activations.placement import Placement, describe
 from rlsloth.policy.attention.backend import Backend, Halves
 from rlsloth.policy.attention.backends import BACKENDS
 from rlsloth.policy.attention.kept import attend_in_halves
@@ -215,3 +215,10 @@ def count_products(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
         monkeypatch.setattr(products_module, name, counted)
     return calls
+
+
+def test_a_description_says_how_many_inputs_are_in_host_memory() -> None:
+    host, device = Placement("host"), Placement()
+    assert "inputs of 3 layers in host memory" in describe((host,) * 3 + (device,))
+    assert describe((host,) * 2).endswith("inputs in host memory")
+    assert describe((host, None)) == "1 of 2 layers recomputed, inputs in host memory"

@@ -13,6 +13,7 @@ from helpers.out_of_memory import (
     TOKENS,
     Exhausted,
     live_tensors,
+    numbers_of,
     run_out,
     update_of,
     weights_of,
@@ -87,7 +88,7 @@ def test_smaller_micro_batches_make_the_same_step(
     assert "inputs in host memory" in warnings[1]
     assert f"in micro-batches of {budget.tokens} tokens" in warnings[-1]
     assert budget.tokens < TOKENS
-    assert _numbers(again) == pytest.approx(_numbers(figures), rel=1e-4, abs=1e-5)
+    assert numbers_of(again) == pytest.approx(numbers_of(figures), rel=1e-4, abs=1e-5)
     for name, tensor in weights.items():
         torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-5)
 
@@ -97,7 +98,7 @@ def test_a_second_update_that_fails_keeps_the_log_probs_of_the_first(no_dropout:
     found, again, warnings, *_ = disturbed("grpo", [operations * 3 // 4, 40, 40])
     assert "micro-batches of" in warnings[2]
     assert again[0] == figures[0]
-    assert _numbers(again) == pytest.approx(_numbers(figures), rel=1e-4, abs=1e-5)
+    assert numbers_of(again) == pytest.approx(numbers_of(figures), rel=1e-4, abs=1e-5)
     for name, tensor in weights.items():
         torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-5)
 
@@ -160,14 +161,3 @@ def test_a_policy_that_is_frugal_already_is_not_placed_again() -> None:
         _, budget = update_of("sft", policy, warnings.append)
     assert budget.tokens < TOKENS
     assert f"{budget.tokens} tokens" in warnings[1]
-
-
-def _numbers(figures: Any) -> list[float]:
-    """All numbers of an update's figures, in order."""
-    if isinstance(figures, dict):
-        return [x for key in sorted(figures) for x in _numbers(figures[key])]
-    if isinstance(figures, (list, tuple)):
-        return [x for part in figures for x in _numbers(part)]
-    if isinstance(figures, (int, float)):
-        return [float(figures)]
-    return [figures.grad_norm, figures.learning_rate, float(figures.skipped)]

@@ -17,7 +17,14 @@ import torch
 from safetensors.torch import load_file
 
 from helpers.attention_gpu import VOCAB, gpu_policy
-from helpers.out_of_memory import MODULES, TOKENS, Exhausted, update_of, weights_of
+from helpers.out_of_memory import (
+    MODULES,
+    TOKENS,
+    Exhausted,
+    numbers_of,
+    update_of,
+    weights_of,
+)
 from helpers.supervised import SFT, command, make_folder, steps
 from helpers.tiny import tiny_llama
 from rlsloth.memory.activations import Stream
@@ -113,7 +120,7 @@ def run(kind: str, dtype: torch.dtype, strikes: Sequence[Sequence[int]], grab: G
             grab.give()
             tokens = budget.tokens
             counts.append(mode.count)
-            figures += _numbers(found)
+            figures += numbers_of(found)
     changes = {name: weight - start[name] for name, weight in weights_of(policy).items()}
     del start, found
     gc.collect()
@@ -256,14 +263,3 @@ def fits(policy: Policy, budget: Budget, heaviest: Heaviest) -> None:
     try_heaviest(policy, heaviest, again, print, lines.append)
     assert again == budget
     assert lines == []
-
-
-def _numbers(figures: Any) -> list[float]:
-    """All numbers of an update's figures, in order."""
-    if isinstance(figures, dict):
-        return [x for key in sorted(figures) for x in _numbers(figures[key])]
-    if isinstance(figures, (list, tuple)):
-        return [x for part in figures for x in _numbers(part)]
-    if isinstance(figures, (int, float)):
-        return [float(figures)]
-    return [figures.grad_norm, figures.learning_rate, float(figures.skipped)]

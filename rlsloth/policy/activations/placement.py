@@ -57,7 +57,9 @@ def describe(placements: Placements) -> str:
         return "no gradient checkpointing"
     again = next(p for p in placements if p is not None)
     parts = [f"{total - kept} of {total} layers recomputed" if kept else "gradient checkpointing"]
-    parts += ["inputs in host memory"] * (again.input == "host")
+    parked = sum(p is not None and p.input == "host" for p in placements)
+    whose = "" if parked == total - kept else f" of {parked} layers"
+    parts += [f"inputs{whose} in host memory"] * (parked > 0)
     attention = "attention" if again.projections is None else "attention and its linear layers"
     parts += [f"{attention} kept ({again.attention})"] * (again.attention is not None)
     parts += [f"MLP in tiles of {again.mlp_rows} tokens"] * (again.mlp_rows is not None)
