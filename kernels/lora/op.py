@@ -26,13 +26,17 @@ __all__ = ["LoraLinear", "lora_linear", "lora_linears", "lora_mlp"]
 DECODED_ROWS = 256
 
 
-def lora_linear(x: Tensor, layer: LoraLinear) -> Tensor:
+def lora_linear(x: Tensor, layer: LoraLinear, *, decode: bool = True) -> Tensor:
     """Return ``x W^T + bias + scale (x A^T) B^T``: ``lora_linears`` with one layer."""
-    return lora_linears(x, (layer,))[0]
+    return lora_linears(x, (layer,), decode=decode)[0]
 
 
 def lora_linears(
-    x: Tensor, layers: tuple[LoraLinear, ...], *, outputs: tuple[Tensor, ...] | None = None
+    x: Tensor,
+    layers: tuple[LoraLinear, ...],
+    *,
+    outputs: tuple[Tensor, ...] | None = None,
+    decode: bool = True,
 ) -> tuple[Tensor, ...]:
     """Return the outputs of layers that share an input (q, k, v), each [..., O], in x's dtype.
 
@@ -43,6 +47,8 @@ def lora_linears(
         x: [..., I], in the weights' dtype; any dimension before the last may be 0.
         outputs: results of the same call, which are then returned in place of new ones: for the
             second forward of activation checkpointing.
+        decode: multiply a few rows by packed NF4 where no gradient is needed. False: the result is
+            bitwise that with a gradient.
 
     Raises:
         TypeError: x is not in the weights' dtype.
@@ -57,7 +63,7 @@ def lora_linears(
             made = autograd.LinearsFunction.apply(  # type: ignore[no-untyped-call]
                 x_TI, layers, known, *_adapters(layers)
             )
-        elif _decodes(x_TI):
+        elif decode and _decodes(x_TI):
             made = autograd.linears_decoded(x_TI, layers)
         else:
             made, _ = autograd.linears(x_TI, layers, autograd.Adapters.of(layers))
@@ -73,6 +79,7 @@ def lora_mlp(
     *,
     tile_rows: int | None = None,
     inner_only: bool = False,
+    decode: bool = True,
 ) -> Tensor:
     """Return ``down(act(gate(x)) * up(x))`` [..., H], differentiable like ``lora_linears``.
 
@@ -87,6 +94,7 @@ def lora_mlp(
             kept, and the backward computes gate and up again. None: all tokens at once.
         inner_only: compute only what the backward keeps, and return a tensor without content: for
             the second forward of activation checkpointing.
+        decode: as in ``lora_linears``.
 
     Raises:
         TypeError: x is not in the weights' dtype.
@@ -107,15 +115,20 @@ def lora_mlp(
         if inner_only and _needs_graph(x, layers):
             y_TH = _inner(x_TH, layers, activation, tile_rows)[0]
         else:
-            y_TH = _mlp(x_TH, layers, activation, tile_rows, _needs_graph(x, layers))
+            y_TH = _mlp(x_TH, layers, activation, tile_rows, _needs_graph(x, layers), decode)
     return y_TH.view(*x.shape[:-1], y_TH.shape[-1])
 
 
 def _mlp(
-    x_TH: Tensor, layers: mlp.Mlp, activation: str, tile_rows: int | None, with_graph: bool
+    x_TH: Tensor,
+    layers: mlp.Mlp,
+    activation: str,
+    tile_rows: int | None,
+    with_graph: bool,
+    decode: bool,
 ) -> Tensor:
     gate, up, down = layers
-    if not with_graph and _decodes(x_TH):
+    if decode and not with_graph and _decodes(x_TH):
         e_TF, g_TF = autograd.linears_decoded(x_TH, (gate, up))
         h_TF = glu_forward(e_TF, g_TF, activation, out=e_TF)
         return autograd.linears_decoded(h_TF, (down,))[0]

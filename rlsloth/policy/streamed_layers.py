@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from rlsloth.errors import UserError
-from rlsloth.policy.activations.layers import current_pass
+from rlsloth.policy.activations.passes import current_pass
 from rlsloth.policy.layers import decoder_layers
 from rlsloth.policy.page_lock import host_block, lock, unlock
 
@@ -95,14 +95,15 @@ class StreamedLayers:
     def _before_forward(self, index: int, _layer: nn.Module, _args: Any) -> None:
         self.ensure(index)
         computed = current_pass()
-        if computed is None or not computed.again:  # else the backward goes on downwards
-            self.fetch(index + 1)
+        again = computed is not None and computed.again  # then the backward goes on downwards
+        self.fetch(index - 1 if again else index + 1)
 
     def _after_forward(self, index: int, _layer: nn.Module, _args: Any, output: Any) -> None:
+        if current_pass() is not None:  # it runs again before its backward, with its weights
+            return
         for x in output if isinstance(output, tuple) else (output,):
             if isinstance(x, Tensor) and x.requires_grad:
-                # It runs before the layer's backward, and before its second forward if there is
-                # one: whatever the layer keeps, autograd reads its weights from the slot.
+                # Autograd reads the weights of a layer that keeps its activations from the slot.
                 hook = partial(self._before_backward, index)
                 x.register_hook(hook)  # type: ignore[no-untyped-call]
         if not torch.is_grad_enabled() and index == len(self._blocks) - 1:

@@ -6,8 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
-import torch
-
 from rlsloth.data.packing import longest_stream
 from rlsloth.memory.machine import host_bytes
 from rlsloth.memory.out_of_memory import free_memory, is_out_of_memory
@@ -15,6 +13,7 @@ from rlsloth.memory.placing import most_frugal
 from rlsloth.policy.activations.placement import describe
 from rlsloth.policy.optimizer import reserve
 from rlsloth.policy.policy import Policy
+from rlsloth.policy.random_state import random_state, set_random_state
 from rlsloth.records import PackedBatch
 
 Result = TypeVar("Result")
@@ -137,16 +136,3 @@ def _host_has_room(policy: Policy, batch: PackedBatch) -> bool:
     tokens = max((len(micro.token_ids) for micro in batch.microbatches), default=0)
     row = len(policy.placements) * int(policy.config.hidden_size) * policy.dtype.itemsize
     return tokens * row <= host_bytes()
-
-
-def random_state(device: torch.device) -> list[torch.Tensor]:
-    """Return the states of the generators that dropout draws from."""
-    states = [torch.get_rng_state()]
-    return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states
-
-
-def set_random_state(device: torch.device, states: list[torch.Tensor]) -> None:
-    """Set the generators to the result of ``random_state``."""
-    torch.set_rng_state(states[0])
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(states[1], device)

@@ -15,8 +15,9 @@ from rlsloth.memory.out_of_memory import ADVICE
 from rlsloth.policy.activations.placement import describe
 from rlsloth.policy.optimizer import reserve
 from rlsloth.policy.policy import Policy
+from rlsloth.policy.random_state import random_state, set_random_state
 from rlsloth.records import Group, PackedBatch, Prompt, Rollout
-from rlsloth.training.gradients import Budget, accumulate, random_state, set_random_state
+from rlsloth.training.gradients import Budget, accumulate
 
 LEAST = 64
 """Tokens of the smallest micro-batch that is tried."""

@@ -7,119 +7,18 @@ or in host memory, from which it is fetched while the layer after it is at work.
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from rlsloth.policy.activations.arena import HostArena
-from rlsloth.policy.activations.placement import Place, Placement, summary
-from rlsloth.policy.activations.transfer import Parked, Transfer
-
-Kept = Tensor | Parked
-
-
-class Pass:
-    """One layer in one forward pass: what it keeps for its backward."""
-
-    def __init__(
-        self, placement: Placement, transfer: Transfer | None, before: Pass | None
-    ) -> None:
-        self.placement, self._transfer = placement, transfer
-        self._before = before
-        self._input: Kept | None = None
-        self._kept: dict[str, tuple[Kept, ...]] = {}
-        self._grad = False
-        self.again = False
-        """Whether the layer is being computed again."""
-        self.knows_sum = False
-        """Whether the second forward need not compute attention's output projection."""
-        self.ends_early = False
-        """Whether the rest of the second forward saves nothing for the backward, and is left out.
-
-        The layer sets it. torch would end the second forward by an exception inside autograd's
-        hooks, which some releases turn into a SystemError.
-        """
-
-    def start(self, hidden: Tensor) -> None:
-        """Begin the first forward; the layer before has ended, so its copies are due."""
-        self._input = self._keep(hidden.detach(), self.placement.input)
-        self._grad = hidden.requires_grad
-        if self._before is not None:
-            self._before.settle()
-
-    def restart(self) -> Tensor:
-        """Begin the second forward: return the layer's input, and fetch for the layer before."""
-        self.again = True
-        assert self._input is not None, "a layer's backward pass can run only once"
-        # A leaf: the second forward's graph serves only to save the tensors that the first one did.
-        hidden, self._input = _take(self._input).requires_grad_(self._grad), None
-        if self._before is not None:
-            self._before.fetch()
-        self._before = None
-        return hidden
-
-    def keep(self, name: str, tensors: Sequence[Tensor], place: Place | None) -> None:
-        """Keep tensors in the first forward, which must not be written to; None: keep nothing."""
-        if place is not None and not self.again:
-            self._kept[name] = tuple(self._keep(x.detach(), place) for x in tensors)
-
-    def take(self, name: str) -> tuple[Tensor, ...] | None:
-        """Return tensors in the second forward; None in the first, and if they were not kept."""
-        kept = self._kept.pop(name, None) if self.again else None
-        return None if kept is None else tuple(_take(x) for x in kept)
-
-    def settle(self) -> None:
-        """Give the memory of tensors free that are on their way to the host."""
-        for kept in self._parked():
-            kept.settle()
-
-    def fetch(self) -> None:
-        """Start copying back what is in host memory."""
-        for kept in self._parked():
-            kept.fetch()
-
-    def _keep(self, x: Tensor, place: Place) -> Kept:
-        if place == "device":
-            return x
-        assert self._transfer is not None
-        return self._transfer.park(x)
-
-    def _parked(self) -> Iterator[Parked]:
-        for kept in (self._input, *chain(*self._kept.values())):
-            if isinstance(kept, Parked):
-                yield kept
-
-
-def _take(kept: Kept) -> Tensor:
-    return kept.take() if isinstance(kept, Parked) else kept
-
-
-class _Current(threading.local):
-    layer: Pass | None = None
-
-
-_CURRENT = _Current()  # the backward pass, and so the second forward, has a thread of its own
-
-
-def current_pass() -> Pass | None:
-    """Return the checkpointed layer that is being computed in this thread."""
-    return _CURRENT.layer
-
-
-@contextmanager
-def _computing(layer: Pass) -> Iterator[None]:
-    outer, _CURRENT.layer = _CURRENT.layer, layer
-    try:
-        yield
-    finally:
-        _CURRENT.layer = outer
+from rlsloth.policy.activations.passes import Pass
+from rlsloth.policy.activations.placement import Placement, summary
+from rlsloth.policy.activations.transfer import Transfer
+from rlsloth.policy.activations.twice import Twice, compute_twice
 
 
 class Recomputed:
@@ -149,7 +48,7 @@ class Recomputed:
             layer.gradient_checkpointing = placement is not None
             if placement is not None:
                 layer._gradient_checkpointing_func = _Layer(
-                    self, placement, first=index == 0, draws=_draws(layer)
+                    self, placement, index == 0, draws=_draws(layer), trains=_trains(layer)
                 )
 
     def close(self) -> None:
@@ -159,29 +58,15 @@ class Recomputed:
             self._transfer.arena.close()
 
     def run(
-        self,
-        placement: Placement,
-        first: bool,
-        draws: bool,
-        forward: Callable[..., Any],
-        hidden: Tensor,
-        *rest: Any,
+        self, at: _Layer, forward: Callable[..., Any], hidden: Tensor, rest: tuple[Any, ...]
     ) -> Any:
         """Run a layer's first forward so that autograd keeps only what the placement says."""
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() or not (at.trains or hidden.requires_grad):
             return forward(hidden, *rest)
-        layer = Pass(placement, self._transfer, None if first else self._last)
-        live: list[Tensor] = [hidden]
-
-        def compute(layer: Pass) -> Any:
-            with _computing(layer):
-                return forward(live.pop() if live else layer.restart(), *rest)
-
+        layer = Pass(at.placement, self._transfer, None if at.first else self._last)
         layer.start(hidden)
-        del hidden
-        # No tensor is an argument: the function above knows where the input is.
-        with set_checkpoint_early_stop(False):  # Pass.ends_early
-            out = checkpoint(compute, layer, use_reentrant=False, preserve_rng_state=draws)
+        twice = Twice(layer, forward, rest, draws=at.draws, with_input=hidden.requires_grad)
+        out = compute_twice(twice, hidden)
         self._last = layer
         return out
 
@@ -192,11 +77,17 @@ class _Layer:
     placement: Placement
     first: bool
     draws: bool
+    """Whether it draws random numbers, which its second forward must repeat."""
+    trains: bool
+    """Whether it has weights that are trained."""
 
-    def __call__(self, forward: Callable[..., Any], *args: Any) -> Any:
-        return self.owner.run(self.placement, self.first, self.draws, forward, *args)
+    def __call__(self, forward: Callable[..., Any], hidden: Tensor, *rest: Any) -> Any:
+        return self.owner.run(self, forward, hidden, rest)
 
 
 def _draws(layer: nn.Module) -> bool:
-    """Tell whether a layer draws random numbers, which its second forward must repeat."""
     return any(isinstance(m, nn.Dropout) and m.p > 0 for m in layer.modules())
+
+
+def _trains(layer: nn.Module) -> bool:
+    return any(p.requires_grad for p in layer.parameters())

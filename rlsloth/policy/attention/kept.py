@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from rlsloth.policy.activations.layers import current_pass
+from rlsloth.policy.activations.passes import current_pass
 from rlsloth.policy.attention.backend import Halves
 from rlsloth.policy.attention.layout import PackedLayout
 

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from rlsloth.kernels.glu.op import glu
-from rlsloth.kernels.lora.op import lora_linear, lora_linears, lora_mlp
+from rlsloth.kernels.lora.op import LoraLinear, lora_linear, lora_linears, lora_mlp
 from rlsloth.kernels.rms_norm.op import add_rms_norm, fork_rms_norm, rms_norm
 from rlsloth.kernels.rope.op import rope
-from rlsloth.policy.activations.layers import current_pass
+from rlsloth.policy.activations.passes import current_pass
+from rlsloth.policy.activations.twice import known_sum
 from rlsloth.policy.wrap.families import ACTIVATIONS, Attention, Layer, Mlp, Norm
 from rlsloth.policy.wrap.linears import Linears, has_hooks
 
@@ -38,6 +39,16 @@ class Forward(ABC):
     @abstractmethod
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Compute the module's output with our kernels."""
+
+    def read(self, kernel: str, dtype: torch.dtype) -> tuple[LoraLinear, ...] | None:
+        """Read a kernel's linear layers; a layer's second forward takes those of the first."""
+        linears, layer = self.linears[kernel], current_pass()
+        if layer is not None and layer.again:
+            return layer.linears[linears]  # type: ignore[no-any-return]
+        found = linears.read(dtype)
+        if layer is not None:
+            layer.linears[linears] = found
+        return found
 
     def original(self, *args: Any) -> Any:
         """Compute the module's output with transformers' own forward."""
@@ -75,14 +86,21 @@ class MlpForward(Forward):
         self.linears = {"lora_mlp": Linears(module, "gate_proj", "up_proj", "down_proj")}
 
     def __call__(self, x: Tensor) -> Tensor:
-        linears = self.linears["lora_mlp"].read(x.dtype)
+        linears = self.read("lora_mlp", x.dtype)
         if linears is None:
             return self.original(x)  # type: ignore[no-any-return]
         gate, up, down = linears
         layer = current_pass()
-        rows = None if layer is None else layer.placement.mlp_rows
-        ends = layer is not None and layer.ends_early
-        return lora_mlp(x, gate, up, down, self._activation, tile_rows=rows, inner_only=ends)
+        return lora_mlp(
+            x,
+            gate,
+            up,
+            down,
+            self._activation,
+            tile_rows=None if layer is None else layer.placement.mlp_rows,
+            inner_only=layer is not None and layer.leaves_out_rest,
+            decode=layer is None,
+        )
 
 
 class FusedMlpForward(Forward):
@@ -94,11 +112,12 @@ class FusedMlpForward(Forward):
         self.linears = {"lora_mlp": Linears(module, "gate_up_proj", "down_proj")}
 
     def __call__(self, x: Tensor) -> Tensor:
-        linears = self.linears["lora_mlp"].read(x.dtype)
+        linears = self.read("lora_mlp", x.dtype)
         if linears is None:
             return self.original(x)  # type: ignore[no-any-return]
-        gate, up = lora_linear(x, linears[0]).chunk(2, dim=-1)
-        return lora_linear(glu(gate, up, self._activation), linears[1])
+        decode = current_pass() is None
+        gate, up = lora_linear(x, linears[0], decode=decode).chunk(2, dim=-1)
+        return lora_linear(glu(gate, up, self._activation), linears[1], decode=decode)
 
 
 class AttentionForward(Forward):
@@ -159,13 +178,14 @@ class AttentionForward(Forward):
 
     def _project(self, hidden_states: Tensor) -> list[Tensor]:
         """Compute queries [B, S, heads, D], and keys and values [B, S, kv_heads, D]."""
-        linears = self.linears["lora_qkv"].read(hidden_states.dtype)
+        linears = self.read("lora_qkv", hidden_states.dtype)
         if linears is None:
             outs = [getattr(self._module, name)(hidden_states) for name in self._names]
         else:
             current = current_pass()
             known = None if current is None else current.take("projections")
-            outs = list(lora_linears(hidden_states, linears, outputs=known))
+            decode = current is None
+            outs = list(lora_linears(hidden_states, linears, outputs=known, decode=decode))
             if current is not None:
                 current.keep("projections", outs, current.placement.projections)
         heads = [out.unflatten(-1, (-1, self._module.head_dim)) for out in outs]
@@ -193,12 +213,12 @@ class AttentionForward(Forward):
         return found
 
     def _output(self, attended: Tensor) -> Tensor:
-        linears = self.linears["lora_o"].read(attended.dtype)
+        linears = self.read("lora_o", attended.dtype)
         if linears is None:
             return self._module.o_proj(attended)  # type: ignore[no-any-return]
         current = current_pass()
         if current is None or not current.knows_sum:
-            return lora_linear(attended, linears[0])
+            return lora_linear(attended, linears[0], decode=current is None)
         width = linears[0].weight.shape[0]
         unread = attended.new_empty(()).expand(*attended.shape[:-1], width)
         return lora_linears(attended, linears, outputs=(unread,))[0]
@@ -233,13 +253,14 @@ class LayerForward(Forward):
             current.knows_sum = known is not None
         attended, _ = layer.self_attn(hidden_states=normed, **kwargs)
         normed, total = self._add(attended, hidden_states, None if known is None else known[0])
-        if current is not None and current.again and not self._sandwich:
-            current.ends_early = True
-            layer.mlp(normed)
-            return total
+        if current is not None:
+            current.leaves_out_rest = current.again and not self._sandwich
         out = layer.mlp(normed)
         if isinstance(out, tuple):  # the MLP of gpt-oss also returns the router's scores
             out = out[0]
+        if current is not None and current.leaves_out_rest:
+            current.roots = total, out
+            return total
         if self._sandwich:
             out = layer.post_feedforward_layernorm(out)
         return total + out  # type: ignore[no-any-return]
@@ -255,13 +276,13 @@ class LayerForward(Forward):
         place = None if current is None else current.placement.projections
         second = _bare_norm(self._second_norm)
         if self._sandwich:
-            attended = attended if known is None else known.requires_grad_(attended.requires_grad)
+            attended = attended if known is None else known_sum(known, attended)
             if current is not None:
                 current.keep("sum", (attended,), place)
             attended, known = self._module.post_attention_layernorm(attended), None
-        if known is not None:  # it must save what the sum saved
-            known.requires_grad_(attended.requires_grad or hidden_states.requires_grad)
-            return (self._second_norm(known), known) if second is None else second.fork(known)
+        if known is not None:
+            total = known_sum(known, attended, hidden_states)
+            return (self._second_norm(total), total) if second is None else second.fork(total)
         if second is not None:
             normed, total = second.after_adding(attended, hidden_states)
         else:
