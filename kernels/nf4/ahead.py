@@ -1,17 +1,20 @@
-"""Dequantise the next weight while the current one is multiplied, and reuse matrices still held.
+"""Dequantise weights while another one is multiplied, and reuse matrices still held.
 
-All weights share three buffers per stream, as large as the largest weight requested so far. The
-next weight is dequantised on a side stream, queued behind the current product: its programs take
-the multiprocessors that the product's last wave, or a small product after it, leaves idle. If a
-buffer still holds a weight's matrix in the same shape, it is reused: an MLP's backward reuses those
-of its forward, or of the forward that activation checkpointing has just repeated.
+All weights share three buffers per stream, as large as the largest weight requested so far. All
+weights of an op but its first are dequantised on a side stream, queued behind the first product:
+their programs take the multiprocessors that the product's last wave, or a small product after it,
+leaves idle. If a buffer still holds a weight's matrix in the same shape, it is reused: an MLP's
+backward reuses those of its forward, or of the forward that activation checkpointing has just
+repeated.
 """
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,17 +43,18 @@ class Job:
 def dequantize_ahead(jobs: Sequence[Job]) -> Iterator[Tensor]:
     """Yield each job's matrix ([W | behind] over below); a plain tensor is yielded unchanged.
 
-    A matrix may be overwritten once the next one is requested: use it on the current stream before
-    that, and do not change streams in between. Each stream runs one sequence of jobs at a time.
-    Weights are identified by object: a weight with new codes must be a new ``Nf4Weight``.
+    A matrix may be overwritten by the next call on the same stream: use it on that stream before,
+    and do not change streams in between. Each stream runs one sequence of jobs at a time. Weights
+    are identified by object: a weight with new codes must be a new ``Nf4Weight``.
 
-    Without a GPU, and while a CUDA graph is captured (which must not depend on shared buffers that
-    may grow later), each matrix is a new tensor.
+    Each matrix is a new tensor without a GPU, for more than BUFFERS weights, and while a CUDA graph
+    is captured (which must not depend on shared buffers that may grow later).
     """
     nf4 = [job for job in jobs if isinstance(job.weight, Nf4Weight)]
-    if not nf4 or nf4[0].weight.device.type != "cuda" or _capturing():
+    on_gpu = bool(nf4) and nf4[0].weight.device.type == "cuda"
+    if not on_gpu or len(nf4) > BUFFERS or _capturing():
         for job in jobs:
-            yield _matrix(job, None, held=False)
+            yield _matrix(job)
         return
     device = nf4[0].weight.device
     main = torch.cuda.current_stream(device)
@@ -58,30 +62,30 @@ def dequantize_ahead(jobs: Sequence[Job]) -> Iterator[Tensor]:
     if key not in _POOL:
         _POOL[key] = _Pool(device)
     pool = _POOL[key]
-    # An op that was interrupted may still be dequantising.
-    main.wait_stream(pool.side)
     pool.reserve(nf4)
-    # Every reader of a buffer was queued before this, or is recorded as its last use below.
-    free, first = main.record_event(), True
-    last_use: dict[int, torch.cuda.Event] = {}
+    taken = [(job, pool.take(job)) for job in nf4]
+    aside = [(job, buffer) for job, buffer in taken[1:] if not buffer.holds(job)]
+    later = {id(job) for job, _ in aside}
+    # Every reader of a buffer was queued before this.
+    free = main.record_event() if aside else None
+    matrices = {id(job): buffer.matrix(job) for job, buffer in taken if id(job) not in later}
     for job in jobs:
         if not isinstance(job.weight, Nf4Weight):
             yield job.weight
             continue
-        buffer = pool.take(job)
-        held = buffer.holds(job)
-        buffer.weight = None
-        if held or first:
-            matrix = _matrix(job, buffer.bytes, held)
-        else:
-            # The product just queued reads another buffer: do not wait for it.
-            pool.side.wait_event(last_use.get(id(buffer), free))
-            with torch.cuda.stream(pool.side):
-                matrix = _matrix(job, buffer.bytes, held)
-            main.wait_stream(pool.side)
-        buffer.weight, buffer.shape, first = weakref.ref(job.weight), job.shape, False
-        yield matrix
-        last_use[id(buffer)] = main.record_event()
+        if id(job) not in matrices:
+            with pool.beside(main, free):
+                matrices |= {id(other): buffer.matrix(other) for other, buffer in aside}
+        yield matrices[id(job)]
+
+
+class _Views(NamedTuple):
+    """A buffer as a job's matrix, and the parts of that."""
+
+    matrix: Tensor
+    weight: Tensor
+    below: Tensor
+    behind: Tensor
 
 
 @dataclass(slots=True, eq=False)
@@ -91,9 +95,33 @@ class _Buffer:
     weight: weakref.ref[Nf4Weight] | None = None
     """The weight whose matrix, of this shape, the buffer holds."""
     shape: tuple[int, int] = (0, 0)
+    _views: dict[tuple[object, ...], _Views] = field(default_factory=dict)
 
     def holds(self, job: Job) -> bool:
         return self.weight is not None and self.weight() is job.weight and self.shape == job.shape
+
+    def grow(self, size: int) -> None:
+        """Replace the buffer by a larger one."""
+        self.weight = None
+        self._views.clear()
+        device = self.bytes.device
+        self.bytes = self.bytes[:0].clone()  # frees the old one first
+        with torch.inference_mode(False):  # usable outside it, too
+            self.bytes = torch.empty(size, dtype=torch.uint8, device=device)
+
+    def matrix(self, job: Job) -> Tensor:
+        """Make a job's matrix on the current stream, if the buffer does not hold it."""
+        assert isinstance(job.weight, Nf4Weight)
+        key = job.shape, job.weight.shape, job.weight.dtype
+        if (views := self._views.get(key)) is None:
+            with torch.inference_mode(False):  # usable outside it, too
+                matrix = self.bytes[: _bytes(job)].view(job.weight.dtype).view(job.shape)
+                views = self._views[key] = _views_of(matrix, job.weight)
+        held = self.holds(job)
+        self.weight = None
+        _fill(job, views, held)
+        self.weight, self.shape = weakref.ref(job.weight), job.shape
+        return views.matrix
 
 
 @dataclass(slots=True)
@@ -119,15 +147,10 @@ class _Pool:
         others = [buffer for buffer in self.buffers if buffer not in held]
         self.buffers = others + held
         missing = [job for job in jobs if not any(buffer.holds(job) for buffer in held)]
-        if len(jobs) > BUFFERS:  # held matrices may be overwritten, and made again
-            missing = list(jobs)
         size = max((_bytes(job) for job in missing), default=0)
         for buffer in self.buffers[: len(missing)]:
             if buffer.bytes.numel() < size:
-                buffer.weight = None
-                buffer.bytes = buffer.bytes[:0].clone()  # frees the old one first
-                with torch.inference_mode(False):  # usable outside it, too
-                    buffer.bytes = torch.empty(size, dtype=torch.uint8, device=self.device)
+                buffer.grow(size)
 
     def take(self, job: Job) -> _Buffer:
         """Return the buffer that holds a job's matrix, else the least recently used one."""
@@ -136,6 +159,17 @@ class _Pool:
         self.buffers.remove(buffer)
         self.buffers.append(buffer)
         return buffer
+
+    @contextmanager
+    def beside(self, main: torch.cuda.Stream, free: torch.cuda.Event | None) -> Iterator[None]:
+        """Queue work on the side stream after an event; the main stream's further work waits."""
+        assert free is not None
+        self.side.wait_event(free)
+        try:
+            with torch.cuda.stream(self.side):
+                yield
+        finally:
+            main.wait_stream(self.side)
 
 
 # By device and stream: one stream must not overwrite a matrix that another is multiplying.
@@ -149,23 +183,30 @@ def release_buffers() -> None:
     _POOL.clear()
 
 
-def _matrix(job: Job, buffer: Tensor | None, held: bool) -> Tensor:
+def _matrix(job: Job) -> Tensor:
+    """Make a job's matrix in memory of its own."""
     weight = job.weight
     if not isinstance(weight, Nf4Weight):
         return weight
-    if buffer is None:
-        matrix = torch.empty(job.shape, dtype=weight.dtype, device=weight.device)
-    else:
-        matrix = buffer[: _bytes(job)].view(weight.dtype).view(job.shape)
-    out, into = weight.shape
-    if not held:
-        dequantize(weight, matrix[:out, :into])
-    # Adapters change while a weight is held.
-    if job.below_RI is not None:
-        matrix[out:, :into].copy_(job.below_RI)
-    if job.behind_OR is not None:
-        matrix[:out, into:].copy_(job.behind_OR)
+    matrix = torch.empty(job.shape, dtype=weight.dtype, device=weight.device)
+    _fill(job, _views_of(matrix, weight), held=False)
     return matrix
+
+
+def _views_of(matrix: Tensor, weight: Nf4Weight) -> _Views:
+    out, into = weight.shape
+    return _Views(matrix, matrix[:out, :into], matrix[out:, :into], matrix[:out, into:])
+
+
+def _fill(job: Job, views: _Views, held: bool) -> None:
+    """Write a job's matrix; of a held one only the factors, since adapters change meanwhile."""
+    assert isinstance(job.weight, Nf4Weight)
+    if not held:
+        dequantize(job.weight, views.weight)
+    if job.below_RI is not None:
+        views.below.copy_(job.below_RI)
+    if job.behind_OR is not None:
+        views.behind.copy_(job.behind_OR)
 
 
 def _bytes(job: Job) -> int:

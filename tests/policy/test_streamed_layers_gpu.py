@@ -11,6 +11,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from helpers.allocations import stream
+from helpers.gpu_memory import requested
 from helpers.tiny import tiny_tokenizer
 from rlsloth.config import LoraConfig, ModelConfig, OptimConfig
 from rlsloth.data.packing import to_device
@@ -129,15 +130,15 @@ def test_samples_are_those_of_resident_layers(folder: Path) -> None:
 @pytest.mark.parametrize("precision", ["nf4", "bf16"])
 def test_memory_falls_by_the_layers_less_two_slots(folder: Path, precision: str) -> None:
     clear()
-    start = torch.cuda.memory_allocated()
+    start = requested()
     policy = load(folder, precision, 0, None)
-    resident = torch.cuda.memory_allocated() - start
+    resident = requested() - start
     del policy
     clear()
     torch.cuda.reset_peak_memory_stats()
     policy = load(folder, precision, STREAM, None)
-    streamed = torch.cuda.memory_allocated() - start
-    peak = torch.cuda.max_memory_allocated() - start
+    streamed = requested() - start
+    peak = requested("peak") - start
     layers: Any = getattr(policy.model.get_base_model(), STREAMED)
     assert all(block.is_pinned() for block in layers._blocks)
     one = len(layers._blocks[0])

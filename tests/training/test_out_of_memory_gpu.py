@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from helpers.attention_gpu import VOCAB, gpu_policy
+from helpers.gpu_memory import requested
 from helpers.out_of_memory import (
     MODULES,
     TOKENS,
@@ -104,7 +105,7 @@ def run(kind: str, dtype: torch.dtype, strikes: Sequence[Sequence[int]], grab: G
         budget, and warnings.
     """
     gc.collect()
-    before = torch.cuda.memory_allocated()
+    before = requested()
     policy = gpu_policy(backend_for(dtype), dtype)
     start = weights_of(policy)
     figures: list[float] = []
@@ -125,7 +126,7 @@ def run(kind: str, dtype: torch.dtype, strikes: Sequence[Sequence[int]], grab: G
     del start, found
     gc.collect()
     held = sum(change.numel() * 4 for change in changes.values())
-    remaining = torch.cuda.memory_allocated() - before - held
+    remaining = requested() - before - held
     return changes, figures, remaining, counts, tokens, warnings
 
 
@@ -239,14 +240,14 @@ def test_the_heaviest_micro_batch_decides_before_step_1() -> None:
     plain, tokens = policy.placements, 2**17
     heaviest = Heaviest(Stream(512, 1024, 8), 1536, "examples")
     try_heaviest(policy, heaviest, Budget(512), print, print)  # makes the optimizer's states
-    before, state = torch.cuda.memory_allocated(), torch.cuda.get_rng_state()
+    before, state = requested(), torch.cuda.get_rng_state()
     lines: list[str] = []
     for size in (CAP, CAP // 8):
         limit(size)
         budget = Budget(tokens)
         try_heaviest(policy, heaviest, budget, print, lines.append)
         print(f"{size >> 20} MiB: {budget.tokens} tokens, {lines[-1:]}")
-        assert torch.cuda.memory_allocated() == before
+        assert requested() == before
         assert torch.equal(torch.cuda.get_rng_state(), state)
         fits(policy, budget, heaviest)
         tokens = budget.tokens
