@@ -12,6 +12,7 @@ from torch.nn import Parameter
 
 from rlsloth.config import OptimConfig
 from rlsloth.files import flatten
+from rlsloth.policy.host_states import HostStates
 
 
 def make_optimizer(
@@ -41,6 +42,8 @@ def make_optimizer(
         optimizer = _adamw_8bit()(list(parameters), **options)
     else:
         optimizer = torch.optim.AdamW(list(parameters), **options)
+    if cfg.offload:
+        optimizer.host_states = HostStates(optimizer, device)  # type: ignore[attr-defined]
     schedule = "constant_with_warmup" if cfg.schedule == "constant" else cfg.schedule
     scheduler = get_scheduler(
         schedule, optimizer, num_warmup_steps=cfg.warmup_steps, num_training_steps=total_steps
@@ -113,6 +116,18 @@ def reserve(optimizer: torch.optim.Optimizer) -> None:
         if plain:
             held = [torch.empty_like(w) for w in group["params"] if w.device.type == "cuda"]
             del held
+    if (host := _host_states(optimizer)) is not None:
+        host.fetch()
+
+
+def park(optimizer: torch.optim.Optimizer) -> None:
+    """Move states to host memory that wait there between updates (``optim.offload``)."""
+    if (host := _host_states(optimizer)) is not None:
+        host.park()
+
+
+def _host_states(optimizer: torch.optim.Optimizer) -> HostStates | None:
+    return getattr(optimizer, "host_states", None)
 
 
 def _adamw_state(weight: Parameter) -> dict[str, Tensor]:
@@ -150,6 +165,7 @@ def restore_state(
         # A copy, because the optimizer updates its state in place.
         branch[last] = value.clone() if isinstance(value, Tensor) else value
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+    park(optimizer)
 
 
 def resume_schedule(scheduler: Any, updates: int) -> None:

@@ -13,7 +13,7 @@ from rlsloth.data.packing import pack, to_device
 from rlsloth.memory.activations import Stream
 from rlsloth.memory.out_of_memory import ADVICE
 from rlsloth.policy.activations.placement import describe
-from rlsloth.policy.optimizer import reserve
+from rlsloth.policy.optimizer import park, reserve
 from rlsloth.policy.policy import Policy
 from rlsloth.policy.random_state import random_state, set_random_state
 from rlsloth.records import Group, PackedBatch, Prompt, Rollout
@@ -84,6 +84,7 @@ def try_heaviest(
         )
     finally:
         policy.optimizer.zero_grad(set_to_none=True)
+        park(policy.optimizer)
         set_random_state(policy.device, state)
     seconds = time.monotonic() - started
     if (tokens, placements) != (budget.tokens, policy.placements):
@@ -110,6 +111,7 @@ def _forward_and_backward(policy: Policy, batch: PackedBatch) -> None:
     for weight in policy.weights().tensors.values():
         weight.grad = torch.zeros_like(weight)
     reserve(policy.optimizer)
+    park(policy.optimizer)
     for micro in batch.microbatches:
         out = policy.logprobs(to_device(micro, policy.device))
         torch.autograd.backward(out.logprobs.sum())

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from rlsloth.config import OptimConfig
-from rlsloth.policy.optimizer import flatten_state, make_optimizer, reserve
+from rlsloth.policy.optimizer import flatten_state, make_optimizer, reserve, restore_state
 
 SIZES = (5, 5000, 300, 9000)
 """Elements of tensors; 8-bit AdamW keeps small ones in float32."""
@@ -20,8 +20,10 @@ def parameters() -> list[torch.nn.Parameter]:
     return [torch.nn.Parameter(torch.randn(n, generator=generator)) for n in SIZES]
 
 
-def make(weights: list[torch.nn.Parameter], name: str) -> torch.optim.Optimizer:
-    cfg = OptimConfig.model_validate({"name": name, "weight_decay": 0.1})
+def make(
+    weights: list[torch.nn.Parameter], name: str, *, offload: bool = False
+) -> torch.optim.Optimizer:
+    cfg = OptimConfig.model_validate({"name": name, "weight_decay": 0.1, "offload": offload})
     return make_optimizer(weights, cfg, torch.device("cpu"), 10)[0]
 
 
@@ -82,3 +84,46 @@ def made(name: str, before: Callable[[torch.optim.Optimizer], None]) -> list[tor
     before(optimizer)
     optimizer.step()
     return weights
+
+
+@pytest.mark.parametrize("name", ["adamw", "adamw_8bit"])
+def test_states_in_host_memory_are_those_of_the_device(name: str) -> None:
+    """Also after a failed update, and in a checkpoint that either kind continues."""
+
+    def steps(
+        optimizer: torch.optim.Optimizer, weights: list[torch.nn.Parameter], seed: int
+    ) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        for step in range(3):
+            for weight in weights[: 2 if step == 0 else 4]:
+                weight.grad = torch.randn(weight.shape, generator=generator)
+            reserve(optimizer)
+            if step == 1:
+                reserve(optimizer)  # gradients were computed again
+            optimizer.step()
+
+    found = []
+    for first, second in ((False, False), (True, True), (True, False), (False, True)):
+        weights = parameters()
+        optimizer = make(weights, name, offload=first)
+        steps(optimizer, weights, 1)
+        assert parked(optimizer) == first
+        saved = flatten_state(optimizer)
+        again = make(weights, name, offload=second)
+        restore_state(again, *saved)
+        assert parked(again) == second
+        steps(again, weights, 2)
+        found.append([*weights, *flatten_state(again)[0].values()])
+    for other in found[1:]:
+        assert all(torch.equal(one, two) for one, two in zip(found[0], other, strict=True))
+
+
+def parked(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether all moments are views of one block."""
+    moments = [
+        x
+        for weight, state in optimizer.state.items()
+        for x in state.values()
+        if isinstance(x, torch.Tensor) and x.numel() == weight.numel()
+    ]
+    return len({x.untyped_storage().data_ptr() for x in moments}) == 1
