@@ -49,6 +49,13 @@ def _embeddings(_planner: Planner, shape: ModelShape, request: Request) -> Chang
     return "--model.offload-embeddings true", shape, request.with_embeddings(True)
 
 
+def _states(_planner: Planner, shape: ModelShape, request: Request) -> Changed | None:
+    if request.optim.offload:
+        return None
+    optim = request.optim.model_copy(update={"offload": True})
+    return "--optim.offload true", shape, replace(request, optim=optim)
+
+
 def _micro_batch(_planner: Planner, shape: ModelShape, request: Request) -> Changed | None:
     tokens = max(request.microbatch // 2, request.least_tokens(shape))
     if tokens >= request.microbatch:
@@ -117,6 +124,7 @@ KNOBS: tuple[Knob, ...] = (
     partial(_checkpointing, True),
     partial(_checkpointing, "offload"),
     _embeddings,
+    _states,
     _micro_batch,
     _rank,
     _optimizer,

@@ -168,6 +168,14 @@ def optimizer_bytes(trained: tuple[int, ...], name: str) -> int:
     return tables + sum(2 * n + 8 * -(-n // 256) if n >= 4096 else 8 * n for n in trained)
 
 
+def moved_states(shape: ModelShape, request: Request) -> int:
+    """Return the bytes of optimizer states that are in host memory between updates."""
+    if not request.optim.offload:
+        return 0
+    small = 8 if request.optim.name == "adamw" else 2
+    return sum(n * (small if n >= 4096 else 8) for n in shape.trained)
+
+
 def _static(shape: ModelShape, request: Request, precision: Precision) -> list[Term]:
     terms: list[Term] = []
     kept = {True: "NF4 + double quantisation", False: "fp32" if precision == "fp32" else "bf16"}
@@ -188,8 +196,11 @@ def _static(shape: ModelShape, request: Request, precision: Precision) -> list[T
     terms.append(Term("LoRA: weights, fp32", adapters, adapters, loaded=True))
     terms.append(Term("LoRA: gradients, fp32", 0, 4 * sum(shape.trained)))
     name = "adamw_8bit" if request.optim.name == "auto" else request.optim.name
-    states = optimizer_bytes(shape.trained, name)
+    moving = moved_states(shape, request)
+    states = optimizer_bytes(shape.trained, name) - moving
     terms.append(Term(f"LoRA: optimizer states, {name}", states, states))
+    if moving:
+        terms.append(Term("LoRA: optimizer states, in its step", 0, moving, moment=True))
     if precision == "nf4":
         # kernels/nf4/ahead.py has BUFFERS of them; bitsandbytes' own products make one at a time.
         count = BUFFERS if any(layer.on_kernels for layer in shape.layers) else 1
@@ -256,14 +267,14 @@ def _passing(shape: ModelShape, size: int, placements: Placements) -> int:
 
 
 def host_bytes(shape: ModelShape, request: Request) -> int:
-    """Return the bytes of host memory that hold activations, the embedding and layers' weights."""
+    """Return the bytes of host memory for activations, the base's parts and optimizer states."""
     precision = precision_of(request.model, shape)
     size = element_size(precision)
     pairs = zip(shape.layers, request.placed(len(shape.layers)), strict=True)
     held = sum(held_bytes(layer, shape.hidden, size, p, "host") for layer, p in pairs)
     table = size * shape.embedding if request.model.offload_embeddings is True else 0
     streamed = sum(blocks(shape, request, precision))
-    running = request.microbatch * held + table + streamed
+    running = request.microbatch * held + table + streamed + moved_states(shape, request)
     if not streamed:
         return running
     # The whole base is loaded to the host before its layers go where they belong.

@@ -16,13 +16,14 @@ from rlsloth.memory.activations import Stream, layer_memory
 from rlsloth.memory.plan import (
     ACTIVATION_TOLERANCE,
     make_plan,
+    moved_states,
     optimizer_bytes,
     weight_bytes,
 )
 from rlsloth.memory.planned_model import model_shape
 from rlsloth.memory.read_shape import read_shape
 from rlsloth.memory.terms import GIB
-from rlsloth.memory.workload import Sampling
+from rlsloth.memory.workload import Request, Sampling
 from rlsloth.policy.attention import layout as packed_layout
 from rlsloth.policy.load import load_model
 from rlsloth.policy.lora import add_adapter, save_adapter
@@ -109,6 +110,11 @@ def test_adapter_and_optimizer(name, family):
         t.data_ptr(): t.nbytes for s in states for t in s.values() if isinstance(t, torch.Tensor)
     }
     assert optimizer_bytes(shape.trained, name) == sum(seen.values())
+    optim = OptimConfig.model_validate({"name": name, "offload": True})
+    request = Request(ModelConfig(), LoraConfig(), optim, None)
+    pairs = [(p, t) for p in trained for t in policy.optimizer.state[p].values()]
+    moments = [t for p, t in pairs if isinstance(t, torch.Tensor) and t.numel() == p.numel()]
+    assert moved_states(shape, request) == sum(t.nbytes for t in moments)
 
 
 def test_a_starting_adapter_is_there_twice(llama_folder, tmp_path):
