@@ -80,8 +80,8 @@ class Policy:
         self.temperature = temperature or 1.0
         self._max_grad_norm = optim.max_grad_norm
         self._recomputed: Recomputed | None = None
-        layers = len(decoder_layers(self._decoder))
-        self.place(placements or uniform(model.gradient_checkpointing, layers))
+        self._layers = decoder_layers(self._decoder)
+        self.place(placements or uniform(model.gradient_checkpointing, len(self._layers)))
         self._trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer, self.scheduler = make_optimizer(
             self._trained, optim, self.device, total_updates
@@ -128,7 +128,7 @@ class Policy:
         if self._recomputed is not None:
             self._recomputed.close()
         self.placements = placements
-        self._recomputed = Recomputed(decoder_layers(self._decoder), placements, self.device)
+        self._recomputed = Recomputed(self._layers, placements, self.device)
 
     def logprobs(self, micro: MicroBatch) -> TokenLogprobs:
         """Score a micro-batch's tokens with gradients: log-probs and entropies [N] in nats.
@@ -137,7 +137,7 @@ class Policy:
         linear_logprob applies the head, so that logits [N, V] never exist.
         """
         # Setting it in every module takes 1 ms a layer. PEFT's model may differ from its layers.
-        if not (self.model.training and decoder_layers(self._decoder)[0].training):
+        if not (self.model.training and self._layers[0].training):
             self.model.train()
         return self._score(micro)
 
