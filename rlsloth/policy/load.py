@@ -18,7 +18,7 @@ from rlsloth.policy.files import ModelFiles, locate
 from rlsloth.policy.gguf_check import GgufHeader, check_gguf, unread_keys
 from rlsloth.policy.gguf_tokenizer import end_ids
 from rlsloth.policy.gguf_tokenizer import unread_keys as unread_tokenizer_keys
-from rlsloth.policy.gpu_limit import limit_memory
+from rlsloth.policy.gpu_limit import grow_segments, limit_memory
 from rlsloth.policy.identity import IDENTITY, identify
 from rlsloth.policy.streamed_layers import refuse_more_layers, stream_layers
 from rlsloth.policy.support import (
@@ -94,6 +94,7 @@ def load_model(cfg: ModelConfig) -> LoadedModel:
     device = pick_device(cfg.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)  # CUDA graphs are captured on the current device
+        grow_segments(True)
         limit_memory(cfg.memory_gb, device)
     precision = held_precision(cfg, device.type)
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16

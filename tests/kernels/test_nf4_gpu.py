@@ -143,7 +143,7 @@ def _check_races(weights):
         # Interrupted: the next use must wait for the writes still in flight.
         left = dequantize_ahead([Job(weight) for weight in weights])
         next(left)
-        next(left)
+        next(left, None)
         del left
 
 

@@ -11,7 +11,7 @@ import torch
 from rlsloth.errors import UserError
 from rlsloth.memory import machine
 from rlsloth.policy import gpu_limit
-from rlsloth.policy.gpu_limit import CONTEXT, limit_memory, raise_limit
+from rlsloth.policy.gpu_limit import CONTEXT, grow_segments, limit_memory, raise_limit
 
 GPU = torch.device("cuda", 1)
 
@@ -39,6 +39,19 @@ def test_a_limit_is_set_and_lifted(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [share for share, _ in calls] == pytest.approx(shares)
     with pytest.raises(UserError, match=r"--model\.memory-gb 0\.5: .* pass more"):
         limit_memory(0.5, GPU)
+
+
+def test_segments_grow_unless_the_user_has_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+    monkeypatch.setattr(torch.cuda.memory, "_set_allocator_settings", made.append)
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+        grow_segments(True)
+        grow_segments(False)
+        with monkeypatch.context() as patch:
+            patch.setenv(name, "garbage_collection_threshold:0.8")
+            grow_segments(True)
+    assert made == ["expandable_segments:True", "expandable_segments:False"] * 2
 
 
 def test_a_containers_limit_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ import torch
 from packaging.version import Version
 
 from rlsloth.errors import UserError, first_line
+from rlsloth.policy.gpu_limit import grow_segments
 from rlsloth.policy.host_embedding import HostEmbedding
 from rlsloth.policy.streamed_layers import streamed_layers
 from rlsloth.rollout.vllm.compat import (
@@ -103,6 +104,8 @@ def start_vllm(
     """
     check_installed()
     _refuse(model, device)
+    if device.type == "cuda":
+        grow_segments(False)
     family = type(model.get_base_model()).__name__
     slots: list[Slot] = []
     with state_restored(), tempfile.TemporaryDirectory(prefix="rlsloth-vllm-") as folder:
