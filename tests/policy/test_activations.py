@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from helpers.allocations import stream
+from helpers.allocations import stand_in, stream, update_peak
 from helpers.families import FAMILIES
 from helpers.plans import make_policy
 from rlsloth.kernels.lora import products as products_module
@@ -83,6 +83,17 @@ def test_a_forward_without_backward_leaves_nothing(monkeypatch: pytest.MonkeyPat
     gc.collect()
     assert transfer.arena.size == size
     assert len(transfer.arena._free) * arena.SLAB == size
+
+
+def test_of_inputs_in_host_memory_two_are_on_the_device() -> None:
+    """The one of the layer at work, and the one of the layer before, on its way back."""
+    with pytest.MonkeyPatch.context() as patch:
+        stand_in(patch)
+        peaks = [update_peak(policy_with("llama", how), MICRO) for how in (True, "offload")]
+    policy = policy_with("llama", True)
+    row = int(policy.config.hidden_size) * 4
+    layers = len(decoder_layers(policy.model))
+    assert peaks[0] - peaks[1] == (layers - 2) * len(MICRO.token_ids) * row
 
 
 # --- attention in two halves ---------------------------------------------------------------------

@@ -68,14 +68,18 @@ def compute_twice(twice: Twice, hidden: Tensor) -> Any:
         twice: the layer, which has kept ``hidden`` (``Pass.start``).
         hidden: the layer's input.
     """
-    if not twice.with_input:  # for autograd, which otherwise would not come back to this layer
-        hidden = hidden.detach().requires_grad_()
-    return _Function.apply(hidden, twice, *twice.needing_gradients())  # type: ignore[no-untyped-call]
+    # For autograd, which otherwise would not come back to a layer whose input needs no gradient. A
+    # tensor without content: autograd holds it as long as the graph.
+    token = None if twice.with_input else hidden.new_empty(0, requires_grad=True)
+    others = twice.needing_gradients()
+    return _Function.apply(hidden, token, twice, *others)  # type: ignore[no-untyped-call]
 
 
 class _Function(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, twice: Twice, *others: Tensor) -> Any:
+    def forward(
+        ctx: Any, hidden: Tensor, token: Tensor | None, twice: Twice, *others: Tensor
+    ) -> Any:
         ctx.twice, ctx.device = twice, hidden.device
         ctx.states = random_state(hidden.device) if twice.draws else None
         ctx.save_for_backward(*others)
@@ -103,7 +107,7 @@ class _Function(torch.autograd.Function):
         given = [g for x, g in live if x.requires_grad]
         del out, roots, live
         torch.autograd.backward(edges, given)
-        return (hidden.grad, None, *(x.grad for x in others.values()))
+        return (hidden.grad, None, None, *(x.grad for x in others.values()))
 
 
 def known_sum(total: Tensor, *parts: Tensor) -> Tensor:
