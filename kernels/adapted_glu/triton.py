@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rlsloth.kernels.adapted_glu.triton_tiles import dot, load, store
+from rlsloth.kernels.device import on_device_of
 from rlsloth.kernels.glu.triton import _share_and_slope, interpreted
 
 LEAST_RANK = 16  # the least rank of a factor that tensor cores take
@@ -51,7 +52,7 @@ def forward(tensors: Tensors, activation: str, out_TF: Tensor) -> Tensor:
     if tokens == 0:
         return partial_STR[0]
     # Triton launches on the current device.
-    with torch.cuda.device_of(gate_TF):  # type: ignore[no-untyped-call]
+    with on_device_of(gate_TF):
         _forward_kernel[(row_tiles, splits)](
             *_with_strides(gate_TF, up_TF, gate_low_TR, up_low_TR),
             gate_b_FR,
@@ -90,7 +91,7 @@ def backward(
     if tokens == 0:
         partial_S3FR.zero_()
     else:
-        with torch.cuda.device_of(gate_TF):  # type: ignore[no-untyped-call]
+        with on_device_of(gate_TF):
             _backward_kernel[(column_tiles, splits)](
                 *_with_strides(d_out_TF, gate_TF, up_TF, d_low_TR, gate_low_TR, up_low_TR),
                 gate_b_FR,

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from rlsloth.kernels.device import on_device_of
 
 # Elements per program: a power of two, no smaller than its threads load at once, so that no two
 # threads hold the same element. Smaller in the backward, which keeps three inputs in registers.
@@ -26,7 +27,7 @@ def forward(gate_NF: Tensor, up_NF: Tensor, h_NF: Tensor, activation: str) -> No
         return
     blocks = triton.cdiv(width, FORWARD_BLOCK)
     # Triton launches on the current device.
-    with torch.cuda.device_of(gate_NF):  # type: ignore[no-untyped-call]
+    with on_device_of(gate_NF):
         _forward_kernel[(rows * blocks,)](
             gate_NF,
             gate_NF.stride(0),
@@ -57,7 +58,7 @@ def backward(
     if gate_NF.numel() == 0:
         return
     blocks = triton.cdiv(width, BACKWARD_BLOCK)
-    with torch.cuda.device_of(gate_NF):  # type: ignore[no-untyped-call]
+    with on_device_of(gate_NF):
         _backward_kernel[(rows * blocks,)](
             d_out_NF,
             d_out_NF.stride(0),

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from rlsloth.kernels.device import on_device_of
 
 
 def read_rows(table_VH: Tensor, ids_N: Tensor, out_NH: Tensor) -> None:
@@ -13,7 +14,7 @@ def read_rows(table_VH: Tensor, ids_N: Tensor, out_NH: Tensor) -> None:
     width = table_VH.shape[1]
     if ids_N.numel() == 0:
         return
-    with torch.cuda.device_of(out_NH):  # type: ignore[no-untyped-call]
+    with on_device_of(out_NH):
         _rows_kernel[(ids_N.numel(),)](
             table_VH, ids_N, out_NH, width, BLOCK=triton.next_power_of_2(width), num_warps=4
         )

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from rlsloth.kernels.device import on_device_of
 from rlsloth.kernels.linear_logprob.tiles import HIDDEN_BLOCK, Tile, processors, tile_of
 from rlsloth.kernels.linear_logprob.triton_rows import LOG2E, join_tiles
 
@@ -43,7 +44,7 @@ def odds(
     tiles = triton.cdiv(vocabulary, tile.columns)
     partial_3RT = hidden_RH.new_empty(3, rows, tiles, dtype=torch.float32)
     # Triton launches on the current device.
-    with torch.cuda.device_of(hidden_RH):  # type: ignore[no-untyped-call]
+    with on_device_of(hidden_RH):
         _write_target_logits(hidden_RH, weight_VH, bias_V, target_R, stats_4R[3], slope, ceiling)
         row_tiles = triton.cdiv(rows, tile.rows)
         # Groups of about equal size: a last group of one tile would read the whole weight for few

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from rlsloth.kernels.device import on_device_of
 from rlsloth.kernels.linear_logprob.tiles import HIDDEN_BLOCK, processors
 
 SCALE_BLOCK = 4096  # 16 elements per thread: two loads of 16 bytes in flight
@@ -23,7 +23,7 @@ def finish(
 ) -> None:
     """Write ``sum / total - weight[target] * cap_slope`` to out, rounded once."""
     rows, width = sum_RH.shape
-    with torch.cuda.device_of(sum_RH):  # type: ignore[no-untyped-call]
+    with on_device_of(sum_RH):
         _finish_kernel[(rows, triton.cdiv(width, HIDDEN_BLOCK))](
             sum_RH,
             sum_RH.stride(0),
@@ -47,7 +47,7 @@ def scale_rows(tensor_RH: Tensor, scale_R: Tensor) -> None:
     rows, width = tensor_RH.shape
     if rows == 0:
         return
-    with torch.cuda.device_of(tensor_RH):  # type: ignore[no-untyped-call]
+    with on_device_of(tensor_RH):
         _scale_kernel[(rows, triton.cdiv(width, HIDDEN_BLOCK))](
             tensor_RH, tensor_RH.stride(0), scale_R, width, BLOCK=HIDDEN_BLOCK, num_warps=4
         )
@@ -63,7 +63,7 @@ def scale(tensor: Tensor, factor: Tensor) -> None:
     if count == 0:
         return
     most = SCALE_PROGRAMS * processors(tensor.device)
-    with torch.cuda.device_of(tensor):  # type: ignore[no-untyped-call]
+    with on_device_of(tensor):
         _scale_all_kernel[(min(triton.cdiv(count, SCALE_BLOCK), most),)](
             tensor, factor, count, BLOCK=SCALE_BLOCK, num_warps=8
         )

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from rlsloth.kernels.device import on_device_of
 
 TOKENS, COLUMNS, WARPS = 64, 128, 4
 LEAST_RANK = 16  # the least rank that tensor cores take
@@ -23,7 +24,7 @@ def add_product(base_TN: Tensor, low_TR: Tensor, factor_RN: Tensor, out_TN: Tens
     if base_TN.numel() == 0:
         return
     # Triton launches on the current device.
-    with torch.cuda.device_of(base_TN):  # type: ignore[no-untyped-call]
+    with on_device_of(base_TN):
         _kernel[(triton.cdiv(width, COLUMNS) * triton.cdiv(tokens, TOKENS),)](
             base_TN, base_TN.stride(0),
             low_TR, low_TR.stride(0),

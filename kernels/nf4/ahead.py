@@ -62,8 +62,7 @@ def dequantize_ahead(jobs: Sequence[Job]) -> Iterator[Tensor]:
     if key not in _POOL:
         _POOL[key] = _Pool(device)
     pool = _POOL[key]
-    pool.reserve(nf4)
-    taken = [(job, pool.take(job)) for job in nf4]
+    taken = list(zip(nf4, pool.take(nf4), strict=True))
     aside = [(job, buffer) for job, buffer in taken[1:] if not buffer.holds(job)]
     later = {id(job) for job, _ in aside}
     # Every reader of a buffer was queued before this.
@@ -136,29 +135,23 @@ class _Pool:
         empty = [torch.empty(0, dtype=torch.uint8, device=self.device) for _ in range(BUFFERS)]
         self.buffers = [_Buffer(tensor) for tensor in empty]
 
-    def reserve(self, jobs: Sequence[Job]) -> None:
-        """Allocate buffers for the jobs that are not held, each as large as the largest of them.
+    def take(self, jobs: Sequence[Job]) -> list[_Buffer]:
+        """Return a buffer for each of at most BUFFERS jobs, with room for its matrix.
 
-        This must come before the event after which the side stream may write: work queued earlier
-        may still read memory that is new to this stream. Held matrices become the most recently
-        used, so that the other jobs do not take their buffers.
+        It is the one that holds the matrix, else the least recently used one that no job finds its
+        matrix in. This must come before the event after which the side stream may write: work
+        queued earlier may still read memory that is new to this stream.
         """
-        held = [buffer for buffer in self.buffers if any(buffer.holds(job) for job in jobs)]
-        others = [buffer for buffer in self.buffers if buffer not in held]
-        self.buffers = others + held
-        missing = [job for job in jobs if not any(buffer.holds(job) for buffer in held)]
-        size = max((_bytes(job) for job in missing), default=0)
-        for buffer in self.buffers[: len(missing)]:
-            if buffer.bytes.numel() < size:
-                buffer.grow(size)
-
-    def take(self, job: Job) -> _Buffer:
-        """Return the buffer that holds a job's matrix, else the least recently used one."""
-        held = [buffer for buffer in self.buffers if buffer.holds(job)]
-        buffer = held[0] if held else self.buffers[0]
-        self.buffers.remove(buffer)
-        self.buffers.append(buffer)
-        return buffer
+        found = [next((b for b in self.buffers if b.holds(job)), None) for job in jobs]
+        others = [buffer for buffer in self.buffers if buffer not in found]
+        missing = [_bytes(job) for job, buffer in zip(jobs, found, strict=True) if buffer is None]
+        for buffer in others[: len(missing)]:
+            if buffer.bytes.numel() < max(missing):
+                buffer.grow(max(missing))
+        unused = iter(others)
+        taken = [next(unused) if buffer is None else buffer for buffer in found]
+        self.buffers = [*unused, *dict.fromkeys(taken)]
+        return taken
 
     @contextmanager
     def beside(self, main: torch.cuda.Stream, free: torch.cuda.Event | None) -> Iterator[None]:

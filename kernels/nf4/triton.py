@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rlsloth.kernels.device import on_device_of
 from rlsloth.kernels.nf4 import ptx
 from rlsloth.kernels.nf4.plan import BLOCK_O, gpu_of, plan
 from rlsloth.kernels.nf4.triton_dequantize import INTERPRETED, scales_of
@@ -36,7 +37,7 @@ def matmul(x_MI: Tensor, weight: Nf4Weight, pairs: Tensor) -> Tensor:
     absmax, *scales = scales_of(weight, pairs)  # FILL reads 256 words of scales[0], nested or not
     nested = weight.code_256 is not None
     grid = (triton.cdiv(out, BLOCK_O), triton.cdiv(rows, cut.block_m), cut.splits)
-    with torch.cuda.device_of(x_MI):  # type: ignore[no-untyped-call]
+    with on_device_of(x_MI):
         _matmul_kernel[grid](
             x_MI,
             weight.packed_B.view(torch.int32),

@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from rlsloth.kernels.device import on_device_of
 from rlsloth.kernels.nf4 import ptx
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ DEQUANTIZED_GROUPS = 1024  # per program, of 8 values each
 def dequantize(weight: Nf4Weight, table: Tensor, out_OI: Tensor) -> None:
     """Compute ``op.dequantize`` for a matrix that is not empty."""
     rows, columns = weight.shape
-    with torch.cuda.device_of(out_OI):  # type: ignore[no-untyped-call]
+    with on_device_of(out_OI):
         _dequantize_kernel[(triton.cdiv(rows * columns, 8 * DEQUANTIZED_GROUPS),)](
             weight.packed_B,
             *scales_of(weight, table),

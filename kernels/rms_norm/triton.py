@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rlsloth.kernels.device import on_device_of
+
 TILE = 4096  # least number of elements per program: several rows if they are short
 ELEMENTS_PER_THREAD = 16  # two 16-byte loads of 16-bit numbers
 PROGRAMS_PER_SM = 2  # for the weight's gradient; each writes a row of float32, which is read again
@@ -31,7 +33,7 @@ def forward(
     residual_NH = x_NH if residual is None else _rows(residual)
     tiling = _tiling(x_NH.shape[1])
     # Triton launches on the current device.
-    with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
+    with on_device_of(x):
         _forward_kernel[(triton.cdiv(len(x_NH), tiling["ROWS"]),)](
             x_NH,
             x_NH.stride(0),
@@ -72,7 +74,7 @@ def backward(
         partial_PH = torch.empty(programs, width, dtype=torch.float32, device=x.device)
     tensors = 2 if grad_total is None else 3
     tile_bytes = tensors * tiling["ROWS"] * tiling["BLOCK"] * x.element_size()
-    with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
+    with on_device_of(x):
         _backward_kernel[(programs,)](
             grad_NH,
             grad_NH.stride(0),

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from rlsloth.kernels.device import on_device_of
 
 ELEMENTS_PER_WARP = 1024  # of the queries: two 16-byte loads per thread and half
 
@@ -27,7 +28,7 @@ def rotate(
     q_block = triton.next_power_of_2(q_heads)
     half_block = triton.next_power_of_2(rotary // 2)
     # Triton launches on the current device.
-    with torch.cuda.device_of(q_BSHD):  # type: ignore[no-untyped-call]
+    with on_device_of(q_BSHD):
         _rope_kernel[(batch * length,)](
             q_BSHD,
             *q_BSHD.stride()[:3],

@@ -126,10 +126,8 @@ def test_a_buffer_serves_a_weight_until_another_takes_it(monkeypatch):
     def held(*weights, **room):
         """Return, for each job, whether a buffer holds its matrix."""
         jobs = [Job(weight, **room) for weight in weights]
-        pool.reserve(jobs)
         found = []
-        for job in jobs:
-            buffer = pool.take(job)
+        for job, buffer in zip(jobs, pool.take(jobs), strict=True):
             found.append(buffer.holds(job))
             assert buffer.bytes.numel() >= ahead._bytes(job)
             buffer.weight, buffer.shape = weakref.ref(job.weight), job.shape
