@@ -84,12 +84,20 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--sleep", action=argparse.BooleanOptionalAction, default=False)
     add("--gradient-checkpointing", action=argparse.BooleanOptionalAction, default=True)
     add("--engine", choices=["vllm", "transformers"], default="vllm", help="rlsloth only")
+    add(
+        "--memory-gb",
+        type=float,
+        help="rlsloth only: stand for a card of so many GiB, on which the memory plan chooses "
+        "micro-batches, placements and the cache in place of the options",
+    )
     add("--json", type=Path, help="also write the result here")
     args = parser.parse_args(argv)
     if not Path(args.model).is_dir():
         sys.exit(f"--model {args.model}: no such folder; make_model.py writes one")
     if args.trainer != "rlsloth" and args.engine != "vllm":
         sys.exit("--engine is for --trainer rlsloth: TRL and Unsloth sample with vLLM here")
+    if args.trainer != "rlsloth" and args.memory_gb:
+        sys.exit("--memory-gb is for --trainer rlsloth: the others have no plan")
     if args.trainer == "trl" and args.precision != "bf16":
         sys.exit("--trainer trl: pass --precision bf16 (for the reason see the top of this file)")
     if args.sleep and args.engine != "vllm":
@@ -128,13 +136,14 @@ def config(args: argparse.Namespace, data: Path, folder: Path) -> Any:
             "steps": 1 + args.steps,
             "prompts_per_step": args.prompts,
             "group_size": args.group,
-            "tokens_per_microbatch": args.micro_tokens,
+            "tokens_per_microbatch": None if args.memory_gb else args.micro_tokens,
             "rewards": [f"{REWARD}:checksum"],
             "model": {
                 "path": args.model,
                 "precision": args.precision,
                 "max_context": context(args),
-                "gradient_checkpointing": args.gradient_checkpointing,
+                "memory_gb": args.memory_gb,
+                "gradient_checkpointing": "auto" if args.memory_gb else args.gradient_checkpointing,
             },
             "lora": {"rank": args.rank, "alpha": 2 * args.rank},
             "env": {"train": str(data), "heldout": 0},
@@ -163,16 +172,15 @@ def hook(args: argparse.Namespace, meter: Meter) -> None:
 
     # No token ends a completion.
     embedded.TransformersEngine = with_fixed(embedded.TransformersEngine, stop_ids=())
-    size = int(args.kv_gb * GIB)
-    vllm.VllmEngine = with_fixed(
-        vllm.VllmEngine, stop_ids=(), kv_bytes=size, kv_stays=not args.sleep
-    )
+    cache = {"kv_bytes": int(args.kv_gb * GIB), "kv_stays": not args.sleep}
+    fixed = {} if args.memory_gb else cache
+    vllm.VllmEngine = with_fixed(vllm.VllmEngine, stop_ids=(), **fixed)
     open_engine, collect, steps = engines.open_engine, Collector.collect, Run.steps
 
     def opened(*positional: Any, **named: Any) -> Any:
         engine: Any = open_engine(*positional, **named)
         engine.set_weights = meter.timed("hand-over", engine.set_weights)
-        if not args.sleep:
+        if not (args.sleep or args.memory_gb):
             engine.release = lambda: None
         return engine
 
