@@ -127,3 +127,26 @@ def parked(optimizer: torch.optim.Optimizer) -> bool:
         if isinstance(x, torch.Tensor) and x.numel() == weight.numel()
     ]
     return len({x.untyped_storage().data_ptr() for x in moments}) == 1
+
+
+def test_queued_updates_are_those_of_bitsandbytes() -> None:
+    from bitsandbytes.optim import AdamW8bit
+
+    ours, theirs = parameters(), parameters()
+    options: dict[str, Any] = {"lr": 1e-2, "betas": (0.8, 0.95), "weight_decay": 0.1}
+    cfg = OptimConfig.model_validate({"name": "adamw_8bit", **options})
+    queued = make_optimizer(ours, cfg, torch.device("cpu"), 10)[0]
+    library = AdamW8bit(theirs, eps=1e-8, **options)
+    assert isinstance(queued, AdamW8bit)
+    assert type(queued) is not AdamW8bit
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(3):
+        for one, two in zip(ours, theirs, strict=True):
+            one.grad = torch.randn(one.shape, generator=generator)
+            two.grad = one.grad.clone()
+        queued.step()
+        library.step()
+    assert all(torch.equal(one, two) for one, two in zip(ours, theirs, strict=True))
+    saved, other = flatten_state(queued), flatten_state(library)
+    assert saved[1] == other[1]
+    assert all(torch.equal(x, other[0][key]) for key, x in saved[0].items())
