@@ -39,6 +39,7 @@ import itertools
 import json
 import sys
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import fmean
@@ -64,30 +65,28 @@ def main(argv: list[str] | None = None) -> None:
     set_environment()
     need("torch", "transformers", "peft", "rlsloth")
     works = make_works(args)
-    if args.jobs > 1:
-        with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
-            curves = list(pool.map(train, works))
-    else:
-        curves = [train(work) for work in works]
-    results = []
-    for task in args.tasks:
-        runs: dict[str, list[Curve]] = {}
-        for work, curve in zip(works, curves, strict=True):
-            if work.task == task:
+    results: list[dict[str, Any]] = []
+    made: list[dict[str, Any]] = []
+    with ExitStack() as stack:
+        curves = map(train, works)
+        if args.jobs > 1:
+            pool = ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn"))
+            curves = stack.enter_context(pool).map(train, works)
+        for task, of_task in itertools.groupby(works, lambda work: work.task):
+            runs: dict[str, list[Curve]] = {}
+            for work in of_task:
+                curve = next(curves)
                 runs.setdefault(work.system, []).append(curve)
-        rows = compare(args, runs)
-        results.append({"task": task, "rows": rows, "verdict": judge(args, task, rows)})
-        report(task, runs, rows)
-        print(results[-1]["verdict"], flush=True)
-    if args.json:
-        settings = {name: str(value) for name, value in vars(args).items() if name != "json"}
-        made = [
-            {"task": work.task, "system": work.system}
-            | {name: value for name, value in vars(curve).items() if name != "change"}
-            for work, curve in zip(works, curves, strict=True)
-        ]
-        found = {"settings": settings, "machine": machine(), "results": results, "runs": made}
-        args.json.write_text(json.dumps(found, indent=1))
+                figures = {k: v for k, v in vars(curve).items() if k != "change"}
+                made.append({"task": task, "system": work.system} | figures)
+            rows = compare(args, runs)
+            results.append({"task": task, "rows": rows, "verdict": judge(args, task, rows)})
+            report(task, runs, rows)
+            print(results[-1]["verdict"], flush=True)
+            if args.json:
+                settings = {name: str(value) for name, value in vars(args).items()}
+                found = {"settings": settings, "machine": machine()}
+                args.json.write_text(json.dumps(found | {"results": results, "runs": made}))
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
