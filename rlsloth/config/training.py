@@ -25,9 +25,9 @@ class TrainingConfig(Section):
     steps: int = Field(default=100, ge=0)
     """Optimizer steps."""
     tokens_per_microbatch: int | None = Field(default=None, ge=1)
-    """Token budget of one packed forward; does not change the gradient. Default: the largest, up to
-    16384, that by the memory plan leaves a tenth of the GPU free; on a CPU 8192. Never less than
-    the longest example or completion needs."""
+    """Token budget of one packed forward; does not change the gradient. Default: the fastest one
+    that fits by the memory plan, up to 65536; on a CPU 8192. Never less than the longest example or
+    completion needs."""
     seed: int = Field(default=0, ge=0, lt=2**31)
     """Same seed, same machine: same run."""
     model: ModelConfig = ModelConfig()

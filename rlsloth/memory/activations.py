@@ -84,9 +84,12 @@ def layer_memory(
     mlp_kept, mlp_work = _mlp(layer, hidden, size)
     mlp_fixed = 0.0
     if placement.mlp_rows is not None and tiles_mlp(layer):
-        # Gate, up, their product or its gradient, and the product's sums, of one tile.
+        # Gate, up, their product or its gradient, and the product's sums, of one tile; all tiles
+        # are alike in size (kernels/lora/mlp_tiles.py).
         mlp_kept = mlp_work = 0.0
-        mlp_fixed = 4.0 * layer.width * size * min(placement.mlp_rows, tokens or 1 << 40)
+        rows = placement.mlp_rows
+        rows = rows if tokens is None else -(-tokens // -(-tokens // rows))
+        mlp_fixed = 4.0 * layer.width * size * rows
     around_kept, around_work = _around(layer, hidden, size)
     kept += mlp_kept + around_kept
     fused = size < 4 and layer.rank <= FUSED_RANK

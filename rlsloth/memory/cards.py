@@ -1,48 +1,78 @@
-"""Memory of GPUs by name, for plans of machines that are not at hand."""
+"""Memory and speeds of GPUs by name, for plans of machines that are not at hand."""
 
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 
 from rlsloth.errors import UserError, nearest
 
-MIB = {
-    "GTX 1080 Ti": 11264,
-    "RTX 2080 Ti": 11264,
-    "RTX 3060": 12288,
-    "RTX 3080": 10240,
-    "RTX 3090": 24576,
-    "RTX 4060": 8188,
-    "RTX 4060 Ti 16GB": 16380,
-    "RTX 4070": 12282,
-    "RTX 4080": 16376,
-    "RTX 4090": 24564,
-    "RTX 5070 Ti": 16303,
-    "RTX 5080": 16303,
-    "RTX 5090": 32607,
-    "RTX A4000": 16376,
-    "RTX A5000": 24564,
-    "RTX A6000": 49140,
-    "RTX 6000 Ada": 49140,
-    "RTX PRO 6000": 97887,
-    "T4": 15360,
-    "V100 16GB": 16384,
-    "V100 32GB": 32768,
-    "A10": 23028,
-    "A10G": 23028,
-    "L4": 23034,
-    "L40S": 46068,
-    "A100 40GB": 40960,
-    "A100 80GB": 81920,
-    "H100": 81559,
-    "H200": 143771,
-    "B200": 183359,
+BUS = {3: 12e9, 4: 25e9, 5: 50e9}
+"""Generation of PCI Express -> bytes a second to or from page-locked memory over 16 lanes.
+
+The links carry 15.75, 31.5 and 63 GB/s (PCI-SIG), of which copies reach about 80 %: 55 GB/s were
+measured in one direction on an H200, 51 in both at once (docs/PERFORMANCE.md).
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    """A GPU's memory and speeds."""
+
+    mib: int
+    """Memory in MiB, as nvidia-smi reports it."""
+    tflops: float
+    """10^12 operations a second of dense 16-bit products with float32 sums (NVIDIA's data sheets;
+    for cards without such units, of float32)."""
+    pcie: int
+    """Generation of PCI Express."""
+    lanes: int = 16
+
+    @property
+    def bus(self) -> float:
+        """Bytes a second that the card copies to or from page-locked host memory."""
+        return BUS[self.pcie] * self.lanes / 16
+
+
+CARDS = {
+    "GTX 1080 Ti": Card(11264, 11, 3),
+    "RTX 2080 Ti": Card(11264, 54, 3),
+    "RTX 3060": Card(12288, 26, 4),
+    "RTX 3080": Card(10240, 60, 4),
+    "RTX 3090": Card(24576, 71, 4),
+    "RTX 4060": Card(8188, 30, 4, lanes=8),
+    "RTX 4060 Ti 16GB": Card(16380, 44, 4, lanes=8),
+    "RTX 4070": Card(12282, 58, 4),
+    "RTX 4080": Card(16376, 97, 4),
+    "RTX 4090": Card(24564, 165, 4),
+    "RTX 5070 Ti": Card(16303, 88, 5),
+    "RTX 5080": Card(16303, 113, 5),
+    "RTX 5090": Card(32607, 210, 5),
+    "RTX A4000": Card(16376, 77, 4),
+    "RTX A5000": Card(24564, 111, 4),
+    "RTX A6000": Card(49140, 155, 4),
+    "RTX 6000 Ada": Card(49140, 364, 4),
+    "RTX PRO 6000": Card(97887, 504, 5),
+    "T4": Card(15360, 65, 3),
+    "V100 16GB": Card(16384, 125, 3),
+    "V100 32GB": Card(32768, 125, 3),
+    "A10": Card(23028, 125, 4),
+    "A10G": Card(23028, 70, 4),
+    "L4": Card(23034, 121, 4),
+    "L40S": Card(46068, 362, 4),
+    "A100 40GB": Card(40960, 312, 4),
+    "A100 80GB": Card(81920, 312, 4),
+    "H100": Card(81559, 989, 5),
+    "H200": Card(143771, 989, 5),
+    "B200": Card(183359, 2250, 5),
 }
-"""Name of a card -> its memory in MiB, as nvidia-smi reports it."""
+"""Name of a card -> the card."""
+UNKNOWN = CARDS["H100"]
+"""The card whose speeds are assumed if a GPU's name is not in the table."""
 
 
-def card_bytes(name: str) -> int:
-    """Return the bytes of a card's memory.
+def find_card(name: str) -> Card:
+    """Return the card that a user names.
 
     Args:
         name: a name in the table, in any case, with or without NVIDIA, GeForce and spaces.
@@ -50,13 +80,32 @@ def card_bytes(name: str) -> int:
     Raises:
         UserError: the name is not in the table.
     """
-    known = {_plain(card): mib for card, mib in MIB.items()}
-    if (mib := known.get(_plain(name))) is None:
+    known = {_plain(title): card for title, card in CARDS.items()}
+    if (card := known.get(_plain(name))) is None:
         raise UserError(
-            f"--gpu {name!r}: no such card{nearest(name, list(MIB))} ({', '.join(MIB)}); pass its "
-            "size with --memory-gb"
+            f"--gpu {name!r}: no such card{nearest(name, list(CARDS))} ({', '.join(CARDS)}); pass "
+            "its size with --memory-gb"
         )
-    return mib << 20
+    return card
+
+
+def card_of_device(name: str) -> Card:
+    """Return the card whose speeds a GPU has, by the name that CUDA reports; UNKNOWN if none.
+
+    Such names have further words and a size, such as NVIDIA H100 80GB HBM3, or Tesla
+    V100-SXM2-16GB: the longest name in the table that they begin with counts.
+    """
+    device, found = _model(name), ("", UNKNOWN)
+    for title, card in CARDS.items():
+        model = _model(title)
+        if len(model) > len(found[0]) and re.match(rf"{model}(?!\d)", device):
+            found = model, card
+    return found[1]
+
+
+def _model(name: str) -> str:
+    """Return a name without its size of memory."""
+    return _plain(re.sub(r"[\s-]\d+GB", "", name))
 
 
 def _plain(name: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal, TypeVar
 
@@ -12,7 +12,7 @@ from rlsloth.config.training import TrainingConfig
 from rlsloth.errors import UserError, first_line
 from rlsloth.memory.findings import Source, find_all, planner_for
 from rlsloth.memory.freed import advice
-from rlsloth.memory.machine import gpu_bytes, host_bytes
+from rlsloth.memory.machine import card_of, gpu_bytes, host_bytes
 from rlsloth.memory.placing import choose
 from rlsloth.memory.planned_model import model_shape
 from rlsloth.memory.report import print_table, report_line, shortfall
@@ -84,7 +84,7 @@ def decide(
     if total is None:
         return configured
     try:
-        wanted = request()
+        wanted = replace(request(), card=card_of(cfg.model))
         shape = model_shape(wanted.model, wanted.lora)
         planner = planner_for(total, host_bytes())
         chosen = decide_settings(planner, shape, wanted)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from rlsloth.memory.knobs import KNOBS, Changed, Planner
 from rlsloth.memory.plan import precision_of
+from rlsloth.memory.seconds import step_seconds
 from rlsloth.memory.shape import ModelShape
 from rlsloth.memory.terms import GIB, Plan, element_size
 from rlsloth.memory.workload import Request
@@ -35,6 +36,9 @@ class Freed:
     """Completions that the cache then holds; None if it holds all as it is, or there is none."""
     fits: bool
     """Whether the run then fits."""
+    slower: float | None
+    """Share by which the estimated time of a step grows, without decoding itself; None if the
+    option changes what a step computes."""
 
     @property
     def gpu(self) -> int:
@@ -141,7 +145,19 @@ def _compare(now: Plan, shape: ModelShape, request: Request, then: Plan, changed
         host=now.host - then.host,
         holds=then.cache.holds if short and then.cache is not None else None,
         fits=then.fits,
+        slower=_slower(shape, request, changed),
     )
+
+
+def _slower(shape: ModelShape, request: Request, changed: Changed) -> float | None:
+    _, new_shape, new = changed
+    loads = [
+        (one.sampling and one.sampling.workload, one.stream, one.longest_example)
+        for one in (request, new)
+    ]
+    if loads[0] != loads[1]:
+        return None
+    return step_seconds(new_shape, new) / step_seconds(shape, request) - 1
 
 
 def _one_completion(plan: Plan, shape: ModelShape, request: Request) -> int:

@@ -10,6 +10,7 @@ from rlsloth.kernels.lora.layer import ALIGNMENT
 from rlsloth.memory.placing import choose
 from rlsloth.memory.plan import precision_of
 from rlsloth.memory.shape import ModelShape
+from rlsloth.memory.streamed import eighths, may_stream
 from rlsloth.memory.terms import Plan
 from rlsloth.memory.workload import Request, Sampling
 from rlsloth.policy.activations.placement import Checkpointing
@@ -54,6 +55,18 @@ def _states(_planner: Planner, shape: ModelShape, request: Request) -> Changed |
         return None
     optim = request.optim.model_copy(update={"offload": True})
     return "--optim.offload true", shape, replace(request, optim=optim)
+
+
+def _layers(planner: Planner, shape: ModelShape, request: Request) -> Changed | None:
+    """Stream as many layers as make the run fit; half of them if it fits already."""
+    more = [count for count in eighths(shape) if count > request.streamed]
+    if not may_stream(request) or not more:
+        return None
+    if planner(shape, request).fits:
+        count = next((n for n in more if 2 * n >= len(shape.layers)), more[-1])
+    else:
+        count = next((n for n in more if planner(shape, request.with_layers(n)).fits), more[-1])
+    return f"--model.offload-layers {count}", shape, request.with_layers(count)
 
 
 def _micro_batch(_planner: Planner, shape: ModelShape, request: Request) -> Changed | None:
@@ -125,6 +138,7 @@ KNOBS: tuple[Knob, ...] = (
     partial(_checkpointing, "offload"),
     _embeddings,
     _states,
+    _layers,
     _micro_batch,
     _rank,
     _optimizer,

@@ -9,6 +9,7 @@ import psutil
 import torch
 
 from rlsloth.config import ModelConfig
+from rlsloth.memory.cards import UNKNOWN, Card, card_of_device
 from rlsloth.memory.terms import GIB
 from rlsloth.policy.gpu_limit import CONTEXT
 
@@ -36,6 +37,14 @@ def gpu_bytes(model: ModelConfig) -> int | None:
     others = total - free - torch.cuda.memory_reserved(index) - CONTEXT
     room = total - others if others > OTHERS * total else total
     return room if model.memory_gb is None else min(room, int(model.memory_gb * GIB))
+
+
+def card_of(model: ModelConfig) -> Card:
+    """Return the card whose speeds the run's GPU has; UNKNOWN on a CPU."""
+    if model.device == "cpu" or not torch.cuda.is_available():
+        return UNKNOWN
+    device = torch.device("cuda" if model.device == "auto" else model.device)
+    return card_of_device(torch.cuda.get_device_name(device))
 
 
 def host_bytes() -> int:

@@ -1,102 +1,56 @@
-"""Choose the size of a micro-batch and the placement of activations that take the least time.
+"""Choose the size of a micro-batch, the placement of activations and the places of weights.
 
-The candidates are few: micro-batches of certain sizes, and modes, which place the first layers in
-one way and as many of the last ones as fit in another. Times are relative, by counting
-multiplications: they rank candidates.
+Everything that may be chosen is one list of candidates, ordered by stages and in each of them by
+the estimated seconds of a step; the fastest one that fits is taken.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache, partial
 
 from rlsloth.config import MICROBATCH
-from rlsloth.memory.plan import KEPT_FREE, held_bytes, precision_of
-from rlsloth.memory.shape import ModelShape
-from rlsloth.memory.streamed import blocks, exposed_seconds, layer_counts
-from rlsloth.memory.terms import Plan, element_size
+from rlsloth.memory.modes import Mode, embedding_places, modes
+from rlsloth.memory.plan import kept_free
+from rlsloth.memory.seconds import StepTimes
+from rlsloth.memory.shape import ModelShape, layer_kinds
+from rlsloth.memory.streamed import layer_counts
+from rlsloth.memory.terms import Plan
+from rlsloth.memory.update import PlacedKind
 from rlsloth.memory.workload import Request
-from rlsloth.policy.activations.placement import Place, Placement, Placements
-from rlsloth.policy.attention.backends import BACKENDS
 
 MICROBATCHES = (
     *range(65536, 16384, -8192), *range(16384, 8192, -2048), *range(8192, 4096, -1024),
     *range(4096, 0, -512),
 )  # fmt: skip
 """Sizes of a micro-batch in tokens to choose from."""
-TILES = 8192, 2048
-"""Tokens of an MLP's tile: large enough for products to run at full speed, and nearly so."""
-ATTENTION_PARTS = 4
-"""Parts in which attention's backward is computed if its buffers bind."""
-NOT_AGAIN = 0.27
-"""Share of a layer's linear products, the MLP's last one, that the second forward leaves out."""
-FLOPS_PER_BYTE = 13_000
-"""Floating-point operations for each byte copied to the host (650 TFLOP/s and 50 GB/s on an H100):
-below this ratio the copies are not hidden behind the work."""
-OPS_PER_S = 4e14
-"""Floating-point operations a second in an update, on an H100."""
-LAYER_S = 5e-3, 7.5e-3
-"""Seconds in which the host starts a layer's kernels, in a micro-batch: without and with a second
-forward. Small micro-batches take this long (an H200's host took 2.7 times as much)."""
-LOOKUP_S_PER_BYTE = 5e-11
-"""Seconds to read a byte of an embedding in host memory."""
-DEQUANTISED = 2.5e-12
-"""Seconds to dequantise a weight from NF4: 2.5 bytes at 3 TB/s, 3 times for each micro-batch."""
+
+Accepts = Callable[[Plan], bool]
+"""Function that tells whether a plan fits well enough for a stage."""
+Place = tuple[bool, int]
+"""Values of ``model.offload_embeddings`` and ``model.offload_layers``."""
 
 
 @dataclass(frozen=True, slots=True)
-class Mode:
-    """Two placements: one of the first layers, and one of as many of the last ones as fit."""
+class Candidate:
+    """One choice, but for the number of last layers that have the mode's second placement."""
 
-    first: Placement | None
-    last: Placement | None
-
-    def placements(self, layers: int, last: int) -> Placements:
-        """Place each layer."""
-        return (self.first,) * (layers - last) + (self.last,) * last
-
-    def most(self, layers: int) -> int:
-        """Return the largest number of layers that may have the second placement."""
-        return 0 if self.first == self.last else layers - 1
+    tokens: int
+    """Value of ``tokens_per_microbatch``."""
+    mode: Mode
+    place: Place
 
 
-def modes(checkpointing: bool | str, backend: str, *, projections: bool = False) -> list[Mode]:
-    """List the modes that ``model.gradient_checkpointing`` allows.
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """Candidates that are preferred to those of later stages, however slow they are."""
 
-    Args:
-        checkpointing: the option's value.
-        backend: name of the attention backend; some cannot keep attention's results.
-        projections: whether layers can keep the results of attention's linear layers.
-    """
-    halves = BACKENDS[backend].halves is not None
-    device, host = Placement(), Placement("host")
-    parts = ATTENTION_PARTS if halves else 1
-    tiled = [Placement("host", attention_parts=parts, mlp_rows=rows) for rows in TILES]
-    if checkpointing is False:
-        return [Mode(None, None)]
-    if checkpointing is True:
-        return [Mode(device, device)]
-    if checkpointing == "offload":
-        return [Mode(p, p) for p in (host, *tiled)]
-    attention = [Placement("host", "host"), replace(tiled[0], attention="host")] if halves else []
-    if projections:
-        attention += [replace(placement, projections="host") for placement in attention]
-    offloaded = [host, *attention, *tiled]
-    kept = [_on_device(p) for p in offloaded]
-    return [
-        Mode(None, None),
-        *(Mode(p, None) for p in (*kept, *offloaded)),
-        *(Mode(p, _on_device(p)) for p in offloaded),
-    ]
-
-
-def _on_device(placement: Placement) -> Placement:
-    """Keep on the GPU what a placement keeps in host memory."""
-    attention: Place | None = None if placement.attention is None else "device"
-    projections: Place | None = None if placement.projections is None else "device"
-    return replace(placement, input="device", attention=attention, projections=projections)
+    accepts: Accepts
+    tokens: list[int]
+    modes: list[Mode]
+    places: list[Place]
+    """The fastest one first; the last one needs the least of the GPU's memory."""
 
 
 def choose(
@@ -104,10 +58,17 @@ def choose(
 ) -> Request:
     """Choose ``tokens_per_microbatch``, placements and the places of weights, if they are open.
 
-    The update must leave a share KEPT_FREE of the GPU. As few layers' weights are in host memory as
-    that allows, since each decoding step copies them; if nothing is sampled, more if the larger
-    micro-batches make up for it. If nothing fits, the result is ``least`` tokens in the mode that
-    needs the least memory.
+    The stages, in their order, are:
+
+    1. All candidates with which the run fits, and the update leaves a share of the GPU free
+       (``kept_free``): first with no layer's weights in host memory, then with any number. If the
+       run samples, each decoding step copies these weights: then each number is a stage of its own,
+       the smallest first; and after none, the update that needs the least memory, if it fits at
+       all.
+    2. The update that needs the least memory, if it fits, with as many layers in host memory as
+       may be.
+    3. For a run that does not fit: the candidates of the first stage whose update fits; the update
+       that needs the least memory, if the host has room for it; and in any case.
 
     Args:
         plan: function that plans a request.
@@ -115,172 +76,203 @@ def choose(
         request: the run.
         least: smallest possible number of tokens in a micro-batch.
     """
-    named, counts = request.tokens_per_microbatch, layer_counts(shape, request)
-    on_kernels = all(layer.on_kernels for layer in shape.layers)
-    checkpointing = request.model.gradient_checkpointing
-    allowed = modes(checkpointing, shape.attention, projections=on_kernels)
-    frugal = request.with_embeddings(embedding_places(shape, request)[-1])
-    frugal = frugal.with_update(named or least, allowed[-1].placements(len(shape.layers), 0))
-    tried: list[Request] = []
-    fastest: Request | None = None
+    search = _Search(plan, shape, request, 1 - kept_free(shape, request))
+    for stage in _stages(shape, request, least):
+        found = search.fastest(stage)
+        if found is not None:
+            return found
+    raise AssertionError("the last stage accepts any plan")
+
+
+def _stages(shape: ModelShape, request: Request, least: int) -> Iterator[Stage]:
+    """Yield the stages in their order."""
+    counts, samples = layer_counts(shape, request), request.sampling is not None
+    offloads, limit = embedding_places(shape, request), 1 - kept_free(shape, request)
+    allowed, sizes = _allowed(shape, request), _sizes(request, least)
+
+    def roomy(plan: Plan) -> bool:
+        return plan.fits_host and plan.peak("update") <= limit * plan.total
+
+    def roomy_and_fits(plan: Plan) -> bool:
+        return plan.fits and roomy(plan)
+
+    def fits(plan: Plan) -> bool:
+        return plan.fits
+
+    def on_host(plan: Plan) -> bool:
+        return plan.fits_host
+
+    def frugal(accepts: Accepts, count: int) -> Stage:
+        tokens, first = request.tokens_per_microbatch or least, allowed[-1].first
+        return Stage(accepts, [tokens], [Mode(first, first)], [(offloads[-1], count)])
+
+    def all_of(accepts: Accepts, numbers: Sequence[int]) -> Stage:
+        if request.overlap:  # the cache takes all the room that the update leaves
+            return Stage(accepts, sizes, allowed, [(offloads[0], numbers[0])])
+        places = [(offload, count) for count in numbers for offload in offloads]
+        return Stage(accepts, sizes, allowed, places)
+
+    first = fits if request.overlap else roomy_and_fits
+    for numbers in [[n] for n in counts] if samples else [counts[:1], counts[1:]]:
+        yield all_of(first, numbers)
+        if samples and numbers[0] == 0:
+            yield frugal(fits, 0)
+    for count in reversed(counts):
+        yield frugal(fits, count)
     for count in counts:
-        smallest = plan(frugal.with_layers(count))
-        if smallest.peak("update") > (1 - KEPT_FREE) * smallest.total and not request.overlap:
-            if count == 0 and request.sampling is not None and smallest.fits:
-                return frugal.with_layers(0)  # streamed layers would slow down each sampled token
-            continue
-        best = _choose(plan, shape, request.with_layers(count), least, allowed)
-        if best is not None and plan(best).fits:
-            if count == 0 or request.sampling is not None:
-                return best
-            if fastest and relative_time(shape, best) >= relative_time(shape, fastest):
+        yield all_of(on_host if request.overlap else roomy, [count])
+    for count in reversed(counts):
+        yield frugal(on_host, count)
+    yield frugal(lambda _: True, counts[0])
+
+
+def _allowed(shape: ModelShape, request: Request) -> list[Mode]:
+    """List the modes that the request leaves open."""
+    checkpointing = request.model.gradient_checkpointing
+    if request.overlap and checkpointing == "auto":
+        checkpointing = True
+    projections = all(layer.on_kernels for layer in layer_kinds(shape)[0])
+    allowed = modes(checkpointing, shape.attention, projections=projections)
+    return allowed[:1] if request.overlap else allowed
+
+
+def _sizes(request: Request, least: int) -> list[int]:
+    """List the sizes of a micro-batch, from the largest one."""
+    if request.tokens_per_microbatch is not None:
+        return [request.tokens_per_microbatch]
+    if request.overlap:
+        return [max(MICROBATCH, least)]
+    most = max(request.most_tokens or MICROBATCHES[0], least)
+    sizes = {min(max(tokens, least), most) for tokens in MICROBATCHES}
+    if request.samples is not None and request.longest_example is not None:
+        one = request.longest_example  # micro-batches hold whole examples
+        sizes = {max(tokens // one * one, least) for tokens in sizes}
+    return sorted(sizes, reverse=True)
+
+
+class _Refused:
+    """Candidates whose update the GPU has no room for, and with them all that need more of it."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[object, ...], list[tuple[int, int, Place]]] = {}
+
+    def add(self, candidate: Candidate, last: int) -> None:
+        """Take a candidate, and its number of layers that have the second placement."""
+        mode = (candidate.mode.first, candidate.mode.last) if last else (candidate.mode.first,)
+        self._known.setdefault(mode, []).append((last, candidate.tokens, candidate.place))
+
+    def covers(self, candidate: Candidate, last: int) -> bool:
+        """Tell whether a candidate needs at least as much memory as one that was refused."""
+        first, second = candidate.mode.first, candidate.mode.last
+        offload, count = candidate.place
+        return any(
+            last >= layers and candidate.tokens >= tokens and offload <= place[0]
+            and count <= place[1]
+            for mode in ((first,), (first, second))
+            for layers, tokens, place in self._known.get(mode, ())
+        )  # fmt: skip
+
+
+@dataclass(slots=True)
+class _Search:
+    """The search for the fastest candidate that fits."""
+
+    plan: Callable[[Request], Plan]
+    shape: ModelShape
+    request: Request
+    share: float
+    """Largest share of the GPU that the update should use."""
+    times: StepTimes = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.times = StepTimes(self.shape, self.request)
+
+    def fastest(self, stage: Stage) -> Request | None:
+        """Return the fastest request of one stage; None if no plan is accepted.
+
+        Micro-batches and modes are ordered by a bound: their time in the fastest place, if all
+        layers that may have the second placement have it.
+        """
+        if not stage.places:
+            return None
+        layers, refused = len(self.shape.layers), _Refused()
+        listed = [
+            Candidate(tokens, mode, stage.places[0])
+            for tokens in stage.tokens
+            for mode in stage.modes
+            if mode.serves(tokens) or mode == stage.modes[-1]
+        ]
+        bounds = [(self._seconds(c, c.mode.most(layers)), c) for c in listed]
+        best: tuple[float, Candidate, int] | None = None
+
+        @cache
+        def fits(candidate: Candidate, last: int) -> bool:
+            if refused.covers(candidate, last):
+                return False
+            plan = self.plan(self._made(candidate, last))
+            accepted = stage.accepts(plan)
+            if not accepted and plan.peak("update") > self.share * plan.total:
+                refused.add(candidate, last)
+            return accepted
+
+        for bound, fastest in sorted(bounds, key=lambda pair: pair[0]):
+            if best is not None and bound >= best[0]:
                 break
-            fastest = best
-        tried += [] if best is None else [best]  # its rollouts need more layers in host memory
-    if fastest is not None:
-        return fastest
-    fallbacks = [frugal.with_layers(count) for count in reversed(counts)]
-    fits = next((run for run in fallbacks if plan(run).fits), None)
-    return fits or next((run for run in (*tried, *fallbacks) if plan(run).fits_host), fallbacks[-1])
+            # What has no room in the last place has none in any.
+            frugal, faster = (
+                replace(fastest, place=stage.places[-1]),
+                self._first_faster(fastest, best),
+            )
+            if not fits(frugal, faster) and refused.covers(frugal, faster):
+                continue
+            for place in stage.places:
+                candidate = replace(fastest, place=place)
+                faster, most = self._first_faster(candidate, best), candidate.mode.most(layers)
+                last = _largest(partial(fits, candidate), faster, most)
+                if last is not None:
+                    seconds = self._seconds(candidate, last)
+                    best = min(best or (seconds, candidate, last), (seconds, candidate, last),
+                               key=lambda one: one[0])  # fmt: skip
+        return None if best is None else self._made(best[1], best[2])
+
+    def _made(self, candidate: Candidate, last: int) -> Request:
+        placements = candidate.mode.placements(len(self.shape.layers), last)
+        made = self.request.with_embeddings(candidate.place[0]).with_layers(candidate.place[1])
+        return made.with_update(candidate.tokens, placements)
+
+    def _first_faster(self, candidate: Candidate, best: tuple[float, Candidate, int] | None) -> int:
+        """Return the smallest number of last layers with which a candidate is faster.
+
+        If there is none, it is the largest number.
+        """
+        low, high = 0, candidate.mode.most(len(self.shape.layers))
+        while best is not None and low < high:
+            middle = (low + high) // 2
+            faster = self._seconds(candidate, middle) < best[0]
+            low, high = (low, middle) if faster else (middle + 1, high)
+        return low
+
+    def _seconds(self, candidate: Candidate, last: int) -> float:
+        placed = self._placed(candidate.mode, last)
+        return self.times.seconds(candidate.tokens, placed, *candidate.place)
+
+    def _placed(self, mode: Mode, last: int) -> list[PlacedKind]:
+        kinds, places = layer_kinds(self.shape)
+        first = len(places) - last
+        counted = [
+            (kind, placement, part.count(index))
+            for index, kind in enumerate(kinds)
+            for placement, part in ((mode.first, places[:first]), (mode.last, places[first:]))
+        ]
+        return [one for one in counted if one[2]]
 
 
-def _choose(
-    plan: Callable[[Request], Plan],
-    shape: ModelShape,
-    request: Request,
-    least: int,
-    allowed: list[Mode],
-) -> Request | None:
-    """Choose all but the number of layers in host memory; None if no update fits."""
-    named, layers = request.tokens_per_microbatch, len(shape.layers)
-    runs = [request.with_embeddings(offload) for offload in embedding_places(shape, request)]
-    if request.overlap:  # the cache then takes all the room that the update leaves
-        automatic = request.model.gradient_checkpointing == "auto"
-        mode = Mode(Placement(), Placement()) if automatic else allowed[0]
-        return runs[0].with_update(named or max(MICROBATCH, least), mode.placements(layers, 0))
-    most = request.most_tokens or MICROBATCHES[0]
-    sizes = [named] if named else sorted({max(min(n, most), least) for n in MICROBATCHES})[::-1]
-    tried = []
-    for run in runs:
-        for tokens in sizes:
-            for mode in allowed:
-                best_case = run.with_update(tokens, mode.placements(layers, mode.most(layers)))
-                tried.append((relative_time(shape, best_case), tokens, run, mode))
-    tried.sort(key=lambda one: one[0])
-    best: tuple[float, Request] | None = None
-    for bound, tokens, run, mode in tried:
-        if best is not None and bound >= best[0]:
-            break
-        candidate = partial(_candidate, run, layers, tokens, mode)
-        found = fitting(plan, candidate, mode.most(layers), 1 - KEPT_FREE)
-        if found is not None and (best is None or relative_time(shape, found) < best[0]):
-            best = relative_time(shape, found), found
-    return None if best is None else best[1]
-
-
-def _candidate(request: Request, layers: int, tokens: int, mode: Mode, last: int) -> Request:
-    return request.with_update(tokens, mode.placements(layers, last))
-
-
-def embedding_places(shape: ModelShape, request: Request) -> tuple[bool, ...]:
-    """List the allowed values of ``model.offload_embeddings``, the fastest one first."""
-    if request.model.offload_embeddings != "auto":
-        return (request.model.offload_embeddings,)
-    if request.sampling is not None and request.sampling.engine.shares_weights:
-        return (False,)
-    return (False, True) if shape.embedding else (False,)
-
-
-def most_frugal(backend: str, layers: int) -> Placements:
-    """Place activations where they need the least of the GPU's memory.
-
-    Args:
-        backend: name of the attention backend.
-        layers: number of decoder layers.
-    """
-    return modes("offload", backend)[-1].placements(layers, 0)
-
-
-def fitting(
-    plan: Callable[[Request], Plan],
-    candidate: Callable[[int], Request],
-    most: int,
-    share: float = 1.0,
-) -> Request | None:
-    """Give as many of the last layers as fit the GPU a mode's second placement.
-
-    Args:
-        plan: function that plans a request.
-        candidate: makes the request with so many layers of the second placement.
-        most: largest number of such layers.
-        share: share of the GPU that the update may use.
-
-    Returns:
-        The request; None if GPU or host have no room for any number of layers.
-    """
-
-    def fits(last: int) -> bool:
-        made = plan(candidate(last))
-        return made.peak("update") <= share * made.total
-
-    if not fits(0):
+def _largest(fits: Callable[[int], bool], least: int, most: int) -> int | None:
+    """Find the largest number between ``least`` and ``most`` that fits, by bisection."""
+    if not fits(least):
         return None
-    low, high = 0, most
+    low, high = least, most
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if fits(middle) else (low, middle - 1)
-    # The second placement needs no more of the host than the first.
-    return candidate(low) if plan(candidate(low)).fits_host else None
-
-
-def relative_time(shape: ModelShape, request: Request) -> float:
-    """Estimate the time of an update, for each token that it trains on, up to a constant factor."""
-    tokens, stream = request.microbatch, request.micro_batch_stream()
-    precision = precision_of(request.model, shape)
-    length = stream.prompt + stream.completion
-    linear = linear_weights(shape) / len(shape.layers)  # multiplications a token and layer
-    total = 0.0
-    pairs = Counter(zip(shape.layers, request.placed(len(shape.layers)), strict=True))
-    for (layer, placement), count in pairs.items():
-        copied = held_bytes(layer, shape.hidden, element_size(precision), placement, "host")
-        known = 0.0
-        if placement is not None and placement.projections is not None:
-            known = (2 * layer.queries + 2 * layer.keys) * shape.hidden
-        total += count * _layer_time(linear, layer.queries * length, placement, copied)
-        total -= count * known
-    seconds = 2 * total / OPS_PER_S
-    if precision == "nf4":
-        seconds += 3 * DEQUANTISED * linear_weights(shape) / tokens
-    again = sum(placement is not None for placement in request.placed(len(shape.layers)))
-    started = (len(shape.layers) - again) * LAYER_S[0] + again * LAYER_S[1]
-    seconds = max(seconds, started / tokens)
-    if request.streamed:
-        mean = sum(layer.queries for layer in shape.layers) * length / len(shape.layers)
-        forward = 2 * tokens * (linear + mean) / OPS_PER_S
-        backward = tokens * seconds / len(shape.layers) - forward
-        sizes = blocks(shape, request, precision)
-        seconds += exposed_seconds(sizes, forward, backward) / tokens
-    if request.model.offload_embeddings is True:
-        seconds += shape.hidden * element_size(precision) * LOOKUP_S_PER_BYTE
-    # A completion's prompt is computed again in each micro-batch that holds a part of its group.
-    held = max(1.0, min(stream.group, (tokens - stream.prompt) / stream.completion))
-    return seconds * (stream.prompt / held + stream.completion) / stream.completion
-
-
-def linear_weights(shape: ModelShape) -> int:
-    """Return the number of weights of the linear layers that a token is multiplied with."""
-    experts = sum(3 * layer.chosen * layer.width * shape.hidden for layer in shape.layers)
-    return experts + sum(linear.out * linear.into for linear in shape.fused)
-
-
-def _layer_time(linear: float, attention: float, placement: Placement | None, copied: int) -> float:
-    """Count the multiplications of one layer for a token, and ``copied`` bytes in their terms."""
-    # Two products for each weight (none for its own gradient), and 3.5 of attention's for one.
-    total = 2 * linear + 3.5 * attention
-    if placement is None:
-        return total
-    total += (1 - NOT_AGAIN) * linear + attention * (placement.attention is None)
-    total += max(0.0, copied * FLOPS_PER_BYTE / 2 - linear - attention)
-    # Copies and tiles cost a little even where they are hidden.
-    tiles = 0.0 if placement.mlp_rows is None else 80 / placement.mlp_rows
-    return total * (1 + 0.002 * (copied > 0) + tiles)
+    return low

@@ -16,6 +16,10 @@ from rlsloth.policy.activations.placement import describe as describe_placements
 
 HOLDS = "cache holds"
 """Head of the column with the completions that the cache then holds at once."""
+STEP = "step"
+"""Head of the column with the share by which a step then takes longer."""
+LEAST_SLOWER = 0.01
+"""Smallest such share that is printed."""
 
 
 def report_line(plan: Plan, request: Request) -> str:
@@ -140,13 +144,20 @@ def _freed_columns(plan: Plan, freed: Sequence[Freed]) -> list[str]:
     columns = ["update"] if plan.engine is None else ["rollout", "update"]
     columns += ["host"] * any(round(one.host / GIB, 2) for one in freed)
     columns += [HOLDS] * any(one.holds is not None for one in freed)
+    columns += [STEP] * any(_is_slower(one) for one in freed)
     return columns + ["then"] * (not plan.fits)
+
+
+def _is_slower(one: Freed) -> bool:
+    return one.slower is not None and abs(one.slower) >= LEAST_SLOWER
 
 
 def _freed_cell(plan: Plan, one: Freed, column: str) -> str:
     if column == HOLDS:
         same = one.holds is None or plan.cache is None or one.holds == plan.cache.holds
         return "" if same else str(one.holds)
+    if column == STEP:
+        return f"{one.slower:+.0%}" if _is_slower(one) else ""
     if column == "then":
         return "fits" if one.fits else ""
     size = {"rollout": one.rollout, "update": one.update, "host": one.host}[column]

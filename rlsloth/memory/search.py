@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import product
 
 from rlsloth.memory.activations import Stream
-from rlsloth.memory.placing import Mode, embedding_places, fitting, modes
+from rlsloth.memory.modes import Mode, embedding_places, modes
 from rlsloth.memory.plan import precision_of
 from rlsloth.memory.shape import ModelShape
 from rlsloth.memory.streamed import layer_counts
@@ -15,12 +16,18 @@ from rlsloth.memory.terms import Plan, element_size
 from rlsloth.memory.workload import Request
 from rlsloth.policy.activations.placement import Placements
 
-OVERCOMMIT = 8
+LONGEST_TO_MEAN = 3
+"""Assumed ratio of the longest completion's tokens to the mean of all: most end long before their
+limit."""
+OVERCOMMIT = int(math.e * LONGEST_TO_MEAN)
 """Completions that vLLM is started for, for each that its cache holds at full length.
 
-Most completions end before their limit, and a group shares its prompt, so that more fit than are
-counted. If the cache runs full nevertheless, the last ones wait and are prefilled again, which
-takes little next to decoding. A row that stays empty takes about 2 % of a completion's memory.
+Completions are started together. If their lengths are distributed exponentially with mean m, a
+share exp(-t / m) of them is still running after t tokens, each with t tokens in the cache: for each
+completion that was started these are t * exp(-t / m), at most m / e (at t = m). With the limit at
+LONGEST_TO_MEAN * m the cache then has room for e * LONGEST_TO_MEAN for each of full length. If it
+runs full nevertheless, the last ones wait and are prefilled again, which takes little next to
+decoding. A row that stays empty takes about 2 % of a completion's memory.
 """
 
 Planner = Callable[[Request], Plan]
@@ -123,6 +130,31 @@ def _longest(
         if tokens and (best := fitted(tokens)) is not None:
             found = Longest(tokens, best.placed(layers), streamed, plan(best).host)
     return found
+
+
+def fitting(
+    plan: Callable[[Request], Plan], candidate: Callable[[int], Request], most: int
+) -> Request | None:
+    """Give as many of the last layers as fit the GPU a mode's second placement.
+
+    Args:
+        plan: function that plans a request.
+        candidate: makes the request with so many layers of the second placement.
+        most: largest number of such layers.
+
+    Returns:
+        The request; None if GPU or host have no room for any number of layers.
+    """
+
+    def fits(last: int) -> bool:
+        made = plan(candidate(last))
+        return made.peak("update") <= made.total
+
+    if not fits(0):
+        return None
+    last = _largest(fits, 1, most)
+    # The second placement needs no more of the host than the first.
+    return candidate(last) if plan(candidate(last)).fits_host else None
 
 
 def largest_tokens(plan: Planner, request: Request, least: int) -> int:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
+from functools import wraps
+from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
 
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
 Group = Literal["linears", "experts", "embeddings", "head", "norms and biases"]
 
 
@@ -104,8 +108,45 @@ class ModelShape:
     """Whether the checkpoint stores its linear layers in NF4, which loading keeps."""
     attention: str = field(default="varlen", compare=False)
     """Name of the attention backend that is assumed for training."""
+    sums: dict[Any, Any] = field(default_factory=dict, init=False, compare=False, repr=False)
+    """Results of functions that are ``remembered``."""
 
     @property
     def kv_width(self) -> int:
         """Number of elements of one token's keys and values, over all layers."""
         return sum(2 * layer.keys for layer in self.layers)
+
+
+def remembered(
+    function: Callable[Concatenate[ModelShape, Parameters], Result],
+) -> Callable[Concatenate[ModelShape, Parameters], Result]:
+    """Compute a function of a model once for each value of its other arguments.
+
+    The choice of placements makes many plans of one model. functools.cache would compare its
+    sizes, layer by layer, with those of another plan's model.
+    """
+
+    @wraps(function)
+    def lookup(shape: ModelShape, /, *args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
+        key = function, *args, *kwargs.items()
+        if key not in shape.sums:
+            shape.sums[key] = function(shape, *args, **kwargs)
+        result: Result = shape.sums[key]
+        return result
+
+    return lookup
+
+
+@remembered
+def layer_kinds(shape: ModelShape) -> tuple[tuple[Layer, ...], tuple[int, ...]]:
+    """Return the different layers of a model, and for each layer the index of its equal there."""
+    kinds = dict.fromkeys(shape.layers)
+    places = {layer: index for index, layer in enumerate(kinds)}
+    return tuple(kinds), tuple(places[layer] for layer in shape.layers)
+
+
+@remembered
+def linear_weights(shape: ModelShape) -> int:
+    """Return the number of weights of the linear layers that a token is multiplied with."""
+    experts = sum(3 * layer.chosen * layer.width * shape.hidden for layer in shape.layers)
+    return experts + sum(linear.out * linear.into for linear in shape.fused)

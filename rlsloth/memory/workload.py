@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from rlsloth.config import MICROBATCH, LoraConfig, ModelConfig, OptimConfig, RolloutConfig
 from rlsloth.config.evaluation import EvalConfig
 from rlsloth.memory.activations import Stream
+from rlsloth.memory.cards import UNKNOWN, Card
 from rlsloth.memory.shape import ModelShape
 from rlsloth.memory.terms import Precision, Term
 from rlsloth.policy.activations.placement import Placements, summary, uniform
@@ -30,6 +31,8 @@ class Workload:
     """Largest number of tokens of a completion in training or evaluation."""
     longest_prompt: int
     """Number of tokens of the longest prompt."""
+    sharing: int
+    """Number of completions that share a prompt, in training and in evaluations."""
     single_turn: bool = True
     """Whether one completion ends a rollout; further turns may fill the context."""
     max_context: int | None = None
@@ -80,6 +83,7 @@ def make_workload(
         sequences=max(prompts * group_size, evaluated),
         max_tokens=max(rollout.max_tokens, evaluation.max_tokens or 0),
         longest_prompt=longest_prompt,
+        sharing=min(group_size, evaluation.samples) if evaluated else group_size,
         single_turn=single_turn,
         max_context=model.max_context,
     )
@@ -159,6 +163,8 @@ class Request:
     """Number of tokens of the longest example with all its completions; None if it samples."""
     placements: Placements | None = None
     """Placements of the layers' activations; None: as ``model.gradient_checkpointing`` says."""
+    card: Card = UNKNOWN
+    """The card whose speeds are assumed; its memory does not count here."""
 
     @property
     def microbatch(self) -> int:
@@ -176,7 +182,8 @@ class Request:
 
     def with_update(self, tokens: int, placements: Placements) -> Request:
         """Copy the request with other micro-batches and placements."""
-        update = {"gradient_checkpointing": summary(placements)}
+        different = {id(placement): placement for placement in placements}
+        update = {"gradient_checkpointing": summary(tuple(different.values()))}
         model = self.model.model_copy(update=update)
         return replace(self, model=model, tokens_per_microbatch=tokens, placements=placements)
 

@@ -8,8 +8,8 @@ from typing import TypeVar
 
 from rlsloth.data.packing import longest_stream
 from rlsloth.memory.machine import host_bytes
+from rlsloth.memory.modes import most_frugal
 from rlsloth.memory.out_of_memory import free_memory, is_out_of_memory
-from rlsloth.memory.placing import most_frugal
 from rlsloth.policy.activations.placement import describe
 from rlsloth.policy.optimizer import reserve
 from rlsloth.policy.policy import Policy

@@ -16,9 +16,10 @@ from rlsloth.config import GrpoConfig, ModelConfig, RolloutConfig
 from rlsloth.config.sft import SftConfig
 from rlsloth.data.example import Example
 from rlsloth.memory import decide as planning
-from rlsloth.memory.placing import choose, relative_time
+from rlsloth.memory.placing import choose
 from rlsloth.memory.plan import KEPT_FREE, make_plan
 from rlsloth.memory.planned_model import model_shape
+from rlsloth.memory.seconds import step_seconds
 from rlsloth.memory.terms import GIB, Plan
 from rlsloth.memory.workload import Request
 from rlsloth.policy.activations.placement import Placement
@@ -129,7 +130,7 @@ def test_the_plan_decides_of_the_update_what_the_user_does_not(tmp_path):
         chosen = decided(total, 600)
         plan = make_plan(shape, chosen, total)
         assert plan.peak("update") <= (1 - KEPT_FREE) * total
-        times.append(relative_time(shape, chosen))
+        times.append(step_seconds(shape, chosen))
         modes.add(chosen.model.gradient_checkpointing)
     assert times == sorted(times, reverse=True)  # more memory is never slower
     assert modes >= {False, "offload"}
@@ -181,8 +182,10 @@ def test_a_small_host_limits_what_leaves_the_gpu(tmp_path):
         return choose(plan, shape, grpo_request(cfg, 100), 600)
 
     free, small, none = decided(None), decided(GIB // 4), decided(0)
-    assert free.model.gradient_checkpointing == small.model.gradient_checkpointing == "offload"
+    assert free.model.gradient_checkpointing == "offload"
     assert make_plan(shape, small, total).host <= GIB // 4 < make_plan(shape, free, total).host
+    times = [step_seconds(shape, request) for request in (free, small, none)]
+    assert times == sorted(times)
     assert none.model.gradient_checkpointing is True
     assert not make_plan(shape, free, 80 * GIB, host_total=0).fits
 

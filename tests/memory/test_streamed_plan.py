@@ -15,9 +15,10 @@ from helpers.plans import run
 from rlsloth.config import GrpoConfig, LoraConfig, ModelConfig
 from rlsloth.memory import decide as planning
 from rlsloth.memory.activations import Stream
-from rlsloth.memory.placing import choose, relative_time
+from rlsloth.memory.placing import choose
 from rlsloth.memory.plan import make_plan
 from rlsloth.memory.planned_model import model_shape
+from rlsloth.memory.seconds import step_seconds
 from rlsloth.memory.streamed import blocks, exposed_seconds
 from rlsloth.memory.terms import GIB
 from rlsloth.policy.load import load_model
@@ -74,7 +75,7 @@ def test_without_sampling_more_layers_make_room_for_larger_micro_batches(large: 
     assert plan(chosen).fits
     assert fewest.streamed < chosen.streamed
     assert fewest.microbatch < chosen.microbatch
-    assert relative_time(shape, chosen) < relative_time(shape, fewest)
+    assert step_seconds(shape, chosen) < step_seconds(shape, fewest)
 
 
 def test_the_users_number_and_vllm_are_left_alone(large: Path) -> None:
@@ -124,8 +125,7 @@ def test_the_blocks_are_as_large_as_planned(llama_folder: Path, precision: Any) 
     model = ModelConfig(path=str(llama_folder), precision=precision, device="cpu", offload_layers=2)
     held: Any = getattr(load_model(model).model, STREAMED)
     shape = model_shape(model, LoraConfig())
-    cfg = GrpoConfig(model=model)
-    sizes = blocks(shape, grpo_request(cfg, 50), precision)
+    sizes = blocks(shape, precision, 2)
     tensors = 7 * (2 if precision == "nf4" else 1)
     for block, size in zip(held._blocks, sizes, strict=True):
         assert size <= len(block) < size + tensors * ALIGNMENT
@@ -133,9 +133,9 @@ def test_the_blocks_are_as_large_as_planned(llama_folder: Path, precision: Any) 
 
 def test_copies_that_work_hides_take_no_time() -> None:
     size = 100_000_000  # 2 ms
-    assert exposed_seconds([size] * 5, 3e-3, 5e-3) == 0
-    assert exposed_seconds([size] * 5, 1.5e-3, 5e-3) == pytest.approx(1.5e-3)
-    assert exposed_seconds([size] * 2, 0, 0) == 0
+    assert exposed_seconds([size] * 5, 3e-3, 5e-3, 50e9) == 0
+    assert exposed_seconds([size] * 5, 1.5e-3, 5e-3, 50e9) == pytest.approx(1.5e-3)
+    assert exposed_seconds([size] * 2, 0, 0, 50e9) == 0
 
 
 def test_no_layer_is_streamed_if_a_sampling_run_fits_without(large: Path) -> None:

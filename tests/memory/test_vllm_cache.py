@@ -121,6 +121,18 @@ def test_as_many_as_fit(room, size, holds):
     assert (cache.size, cache.holds, cache.asked, cache.context) == (size, holds, 8, 512)
 
 
+@pytest.mark.parametrize(
+    ("room", "asked", "size", "holds"),
+    [
+        (10_000, 8, 2 * 40 + 8 * 60, 8), (10_000, 6, 2 * 40 + 6 * 60, 6), (280, 8, 280, 4),
+        (379, 8, 379, 4), (380, 8, 380, 5), (160, 8, 160, 2), (159, 8, 159, 1), (99, 8, 100, 0),
+    ],
+)  # fmt: skip
+def test_a_group_shares_its_prompt(room, asked, size, holds):
+    cache = fit_cache(100, asked, 512, room, further=60, group=4)
+    assert (cache.size, cache.holds) == (size, holds)
+
+
 def cache_of(plan: Plan) -> Cache:
     assert plan.cache is not None
     return plan.cache
@@ -135,11 +147,12 @@ def tight(shape: ModelShape, completions: float) -> int:
 
 
 def test_the_cache_takes_what_rollouts_leave_and_is_gone_in_the_update(shape):
-    one = completion_bytes(shape, "auto", 612, 2)
+    one, further = (completion_bytes(shape, "auto", tokens, 2) for tokens in (612, 512))
     ample = make_plan(shape, config(), 80 * GIB)
-    assert cache_of(ample) == Cache(256 * one, 256, 256, 612, stays=True)
+    assert cache_of(ample) == Cache(32 * (one + 7 * further), 256, 256, 612, stays=True)
     small = make_plan(shape, config(), tight(shape, 100.5))
-    assert cache_of(small).holds == 100
+    groups, rest = divmod(100.5 * one, one + 7 * further)
+    assert cache_of(small).holds == 8 * groups + 1 + (rest - one) // further > 100
     assert cache_of(small).size == pytest.approx(100.5 * one, abs=2)
     assert small.peak("rollout") == small.total
     assert size_of(small, "key-value cache") == (cache_of(small).size, 0)

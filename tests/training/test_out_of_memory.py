@@ -20,7 +20,7 @@ from helpers.out_of_memory import (
 )
 from helpers.policies import make_groups, make_policy
 from rlsloth.data.packing import longest_stream, pack, regroup
-from rlsloth.memory.placing import most_frugal
+from rlsloth.memory.modes import most_frugal
 from rlsloth.policy.activations.placement import uniform
 from rlsloth.policy.policy import Policy
 from rlsloth.training import gradients

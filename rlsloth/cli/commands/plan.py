@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pydantic import Field
 
@@ -12,6 +14,9 @@ from rlsloth.config import GrpoConfig, Section
 from rlsloth.config.sft import SupervisedConfig
 from rlsloth.errors import UserError
 from rlsloth.losses.opening import open_loss
+
+if TYPE_CHECKING:
+    from rlsloth.memory.cards import Card
 
 ABOUT = """Say what `rlsloth {loop}` needs of a GPU's memory, and whether it fits: from the model's
 configuration and the data, without a GPU and without weights. Exit status 1 when it does not fit.
@@ -78,21 +83,30 @@ def _plan_grpo(config: GrpoConfig, own: GrpoPlanOptions) -> int:
         longest, origin = own.longest_prompt, "--longest-prompt"
     engine = choose_engine(config.rollout, "cuda", planned=True)
     source = Source(origin, engine.text)
-    return plan_run(
-        grpo_request(config, longest), total, source, host=_host(own), as_json=own.as_json
-    )
+    request = replace(grpo_request(config, longest), card=_card(config, own))
+    return plan_run(request, total, source, host=_host(own), as_json=own.as_json)
 
 
 def _total(config: GrpoConfig | SupervisedConfig, own: PlanOptions) -> int:
     """Bytes of the GPU to plan for. Raises UserError."""
-    from rlsloth.memory.cards import card_bytes
+    from rlsloth.memory.cards import find_card
     from rlsloth.memory.decide import planned_bytes
 
     if own.gpu is None:
         return planned_bytes(config.model, own.memory_gb)
     if own.memory_gb is not None:
         raise UserError(f"--gpu {own.gpu} and --memory-gb {own.memory_gb:g}: pass only one of them")
-    return card_bytes(own.gpu)
+    return find_card(own.gpu).mib << 20
+
+
+def _card(config: GrpoConfig | SupervisedConfig, own: PlanOptions) -> Card:
+    """Card whose speeds are assumed: --gpu, or this machine's unless --memory-gb is given."""
+    from rlsloth.memory.cards import UNKNOWN, find_card
+    from rlsloth.memory.machine import card_of
+
+    if own.gpu is not None:
+        return find_card(own.gpu)
+    return UNKNOWN if own.memory_gb is not None else card_of(config.model)
 
 
 def _host(own: PlanOptions) -> int | None:
@@ -138,5 +152,5 @@ def _plan_supervised(config: SupervisedConfig, own: PlanOptions) -> int:
     total = _total(config, own)
     tokenizer, limits = load_tokenizer(config.model), read_limits(config.model)
     examples = load_examples(config, reader(config), tokenizer, *limits)
-    request = examples_request(config, examples.longest)
+    request = replace(examples_request(config, examples.longest), card=_card(config, own))
     return plan_run(request, total, Source(), host=_host(own), as_json=own.as_json)

@@ -1,0 +1,49 @@
+"""Cards by name: their memory, and the bus to the host."""
+
+from __future__ import annotations
+
+import pytest
+
+from rlsloth.errors import UserError
+from rlsloth.memory.cards import CARDS, UNKNOWN, card_of_device, find_card
+
+
+@pytest.mark.parametrize(
+    ("name", "bus"),
+    [
+        ("RTX 3090", 25e9), ("RTX 4090", 25e9), ("A100 80GB", 25e9), ("RTX 4060", 12.5e9),
+        ("H100", 50e9), ("H200", 50e9), ("RTX 5090", 50e9), ("T4", 12e9), ("V100 32GB", 12e9),
+    ],
+)  # fmt: skip
+def test_the_bus_of_a_card(name: str, bus: float) -> None:
+    assert find_card(name).bus == bus
+
+
+@pytest.mark.parametrize(
+    ("device", "card"),
+    [
+        ("NVIDIA H200", "H200"),
+        ("NVIDIA H100 80GB HBM3", "H100"),
+        ("NVIDIA A100-PCIE-40GB", "A100 40GB"),
+        ("Tesla T4", "T4"),
+        ("Tesla V100-SXM2-16GB", "V100 16GB"),
+        ("NVIDIA GeForce RTX 4090", "RTX 4090"),
+        ("NVIDIA GeForce RTX 4060 Ti", "RTX 4060 Ti 16GB"),
+        ("NVIDIA RTX 6000 Ada Generation", "RTX 6000 Ada"),
+        ("NVIDIA A10G", "A10G"),
+        ("NVIDIA L40S", "L40S"),
+    ],
+)
+def test_a_device_has_the_speeds_of_its_card(device: str, card: str) -> None:
+    found, named = card_of_device(device), CARDS[card]
+    assert (found.tflops, found.bus) == (named.tflops, named.bus)
+
+
+@pytest.mark.parametrize("device", ["NVIDIA T400 4GB", "AMD Instinct MI300X", ""])
+def test_other_devices_are_unknown(device: str) -> None:
+    assert card_of_device(device) is UNKNOWN
+
+
+def test_a_name_that_is_not_in_the_table_is_refused() -> None:
+    with pytest.raises(UserError, match=r"--gpu 'RTX 4091'.*RTX 4090.*--memory-gb"):
+        find_card("RTX 4091")
