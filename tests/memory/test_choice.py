@@ -73,7 +73,7 @@ def test_one_micro_batch_of_both_texts_fits_8_gib(shape: ModelShape) -> None:
     plan_of = planner(shape, 8)
     chosen = choose(plan_of, shape, texts(2), 4096)
     assert chosen.microbatch == 8192
-    assert chosen.placed(LAYERS) == (HOST,) * LAYERS
+    assert chosen.placed(LAYERS) == (Placement("host", "host"),) * LAYERS
     assert chosen.streamed == 0
     assert plan_of(chosen).fits
     assert plan_of(chosen).peak("update") <= (1 - MEASURED_FREE) * 8 * GIB
