@@ -26,7 +26,7 @@ ACTIVATION_TOLERANCE = 0.12
 KEPT_FREE = 0.1
 """Share of a GPU that the decision leaves free for errors of the estimate and fragmentation."""
 MEASURED_FREE = 0.03
-"""The same share where the estimate is measured: updates without sampling by the backend fa4.
+"""That share where the estimate is measured: updates without sampling by the backend fa4.
 
 There the plan was up to 1.4 % too low, and a run under a limit lost no speed with torch's peak at
 97 % of what it may take (docs/PERFORMANCE.md): torch gives unused blocks back before it fails.

@@ -42,7 +42,7 @@ def shape(tmp_path_factory: pytest.TempPathFactory) -> ModelShape:
 
 
 def deeper(shape: ModelShape, layers: int) -> ModelShape:
-    """The same model with more layers."""
+    """A model like it with more layers."""
     of_one = [w for w in shape.weights if w.layer == 0]
     around = [w for w in shape.weights if w.layer is None]
     within = [replace(w, layer=index) for index in range(layers) for w in of_one]
