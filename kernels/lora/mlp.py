@@ -96,8 +96,8 @@ def outer(h_wide: Tensor, parts: Parts, matrices: Iterator[Tensor]) -> Tensor:
 class OuterFunction(torch.autograd.Function):
     """Autograd of down: the token carries y's gradient to the inner function's backward.
 
-    Nothing is saved here. Activation checkpointing ends its second forward at the last saved
-    tensor, which belongs to the inner function, so down is not run again.
+    Nothing is saved here, so that the second forward of activation checkpointing leaves it out
+    (``op.lora_mlp``, ``inner_only``).
     """
 
     @staticmethod
@@ -139,8 +139,6 @@ class InnerFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_TH: Tensor, _: None) -> tuple[Tensor | None, ...]:
-        # This comes first: under activation checkpointing it runs the forward, which uses the
-        # shared buffers.
         x_TH, gate_wide, up_TF, low_TR, *copies = ctx.saved_tensors
         with torch.autocast(x_TH.device.type, enabled=False):
             parts = Parts(ctx.layers, ctx.activation, copies[:5])

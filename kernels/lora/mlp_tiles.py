@@ -39,7 +39,7 @@ def forward(x_TH: Tensor, parts: Parts, most: int) -> Tensor:
 class TiledOuterFunction(torch.autograd.Function):
     """The MLP's forward; like ``mlp.OuterFunction`` it saves nothing.
 
-    Activation checkpointing ends its second forward before this, so that the MLP is computed again
+    The second forward of activation checkpointing leaves it out, so that the MLP is computed again
     only once, in the inner function's backward.
     """
 

@@ -38,7 +38,7 @@ class Freed:
     """Whether the run then fits."""
     slower: float | None
     """Share by which the estimated time of a step grows, without decoding itself; None if the
-    option changes what a step computes."""
+    option changes the number of tokens in a step."""
 
     @property
     def gpu(self) -> int:

@@ -206,11 +206,17 @@ class _Search:
         best: tuple[float, Candidate, int] | None = None
 
         @cache
+        def plan_of(candidate: Candidate, last: int) -> Plan:
+            return self.plan(self._made(candidate, last))
+
         def fits(candidate: Candidate, last: int) -> bool:
+            return stage.accepts(plan_of(candidate, last))
+
+        def fits_gpu(candidate: Candidate, last: int) -> bool:
             if refused.covers(candidate, last):
                 return False
-            plan = self.plan(self._made(candidate, last))
-            accepted = stage.accepts(plan)
+            plan = plan_of(candidate, last)
+            accepted = stage.accepts(replace(plan, host_total=None))
             if not accepted and plan.peak("update") > self.share * plan.total:
                 refused.add(candidate, last)
             return accepted
@@ -223,12 +229,15 @@ class _Search:
                 replace(fastest, place=stage.places[-1]),
                 self._first_faster(fastest, best),
             )
-            if not fits(frugal, faster) and refused.covers(frugal, faster):
+            if not fits_gpu(frugal, faster) and refused.covers(frugal, faster):
                 continue
             for place in stage.places:
                 candidate = replace(fastest, place=place)
                 faster, most = self._first_faster(candidate, best), candidate.mode.most(layers)
-                last = _largest(partial(fits, candidate), faster, most)
+                last = _largest(partial(fits_gpu, candidate), faster, most)
+                if last is not None and not fits(candidate, last):
+                    # The host refuses. Its need falls or rises with the number, by the mode.
+                    last = _largest(partial(fits, candidate), faster, last)
                 if last is not None:
                     seconds = self._seconds(candidate, last)
                     best = min(best or (seconds, candidate, last), (seconds, candidate, last),

@@ -143,7 +143,8 @@ def fitting(
         most: largest number of such layers.
 
     Returns:
-        The request; None if GPU or host have no room for any number of layers.
+        The request; None if the GPU has no room for any number of layers, or the host none for the
+        largest one that fits the GPU.
     """
 
     def fits(last: int) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import torch
 
@@ -30,7 +31,13 @@ def grow_segments(on: bool) -> None:
         on: False for engines with memory pools of their own (vLLM), whose memory must not move.
     """
     if not any(os.environ.get(f"PYTORCH_{name}ALLOC_CONF") for name in ("", "CUDA_")):
-        torch.cuda.memory._set_allocator_settings(f"expandable_segments:{on}")
+        _set_allocator(f"expandable_segments:{on}")
+
+
+def _set_allocator(settings: str) -> None:
+    # torch 2.13 warns of the older name.
+    now: Any = getattr(torch._C, "_accelerator_setAllocatorSettings", None)
+    (now or torch.cuda.memory._set_allocator_settings)(settings)
 
 
 def limit_memory(gib: float | None, device: torch.device) -> None:

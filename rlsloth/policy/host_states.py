@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -51,13 +52,14 @@ class HostStates:
         Raises:
             torch.OutOfMemoryError: they do not fit; the states in host memory are complete.
         """
-        places = list(self._places())
-        if self._block is None or not all(self._parked(x) for *_, x in places):
+        parked = [place for place in self._places() if self._parked(place[2])]
+        if self._block is None or not parked:
             return
         there = self._block.to(self._device, non_blocking=True)
         if there is self._block:  # a CPU
             there = self._block.clone()
-        _put(places, there)
+        starts = [x.data_ptr() - self._block.data_ptr() for *_, x in parked]
+        _put(parked, there, starts)
 
     def park(self) -> None:
         """Copy the states to host memory, and free the device's; the host waits for the copy.
@@ -71,14 +73,13 @@ class HostStates:
         size = sum(_room(x) for *_, x in places)
         if self._block is None or len(self._block) != size:
             self._block = self._make(size)
-        at = 0
-        for *_, x in places:
+        starts = [0, *accumulate(_room(x) for *_, x in places)][:-1]
+        for (*_, x), at in zip(places, starts, strict=True):
             part = self._block[at : at + x.nbytes]
             part.copy_(x.view(-1).view(torch.uint8), non_blocking=True)
-            at += _room(x)
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
-        _put(places, self._block)
+        _put(places, self._block, starts)
 
     def _places(self) -> Iterator[Place]:
         for weight, state in self._optimizer.state.items():
@@ -115,9 +116,7 @@ def _room(x: Tensor) -> int:
     return -(-x.nbytes // ALIGNMENT) * ALIGNMENT
 
 
-def _put(places: list[Place], block: Tensor) -> None:
+def _put(places: list[Place], block: Tensor, starts: list[int]) -> None:
     """Put views of a block that contains the states in their places."""
-    at = 0
-    for state, key, x in places:
+    for (state, key, x), at in zip(places, starts, strict=True):
         state[key] = block[at : at + x.nbytes].view(x.dtype).view(x.shape)
-        at += _room(x)

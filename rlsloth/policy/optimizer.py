@@ -140,11 +140,11 @@ def reserve(optimizer: torch.optim.Optimizer) -> None:
             except torch.OutOfMemoryError:
                 optimizer.state.pop(weight, None)
                 raise
-        if plain:
-            held = [torch.empty_like(w) for w in group["params"] if w.device.type == "cuda"]
-            del held
     if (host := _host_states(optimizer)) is not None:
         host.fetch()
+    for group in optimizer.param_groups if plain else ():
+        held = [torch.empty_like(w) for w in group["params"] if w.device.type == "cuda"]
+        del held
 
 
 def park(optimizer: torch.optim.Optimizer) -> None:

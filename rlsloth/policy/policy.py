@@ -27,6 +27,7 @@ from rlsloth.policy.lora import REFERENCE, TRAINED, add_adapter
 from rlsloth.policy.optimizer import (
     flatten_state,
     make_optimizer,
+    park,
     restore_state,
     resume_schedule,
 )
@@ -233,6 +234,7 @@ class Policy:
         if not skipped:
             self.optimizer.step()
             self.version += 1
+        park(self.optimizer)  # an update that is skipped has fetched the states, too
         self._advance_schedule()
         self.optimizer.zero_grad(set_to_none=True)
         return StepStats(norm, lr, skipped)

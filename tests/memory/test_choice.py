@@ -83,6 +83,29 @@ def test_one_micro_batch_of_both_texts_fits_8_gib(shape: ModelShape) -> None:
     assert smaller.microbatch == 4096
 
 
+@pytest.mark.parametrize(("gpu", "host"), [(16, 8), (16, 6), (16, 5), (24, 9), (24, 7)])
+def test_inputs_stay_on_the_gpu_where_the_host_is_small(
+    shape: ModelShape, gpu: int, host: int
+) -> None:
+    """The host's need falls with the number of layers whose inputs are on the GPU."""
+    text = replace(texts(1), stream=Stream(0, 32768, 1), longest_example=32768)
+    plan_of = partial(make_plan, shape, total=gpu * GIB, host_total=host * GIB)
+    chosen = choose(plan_of, shape, text, 32768)
+    assert plan_of(chosen).fits
+    assert chosen.streamed == 0
+    # No other number of layers, and no other place of the embedding, is faster.
+    first, *_, last = chosen.placed(LAYERS)
+    requests = [
+        text.with_embeddings(offload).with_layers(0).with_update(
+            32768, (first,) * (LAYERS - count) + (last,) * count
+        )
+        for count in range(LAYERS)
+        for offload in (False, True)
+    ]  # fmt: skip
+    best = min(step_seconds(shape, one) for one in requests if plan_of(one).fits)
+    assert step_seconds(shape, chosen) <= 1.001 * best
+
+
 def test_the_plan_of_one_long_micro_batch_is_as_measured(shape: ModelShape) -> None:
     one = replace(texts(1), stream=Stream(512, 3584, 8), longest_example=29176)
     one = one.with_embeddings(True).with_layers(0).with_update(29176, (HOST,) * LAYERS)

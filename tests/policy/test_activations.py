@@ -164,6 +164,25 @@ def plain_halves(monkeypatch: pytest.MonkeyPatch) -> None:
     CALLS.clear()
 
 
+def test_both_forwards_attend_as_with_a_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch's kernels, and those of plain.py, depend on whether a gradient is needed."""
+    seen: list[bool] = []
+
+    def attend(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packed: PackedLayout, scale: float
+    ) -> torch.Tensor:
+        seen.append(torch.is_grad_enabled() and q.requires_grad)
+        return BACKENDS["sdpa"].attend(q, k, v, packed, scale)
+
+    monkeypatch.setitem(BACKENDS, "probe", Backend("probe", attend, works=lambda: True))
+    policy = policy_with("llama", True)
+    policy.backend = "probe"
+    gradients(policy)
+    assert seen == [True] * 6
+    policy.eval_logprobs(MICRO)
+    assert seen == [True] * 6 + [False] * 3
+
+
 @pytest.mark.parametrize("input_place", ["device", "host"])
 @pytest.mark.parametrize("attention", [None, "device", "host"])
 @pytest.mark.parametrize("parts", [1, 2])

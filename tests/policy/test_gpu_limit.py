@@ -43,7 +43,7 @@ def test_a_limit_is_set_and_lifted(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_segments_grow_unless_the_user_has_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[str] = []
-    monkeypatch.setattr(torch.cuda.memory, "_set_allocator_settings", made.append)
+    monkeypatch.setattr(gpu_limit, "_set_allocator", made.append)
     for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
         monkeypatch.delenv(name, raising=False)
         grow_segments(True)

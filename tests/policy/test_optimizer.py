@@ -9,7 +9,13 @@ import pytest
 import torch
 
 from rlsloth.config import OptimConfig
-from rlsloth.policy.optimizer import flatten_state, make_optimizer, reserve, restore_state
+from rlsloth.policy.optimizer import (
+    flatten_state,
+    make_optimizer,
+    park,
+    reserve,
+    restore_state,
+)
 
 SIZES = (5, 5000, 300, 9000)
 """Elements of tensors; 8-bit AdamW keeps small ones in float32."""
@@ -150,3 +156,22 @@ def test_queued_updates_are_those_of_bitsandbytes() -> None:
     saved, other = flatten_state(queued), flatten_state(library)
     assert saved[1] == other[1]
     assert all(torch.equal(x, other[0][key]) for key, x in saved[0].items())
+
+
+@pytest.mark.parametrize("name", ["adamw", "adamw_8bit"])
+def test_a_state_that_is_made_later_joins_those_in_host_memory(name: str) -> None:
+    weights = parameters()
+    optimizer = make(weights, name, offload=True)
+    weights[1].grad = torch.ones_like(weights[1])
+    reserve(optimizer)
+    optimizer.step()
+    assert parked(optimizer)
+    weights[3].grad = torch.ones_like(weights[3])
+    reserve(optimizer)
+    assert not any(optimizer.host_states._parked(x) for *_, x in optimizer.host_states._places())  # type: ignore[attr-defined]
+    park(optimizer)  # the update was skipped
+    assert parked(optimizer)
+    optimizer.step()
+    assert parked(optimizer)
+    assert optimizer.state[weights[1]]["step"] == 2
+    assert optimizer.state[weights[3]]["step"] == 1

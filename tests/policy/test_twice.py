@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from functools import partial
 from typing import Any
 
@@ -94,3 +96,22 @@ def test_layers_below_the_first_trained_one_run_once() -> None:
     frozen.close()
     assert CALLS == ["0", "1", "2", "2", "1"]
     assert all(p.grad is not None for layer in layers[1:] for p in layer.parameters())
+
+
+def test_a_forward_without_backward_is_forgotten_at_the_next() -> None:
+    """Also if the first layers are not trained; memory that ran out leaves such forwards."""
+    layers = [Layer(str(i)) for i in range(3)]
+    layers[0].requires_grad_(False)
+    recomputed = Recomputed(layers, (Placement("device"),) * 3, CPU)
+    alive: list[weakref.ref[Tensor]] = []
+    fixed = torch.ones(3, 4)
+    for _ in range(3):
+        hidden = torch.randn(3, 4)
+        for layer in layers:
+            hidden, _ = layer(hidden, fixed, pair=(fixed, fixed), options={"scale": fixed})
+            alive.append(weakref.ref(hidden.untyped_storage()))
+        del hidden
+        gc.collect()
+    # The last forward has kept the inputs of two layers.
+    assert sum(one() is not None for one in alive) <= 2
+    recomputed.close()

@@ -61,9 +61,11 @@ class Recomputed:
         self, at: _Layer, forward: Callable[..., Any], hidden: Tensor, rest: tuple[Any, ...]
     ) -> Any:
         """Run a layer's first forward so that autograd keeps only what the placement says."""
+        if at.first:  # what failed forwards have left
+            self._last = None
         if not torch.is_grad_enabled() or not (at.trains or hidden.requires_grad):
             return forward(hidden, *rest)
-        layer = Pass(at.placement, self._transfer, None if at.first else self._last)
+        layer = Pass(at.placement, self._transfer, self._last)
         layer.start(hidden)
         twice = Twice(layer, forward, rest, draws=at.draws, with_input=hidden.requires_grad)
         out = compute_twice(twice, hidden)

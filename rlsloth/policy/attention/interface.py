@@ -9,6 +9,7 @@ the run's backend (backends.py).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from rlsloth.policy.activations.passes import current_pass
 from rlsloth.policy.attention.backends import BACKENDS
 from rlsloth.policy.attention.layout import PackedLayout
 from rlsloth.policy.attention.plain import plain_attention, plain_packed
@@ -60,10 +62,17 @@ def attend(
     special = window is not None or softcap or s_aux is not None
     if packed is not None:
         if not special:
-            attend_packed = BACKENDS[packed.backend].attend
-            return attend_packed(query[0], key[0], value[0], packed, scale)[None], None
-        plain = partial(plain_attention, scale=scale, window=window, softcap=softcap, sinks=s_aux)
-        return plain_packed(plain, query[0], key[0], value[0], packed)[None], None
+            backend = BACKENDS[packed.backend].attend
+
+            def attend_packed(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+                return backend(query, key, value, packed, scale)
+
+        else:
+            plain = partial(
+                plain_attention, scale=scale, window=window, softcap=softcap, sinks=s_aux
+            )
+            attend_packed = partial(plain_packed, plain, packed=packed)
+        return _in_both_forwards(attend_packed, query[0], key[0], value[0])[None], None
     if special or (query.shape[2] == 1 and query.is_cuda and attention_mask is not None):
         if attention_mask is None:
             rows = torch.arange(query.shape[2], device=query.device)
@@ -84,6 +93,20 @@ def attend(
         enable_gqa=True,
     )
     return out.transpose(1, 2), None
+
+
+def _in_both_forwards(
+    attend_packed: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor
+) -> Tensor:
+    """Attend; in a layer's first forward as in the second one.
+
+    Where no gradient is needed, torch (and plain.py) may choose kernels that add in another order.
+    """
+    layer = current_pass()
+    if layer is None or layer.again:
+        return attend_packed(query, key, value)
+    with torch.enable_grad():
+        return attend_packed(*(x.detach().requires_grad_() for x in (query, key, value))).detach()
 
 
 def register() -> None:

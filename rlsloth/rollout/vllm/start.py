@@ -126,11 +126,13 @@ def start_vllm(
                     **FIXED,
                 )
         except UserError:  # nothing has started
+            _grow_again(device)
             raise
         except Exception as error:  # any type: of vLLM's models, of its libraries, of CUDA
             slots.clear()
             with suppress(Exception):
                 stop_vllm(None)
+            _grow_again(device)
             text = f"vLLM cannot start with {family}: {first_line(error)}"
             raise UserError(f"{text}; pass --rollout.engine transformers") from error
     return llm, slots
@@ -144,6 +146,11 @@ def import_vllm(device: torch.device, kv_cache: str) -> Any:
     with without_flashinfer(device, kv_cache):
         from vllm import LLM
     return LLM
+
+
+def _grow_again(device: torch.device) -> None:
+    if device.type == "cuda":
+        grow_segments(True)
 
 
 def _prepare(
