@@ -97,6 +97,7 @@ class _Function(torch.autograd.Function):
         with torch.enable_grad(), _drawing_again(ctx.states, ctx.device):
             out = twice(hidden)
         roots, twice.layer.roots = twice.layer.roots, None
+        twice.layer.linears.clear()  # they refer to weights, which an engine may move later
         if roots is None:
             roots = out if isinstance(out, tuple) else (out,)
         else:

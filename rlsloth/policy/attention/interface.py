@@ -61,18 +61,8 @@ def attend(
     window = sliding_window if sliding_window and longest > sliding_window else None
     special = window is not None or softcap or s_aux is not None
     if packed is not None:
-        if not special:
-            backend = BACKENDS[packed.backend].attend
-
-            def attend_packed(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-                return backend(query, key, value, packed, scale)
-
-        else:
-            plain = partial(
-                plain_attention, scale=scale, window=window, softcap=softcap, sinks=s_aux
-            )
-            attend_packed = partial(plain_packed, plain, packed=packed)
-        return _in_both_forwards(attend_packed, query[0], key[0], value[0])[None], None
+        over_stream = _over_stream(packed, scale, window, softcap, s_aux)
+        return _in_both_forwards(over_stream, query[0], key[0], value[0])[None], None
     if special or (query.shape[2] == 1 and query.is_cuda and attention_mask is not None):
         if attention_mask is None:
             rows = torch.arange(query.shape[2], device=query.device)
@@ -95,8 +85,23 @@ def attend(
     return out.transpose(1, 2), None
 
 
+def _over_stream(
+    packed: PackedLayout,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """Return the function that attends over a packed stream: the run's backend, or plain torch."""
+    if window is None and not softcap and sinks is None:
+        backend = BACKENDS[packed.backend].attend
+        return lambda query, key, value: backend(query, key, value, packed, scale)
+    plain = partial(plain_attention, scale=scale, window=window, softcap=softcap, sinks=sinks)
+    return partial(plain_packed, plain, packed=packed)
+
+
 def _in_both_forwards(
-    attend_packed: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor
+    over_stream: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor
 ) -> Tensor:
     """Attend; in a layer's first forward as in the second one.
 
@@ -104,9 +109,9 @@ def _in_both_forwards(
     """
     layer = current_pass()
     if layer is None or layer.again:
-        return attend_packed(query, key, value)
+        return over_stream(query, key, value)
     with torch.enable_grad():
-        return attend_packed(*(x.detach().requires_grad_() for x in (query, key, value))).detach()
+        return over_stream(*(x.detach().requires_grad_() for x in (query, key, value))).detach()
 
 
 def register() -> None:
