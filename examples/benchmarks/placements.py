@@ -18,7 +18,8 @@ A mode places all layers alike; parts are joined by +:
 One process measures all modes, one after another. --cap-gib is model.memory_gb: torch's allocator
 may take what the CUDA context leaves of it; a mode that does not fit is a row with its error. The
 device's own count includes the CUDA context and other processes. rollout_tokens_per_s counts a
-prompt once for each of its completions.
+prompt once for each of its completions. forward_started_s and backward_started_s are the host's
+times to start kernels; with a short stream (--stream 0 256 1) the GPU does not hold it up.
 """
 
 from __future__ import annotations
@@ -197,13 +198,14 @@ class Bench:
         row |= {"planned_gib": plan.peak("update") / GIB, "planned_host_gib": plan.host / GIB}
         self.policy._recomputed = Recomputed(self.layers, placements, self.policy.device)
         try:
-            seconds = [self.update() for _ in range(1 + self.args.repeats)]
-            seconds = seconds[1:] or seconds
+            updates = [self.update() for _ in range(1 + self.args.repeats)]
+            updates = updates[1:] or updates
         except torch.OutOfMemoryError as error:
             row["error"] = str(error).splitlines()[0]
             self.policy.optimizer.zero_grad(set_to_none=True)
         else:
-            row["seconds"] = statistics.median(seconds)
+            names = ("seconds", "forward_started_s", "backward_started_s")
+            row |= dict(zip(names, map(statistics.median, zip(*updates, strict=True)), strict=True))
             row["tokens_per_s"] = self.tokens / row["seconds"]
             prompt, completion, group = self.args.stream
             rolled_out = self.args.trees * group * (prompt + completion)
@@ -219,16 +221,19 @@ class Bench:
             torch.cuda.reset_peak_memory_stats()
         return row
 
-    def update(self) -> float:
-        """Make an update; return its seconds."""
+    def update(self) -> tuple[float, float, float]:
+        """Make an update; return its seconds, and the host's to start forward and backward."""
         import torch
 
         synchronize()
         start = time.perf_counter()
-        torch.autograd.backward(self.policy.logprobs(self.micro).logprobs.sum())
+        total = self.policy.logprobs(self.micro).logprobs.sum()
+        forward = time.perf_counter()
+        torch.autograd.backward(total)
+        backward = time.perf_counter()
         self.policy.step()
         synchronize()
-        return time.perf_counter() - start
+        return time.perf_counter() - start, forward - start, backward - forward
 
 
 def synchronize() -> None:

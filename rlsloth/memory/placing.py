@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from functools import cache, partial
 
 from rlsloth.config import MICROBATCH
+from rlsloth.memory.bisection import largest
 from rlsloth.memory.modes import Mode, embedding_places, modes
 from rlsloth.memory.plan import kept_free
 from rlsloth.memory.seconds import StepTimes
@@ -234,10 +235,10 @@ class _Search:
             for place in stage.places:
                 candidate = replace(fastest, place=place)
                 faster, most = self._first_faster(candidate, best), candidate.mode.most(layers)
-                last = _largest(partial(fits_gpu, candidate), faster, most)
+                last = largest(partial(fits_gpu, candidate), faster, most)
                 if last is not None and not fits(candidate, last):
                     # The host refuses. Its need falls or rises with the number, by the mode.
-                    last = _largest(partial(fits, candidate), faster, last)
+                    last = largest(partial(fits, candidate), faster, last)
                 if last is not None:
                     seconds = self._seconds(candidate, last)
                     best = min(best or (seconds, candidate, last), (seconds, candidate, last),
@@ -274,14 +275,3 @@ class _Search:
             for placement, part in ((mode.first, places[:first]), (mode.last, places[first:]))
         ]
         return [one for one in counted if one[2]]
-
-
-def _largest(fits: Callable[[int], bool], least: int, most: int) -> int | None:
-    """Find the largest number between ``least`` and ``most`` that fits, by bisection."""
-    if not fits(least):
-        return None
-    low, high = least, most
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle - 1)
-    return low

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 
 from rlsloth.memory.activations import Stream
+from rlsloth.memory.bisection import largest
 from rlsloth.memory.modes import Mode, embedding_places, modes
 from rlsloth.memory.plan import precision_of
 from rlsloth.memory.shape import ModelShape
@@ -126,7 +127,7 @@ def _longest(
             made = fitting(plan, candidate, mode.most(layers))
             return made if made is not None and fits(plan(made), made) else None
 
-        tokens = _largest(lambda n: fitted(n) is not None, found.tokens + 1, most)
+        tokens = largest(lambda n: fitted(n) is not None, found.tokens + 1, most)
         if tokens and (best := fitted(tokens)) is not None:
             found = Longest(tokens, best.placed(layers), streamed, plan(best).host)
     return found
@@ -151,16 +152,16 @@ def fitting(
         made = plan(candidate(last))
         return made.peak("update") <= made.total
 
-    if not fits(0):
+    last = largest(fits, 0, most)
+    if last is None:
         return None
-    last = _largest(fits, 1, most)
     # The second placement needs no more of the host than the first.
     return candidate(last) if plan(candidate(last)).fits_host else None
 
 
 def largest_tokens(plan: Planner, request: Request, least: int) -> int:
     """Find the largest ``tokens_per_microbatch`` that fits; 0 if ``least`` tokens do not fit."""
-    return _largest(lambda n: plan(replace(request, tokens_per_microbatch=n)).fits, least)
+    return largest(lambda n: plan(replace(request, tokens_per_microbatch=n)).fits, least) or 0
 
 
 def largest_sequences(plan: Planner, request: Request) -> int:
@@ -170,7 +171,7 @@ def largest_sequences(plan: Planner, request: Request) -> int:
     """
     assert request.sampling is not None
     most = request.sampling.workload.sequences
-    return _largest(lambda rows: plan(request.with_sequences(rows)).fits, 1, most)
+    return largest(lambda rows: plan(request.with_sequences(rows)).fits, 1, most) or 0
 
 
 def decide_sequences(plan: Planner, shape: ModelShape, request: Request) -> Request:
@@ -209,15 +210,4 @@ def decide_sequences(plan: Planner, shape: ModelShape, request: Request) -> Requ
             return planned.cache.holds * OVERCOMMIT >= rows
         return planned.left >= 0 and planned.peak("rollout") <= half
 
-    return request.with_sequences(max(1, _largest(fits, 1, sampling.at_once)))
-
-
-def _largest(fits: Callable[[int], bool], least: int, most: int = 1 << 20) -> int:
-    """Find the largest number between ``least`` and ``most`` that fits, 0 if none, by bisection."""
-    if most < least or not fits(least):
-        return 0
-    low, high = least, most
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle - 1)
-    return low
+    return request.with_sequences(largest(fits, 1, sampling.at_once) or 1)

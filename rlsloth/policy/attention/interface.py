@@ -62,7 +62,7 @@ def attend(
     special = window is not None or softcap or s_aux is not None
     if packed is not None:
         over_stream = _over_stream(packed, scale, window, softcap, s_aux)
-        return _in_both_forwards(over_stream, query[0], key[0], value[0])[None], None
+        return over_stream(query[0], key[0], value[0])[None], None
     if special or (query.shape[2] == 1 and query.is_cuda and attention_mask is not None):
         if attention_mask is None:
             rows = torch.arange(query.shape[2], device=query.device)
@@ -94,14 +94,19 @@ def _over_stream(
 ) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     """Return the function that attends over a packed stream: the run's backend, or plain torch."""
     if window is None and not softcap and sinks is None:
-        backend = BACKENDS[packed.backend].attend
-        return lambda query, key, value: backend(query, key, value, packed, scale)
+        backend = BACKENDS[packed.backend]
+
+        def attend_packed(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            return backend.attend(query, key, value, packed, scale)
+
+        # A backend in two halves has one forward (kept.py).
+        return attend_packed if backend.halves else partial(_in_both_forwards, attend_packed)
     plain = partial(plain_attention, scale=scale, window=window, softcap=softcap, sinks=sinks)
-    return partial(plain_packed, plain, packed=packed)
+    return partial(_in_both_forwards, partial(plain_packed, plain, packed=packed))
 
 
 def _in_both_forwards(
-    over_stream: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor
+    attend_packed: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor
 ) -> Tensor:
     """Attend; in a layer's first forward as in the second one.
 
@@ -109,9 +114,9 @@ def _in_both_forwards(
     """
     layer = current_pass()
     if layer is None or layer.again:
-        return over_stream(query, key, value)
+        return attend_packed(query, key, value)
     with torch.enable_grad():
-        return over_stream(*(x.detach().requires_grad_() for x in (query, key, value))).detach()
+        return attend_packed(*(x.detach().requires_grad_() for x in (query, key, value))).detach()
 
 
 def register() -> None:
