@@ -94,7 +94,8 @@ def load_model(cfg: ModelConfig) -> LoadedModel:
     device = pick_device(cfg.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)  # CUDA graphs are captured on the current device
-        grow_segments(True)
+        # vLLM takes over single weights. What they leave in an enlarged segment is not given back.
+        grow_segments(False)
         limit_memory(cfg.memory_gb, device)
     precision = held_precision(cfg, device.type)
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
@@ -138,6 +139,8 @@ def load_model(cfg: ModelConfig) -> LoadedModel:
             flush=True,
         )
     setattr(model, IDENTITY, identity)  # save_adapter writes it
+    if device.type == "cuda":
+        grow_segments(True)
     return LoadedModel(model, tokenizer, device, dtype, precision)
 
 

@@ -145,3 +145,15 @@ def test_vllms_worker_still_does_too_much(method: str, text: str) -> None:
     from vllm.v1.worker.gpu_worker import Worker
 
     assert text in inspect.getsource(getattr(Worker, method))
+
+
+def test_vllm_still_shows_a_bar_while_it_captures_graphs(capsys) -> None:
+    from vllm.v1.worker.gpu import cudagraph_utils
+
+    assert "use_tqdm_on_load" not in inspect.getsource(cudagraph_utils)
+    assert "tqdm(descs" in inspect.getsource(cudagraph_utils)
+    before = cudagraph_utils.tqdm
+    with compat.without_progress():
+        assert list(cudagraph_utils.tqdm([1, 2], desc="Capturing")) == [1, 2]
+    assert cudagraph_utils.tqdm is before
+    assert capsys.readouterr().err == ""

@@ -11,6 +11,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -151,6 +152,27 @@ SAMPLERS_WARMED_UP = Change(
     "uses one",
 )
 
+PROGRESS_SHOWN = Change(
+    "vllm",
+    VERSIONS,
+    "one of its two model runners shows a bar while it captures CUDA graphs, whatever "
+    "use_tqdm_on_load says",
+)
+
+
+@contextmanager
+def without_progress() -> Iterator[None]:
+    """Show no bar while CUDA graphs are captured."""
+    from vllm.v1.worker.gpu import cudagraph_utils
+
+    shown = cudagraph_utils.tqdm
+    cudagraph_utils.tqdm = partial(shown, disable=True)
+    try:
+        yield
+    finally:
+        cudagraph_utils.tqdm = shown
+
+
 CHANGES = (
     FLASHINFER_IMPORTED,
     INSPECTED_IN_A_PROCESS,
@@ -160,5 +182,6 @@ CHANGES = (
     WEIGHTS_SLEEP,
     LARGEST_BATCH_RUN,
     SAMPLERS_WARMED_UP,
+    PROGRESS_SHOWN,
 )
 """All changes in this file."""

@@ -54,7 +54,7 @@ FIXED: dict[str, Any] = {
     "logprobs_mode": "processed_logprobs",
     "generation_config": "vllm",  # not the model's own sampling defaults
     "disable_log_stats": True,
-    "use_tqdm_on_load": False,  # also the progress of capturing CUDA graphs
+    "use_tqdm_on_load": False,  # also while CUDA graphs are captured (but see without_progress)
 }
 """Arguments of vllm.LLM that are the same in every run."""
 DEFAULTS = {"VLLM_LOGGING_LEVEL": "ERROR"}
@@ -105,7 +105,7 @@ def start_vllm(
     check_installed()
     _refuse(model, device)
     if device.type == "cuda":
-        grow_segments(False)
+        grow_segments(False)  # vLLM makes its pools of memory while it starts
     family = type(model.get_base_model()).__name__
     slots: list[Slot] = []
     with state_restored(), tempfile.TemporaryDirectory(prefix="rlsloth-vllm-") as folder:
@@ -126,15 +126,16 @@ def start_vllm(
                     **FIXED,
                 )
         except UserError:  # nothing has started
-            _grow_again(device)
             raise
         except Exception as error:  # any type: of vLLM's models, of its libraries, of CUDA
             slots.clear()
             with suppress(Exception):
                 stop_vllm(None)
-            _grow_again(device)
             text = f"vLLM cannot start with {family}: {first_line(error)}"
             raise UserError(f"{text}; pass --rollout.engine transformers") from error
+        finally:
+            if device.type == "cuda":
+                grow_segments(True)
     return llm, slots
 
 
@@ -146,11 +147,6 @@ def import_vllm(device: torch.device, kv_cache: str) -> Any:
     with without_flashinfer(device, kv_cache):
         from vllm import LLM
     return LLM
-
-
-def _grow_again(device: torch.device) -> None:
-    if device.type == "cuda":
-        grow_segments(True)
 
 
 def _prepare(

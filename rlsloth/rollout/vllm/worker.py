@@ -11,13 +11,14 @@ from vllm.config import set_current_vllm_config
 from vllm.v1.worker.gpu_worker import Worker
 from vllm.v1.worker.worker_base import CompilationTimes
 
-from rlsloth.rollout.vllm.compat import forget_stream
+from rlsloth.rollout.vllm.compat import forget_stream, without_progress
 
 
 class SharedWorker(Worker):  # type: ignore[misc]
     """GPU worker whose sleep frees the key-value cache alone and whose start runs no trial batch.
 
-    The reasons are in rollout.vllm.compat: WEIGHTS_SLEEP, LARGEST_BATCH_RUN, SAMPLERS_WARMED_UP.
+    The reasons are in rollout.vllm.compat: WEIGHTS_SLEEP, LARGEST_BATCH_RUN, SAMPLERS_WARMED_UP,
+    PROGRESS_SHOWN.
     """
 
     def _maybe_get_memory_pool_context(self, tag: str) -> AbstractContextManager[None]:
@@ -43,7 +44,8 @@ class SharedWorker(Worker):  # type: ignore[misc]
 
     def compile_or_warm_up_model(self) -> Any:
         """Capture the CUDA graphs; other kernels are compiled at their first use."""
-        self.model_runner.capture_model()
+        with without_progress():
+            self.model_runner.capture_model()
         gc.collect()
         gc.freeze()  # else each sleep, which collects garbage, would traverse all modules
         return CompilationTimes(language_model=0.0, encoder=0.0)
