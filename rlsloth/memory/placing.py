@@ -62,10 +62,9 @@ def choose(
     The stages, in their order, are:
 
     1. All candidates with which the run fits, and the update leaves a share of the GPU free
-       (``kept_free``): first with no layer's weights in host memory, then with any number. If the
-       run samples, each decoding step copies these weights: then each number is a stage of its own,
-       the smallest first; and after none, the update that needs the least memory, if it fits at
-       all.
+       (``kept_free``), with any number of layers' weights in host memory. If the run samples, each
+       decoding step copies these weights: then each number is a stage of its own, the smallest
+       first; and after none, the update that needs the least memory, if it fits at all.
     2. The update that needs the least memory, if it fits, with as many layers in host memory as
        may be.
     3. For a run that does not fit: the candidates of the first stage whose update fits; the update
@@ -114,7 +113,7 @@ def _stages(shape: ModelShape, request: Request, least: int) -> Iterator[Stage]:
         return Stage(accepts, sizes, allowed, places)
 
     first = fits if request.overlap else roomy_and_fits
-    for numbers in [[n] for n in counts] if samples else [counts[:1], counts[1:]]:
+    for numbers in [[n] for n in counts] if samples else [counts]:
         yield all_of(first, numbers)
         if samples and numbers[0] == 0:
             yield frugal(fits, 0)

@@ -33,6 +33,9 @@ TILE_STARTED, PART_STARTED = 0.5, 0.1
 backward: about so many of a layer's kernels are theirs."""
 LOOKUP = 0.4
 """Share of the bus that reading single rows of an embedding in host memory reaches."""
+FETCHED = 0.02
+"""Share of its time that an update is thought to lose where it fetches layers' weights, even if the
+copies are hidden: it takes host memory, and must be worth that."""
 DEQUANTISED = 2.5e-12
 """Seconds to dequantise a weight from NF4: 2.5 bytes at 3 TB/s, 3 times for each micro-batch."""
 STEP = 65536
@@ -131,6 +134,7 @@ class StepTimes:
             )
             sizes = blocks(self._shape, self._precision, streamed)
             work += exposed_seconds(sizes, forward, backward, self._bus)
+            work *= 1 + FETCHED
         # The head: a product forward, and one backward.
         work += 2 * tokens * self._shape.vocabulary * self._shape.hidden / self._multiplied
         if self._precision == "nf4":

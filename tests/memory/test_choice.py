@@ -69,17 +69,24 @@ def planner(shape: ModelShape, gib: float) -> partial[Plan]:
 
 
 def test_one_micro_batch_of_both_texts_fits_8_gib(shape: ModelShape) -> None:
-    """On an H200 two micro-batches took 1.18 s a step, since the host was too slow; one 0.70 s."""
+    """On an H200 two micro-batches took 1.18 s a step, since the host was too slow; one 0.73 s.
+
+    Five layers' weights make room for the results of attention's linear layers to pass.
+    """
     plan_of = planner(shape, 8)
     chosen = choose(plan_of, shape, texts(2), 4096)
     assert chosen.microbatch == 8192
-    assert chosen.placed(LAYERS) == (Placement("host", "host"),) * LAYERS
-    assert chosen.streamed == 0
+    assert chosen.placed(LAYERS) == (Placement("host", "host", "host"),) * LAYERS
+    assert chosen.streamed == 5
+    resident = texts(2).with_embeddings(True).with_layers(0)
+    without = resident.with_update(8192, (Placement("host", "host"),) * LAYERS)
+    assert plan_of(without).fits
+    assert step_seconds(shape, chosen) < 0.98 * step_seconds(shape, without)
     assert plan_of(chosen).fits
     assert plan_of(chosen).peak("update") <= (1 - MEASURED_FREE) * 8 * GIB
     halved = chosen.with_update(4096, (Placement("host", "host", "host"),) * LAYERS)
     assert step_seconds(shape, halved) > 1.2 * step_seconds(shape, chosen)
-    smaller = choose(planner(shape, 7.6), shape, texts(2), 4096)  # where both do not fit
+    smaller = choose(planner(shape, 4.3), shape, texts(2), 4096)  # where both do not fit
     assert smaller.microbatch == 4096
 
 
