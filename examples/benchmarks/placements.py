@@ -77,10 +77,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--repeats",
         type=int,
         default=3,
-        help="updates after the first; 0: measure the first",
+        help="updates that count; one more comes before them, which compiles kernels and takes "
+        "host memory. 0: the first one counts",
     )
     add("--offload-embeddings", action="store_true", help="keep the embedding in host memory")
     add("--cap-gib", type=float, help="limit of torch's memory; default: the whole GPU")
+    add("--host-gib", type=float, help="host memory for auto; default: as much as a run takes")
     add("--json", type=Path)
     return parser.parse_args(argv)
 
@@ -113,6 +115,8 @@ class Bench:
         self.shape = replace(self.shape, attention=self.policy.backend)
         self.request = Request(model, lora, OptimConfig(), None)
         self.load(*args.stream)
+        self.warm: set[str] = set()
+        """Modes that have made an update, so that their kernels are compiled."""
         self.total = int(args.cap_gib * GIB) if args.cap_gib else 0
         if torch.cuda.is_available() and not self.total:
             self.total = torch.cuda.get_device_properties(0).total_memory
@@ -157,14 +161,16 @@ class Bench:
         return pack(groups, 1 << 40, mask_truncated=False, keep_zero_advantage=True).microbatches[0]
 
     def placements(self, mode: str) -> Any:
+        from rlsloth.memory.machine import host_bytes
         from rlsloth.memory.placing import choose
         from rlsloth.memory.plan import make_plan
         from rlsloth.policy.activations.placement import Placement
 
         layers = len(self.layers)
         if mode == "auto":
+            host = int(self.args.host_gib * GIB) if self.args.host_gib else host_bytes()
             chosen = choose(
-                lambda request: make_plan(self.shape, request, self.total),
+                lambda request: make_plan(self.shape, request, self.total, host_total=host),
                 self.shape,
                 self.request,
                 self.tokens,
@@ -189,7 +195,7 @@ class Bench:
 
         from rlsloth.memory.plan import make_plan
         from rlsloth.policy.activations.layers import Recomputed
-        from rlsloth.policy.activations.placement import describe
+        from rlsloth.policy.activations.placement import describe, summary
 
         placements = self.placements(mode)
         request = self.request.with_update(self.tokens, placements)
@@ -198,8 +204,10 @@ class Bench:
         row |= {"planned_gib": plan.peak("update") / GIB, "planned_host_gib": plan.host / GIB}
         self.policy._recomputed = Recomputed(self.layers, placements, self.policy.device)
         try:
-            updates = [self.update() for _ in range(1 + self.args.repeats)]
-            updates = updates[1:] or updates
+            if self.args.repeats and (mode not in self.warm or summary(placements) == "offload"):
+                self.update()
+            updates = [self.update() for _ in range(max(1, self.args.repeats))]
+            self.warm.add(mode)
         except torch.OutOfMemoryError as error:
             row["error"] = str(error).splitlines()[0]
             self.policy.optimizer.zero_grad(set_to_none=True)
