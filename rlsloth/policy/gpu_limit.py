@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -32,6 +34,18 @@ def grow_segments(on: bool) -> None:
     """
     if not any(os.environ.get(f"PYTORCH_{name}ALLOC_CONF") for name in ("", "CUDA_")):
         _set_allocator(f"expandable_segments:{on}")
+
+
+@contextmanager
+def fixed_segments(device: torch.device) -> Iterator[None]:
+    """Add segments of memory within the block, and enlarge them again afterwards."""
+    if device.type == "cuda":
+        grow_segments(False)
+    try:
+        yield
+    finally:
+        if device.type == "cuda":
+            grow_segments(True)
 
 
 def _set_allocator(settings: str) -> None:

@@ -18,7 +18,7 @@ from rlsloth.policy.files import ModelFiles, locate
 from rlsloth.policy.gguf_check import GgufHeader, check_gguf, unread_keys
 from rlsloth.policy.gguf_tokenizer import end_ids
 from rlsloth.policy.gguf_tokenizer import unread_keys as unread_tokenizer_keys
-from rlsloth.policy.gpu_limit import grow_segments, limit_memory
+from rlsloth.policy.gpu_limit import fixed_segments, limit_memory
 from rlsloth.policy.identity import IDENTITY, identify
 from rlsloth.policy.streamed_layers import refuse_more_layers, stream_layers
 from rlsloth.policy.support import (
@@ -94,8 +94,6 @@ def load_model(cfg: ModelConfig) -> LoadedModel:
     device = pick_device(cfg.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)  # CUDA graphs are captured on the current device
-        # vLLM takes over single weights. What they leave in an enlarged segment is not given back.
-        grow_segments(False)
         limit_memory(cfg.memory_gb, device)
     precision = held_precision(cfg, device.type)
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
@@ -111,7 +109,9 @@ def load_model(cfg: ModelConfig) -> LoadedModel:
         refuse_more_layers(streamed, int(config.get_text_config().num_hidden_layers))
     # The whole base may be larger than the GPU: only what stays there goes there.
     place = torch.device("cpu") if streamed else device
-    with quantised_on(device) if streamed and precision == "nf4" else nullcontext():
+    quantised = quantised_on(device) if streamed and precision == "nf4" else nullcontext()
+    # vLLM takes over single weights. What they leave in an enlarged segment is not given back.
+    with fixed_segments(device), quantised:
         if files.gguf is not None:
             model = _from_gguf(files, dtype, precision == "nf4", place)
             tokenizer.model_max_length = model.config.max_position_embeddings
@@ -139,8 +139,6 @@ def load_model(cfg: ModelConfig) -> LoadedModel:
             flush=True,
         )
     setattr(model, IDENTITY, identity)  # save_adapter writes it
-    if device.type == "cuda":
-        grow_segments(True)
     return LoadedModel(model, tokenizer, device, dtype, precision)
 
 

@@ -11,7 +11,13 @@ import torch
 from rlsloth.errors import UserError
 from rlsloth.memory import machine
 from rlsloth.policy import gpu_limit
-from rlsloth.policy.gpu_limit import CONTEXT, grow_segments, limit_memory, raise_limit
+from rlsloth.policy.gpu_limit import (
+    CONTEXT,
+    fixed_segments,
+    grow_segments,
+    limit_memory,
+    raise_limit,
+)
 
 GPU = torch.device("cuda", 1)
 
@@ -52,6 +58,16 @@ def test_segments_grow_unless_the_user_has_chosen(monkeypatch: pytest.MonkeyPatc
             patch.setenv(name, "garbage_collection_threshold:0.8")
             grow_segments(True)
     assert made == ["expandable_segments:True", "expandable_segments:False"] * 2
+
+
+def test_segments_are_fixed_within_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[bool] = []
+    monkeypatch.setattr(gpu_limit, "grow_segments", made.append)
+    with fixed_segments(torch.device("cpu")):
+        assert made == []
+    with fixed_segments(torch.device("cuda", 0)):
+        assert made == [False]
+    assert made == [False, True]
 
 
 def test_a_containers_limit_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

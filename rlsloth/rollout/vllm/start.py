@@ -13,7 +13,7 @@ import torch
 from packaging.version import Version
 
 from rlsloth.errors import UserError, first_line
-from rlsloth.policy.gpu_limit import grow_segments
+from rlsloth.policy.gpu_limit import fixed_segments
 from rlsloth.policy.host_embedding import HostEmbedding
 from rlsloth.policy.streamed_layers import streamed_layers
 from rlsloth.rollout.vllm.compat import (
@@ -104,11 +104,13 @@ def start_vllm(
     """
     check_installed()
     _refuse(model, device)
-    if device.type == "cuda":
-        grow_segments(False)  # vLLM makes its pools of memory while it starts
     family = type(model.get_base_model()).__name__
     slots: list[Slot] = []
-    with state_restored(), tempfile.TemporaryDirectory(prefix="rlsloth-vllm-") as folder:
+    with (
+        state_restored(),
+        fixed_segments(device),  # vLLM makes its pools of memory while it starts
+        tempfile.TemporaryDirectory(prefix="rlsloth-vllm-") as folder,
+    ):
         try:
             LLM = import_vllm(device, kv_cache)
             with without_flashinfer(device, kv_cache):
@@ -133,9 +135,6 @@ def start_vllm(
                 stop_vllm(None)
             text = f"vLLM cannot start with {family}: {first_line(error)}"
             raise UserError(f"{text}; pass --rollout.engine transformers") from error
-        finally:
-            if device.type == "cuda":
-                grow_segments(True)
     return llm, slots
 
 
