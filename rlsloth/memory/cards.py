@@ -38,11 +38,14 @@ CARDS = {
     "GTX 1080 Ti": Card(11264, 11, 3),
     "RTX 2080 Ti": Card(11264, 54, 3),
     "RTX 3060": Card(12288, 26, 4),
+    "RTX 3070": Card(8192, 41, 4),
     "RTX 3080": Card(10240, 60, 4),
     "RTX 3090": Card(24576, 71, 4),
     "RTX 4060": Card(8188, 30, 4, lanes=8),
     "RTX 4060 Ti 16GB": Card(16380, 44, 4, lanes=8),
     "RTX 4070": Card(12282, 58, 4),
+    "RTX 4070 Ti": Card(12282, 80, 4),
+    "RTX 4070 Ti Super": Card(16376, 88, 4),
     "RTX 4080": Card(16376, 97, 4),
     "RTX 4090": Card(24564, 165, 4),
     "RTX 5070 Ti": Card(16303, 88, 5),
@@ -83,10 +86,21 @@ def find_card(name: str) -> Card:
     known = {_plain(title): card for title, card in CARDS.items()}
     if (card := known.get(_plain(name))) is None:
         raise UserError(
-            f"--gpu {name!r}: no such card{nearest(name, list(CARDS))} ({', '.join(CARDS)}); pass "
-            "its size with --memory-gb"
+            f"--gpu {name!r}: no such card{_alike(name)} ({', '.join(CARDS)}); pass its size with "
+            "--memory-gb"
         )
     return card
+
+
+def _alike(name: str) -> str:
+    """Ask whether the user means the cards whose names begin, or end, so; else the nearest one."""
+    typed = _plain(name)
+    for same in (str.startswith, str.endswith):
+        if typed and (found := [repr(title) for title in CARDS if same(_plain(title), typed)]):
+            return f"; did you mean {' or '.join(found)}?"
+    if _model(name) in map(_plain, CARDS):  # with a size that the table's name does not have
+        name = _model(name)
+    return nearest(name, list(CARDS))
 
 
 def card_of_device(name: str) -> Card:

@@ -179,8 +179,10 @@ def decide_settings(
     # update, so its memory must fit.
     sampled = decide_sequences(plan_of, shape, request.with_fallback())
     update = choose(plan_of, shape, sampled, request.least_tokens(shape))
-    if request.sampling is None or request.sampling.fallback is None:
+    if request.sampling is None or (request.sampling.fallback is None and not update.streamed):
         return update
+    # The engine that is to sample, with the room that the update's decisions leave: layers in host
+    # memory, of which there may be more than the first decision took, make room for sequences.
     request = request.with_embeddings(update.model.offload_embeddings is True)
     request = request.with_layers(update.streamed)
     decided = request.with_update(update.microbatch, update.placed(len(shape.layers)))

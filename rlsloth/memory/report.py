@@ -97,7 +97,7 @@ def print_table(findings: Findings) -> None:
     peaks = [plan.peak(phase) for phase in phases]
     table.add_row("peak", *(f"{size / GIB:.2f}" for size in peaks))
     left = [f"{(plan.total - size) / GIB:.2f}" for size in peaks]
-    table.add_row(f"left of {plan.total / GIB:g}", *left)
+    table.add_row(f"left of {f'{plan.total / GIB:.2f}'.rstrip('0').rstrip('.')}", *left)
     console = Console(highlight=False, soft_wrap=True)
     console.print(f"{findings.model} {request.model.path}, {_prompts(findings)}", markup=False)
     if plan.engine is not None:

@@ -65,7 +65,7 @@ def update_terms(
         padded = (rank + -rank % ALIGNMENT) / rank * number / len(shape.layers)
         whole += int(size * sum(shape.trained) * padded) if shape.layers[0].on_kernels else 0
         work = max(m.at_work(tokens) - tokens * m.kept for m, _ in kept)
-        name = f"activations: {number} layers kept, and one's backward (estimate)"
+        name = f"activations: layers kept ({number}), and one's backward (estimate)"
         terms.append(Term(name, 0, whole + int(work), moment=True))
     if again:  # the layers kept are the last ones, whose memory is free by then
         work = max(m.at_work(tokens) for m in again)

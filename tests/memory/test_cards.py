@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from rlsloth.errors import UserError
@@ -47,3 +49,25 @@ def test_other_devices_are_unknown(device: str) -> None:
 def test_a_name_that_is_not_in_the_table_is_refused() -> None:
     with pytest.raises(UserError, match=r"--gpu 'RTX 4091'.*RTX 4090.*--memory-gb"):
         find_card("RTX 4091")
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("V100", "did you mean 'V100 16GB' or 'V100 32GB'?"),
+        ("A100", "did you mean 'A100 40GB' or 'A100 80GB'?"),
+        ("RTX 4060 Ti", "did you mean 'RTX 4060 Ti 16GB'?"),
+        ("4090", "did you mean 'RTX 4090'?"),
+        ("RTX 3060 12GB", "did you mean 'RTX 3060'?"),
+        ("H100 PCIe", "did you mean 'H100'?"),
+        ("RTX 4900", "did you mean 'RTX 4090'?"),
+    ],
+)
+def test_a_cards_name_that_is_not_in_the_table_leads_to_it(typed: str, meant: str) -> None:
+    with pytest.raises(UserError, match=re.escape(meant)):
+        find_card(typed)
+
+
+def test_no_card_is_named_by_nothing() -> None:
+    with pytest.raises(UserError, match=r"no such card \("):
+        find_card("")

@@ -78,6 +78,26 @@ def test_without_sampling_more_layers_make_room_for_larger_micro_batches(large: 
     assert step_seconds(shape, chosen) < step_seconds(shape, fewest)
 
 
+@pytest.mark.parametrize("gib", [8, 9, 10])
+def test_the_room_that_layers_leave_goes_to_sequences(large: Path, gib: int) -> None:
+    """One completion at a time would fetch the layers for each of its tokens alone."""
+    cfg: Any = GrpoConfig.model_validate({
+        "model": {"path": str(large), "precision": "nf4"},
+        "rollout": {"engine": "transformers", "max_tokens": 512},
+    })  # fmt: skip
+    planner = partial(make_plan, total=gib * GIB, host_total=48 * GIB)
+    shape = model_shape(cfg.model, cfg.lora)
+    chosen = planning.decide_settings(planner, shape, grpo_request(cfg, 100))
+    assert chosen.streamed
+    assert planner(shape, chosen).fits
+    one = planner(shape, chosen.with_sequences(1))
+    half = (one.peak("rollout") + one.total) / 2
+    assert planner(shape, chosen).peak("rollout") <= half
+    assert chosen.sampling is not None
+    more = planner(shape, chosen.with_sequences(chosen.sampling.at_once + 1))
+    assert more.peak("rollout") > half or not more.fits
+
+
 def test_the_users_number_and_vllm_are_left_alone(large: Path) -> None:
     assert decided(large, 24, "transformers", 7) == (7, True)
     assert decided(large, 8, "vllm") == (0, False)

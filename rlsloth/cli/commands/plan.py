@@ -33,8 +33,8 @@ class PlanOptions(Section):
     gpu: str | None = None
     """Name of a GPU, such as "RTX 4090", in place of --memory-gb."""
     host_gb: float | None = Field(None, gt=0, le=65536)
-    """Host memory in GiB that activations may take; default: most of this machine's free memory, or
-    without limit if --memory-gb or --gpu is given."""
+    """Host memory in GiB that activations and weights may take; default: most of this machine's
+    free memory, or without limit if --memory-gb or --gpu is given."""
     as_json: bool = Field(False, alias="json")
     """Print JSON instead of a table."""
 
