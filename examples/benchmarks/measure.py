@@ -87,7 +87,8 @@ class Meter:
         self.steps: list[dict[str, float]] = []
         """A row a step: ``seconds``, each of PHASES, ``prompt_tokens``, ``tokens`` (sampled),
         ``allocated_gib`` (torch's peak) and ``device_gib`` (peak use of the whole device, other
-        processes included). The first step warms up; its device_gib is the use at its end."""
+        processes included), ``reserved_gib`` (torch's segments at that moment). The first step
+        warms up; its device_gib is the use at its end."""
         self.first_step_done_s = 0.0
         """Seconds from the start of the process to the end of the first step."""
         self._phases = [REST]
@@ -98,7 +99,8 @@ class Meter:
         """Begin a step."""
         self._mark = _now()
         self._seconds = dict.fromkeys(PHASES, 0.0)
-        self._tokens = self._prompt_tokens = self._used = 0
+        self._tokens = self._prompt_tokens = 0
+        self._used = self._reserved = 0
         _forget_peak()
 
     @contextmanager
@@ -133,7 +135,8 @@ class Meter:
         row = {phase: self._seconds[phase] for phase in PHASES}
         row |= {"seconds": sum(row.values()), "tokens": self._tokens}
         row |= {"prompt_tokens": self._prompt_tokens, "allocated_gib": _allocated() / GIB}
-        self.steps.append(row | {"device_gib": self._used / GIB})
+        row |= {"device_gib": self._used / GIB, "reserved_gib": self._reserved / GIB}
+        self.steps.append(row)
         print(f"step {len(self.steps)} measured: {json.dumps(self.steps[-1])}", flush=True)
         if len(self.steps) == 1:
             self.first_step_done_s = since_start()
@@ -152,7 +155,8 @@ class Meter:
             self._sample()
 
     def _sample(self) -> None:
-        self._used = max(self._used, _in_use())
+        if (used := _in_use()) > self._used:
+            self._used, self._reserved = used, _reserved()
 
     def close(self) -> None:
         """Stop the thread that watches memory."""
@@ -165,6 +169,12 @@ def _now() -> float:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()
+
+
+def _reserved() -> int:
+    import torch
+
+    return torch.cuda.memory_reserved()
 
 
 def _in_use() -> int:
