@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Literal, TypeVar
 
 from rlsloth.config import ModelConfig
@@ -13,13 +12,12 @@ from rlsloth.errors import UserError, first_line
 from rlsloth.memory.findings import Source, find_all, planner_for
 from rlsloth.memory.freed import advice
 from rlsloth.memory.machine import card_of, gpu_bytes, host_bytes
-from rlsloth.memory.placing import choose
 from rlsloth.memory.planned_model import model_shape
 from rlsloth.memory.report import print_table, report_line, shortfall
 from rlsloth.memory.report_json import print_json
-from rlsloth.memory.search import decide_sequences
+from rlsloth.memory.settings import decide_settings
 from rlsloth.memory.shape import ModelShape
-from rlsloth.memory.terms import GIB, Plan
+from rlsloth.memory.terms import GIB
 from rlsloth.memory.workload import Request
 from rlsloth.policy.activations.placement import Checkpointing, Placements
 from rlsloth.policy.host_embedding import EMBEDDING_STAYS
@@ -89,7 +87,7 @@ def decide(
         planner = planner_for(total, host_bytes())
         chosen = decide_settings(planner, shape, wanted)
         plan = planner(shape, chosen)
-        options = "" if plan.fits else advice(planner, shape, chosen)
+        options = "" if plan.fits else advice(planner, shape, chosen, wanted)
     except Exception as error:
         say(f"memory is not planned ({type(error).__name__}: {first_line(error, 100)})")
         return configured
@@ -160,30 +158,3 @@ def planned_bytes(model: ModelConfig, memory_gb: float | None) -> int:
             "--memory-gb 24, or its name, such as --gpu 'RTX 4090'"
         )
     return total
-
-
-def decide_settings(
-    planner: Callable[[ModelShape, Request], Plan], shape: ModelShape, request: Request
-) -> Request:
-    """Decide the settings that a request leaves open.
-
-    Args:
-        planner: function that plans a request for a model.
-        shape: the model's sizes.
-        request: the run as the user set it.
-    """
-    plan_of = partial(planner, shape)
-    if request.sampling is not None and request.sampling.engine.shares_weights:
-        request = request.with_shared_weights()
-    # The fallback engine may end up sampling, and the embedded engine keeps its cache during the
-    # update, so its memory must fit.
-    sampled = decide_sequences(plan_of, shape, request.with_fallback())
-    update = choose(plan_of, shape, sampled, request.least_tokens(shape))
-    if request.sampling is None or (request.sampling.fallback is None and not update.streamed):
-        return update
-    # The engine that is to sample, with the room that the update's decisions leave: layers in host
-    # memory, of which there may be more than the first decision took, make room for sequences.
-    request = request.with_embeddings(update.model.offload_embeddings is True)
-    request = request.with_layers(update.streamed)
-    decided = request.with_update(update.microbatch, update.placed(len(shape.layers)))
-    return decide_sequences(plan_of, shape, decided)

@@ -80,7 +80,7 @@ def find_all(
     if request.sampling is not None:
         largest[SEQUENCES] = largest_sequences(plan_of, chosen)
         completion = longest_completion(plan_of, shape, open_update)
-    freed = list_freed(planner, shape, chosen)
+    freed = list_freed(planner, shape, chosen, request)
     lacks = not plan.fits and not any(f.fits for f in freed)
     return Findings(
         plan=plan,

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from rlsloth.memory.knobs import KNOBS, Changed, Planner
+from rlsloth.memory.knobs import KNOBS, Changed, Planner, asked_with
 from rlsloth.memory.plan import precision_of
 from rlsloth.memory.seconds import step_seconds
+from rlsloth.memory.settings import decide_settings
 from rlsloth.memory.shape import ModelShape
 from rlsloth.memory.terms import GIB, Plan, element_size
 from rlsloth.memory.workload import Request
@@ -36,6 +37,8 @@ class Freed:
     """Completions that the cache then holds; None if it holds all as it is, or there is none."""
     fits: bool
     """Whether the run then fits."""
+    fits_host: bool
+    """Whether the host then has enough memory, if no other setting changes."""
     slower: float | None
     """Share by which the estimated time of a step grows, without decoding itself; None if the
     option changes the number of tokens in a step."""
@@ -46,16 +49,20 @@ class Freed:
         return max(self.update, self.rollout)
 
 
-def list_freed(planner: Planner, shape: ModelShape, request: Request) -> list[Freed]:
+def list_freed(
+    planner: Planner, shape: ModelShape, request: Request, asked: Request | None = None
+) -> list[Freed]:
     """List what options free, largest first, if it is more than LISTED of the GPU.
 
-    Options that make room for MORE completions are listed as well. If the host's memory is too
-    small, it is the host's memory that counts.
+    If the run does not fit, those that make it fit come first. Options that make room for
+    MORE completions are listed as well. If the host's memory is too small, that is what counts.
 
     Args:
         planner: function that plans a request.
         shape: the model's sizes.
         request: the run with all settings decided.
+        asked: the run as the user set it: whether an option makes it fit is then told with all
+            other settings decided again; None: as they are.
     """
     now = planner(shape, request)
     least = LISTED * now.total
@@ -68,10 +75,19 @@ def list_freed(planner: Planner, shape: ModelShape, request: Request) -> list[Fr
         if (changed := knob(planner, shape, request)) is None:
             continue
         freed = _compare(now, shape, request, planner(*changed[1:]), changed)
+        if asked is not None and not (now.fits or freed.fits):
+            option, new_shape, new = changed
+            again = decide_settings(planner, new_shape, asked_with(asked, option, new))
+            freed = replace(freed, fits=planner(new_shape, again).fits)
         held = now.cache.holds if now.cache else 0
-        if amount(freed) > least or (held and (freed.holds or 0) >= MORE * held):
+        helps = freed.fits and not now.fits
+        if helps or amount(freed) > least or (held and (freed.holds or 0) >= MORE * held):
             found.append(freed)
-    return sorted(found, key=lambda f: (amount(f), f.holds or 0), reverse=True)
+
+    def rank(freed: Freed) -> tuple[bool, int, int]:
+        return freed.fits and not now.fits, amount(freed), freed.holds or 0
+
+    return sorted(found, key=rank, reverse=True)
 
 
 def that_fit_together(planner: Planner, shape: ModelShape, request: Request) -> list[str]:
@@ -96,19 +112,25 @@ def that_fit_together(planner: Planner, shape: ModelShape, request: Request) -> 
     return options if planner(shape, request).fits else []
 
 
-def advice(planner: Planner, shape: ModelShape, request: Request) -> str:
-    """Say in one line which options help a run that does not fit."""
+def advice(
+    planner: Planner, shape: ModelShape, request: Request, asked: Request | None = None
+) -> str:
+    """Say in one line which options help a run that does not fit; see ``list_freed``."""
     now = planner(shape, request)
     gpu = now.fits_host
-    listed = list_freed(planner, shape, request)
+    listed = list_freed(planner, shape, request, asked)
     useful = [f for f in listed if f.fits or (f.gpu if gpu else f.host) > 0]
     useful.sort(key=lambda f: (f.fits, f.gpu if gpu else f.host), reverse=True)
     place = "" if gpu else " of host memory"
-    parts = [
-        f"{f.option} frees {(f.gpu if gpu else f.host) / GIB:.1f} GiB{place}"
-        + (" (then it fits)" if f.fits else "")
-        for f in useful[:ADVISED]
-    ]
+
+    def part(freed: Freed) -> str:
+        amount = (freed.gpu if gpu else freed.host) / GIB
+        if freed.fits and amount < 0.1:  # by what the plan then decides otherwise
+            return f"with {freed.option} it fits"
+        frees = f"{freed.option} frees {amount:.1f} GiB{place}"
+        return f"{frees} (then it fits)" if freed.fits else frees
+
+    parts = [part(freed) for freed in useful[:ADVISED]]
     alone = any(f.fits for f in useful)
     if not alone:
         together = that_fit_together(planner, shape, request)
@@ -145,6 +167,7 @@ def _compare(now: Plan, shape: ModelShape, request: Request, then: Plan, changed
         host=now.host - then.host,
         holds=then.cache.holds if short and then.cache is not None else None,
         fits=then.fits,
+        fits_host=then.fits_host,
         slower=_slower(shape, request, changed),
     )
 

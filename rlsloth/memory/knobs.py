@@ -167,6 +167,32 @@ def _following(request: Request, shorter: Request, shape: ModelShape) -> Request
     return _with_tokens(shorter, shape, shorter.least_tokens(shape))
 
 
+def asked_with(asked: Request, option: str, changed: Request) -> Request:
+    """Copy a run as the user set it, with one option of a changed run.
+
+    Args:
+        asked: the run as the user set it.
+        option: the option, as it is typed.
+        changed: a decided run with that option.
+    """
+    section, _, name = option.split()[0].removeprefix("--").replace("-", "_").rpartition(".")
+    if section == "model":
+        update = {name: getattr(changed.model, name)}
+        return replace(asked, model=asked.model.model_copy(update=update))
+    if section in ("lora", "optim"):
+        return replace(asked, **{section: getattr(changed, section)})
+    if section == "data":
+        return replace(asked, stream=changed.stream, longest_example=changed.longest_example)
+    if not section:
+        return replace(asked, tokens_per_microbatch=changed.tokens_per_microbatch)
+    assert asked.sampling is not None
+    assert changed.sampling is not None
+    value = getattr(changed.sampling.rollout, name)
+    if name == "max_tokens":
+        return asked.with_completions(value)
+    return _with_rollout(asked, asked.sampling, name, value)
+
+
 def with_rank(shape: ModelShape, old: int, new: int) -> ModelShape:
     """Copy a model's sizes with adapters of another rank.
 

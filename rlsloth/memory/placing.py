@@ -20,12 +20,16 @@ from rlsloth.memory.streamed import layer_counts
 from rlsloth.memory.terms import Plan
 from rlsloth.memory.update import PlacedKind
 from rlsloth.memory.workload import Request
+from rlsloth.policy.activations.placement import Placement
 
 MICROBATCHES = (
     *range(65536, 16384, -8192), *range(16384, 8192, -2048), *range(8192, 4096, -1024),
     *range(4096, 0, -512),
 )  # fmt: skip
 """Sizes of a micro-batch in tokens to choose from."""
+
+UNBOUNDED = 1 << 62
+"""Bytes of a GPU on which everything fits."""
 
 Accepts = Callable[[Plan], bool]
 """Function that tells whether a plan fits well enough for a stage."""
@@ -193,6 +197,7 @@ class _Search:
         Micro-batches and modes are ordered by a bound: their time in the fastest place, if all
         layers that may have the second placement have it.
         """
+        stage = replace(stage, places=[p for p in stage.places if self._host_holds(stage, p)])
         if not stage.places:
             return None
         layers, refused = len(self.shape.layers), _Refused()
@@ -243,6 +248,12 @@ class _Search:
                     best = min(best or (seconds, candidate, last), (seconds, candidate, last),
                                key=lambda one: one[0])  # fmt: skip
         return None if best is None else self._made(best[1], best[2])
+
+    def _host_holds(self, stage: Stage, place: Place) -> bool:
+        """Tell whether the host has room for a place's weights, if no activations are there."""
+        mode = Mode(Placement(), Placement())
+        plan = self.plan(self._made(Candidate(min(stage.tokens), mode, place), 0))
+        return stage.accepts(replace(plan, total=UNBOUNDED))
 
     def _made(self, candidate: Candidate, last: int) -> Request:
         placements = candidate.mode.placements(len(self.shape.layers), last)

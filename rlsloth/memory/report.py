@@ -18,6 +18,8 @@ HOLDS = "cache holds"
 """Head of the column with the completions that the cache then holds at once."""
 STEP = "step"
 """Head of the column with the share by which a step then takes longer."""
+TIMES = 2
+"""Such a share from which the factor is printed."""
 LEAST_SLOWER = 0.01
 """Smallest such share that is printed."""
 
@@ -152,14 +154,20 @@ def _is_slower(one: Freed) -> bool:
     return one.slower is not None and abs(one.slower) >= LEAST_SLOWER
 
 
+def _slower(one: Freed) -> str:
+    if one.slower is None or not _is_slower(one):
+        return ""
+    return f"{1 + one.slower:.0f} times" if one.slower >= TIMES else f"{one.slower:+.0%}"
+
+
 def _freed_cell(plan: Plan, one: Freed, column: str) -> str:
     if column == HOLDS:
         same = one.holds is None or plan.cache is None or one.holds == plan.cache.holds
         return "" if same else str(one.holds)
     if column == STEP:
-        return f"{one.slower:+.0%}" if _is_slower(one) else ""
+        return _slower(one)
     if column == "then":
-        return "fits" if one.fits else ""
+        return "fits" if one.fits else "" if one.fits_host else "host too small"
     size = {"rollout": one.rollout, "update": one.update, "host": one.host}[column]
     return f"{size / GIB:.2f}" if round(size / GIB, 2) else ""
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from transformers import LlamaConfig
 
 from helpers.plans import make_policy, run
@@ -16,11 +18,12 @@ from rlsloth.config import GrpoConfig, LoraConfig, ModelConfig
 from rlsloth.memory import decide as planning
 from rlsloth.memory.findings import planner_for
 from rlsloth.memory.freed import LISTED, advice, list_freed, that_fit_together
-from rlsloth.memory.knobs import with_rank
+from rlsloth.memory.knobs import KNOBS, with_rank
 from rlsloth.memory.plan import make_plan
 from rlsloth.memory.planned_model import model_shape
 from rlsloth.memory.read_shape import read_shape
 from rlsloth.memory.search import longest_completion
+from rlsloth.memory.settings import decide_settings
 from rlsloth.memory.shape import ModelShape
 from rlsloth.memory.terms import GIB
 from rlsloth.memory.workload import Request
@@ -48,7 +51,7 @@ def shape(folder: Path) -> ModelShape:
 
 def chosen(shape: ModelShape, total: int, host: int | None = None, **settings: Any) -> Request:
     request = grpo_request(GrpoConfig.model_validate(settings), 100)
-    return planning.decide_settings(planner_for(total, host), shape, request)
+    return decide_settings(planner_for(total, host), shape, request)
 
 
 def test_a_listed_option_frees_what_a_plan_with_it_says(shape):
@@ -238,3 +241,51 @@ def test_a_longer_prompt_leaves_less_to_the_completion():
     for prompt in (100, 8000):  # the context of 8192 tokens is the limit
         found = longest_completion(plan_of, shape, grpo_request(cfg, prompt))
         assert found.tokens == 8192 - prompt
+
+
+def typed(settings: dict[str, Any], option: str) -> dict[str, Any]:
+    """The settings with an option as a user would type it."""
+    name, value = option.removeprefix("--").split()
+    found: Any = deepcopy(settings)
+    section = found
+    *path, last = name.replace("-", "_").split(".")
+    for part in path:
+        section = section.setdefault(part, {})
+    section[last] = yaml.safe_load(value)
+    return found
+
+
+@pytest.mark.parametrize("gib", [2, 3, 4])
+@pytest.mark.parametrize("host", [0.05, 0.5, 8])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"model": {"precision": "bf16", "gradient_checkpointing": "offload"}},
+        {"model": {"precision": "bf16"}, "lora": {"rank": 64}, "optim": {"name": "adamw"}},
+        {"model": {"precision": "nf4"}, "tokens_per_microbatch": 32768},
+    ],
+)
+def test_an_option_fits_if_the_run_with_it_does(folder, gib, host, settings) -> None:
+    """The other settings are decided again, as they are when a user adds the option."""
+
+    def planned(settings: dict[str, Any]) -> tuple[Any, ModelShape, Request, Request]:
+        rollout = settings.get("rollout", {}) | {"engine": "transformers"}
+        model = settings["model"] | {"path": str(folder)}
+        cfg = GrpoConfig.model_validate(settings | {"rollout": rollout, "model": model})
+        shape, request = model_shape(cfg.model, cfg.lora), grpo_request(cfg, 100)
+        planner = planner_for(int(gib * GIB), int(host * GIB))
+        return planner, shape, request, decide_settings(planner, shape, request)
+
+    planner, shape, request, decided = planned(settings)
+    if planner(shape, decided).fits:
+        return
+    rows = {one.option: one for one in list_freed(planner, shape, decided, request)}
+    for knob in KNOBS:
+        changed = knob(planner, shape, decided)
+        if changed is None:
+            continue
+        again, new_shape, _, followed = planned(typed(settings, changed[0]))
+        fits = again(new_shape, followed).fits
+        assert fits == (changed[0] in rows and rows[changed[0]].fits), changed[0]
+    fitting = [one.fits for one in rows.values()]
+    assert fitting == sorted(fitting, reverse=True)

@@ -16,6 +16,7 @@ from rlsloth.memory import decide as planning
 from rlsloth.memory.plan import make_plan
 from rlsloth.memory.read_shape import read_shape
 from rlsloth.memory.search import OVERCOMMIT, decide_sequences
+from rlsloth.memory.settings import decide_settings
 from rlsloth.memory.shape import ModelShape
 from rlsloth.memory.terms import GIB, Plan
 from rlsloth.memory.workload import Request
@@ -122,7 +123,7 @@ def test_each_engine_of_auto_gets_its_own_number(shape, monkeypatch):
         return make_plan(shape, request, 3 * GIB)
 
     request = grpo_request(cfg, 100)
-    chosen = planning.decide_settings(planner, shape, request)
+    chosen = decide_settings(planner, shape, request)
     other = decide_sequences(partial(planner, shape), shape, request.with_fallback())
     assert chosen.sampling is not None
     assert other.sampling is not None

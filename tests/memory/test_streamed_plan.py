@@ -19,6 +19,7 @@ from rlsloth.memory.placing import choose
 from rlsloth.memory.plan import make_plan
 from rlsloth.memory.planned_model import model_shape
 from rlsloth.memory.seconds import step_seconds
+from rlsloth.memory.settings import decide_settings
 from rlsloth.memory.streamed import blocks, exposed_seconds
 from rlsloth.memory.terms import GIB
 from rlsloth.policy.load import load_model
@@ -49,7 +50,7 @@ def decided(folder: Path, gib: int, engine: str, layers: Any = "auto") -> tuple[
     })  # fmt: skip
     planner = partial(make_plan, total=gib * GIB, host_total=48 * GIB)
     shape = model_shape(cfg.model, cfg.lora)
-    chosen = planning.decide_settings(planner, shape, grpo_request(cfg, 100))
+    chosen = decide_settings(planner, shape, grpo_request(cfg, 100))
     return chosen.streamed, planner(shape, chosen).fits
 
 
@@ -87,7 +88,7 @@ def test_the_room_that_layers_leave_goes_to_sequences(large: Path, gib: int) -> 
     })  # fmt: skip
     planner = partial(make_plan, total=gib * GIB, host_total=48 * GIB)
     shape = model_shape(cfg.model, cfg.lora)
-    chosen = planning.decide_settings(planner, shape, grpo_request(cfg, 100))
+    chosen = decide_settings(planner, shape, grpo_request(cfg, 100))
     assert chosen.streamed
     assert planner(shape, chosen).fits
     one = planner(shape, chosen.with_sequences(1))
