@@ -14,6 +14,7 @@ import io
 import json
 import os
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -28,7 +29,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args(argv)
-    lines = args.data.read_text().splitlines()
+    lines = args.data.read_text().splitlines() if args.data.is_file() else []
+    if not lines:
+        sys.exit(f"--data {args.data}: no such file, or it is empty")
     with TemporaryDirectory() as folder:
         data = Path(folder) / "rows.jsonl"
         data.write_text("\n".join(lines[i % len(lines)] for i in range(args.rows)) + "\n")
