@@ -43,6 +43,7 @@ def explain(
             yield _text(items[0])
         else:
             wanted = " or ".join(dict.fromkeys(_wanted(item) for item in items))
+            wanted += "".join(_did_you_mean_value(item) for item in items)
             shown = _shown(path, source, items[0]["input"])
             yield f"{shown}: {wanted}{_reason(model, path)}"
 
@@ -101,12 +102,17 @@ def _wanted(item: ErrorDetails) -> str:
         return "must be a section, with its keys indented below it"
     if item["type"] == "missing":
         return "has too few values"
-    text = _text(item).replace("Input should be", "must be", 1)
-    if item["type"] == "literal_error" and isinstance(item["input"], str):
-        allowed = re.findall(r"'([^']*)'", item["ctx"]["expected"])
-        close = difflib.get_close_matches(item["input"], allowed, 1, 0.5)
-        text += f"; did you mean {close[0]!r}?" if close else ""
-    return text
+    if item["type"] in ("bool_parsing", "bool_type"):
+        return "must be true or false"
+    return _text(item).replace("Input should be", "must be", 1)
+
+
+def _did_you_mean_value(item: ErrorDetails) -> str:
+    if item["type"] != "literal_error" or not isinstance(item["input"], str):
+        return ""
+    allowed = re.findall(r"'([^']*)'", item["ctx"]["expected"])
+    close = difflib.get_close_matches(item["input"], allowed, 1, 0.5)
+    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def _text(item: ErrorDetails) -> str:

@@ -12,7 +12,7 @@ from rlsloth.memory.plan import precision_of
 from rlsloth.memory.shape import ModelShape
 from rlsloth.memory.streamed import eighths, may_stream
 from rlsloth.memory.terms import Plan
-from rlsloth.memory.workload import Request, Sampling
+from rlsloth.memory.workload import EngineMemory, Request, Sampling
 from rlsloth.policy.activations.placement import Checkpointing
 
 Planner = Callable[[ModelShape, Request], Plan]
@@ -125,6 +125,15 @@ def _examples(_planner: Planner, shape: ModelShape, request: Request) -> Changed
     return f"--data.max-tokens {longest // 2}", shape, _following(request, shorter, shape)
 
 
+def _engine(planner: Planner, shape: ModelShape, request: Request) -> Changed | None:
+    sampling = request.sampling
+    if sampling is None or sampling.other is None:
+        return None
+    if planner(shape, request).fits:  # the faster engine stays
+        return None
+    return f"--rollout.engine {sampling.other.name}", shape, _with_engine(request, sampling.other)
+
+
 def _overlap(_planner: Planner, shape: ModelShape, request: Request) -> Changed | None:
     if request.sampling is None or not request.overlap:
         return None
@@ -147,6 +156,7 @@ KNOBS: tuple[Knob, ...] = (
     _completions,
     _examples,
     _overlap,
+    _engine,
 )
 """The options that are tried."""
 
@@ -158,6 +168,13 @@ def _with_tokens(request: Request, shape: ModelShape, tokens: int) -> Request:
 def _with_rollout(request: Request, sampling: Sampling, key: str, value: object) -> Request:
     rollout = sampling.rollout.model_copy(update={key: value})
     return replace(request, sampling=replace(sampling, rollout=rollout))
+
+
+def _with_engine(request: Request, engine: EngineMemory) -> Request:
+    assert request.sampling is not None
+    rollout = request.sampling.rollout.model_copy(update={"engine": engine.name})
+    sampling = Sampling(rollout, request.sampling.workload, engine)
+    return replace(request, sampling=sampling)
 
 
 def _following(request: Request, shorter: Request, shape: ModelShape) -> Request:
@@ -190,6 +207,8 @@ def asked_with(asked: Request, option: str, changed: Request) -> Request:
     value = getattr(changed.sampling.rollout, name)
     if name == "max_tokens":
         return asked.with_completions(value)
+    if name == "engine":
+        return _with_engine(asked, changed.sampling.engine)
     return _with_rollout(asked, asked.sampling, name, value)
 
 

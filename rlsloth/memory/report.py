@@ -121,6 +121,11 @@ def _print_verdict(console: Any, plan: Plan) -> None:
     lacks = shortfall(plan)
     verdict = f"does not fit: it needs {lacks}" if lacks else "fits"
     console.print(verdict, style="bold red" if lacks else "bold green", markup=False)
+    if plan.host and plan.fits_host:
+        free = (
+            "" if plan.host_total is None else f", of {plan.host_total / GIB:.2f} that it may take"
+        )
+        console.print(f"host memory: {plan.host / GIB:.2f} GiB{free}", markup=False)
 
 
 def _print_freed(console: Any, findings: Findings) -> None:
@@ -193,7 +198,8 @@ def _describe_longest(longest: Longest) -> str:
     host = f"; {longest.host / GIB:.1f} GiB of host memory" if longest.host else ""
     placed = describe_placements(longest.placements)
     placed += _describe_streamed(longest.streamed, longest.placements)
-    return f"{longest.tokens} tokens ({placed}{host})"
+    limit = ", all that the context holds" if longest.limited else ""
+    return f"{longest.tokens} tokens{limit} ({placed}{host})"
 
 
 def _cell(term: Term, phase: Phase) -> str:
@@ -220,7 +226,8 @@ def _advice(findings: Findings) -> list[str]:
     tokens, sequences = findings.largest[TOKENS], findings.largest.get(SEQUENCES, 0)
     if tokens:
         lines.append(
-            f"largest --tokens-per-microbatch that fits: {tokens} (now {request.microbatch})"
+            f"largest --tokens-per-microbatch that fits, all else as above: {tokens} "
+            f"(now {request.microbatch})"
         )
     if request.sampling is None:
         if not tokens:
@@ -233,13 +240,17 @@ def _advice(findings: Findings) -> list[str]:
     if sequences and (plan.cache is None or plan.cache.holds == 0):
         every = sequences == request.sampling.workload.sequences
         most = " (all of a step or an evaluation)" if every else ""
-        lines.append(f"largest --rollout.max-sequences that fits: {sequences}{most}"
-                     f" (now {request.sampling.at_once})")  # fmt: skip
+        lines.append(
+            f"largest --rollout.max-sequences that fits, all else as above: {sequences}{most} "
+            f"(now {request.sampling.at_once})"
+        )
     helped = findings.together or any(one.fits for one in findings.freed)
     if not plan.fits and not helped:
-        engine = "--rollout.engine transformers, " if plan.cache is not None else ""
+        host = (
+            "" if plan.fits_host else f", or free {plan.host / GIB:.1f} GiB of host memory for it"
+        )
         lines.append(
-            f"no option below makes it fit: pass {engine}a still smaller --rollout.max-tokens or a "
-            "smaller model"
+            "no option below makes it fit: pass a still smaller --rollout.max-tokens or a smaller "
+            f"model{host}"
         )
     return lines

@@ -59,4 +59,4 @@ def _term(term: Term, samples: bool) -> dict[str, Any]:
 def _longest(longest: Longest) -> dict[str, Any]:
     layers = describe(longest.placements) if longest.tokens else None
     found = {"tokens": longest.tokens, "layers": layers, "host": longest.host}
-    return found | {"offload_layers": longest.streamed}
+    return found | {"offload_layers": longest.streamed, "limited_by_context": longest.limited}

@@ -47,6 +47,8 @@ class Longest:
     """Number of layers whose weights are then in host memory."""
     host: int
     """Bytes of host memory that it takes."""
+    limited: bool = False
+    """Whether memory has room for more than the context holds."""
 
 
 def longest_text(plan: Planner, shape: ModelShape, request: Request) -> Longest:
@@ -129,7 +131,8 @@ def _longest(
 
         tokens = largest(lambda n: fitted(n) is not None, found.tokens + 1, most)
         if tokens and (best := fitted(tokens)) is not None:
-            found = Longest(tokens, best.placed(layers), streamed, plan(best).host)
+            placed, host = best.placed(layers), plan(best).host
+            found = Longest(tokens, placed, streamed, host, limited=tokens == most)
     return found
 
 

@@ -123,6 +123,8 @@ class Sampling:
     engine: EngineMemory
     fallback: EngineMemory | None = None
     """The engine that samples instead if ``engine`` turns out not to work (engine auto)."""
+    other: EngineMemory | None = None
+    """The engine that a user may choose where ``engine`` does not fit."""
 
     @property
     def at_once(self) -> int:

@@ -68,6 +68,12 @@ def choose_engine(rollout: RolloutConfig, device_type: str, *, planned: bool = F
     return Choice(kind, others[0] if others else None, f"{kind.name} (auto: {reasons or kind.why})")
 
 
+def later_engines(rollout: RolloutConfig, kind: EngineKind) -> list[EngineKind]:
+    """List the engines after ``kind`` in the table that support the section's settings."""
+    after = ENGINES[ENGINES.index(kind) + 1 :]
+    return [other for other in after if not _lacking(other, rollout)]
+
+
 def _named(name: str) -> EngineKind:
     for kind in ENGINES:
         if kind.name == name:

@@ -8,7 +8,7 @@ from rlsloth.data.example import Example
 from rlsloth.environments.loading import declaration
 from rlsloth.memory.activations import Stream
 from rlsloth.memory.workload import Request, Sampling, make_workload
-from rlsloth.rollout.engines import choose_engine
+from rlsloth.rollout.engines import choose_engine, later_engines
 from rlsloth.training.heaviest import Heaviest
 
 
@@ -47,7 +47,8 @@ def sampling_request(
     )
     choice = choose_engine(problems.rollout, "cuda", planned=True)  # plans are for GPUs
     fallback = choice.fallback.memory if choice.fallback else None
-    sampling = Sampling(problems.rollout, workload, choice.kind.memory, fallback)
+    other = next((kind.memory for kind in later_engines(problems.rollout, choice.kind)), None)
+    sampling = Sampling(problems.rollout, workload, choice.kind.memory, fallback, other)
     return Request(cfg.model, cfg.lora, cfg.optim, cfg.tokens_per_microbatch, sampling)
 
 

@@ -91,7 +91,7 @@ def test_mistakes_in_flags(argv: str, line: str) -> None:
         ("optim: 3", "run.yaml: optim = 3: must be a section, with its keys indented below it"),
         ("rewards: math_verify", "run.yaml: rewards = 'math_verify': must be a valid list"),
         ("rewards: [a, 3]", "run.yaml: rewards = 3: must be a valid string"),
-        ("env: {params: {a: [1]}}", "run.yaml: env.params.a = [1]: must be a valid boolean or "),
+        ("env: {params: {a: [1]}}", "run.yaml: env.params.a = [1]: must be true or false or "),
         ("steps: 3\noptim: {lr: 3", "run.yaml, line 2: expected ',' or '}'"),
         ("steps: 3\n\tseed: 3", "run.yaml, line 2: found character '\\t'"),
         ("steps: 3\nseed: 1\nsteps: 4", "run.yaml, line 3: duplicate key 'steps'"),

@@ -12,7 +12,7 @@ from rlsloth.cli.loops import LOOPS, refuse_other_loops
 from rlsloth.cli.read_config import read_config_and_own
 from rlsloth.config import GrpoConfig, Section
 from rlsloth.config.sft import SupervisedConfig
-from rlsloth.errors import UserError
+from rlsloth.errors import UserError, nearest
 from rlsloth.losses.opening import open_loss
 
 if TYPE_CHECKING:
@@ -47,8 +47,17 @@ class GrpoPlanOptions(PlanOptions):
 
 
 def run(name: str, argv: list[str]) -> int:
-    """Print the plan. Returns the exit status: 1 when the run does not fit."""
+    """Print the plan. Returns the exit status: 1 when the run does not fit.
+
+    Raises:
+        UserError: a training command that does not exist.
+    """
     named = bool(argv) and argv[0] in LOOPS
+    if argv and not named and argv[0].isalpha():
+        raise UserError(
+            f"rlsloth {name} {argv[0]}: no such training command{nearest(argv[0], list(LOOPS))} "
+            f"(training commands: {', '.join(LOOPS)})"
+        )
     loop, words = (argv[0], argv[1:]) if named else ("grpo", argv)
     prog = f"rlsloth {name} {loop}" if named else f"rlsloth {name}"
     refuse_other_loops(words, prog.removeprefix("rlsloth "), loop)
