@@ -21,9 +21,9 @@ The systems:
     ours       rlsloth's updates with gradient checkpointing, prompts shared, streams packed
     offloaded  the same with layer inputs in host memory
 Noise is what the reference differs by when it is run again (--noise), with the sequences of each
-step in another order (reordered), in two forwards a step (halved), or with eager attention (eager):
-all that changes is the order of sums, and with eager attention in bf16 what is rounded. rlsloth
-runs twice, alike.
+step in another order (reordered), in two forwards a step (halved), with eager attention (eager), or
+in float32 (fp32): all that changes is the order of sums, and with the last two in bf16 what is
+rounded. With fp32, rlsloth is compared with that run, too. rlsloth runs twice, alike.
 
 Printed for each pair of systems: mean and largest difference of an update's loss, mean relative
 difference of the gradient's norm, mean difference of the log-prob gap (grpo), and the norm of the
@@ -228,6 +228,8 @@ def compare(args: argparse.Namespace, runs: dict[str, list[Curve]]) -> Rows:
     rows = {"ours - reference": difference(ours, reference)}
     rows["offloaded - reference"] = difference(offloaded, reference)
     rows |= {f"{name} - reference": difference(runs[name][0], reference) for name in args.noise}
+    if "fp32" in args.noise:
+        rows["ours - fp32"] = difference(ours, runs["fp32"][0])
     rows["offloaded - ours"] = difference(offloaded, ours)
     rows["ours - ours"] = difference(again, ours)
     return rows

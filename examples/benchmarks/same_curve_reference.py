@@ -26,6 +26,8 @@ def reference(work: Work) -> tuple[Train, Weights]:
     import torch
 
     args = work.args
+    if work.system == "fp32":
+        args = argparse.Namespace(**{**vars(args), "precision": "fp32"})
     model = load(args, "eager" if work.system == "eager" else "sdpa")
     weights = trained(model)
     optimizer = torch.optim.AdamW(

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     Weights = dict[str, Tensor]
     Step = list[Group]
 
-REFERENCES = ("reference", "reordered", "halved", "eager")
+REFERENCES = ("reference", "reordered", "halved", "eager", "fp32")
 OURS = ("ours", "offloaded")
 REPORTED = 50
 """Steps between two lines of progress."""

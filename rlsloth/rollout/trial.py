@@ -121,6 +121,11 @@ def _refusing(policy: Policy) -> Iterator[None]:
         yield
     except (UserError, torch.OutOfMemoryError):
         raise
+    except ImportError as error:
+        raise UserError(
+            f"a package fails to import in the trial before step 1 ({first_line(error)}): install "
+            f"it again, or pass another --model.attention (now {policy.backend})"
+        ) from error
     except Exception as error:
         raise UserError(
             f"{_name(policy)} is not supported: {type(error).__name__} in the trial before step 1 "
