@@ -28,7 +28,7 @@ from rlsloth.training.memory import grpo_request
 TOKENS, PROMPT = 16384, 200
 NOT_HERE = ("key-value slots", "logits, decoding step", "CUDA context")
 """Rows of an engine that does not run here, and of what is no tensor."""
-NEW = 184
+NEW = 248
 """Number of tokens of each completion with vLLM."""
 
 
