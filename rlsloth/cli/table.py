@@ -47,6 +47,8 @@ COMMANDS = (
             "rlsloth eval runs/x/config.yaml", "evaluate"),
     Command("export", "write an adapter, merged weights or GGUF",
             "rlsloth export runs/x --out DIR", "export"),
+    Command("quantize", "write a model in 4 bits, fitted to your texts",
+            "rlsloth quantize MODEL --data.train answers.jsonl --out DIR", "quantize"),
     Command("chat", "talk to a run, an adapter or a model",
             "rlsloth chat runs/x", "chat"),
     Command("rewards", "list the rewards, or test one",

@@ -16,9 +16,10 @@ ADVICE = {
     "rollout": "lower --rollout.max-sequences or --rollout.max-tokens",
     "update": "lower --tokens-per-microbatch (the gradient stays the same) or "
     "--rollout.max-sequences (engine transformers keeps its key-value cache), pass "
-    "--model.gradient-checkpointing true",
+    "--model.gradient-checkpointing offload, --optim.offload true, or with engine transformers "
+    "--model.offload-layers N",
     "examples": "lower --tokens-per-microbatch (the gradient stays the same) or --data.max-tokens, "
-    "pass --model.gradient-checkpointing true",
+    "pass --model.gradient-checkpointing offload, --optim.offload true or --model.offload-layers N",
 }
 """Phase of a run -> advice."""
 SIGNS = "out of memory", "STATUS_ALLOC_FAILED"

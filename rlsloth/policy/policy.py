@@ -232,8 +232,8 @@ class Policy:
         lr = self.learning_rate
         skipped = not math.isfinite(norm)
         if not skipped:
+            self.version += 1  # before: an update that fails halfway has changed weights
             self.optimizer.step()
-            self.version += 1
         park(self.optimizer)  # an update that is skipped has fetched the states, too
         self._advance_schedule()
         self.optimizer.zero_grad(set_to_none=True)

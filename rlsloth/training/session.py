@@ -134,12 +134,20 @@ class Session(Generic[Config, Item]):
     def updating(self, what: str) -> Iterator[None]:
         """Time an update, and turn out-of-memory errors into advice; ``what`` is its key.
 
-        From here to the step's end in ``end_step`` no signal stops the run.
+        From here to the step's end in ``end_step`` no signal stops the run. If an error ends the
+        step before it has changed the policy, ``leave`` can save a checkpoint of the step before.
         """
         self.run.stopper.hold()
-        self._rest = None
-        with self.run.timed("update"), advise(what, self.policy.model):
-            yield
+        rest, self._rest = self._rest, None
+        before = self.policy.version, self.policy.scheduler.last_epoch
+        try:
+            with self.run.timed("update"), advise(what, self.policy.model):
+                yield
+        except Exception:
+            if before == (self.policy.version, self.policy.scheduler.last_epoch):
+                self.policy.optimizer.zero_grad(set_to_none=True)
+                self._rest = rest
+            raise
         self._write_changed_plan()
 
     def _write_changed_plan(self) -> None:

@@ -114,6 +114,23 @@ def test_later_steps_take_smaller_micro_batches(
         assert row == pytest.approx(wanted, rel=1e-3, abs=1e-4)
 
 
+@pytest.mark.parametrize(("kind", "data", "module"), SUPERVISED)
+def test_a_run_that_fits_no_more_keeps_its_last_step(
+    kind: str, data: str, module: ModuleType, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert command(kind, data, *BUDGET) == 0
+    with monkeypatch.context() as patch:
+        let_fail(patch, module, 3, range(1, 100))
+        assert command(kind, data, *BUDGET, "--run.dir", "again") == 2
+    assert [path.name for path in Path("again/checkpoints").iterdir() if path.is_dir()] == [
+        "step_00002"
+    ]
+    assert command(kind, data, *BUDGET, "--run.dir", "again", "--run.resume") == 0
+    assert [row["loss"] for row in steps("again")] == [row["loss"] for row in steps("run")]
+    ours, theirs = (load_file(f"{r}/adapter/adapter_model.safetensors") for r in ("again", "run"))
+    assert same(ours, theirs)
+
+
 def test_a_rollout_that_fits_nowhere_ends_the_run_with_advice(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -160,6 +162,8 @@ def _plan_supervised(config: SupervisedConfig, own: PlanOptions) -> int:
 
     total = _total(config, own)
     tokenizer, limits = load_tokenizer(config.model), read_limits(config.model)
-    examples = load_examples(config, reader(config), tokenizer, *limits)
+    # What loading says is no JSON.
+    with redirect_stdout(sys.stderr) if own.as_json else nullcontext():
+        examples = load_examples(config, reader(config), tokenizer, *limits)
     request = replace(examples_request(config, examples.longest), card=_card(config, own))
     return plan_run(request, total, Source(), host=_host(own), as_json=own.as_json)

@@ -1,0 +1,41 @@
+"""The configuration of ``rlsloth quantize``."""
+
+from __future__ import annotations
+
+from pydantic import Field, model_validator
+
+from rlsloth.config.data import SftDataConfig
+from rlsloth.config.section import Folder, Section, Text
+
+
+class QuantizeConfig(Section):
+    """Write a model in 4 bits (NF4, in bitsandbytes' form) whose codes are chosen on your texts.
+    SOURCE is a folder, a hub id or a GGUF file with 16-bit weights."""
+
+    source: Text | None = None
+    """Model to quantise; the first word needs no --source."""
+    out: Folder | None = None
+    """Folder to write; it must not exist yet."""
+    overwrite: bool = False
+    """Replace out if an earlier export wrote it."""
+    data: SftDataConfig = SftDataConfig()
+    """Calibration texts: rows as for rlsloth sft, best like those that will be trained on."""
+    samples: int = Field(default=64, ge=1)
+    """Calibration samples, each of tokens tokens; an eighth more are held out for the figures."""
+    tokens: int = Field(default=512, ge=16)
+    """Tokens of a sample."""
+    budget_gb: float | None = Field(default=None, gt=0)
+    """GiB that the weights may take: with what 4 bits leave of it, the linear layers that lose most
+    in 4 bits are kept in 16. Default: all linear layers are in 4 bits."""
+    device: str = "auto"
+    """Device that computes. auto: the first GPU if there is one, else the CPU."""
+    trust_remote_code: bool = False
+    """Run Python code shipped with the model. Off unless you trust its author."""
+
+    @model_validator(mode="after")
+    def _complete(self) -> QuantizeConfig:
+        if self.source is None:
+            raise ValueError("source is missing: rlsloth quantize MODEL --out FOLDER")
+        if self.out is None:
+            raise ValueError("the folder to write is missing: pass --out FOLDER")
+        return self

@@ -1,0 +1,194 @@
+"""``rlsloth quantize``: a model in 4 bits, with codes that are chosen on calibration texts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rlsloth.config import ModelConfig
+from rlsloth.config.quantize import QuantizeConfig
+from rlsloth.errors import UserError
+from rlsloth.exports.four_bit.calibration import Moments, Walk
+from rlsloth.exports.four_bit.codes import (
+    BLOCK,
+    Scales,
+    code_values,
+    dequantised,
+    nearest_codes,
+    packed,
+    plain_scales,
+    searched_scales,
+)
+from rlsloth.exports.four_bit.feedback import codes_with_feedback
+from rlsloth.exports.four_bit.texts import BATCH, Divergence, read_texts
+from rlsloth.exports.four_bit.write import check_folder, write_folder
+from rlsloth.exports.writing import check_out, whole_folder
+from rlsloth.policy.files import locate
+from rlsloth.policy.layers import decoder_layers
+from rlsloth.policy.load import LoadedModel, load_model
+from rlsloth.policy.support import stored_method
+
+GIB = 2**30
+
+
+@dataclass(slots=True)
+class Quantised:
+    """The model's linear layers in 4 bits, and what that costs."""
+
+    tensors: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    """Name of a weight -> its tensors in a checkpoint, by the ends of their names."""
+    original: dict[str, Tensor] = field(default_factory=dict)
+    """Name of a weight -> the weight in 16 bits, in host memory."""
+    kept: list[str] = field(default_factory=list)
+    """Names of weights that are kept in 16 bits."""
+    nearest: float = 0.0
+    """Divergence from the original with the nearest codes, as loading with nf4 makes them; nats a
+    token."""
+    chosen: float = 0.0
+    """Divergence with the chosen codes, and with layers kept."""
+
+
+def run_quantize(cfg: QuantizeConfig) -> None:
+    """Write the folder ``cfg.out``, reopen and check it, and print what it contains.
+
+    Raises:
+        UserError: the input is bad or a check failed; ``cfg.out`` is then left as it was.
+    """
+    assert cfg.source is not None
+    assert cfg.out is not None
+    out = cfg.out.expanduser()
+    check_out(out, overwrite=cfg.overwrite, keep=[Path(cfg.source).expanduser()])
+    base = ModelConfig(path=cfg.source, device=cfg.device, trust_remote_code=cfg.trust_remote_code)
+    files = locate(base)
+    if files.gguf is None and (stored := stored_method(files.read_config())):
+        raise UserError(
+            f"{cfg.source} is already quantised ({stored}); pass the model with 16-bit weights"
+        )
+    texts = read_texts(cfg)
+    loaded = load_model(base)
+    loaded.model.set_attn_implementation("sdpa")  # whole texts of one length, not packed ones
+    divergence = Divergence(loaded.model, texts.held_out.to(loaded.device))
+    found = quantise(loaded, texts.calibration, divergence, cfg.budget_gb)
+    with whole_folder(out) as folder:
+        write_folder(folder, loaded, found.tensors, base)
+        del loaded
+        gap = check_folder(folder, base, divergence, found.chosen)
+    print(f"wrote {out}: {_about(found, gap)}")
+
+
+def _about(found: Quantised, gap: float) -> str:
+    share = found.chosen / found.nearest if found.nearest else 0.0
+    return (
+        f"{len(found.tensors)} linear layers in 4 bits, {len(found.kept)} kept in 16. Over "
+        f"held-out text it diverges from the original by {found.chosen:.4f} nats a token, "
+        f"{share:.0%} of the {found.nearest:.4f} of --model.precision nf4. Read back, it differs "
+        f"from that by {gap:.1g}"
+    )
+
+
+def quantise(
+    loaded: LoadedModel, calibration: Tensor, divergence: Divergence, budget_gb: float | None
+) -> Quantised:
+    """Quantise a loaded model in place.
+
+    Args:
+        loaded: the model in 16 or 32 bits; afterwards it has the dequantised weights.
+        calibration: [N, S] token ids.
+        divergence: measures what changes cost.
+        budget_gb: see ``QuantizeConfig.budget_gb``.
+
+    Raises:
+        UserError: no linear layer can be quantised, or the budget is too small.
+    """
+    model: Any = loaded.model
+    weights = linear_weights(model)
+    if not weights:
+        raise UserError("the model has no linear layers whose rows are multiples of 64")
+    found = Quantised(
+        original={n: m.weight.detach().to("cpu", copy=True) for n, m in weights.items()}
+    )
+    for linear in weights.values():
+        weight = linear.weight.data.float()
+        scales = plain_scales(weight)
+        each = scales.values.repeat_interleave(BLOCK, 1)
+        _set(linear, nearest_codes(weight, each, code_values(weight.device)), scales)
+    found.nearest = divergence.nats(model)
+    for name, linear in weights.items():
+        linear.weight.data.copy_(found.original[name])
+    walk = Walk(model, [batch.to(loaded.device) for batch in torch.split(calibration, BATCH)])
+    names = {module: name for name, module in weights.items()}
+    for number, moments in walk.steps():
+        print(f"layer {number + 1}/{len(walk.layers)}", flush=True)
+        for of_linear in moments.values():
+            if of_linear.linear in names:
+                found.tensors[names[of_linear.linear]] = _choose(of_linear)
+    if budget_gb is not None:
+        _keep_worst(found, weights, divergence, model, int(budget_gb * GIB))
+    found.chosen = divergence.nats(model)
+    return found
+
+
+def linear_weights(model: Any) -> dict[str, nn.Linear]:
+    """Return the decoder's linear layers that NF4's blocks divide, by their weights' names."""
+    inside = {m for layer in decoder_layers(model) for m in layer.modules()}
+    return {
+        f"{name}.weight": module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module in inside and module.in_features % BLOCK == 0
+    }
+
+
+def _choose(moments: Moments) -> dict[str, Tensor]:
+    """Quantise a linear layer in place; return its tensors in a checkpoint, in host memory."""
+    assert moments.sums is not None, "a layer that no token reaches"
+    weight = moments.linear.weight.data.float()
+    scales = searched_scales(weight, moments.sums.diagonal())
+    codes = codes_with_feedback(weight, moments.sums, scales)
+    _set(moments.linear, codes, scales)
+    moments.sums = None
+    return {end: tensor.cpu() for end, tensor in packed(codes, scales, torch.bfloat16).items()}
+
+
+def _set(linear: nn.Linear, codes: Tensor, scales: Scales) -> None:
+    linear.weight.data.copy_(dequantised(codes, scales))
+
+
+def _keep_worst(
+    found: Quantised,
+    weights: dict[str, nn.Linear],
+    divergence: Divergence,
+    model: Any,
+    budget: int,
+) -> None:
+    """Keep linear layers in 16 bits within a budget of bytes, those first that lose most a byte."""
+    every = divergence.nats(model)
+    size = sum(2 * p.numel() for p in model.parameters())
+    saved = {
+        name: 2 * weights[name].weight.numel() - _bytes(found.tensors[name]) for name in weights
+    }
+    room = budget - (size - sum(saved.values()))
+    if room < 0:
+        raise UserError(
+            f"--budget-gb {budget / GIB:g}: all linear layers in 4 bits take "
+            f"{(budget - room) / GIB:.2f} GiB; pass at least that, or leave it out"
+        )
+    costs = {}
+    for name, linear in weights.items():
+        changed = linear.weight.data.clone()
+        linear.weight.data.copy_(found.original[name])
+        costs[name] = every - divergence.nats(model)
+        linear.weight.data.copy_(changed)
+    for name in sorted(costs, key=lambda n: costs[n] / saved[n], reverse=True):
+        if costs[name] > 0 and saved[name] <= room:
+            room -= saved[name]
+            weights[name].weight.data.copy_(found.original[name])
+            del found.tensors[name]
+            found.kept.append(name)
+
+
+def _bytes(tensors: dict[str, Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors.values())

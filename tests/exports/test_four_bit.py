@@ -1,0 +1,160 @@
+"""``rlsloth quantize``: chosen codes, the folder in other programs, and the budget."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from bitsandbytes.functional import QuantState, dequantize_4bit
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from helpers.tiny import tiny_tokenizer
+from rlsloth.cli.main import main
+from rlsloth.config import ModelConfig
+from rlsloth.exports.four_bit.codes import (
+    BLOCK,
+    code_values,
+    dequantised,
+    nearest_codes,
+    packed,
+    plain_scales,
+    searched_scales,
+)
+from rlsloth.exports.four_bit.feedback import codes_with_feedback
+from rlsloth.policy.load import load_model
+
+LINEARS = 14
+"""Number of linear layers of the tiny model."""
+
+
+def inputs(columns: int) -> torch.Tensor:
+    """Correlated inputs [T, I], some of them much larger than others."""
+    torch.manual_seed(0)
+    mixed = torch.randn(2000, columns) @ torch.randn(columns, columns)
+    return mixed * torch.linspace(0.1, 3, columns)
+
+
+def test_codes_are_read_back_by_bitsandbytes() -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(24, 192)
+    scales = searched_scales(weight, torch.rand(192))
+    each = scales.values.repeat_interleave(BLOCK, 1)
+    codes = nearest_codes(weight, each, code_values(weight.device))
+    tensors = packed(codes, scales, torch.float32)
+    state = QuantState.from_dict(
+        {f"weight{end}": t for end, t in tensors.items() if end}, torch.device("cpu")
+    )
+    read = dequantize_4bit(tensors[""], state)
+    torch.testing.assert_close(read, dequantised(codes, scales))
+
+
+def test_errors_are_made_up_for() -> None:
+    torch.manual_seed(1)
+    weight, x = torch.randn(48, 256), inputs(256)
+    moments = x.T @ x
+
+    def error(codes: torch.Tensor, scales: object) -> float:
+        return float(((dequantised(codes, scales) - weight) @ x.T).square().mean())  # type: ignore[arg-type]
+
+    def nearest(scales: object) -> torch.Tensor:
+        each = scales.values.repeat_interleave(BLOCK, 1)  # type: ignore[attr-defined]
+        return nearest_codes(weight, each, code_values(weight.device))
+
+    plain, searched = plain_scales(weight), searched_scales(weight, moments.diagonal())
+    before = error(nearest(plain), plain)
+    assert error(codes_with_feedback(weight, moments, searched), searched) < 0.5 * before
+    importance = moments.diagonal() / len(x)
+    each = [(dequantised(nearest(s), s) - weight).square() @ importance for s in (plain, searched)]
+    assert float(each[1].mean()) < float(each[0].mean())
+
+
+def test_an_input_that_is_always_zero_harms_nothing() -> None:
+    torch.manual_seed(2)
+    weight, x = torch.randn(8, 128), inputs(128)
+    x[:, 5] = 0
+    weight[3, 64:] = 0
+    moments = x.T @ x
+    scales = searched_scales(weight, moments.diagonal())
+    codes = codes_with_feedback(weight, moments, scales)
+    assert torch.isfinite(dequantised(codes, scales)).all()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model with biased weights, tied embeddings and rows for calibration."""
+    path = tmp_path_factory.mktemp("quantize")
+    tokenizer = tiny_tokenizer()
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256,
+        tie_word_embeddings=True, initializer_range=0.1,
+    )  # fmt: skip
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(path / "model")
+    tokenizer.save_pretrained(path / "model")
+    text = "The sum of 17 and 25 is 42, and the product of 3 and 4 is 12. "
+    rows = [json.dumps({"text": f"{i} {text * 4}"}) for i in range(40)]
+    (path / "rows.jsonl").write_text("\n".join(rows))
+    return path
+
+
+def quantize(folder: Path, out: Path, *more: str) -> int:
+    words = ["--data.train", str(folder / "rows.jsonl"), "--samples", "8", "--tokens", "64"]
+    return main(["quantize", str(folder / "model"), "--out", str(out), *words, "--device", "cpu",
+                 *more])  # fmt: skip
+
+
+def test_other_programs_load_the_folder(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert quantize(folder, tmp_path / "out") == 0
+    assert f"{LINEARS} linear layers in 4 bits, 0 kept in 16" in capsys.readouterr().out
+    ours = load_model(ModelConfig(path=str(tmp_path / "out"), device="cpu"))
+    assert ours.precision == "nf4"
+    model = ours.model
+    model.set_attn_implementation("sdpa")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    ids = torch.arange(40)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, plain(ids).logits, atol=1e-5, rtol=1e-4)
+    assert quantize(folder, tmp_path / "out") == 2
+    assert "already exists" in capsys.readouterr().err
+    assert quantize(folder, tmp_path / "out", "--overwrite") == 0
+
+
+def test_a_budget_keeps_layers_in_16_bits(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def size(out: Path) -> int:
+        return sum(t.nbytes for f in out.glob("*.safetensors") for t in load_file(f).values())
+
+    assert quantize(folder, tmp_path / "all") == 0
+    budget = size(tmp_path / "all") + 40_000
+    assert quantize(folder, tmp_path / "some", "--budget-gb", str(budget / 2**30)) == 0
+    assert size(tmp_path / "all") < size(tmp_path / "some") <= budget
+    config = json.loads((tmp_path / "some" / "config.json").read_text())
+    kept = set(config["quantization_config"]["llm_int8_skip_modules"]) - {"lm_head"}
+    assert 0 < len(kept) < LINEARS
+    before = load_file(next((folder / "model").glob("*.safetensors")))
+    after = load_file(next((tmp_path / "some").glob("*.safetensors")))
+    for name in kept:
+        assert torch.equal(before[f"{name}.weight"], after[f"{name}.weight"])
+    capsys.readouterr()
+    assert quantize(folder, tmp_path / "none", "--budget-gb", "0.00001") == 2
+    assert "all linear layers in 4 bits take" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
+
+
+def test_bad_input(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert quantize(folder, tmp_path / "out", "--samples", "4000") == 2
+    assert "tokens are too few for --samples 4000" in capsys.readouterr().err
+    assert quantize(folder, tmp_path / "out", "--tokens", "300") == 2
+    assert "the model's context has 256" in capsys.readouterr().err
+    assert quantize(folder, tmp_path / "once") == 0
+    again = ["quantize", str(tmp_path / "once"), "--out", str(tmp_path / "twice")]
+    assert main([*again, "--data.train", str(folder / "rows.jsonl")]) == 2
+    assert "already quantised (bitsandbytes)" in capsys.readouterr().err
+    assert not (tmp_path / "twice").exists()
