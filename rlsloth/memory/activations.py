@@ -111,9 +111,9 @@ def tiles_mlp(layer: Layer) -> bool:
     return layer.on_kernels and not layer.chosen and not layer.fused_mlp
 
 
-def attention_results(layer: Layer, size: int) -> int:
-    """Return the bytes a token of attention's output and log-sums."""
-    return layer.queries * size + 4 * layer.heads
+def attention_results(layer: Layer, size: int) -> tuple[int, int]:
+    """Return the bytes a token of attention's output, and of its log-sums."""
+    return layer.queries * size, 4 * layer.heads
 
 
 def _around(layer: Layer, hidden: int, size: int) -> tuple[float, float]:

@@ -52,5 +52,18 @@ def host_bytes() -> int:
     available = int(psutil.virtual_memory().available)
     for limit, used in CGROUPS:
         with suppress(OSError, ValueError):  # no such file, or "max"
-            available = min(available, int(limit.read_text()) - int(used.read_text()))
+            room = int(limit.read_text()) - int(used.read_text()) + _reclaimable(used.parent)
+            available = min(available, room)
     return int(HOST_SHARE * max(0, available))
+
+
+def _reclaimable(group: Path) -> int:
+    """Return the bytes of a control group's page cache that the kernel gives up when asked.
+
+    ``memory.current`` counts it: after a checkpoint was read, it is as large as the checkpoint.
+    """
+    with suppress(OSError, ValueError):
+        rows = [row.split() for row in (group / "memory.stat").read_text().splitlines()]
+        found = {row[0]: int(row[1]) for row in rows if len(row) == 2}
+        return found.get("total_inactive_file", found.get("inactive_file", 0))
+    return 0

@@ -16,8 +16,9 @@ from rlsloth.kernels.nf4.ahead import BUFFERS
 from rlsloth.memory.shape import ModelShape, Weight, layer_kinds, remembered
 from rlsloth.memory.streamed import blocks, slot_bytes, streamed_bytes
 from rlsloth.memory.terms import Cache, Phase, Plan, Precision, Term, element_size
-from rlsloth.memory.update import PlacedKind, held_bytes, placed_kinds, update_terms
+from rlsloth.memory.update import PlacedKind, held_tensors, placed_kinds, update_terms
 from rlsloth.memory.workload import EngineMemory, Request, Sampling
+from rlsloth.policy.activations.arena import arena_bytes
 from rlsloth.policy.gpu_limit import CONTEXT
 from rlsloth.policy.streamed_layers import SLOTS
 
@@ -261,13 +262,14 @@ def host_bytes(shape: ModelShape, request: Request, placed: list[PlacedKind]) ->
     """Return the bytes of host memory for activations, the base's parts and optimizer states."""
     precision = precision_of(request.model, shape)
     size = element_size(precision)
-    held = sum(
-        count * held_bytes(layer, shape.hidden, size, placement, "host")
+    held = arena_bytes(
+        (request.microbatch * tensor, count)
         for layer, placement, count in placed
+        for tensor in held_tensors(layer, shape.hidden, size, placement, "host")
     )
     table = size * shape.embedding if request.model.offload_embeddings is True else 0
     streamed = sum(blocks(shape, precision, request.streamed))
-    running = request.microbatch * held + table + streamed + moved_states(shape, request)
+    running = held + table + streamed + moved_states(shape, request)
     if not streamed:
         return running
     # The whole base is loaded to the host before its layers go where they belong.

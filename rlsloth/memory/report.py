@@ -50,6 +50,8 @@ def _summary(plan: Plan, request: Request) -> str:
 def _describe_update(request: Request) -> str:
     placements = request.placements or uniform(request.model.gradient_checkpointing, 1)
     placed = describe_placements(placements) + _describe_streamed(request.streamed, placements)
+    if request.model.offload_embeddings is True:
+        placed += ", embedding in host memory"
     return f"micro-batches of {request.microbatch} tokens, {placed}"
 
 

@@ -82,12 +82,21 @@ def held_bytes(
 
     For a layer that keeps all its activations this is its input only.
     """
+    return sum(held_tensors(layer, hidden, size, placement, place))
+
+
+def held_tensors(
+    layer: Layer, hidden: int, size: int, placement: Placement | None, place: Place
+) -> list[int]:
+    """List the bytes a token of each tensor that ``held_bytes`` counts."""
     if placement is None:
-        return hidden * size if place == "device" else 0
-    held = hidden * size if placement.input == place else 0
-    held += attention_results(layer, size) if placement.attention == place else 0
-    projected = (layer.queries + 2 * layer.keys + hidden) * size
-    return held + (projected if placement.projections == place else 0)
+        return [hidden * size] if place == "device" else []
+    held = [hidden * size] if placement.input == place else []
+    if placement.attention == place:
+        held += attention_results(layer, size)
+    if placement.projections == place:
+        held += [width * size for width in (layer.queries, layer.keys, layer.keys, hidden)]
+    return held
 
 
 def _passing(shape: ModelShape, size: int, placed: list[PlacedKind]) -> int:

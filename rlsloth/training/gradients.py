@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from rlsloth.data.packing import longest_stream
 from rlsloth.memory.machine import host_bytes
 from rlsloth.memory.modes import most_frugal
 from rlsloth.memory.out_of_memory import free_memory, is_out_of_memory
-from rlsloth.policy.activations.placement import describe
+from rlsloth.policy.activations.arena import HostFullError, arena_bytes
+from rlsloth.policy.activations.placement import describe, summary
 from rlsloth.policy.optimizer import reserve
 from rlsloth.policy.policy import Policy
 from rlsloth.policy.random_state import random_state, set_random_state
@@ -66,14 +67,12 @@ def accumulate(
     The first time that memory runs out, nothing changes but that unused memory is given back:
     another program's or fragments may have taken it. The second time, activations are placed where
     they need the least of the GPU's memory, for the rest of the run. After that, micro-batches are
-    made smaller. Until then gradients are added up in the same order, so that the update is that of
-    a run with enough memory; smaller micro-batches change the order of sums.
+    made smaller, also where the host has no room for activations. Until then gradients are added up
+    in the same order, so that the update is that of a run with enough memory.
 
-    The memory of the optimizer's update is allocated here, too, so that it fails before that
-    update has changed anything.
-
-    All micro-batches are computed again, not only the one that failed, because its backward pass
-    has already added a part of its gradients to theirs: that costs time, and no memory for a copy.
+    The memory of the optimizer's update is allocated here, too: it fails before anything changes.
+    All micro-batches are computed again, since the failed one's backward pass has already added a
+    part of its gradients to theirs: that costs time, and no memory for a copy.
 
     Args:
         policy: the policy; its gradients are empty.
@@ -90,35 +89,40 @@ def accumulate(
         RuntimeError: memory ran out with the smallest micro-batches (``is_out_of_memory``).
     """
     state = random_state(policy.device)
-    failures = 0
+    failures, host_full = 0, False
     while True:
         try:
             result = compute(batch)
             reserve(policy.optimizer)
             return result, batch
+        except HostFullError:
+            change = _leave_host(policy, shrink)
+            if change is None:
+                raise
+            place, host_full = "host", True
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-            failures += 1
-            change = _next_change(policy, batch, shrink, failures)
+            place, failures = "GPU", failures + 1
+            change = _next_change(policy, batch, shrink, failures, host_full)
             if change is None:
                 raise
         # Here rather than above: the exception's traceback holds the failed call's tensors.
         policy.optimizer.zero_grad(set_to_none=True)
         free_memory()
         batch, remark = change(batch)
-        warn(f"GPU memory ran out in the update; its gradients are computed again{remark}")
+        warn(f"{place} memory ran out in the update; its gradients are computed again{remark}")
         set_random_state(policy.device, state)
 
 
 def _next_change(
-    policy: Policy, batch: PackedBatch, shrink: Shrink, failures: int
+    policy: Policy, batch: PackedBatch, shrink: Shrink, failures: int, host_full: bool
 ) -> Change | None:
     """Choose what to change after so many failures of an update; None: nothing is left."""
     if failures == 1:
         return lambda batch: (batch, "")
     frugal = most_frugal(policy.backend, len(policy.placements))
-    if policy.placements != frugal and _host_has_room(policy, batch):
+    if policy.placements != frugal and not host_full and _host_has_room(policy, batch):
 
         def place(batch: PackedBatch) -> tuple[PackedBatch, str]:
             policy.place(frugal)
@@ -131,8 +135,25 @@ def _next_change(
     return lambda _: (smaller, f", from now on in micro-batches of {smaller.budget} tokens")
 
 
+def _leave_host(policy: Policy, shrink: Shrink) -> Change | None:
+    """Keep layer inputs on the GPU, in smaller micro-batches; None: they are there already."""
+    if summary(policy.placements) != "offload":
+        return None
+    kept = tuple(
+        None if p is None else replace(p, input="device", attention=None, projections=None)
+        for p in policy.placements
+    )
+
+    def place(batch: PackedBatch) -> tuple[PackedBatch, str]:
+        policy.place(kept)
+        smaller = shrink(batch) or batch
+        return smaller, f", from now on with {describe(kept)}, {smaller.budget} tokens at a time"
+
+    return place
+
+
 def _host_has_room(policy: Policy, batch: PackedBatch) -> bool:
     """Tell whether layer inputs of the largest micro-batch fit into host memory."""
     tokens = max((len(micro.token_ids) for micro in batch.microbatches), default=0)
-    row = len(policy.placements) * int(policy.config.hidden_size) * policy.dtype.itemsize
-    return tokens * row <= host_bytes()
+    size = tokens * int(policy.config.hidden_size) * policy.dtype.itemsize
+    return arena_bytes([(size, len(policy.placements))]) <= host_bytes()

@@ -223,3 +223,8 @@ def test_weights_that_an_evaluating_engine_shares_stay_on_the_gpu(tmp_path, gene
     shape = model_shape(cfg.model, cfg.lora)
     chosen = choose(lambda one: make_plan(shape, one, 2 * GIB), shape, request, 600)
     assert (chosen.model.offload_embeddings is True) is not generates
+
+
+def test_a_prompt_beyond_the_context_is_refused(llama_folder, capsys):
+    assert run(llama_folder, "--memory-gb", "8", "--longest-prompt", "4000000") == 2
+    assert "leaves no room in the context of" in capsys.readouterr().err

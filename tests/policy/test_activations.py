@@ -13,7 +13,7 @@ from helpers.allocations import stand_in, stream, update_peak
 from helpers.families import FAMILIES
 from helpers.plans import make_policy
 from rlsloth.kernels.lora import products as products_module
-from rlsloth.policy.activations import arena
+from rlsloth.policy.activations import arena, transfer
 from rlsloth.policy.activations.layers import Recomputed
 from rlsloth.policy.activations.placement import Placement, describe
 from rlsloth.policy.attention.backend import Backend, Halves
@@ -252,3 +252,21 @@ def test_a_description_says_how_many_inputs_are_in_host_memory() -> None:
     assert "inputs of 3 layers in host memory" in describe((host,) * 3 + (device,))
     assert describe((host,) * 2).endswith("inputs in host memory")
     assert describe((host, None)) == "1 of 2 layers recomputed, inputs in host memory"
+
+
+@pytest.mark.parametrize("slab", [64, 4096, 1 << 20])
+def test_host_memory_is_counted_in_slabs_and_blocks(
+    slab: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(arena, "SLAB", slab)
+    monkeypatch.setattr(transfer, "SLAB", slab)
+    monkeypatch.setattr(arena, "BLOCK", 4 * slab)
+    policy = policy_with("llama", "offload")
+    gradients(policy)
+    size = len(MICRO.token_ids) * policy.config.hidden_size * policy.dtype.itemsize
+    transferred: Any = policy._recomputed._transfer
+    layers = len(decoder_layers(policy.model))
+    held = transferred.arena.size
+    assert held == arena.arena_bytes([(size, layers)])
+    assert held >= layers * size
+    assert held % (4 * slab) == 0

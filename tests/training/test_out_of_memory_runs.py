@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from helpers.grpo_runs import QUICK, Train, adapter, rows, same
 from helpers.supervised import PAIRS, SFT, command, make_folder, steps
 from rlsloth.cli import main as cli
+from rlsloth.policy.activations import arena
 from rlsloth.policy.policy import Policy
 from rlsloth.records import MicroBatch, TokenLogprobs
 from rlsloth.training import gradients, grpo, preference, sft
@@ -129,6 +130,25 @@ def test_a_run_that_fits_no_more_keeps_its_last_step(
     assert [row["loss"] for row in steps("again")] == [row["loss"] for row in steps("run")]
     ours, theirs = (load_file(f"{r}/adapter/adapter_model.safetensors") for r in ("again", "run"))
     assert same(ours, theirs)
+
+
+def test_a_host_without_room_makes_micro_batches_smaller(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(size: int) -> Any:
+        raise OSError("Cannot allocate memory")
+
+    monkeypatch.setattr(arena, "host_block", refuse)
+    with monkeypatch.context() as patch:
+        let_fail(patch, sft, 2, [2, 4])
+        assert command("sft", "d", *BUDGET) == 0
+    _, second, third = log_of("run")
+    assert "inputs in host memory" in second
+    assert "host memory ran out in the update" in third
+    plan = json.loads(Path("run/plan.json").read_text())
+    assert plan["tokens_per_microbatch"] < 100
+    assert plan["gradient_checkpointing"] is True
+    assert [row["step"] for row in steps("run")] == [1, 2, 3, 4, 5, 6]
 
 
 def test_a_rollout_that_fits_nowhere_ends_the_run_with_advice(

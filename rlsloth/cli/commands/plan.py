@@ -83,6 +83,7 @@ def _plan_grpo(config: GrpoConfig, own: GrpoPlanOptions) -> int:
     """
     from rlsloth.memory.decide import plan_run
     from rlsloth.memory.findings import Source
+    from rlsloth.policy.tokenizer import read_context
     from rlsloth.rollout.engines import choose_engine
     from rlsloth.training.memory import grpo_request
 
@@ -92,6 +93,11 @@ def _plan_grpo(config: GrpoConfig, own: GrpoPlanOptions) -> int:
         longest, origin = _longest_prompt(config)
     else:
         longest, origin = own.longest_prompt, "--longest-prompt"
+    if longest >= (context := read_context(config.model)):
+        raise UserError(
+            f"a prompt of {longest} tokens ({origin}) leaves no room in the context of {context}: "
+            "leave out longer ones with --env.max-prompt-tokens, or pass another model"
+        )
     engine = choose_engine(config.rollout, "cuda", planned=True)
     source = Source(origin, engine.text)
     request = replace(grpo_request(config, longest), card=_card(config, own))
@@ -136,8 +142,10 @@ def _longest_prompt(config: GrpoConfig) -> tuple[int, str]:
     from rlsloth.environments.loading import declaration, load_environment
     from rlsloth.memory.decide import DEFAULT_PROMPT
     from rlsloth.memory.planned_model import longest_prompt
+    from rlsloth.policy.tokenizer import read_context
 
-    default = DEFAULT_PROMPT, "default; pass --longest-prompt"
+    most = read_context(config.model) // 2
+    default = min(DEFAULT_PROMPT, most), "default; pass --longest-prompt"
     generates = declaration(config.env).generates
     if not generates and not Path(config.env.train).expanduser().exists():
         return default
