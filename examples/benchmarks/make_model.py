@@ -133,6 +133,8 @@ def make(args: argparse.Namespace) -> int:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
+    from rlsloth.policy.load import nf4_config
+
     tokenizer = read_tokenizer(args.tokenizer)
     ids = {
         "bos_token_id": tokenizer.bos_token_id,
@@ -154,13 +156,7 @@ def make(args: argparse.Namespace) -> int:
     config.architectures = [type(model).__name__]
     config.dtype = torch.bfloat16
     if args.precision == "nf4":
-        config.quantization_config = {
-            "quant_method": "bitsandbytes",
-            "load_in_4bit": True,
-            "bnb_4bit_quant_type": "nf4",
-            "bnb_4bit_use_double_quant": True,
-            "bnb_4bit_compute_dtype": "bfloat16",
-        }
+        config.quantization_config = nf4_config(torch.bfloat16).to_dict()
     config.save_pretrained(args.out)
     GenerationConfig(**ids).save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)

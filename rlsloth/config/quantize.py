@@ -7,6 +7,9 @@ from pydantic import Field, model_validator
 from rlsloth.config.data import SftDataConfig
 from rlsloth.config.section import Folder, Section, Text
 
+UNUSED = ("validation", "validation_split", "heldout", "loss_on")
+"""Settings of SFT's data that say what is trained on, or evaluated."""
+
 
 class QuantizeConfig(Section):
     """Write a model in 4 bits (NF4, in bitsandbytes' form) whose codes are chosen on your texts.
@@ -38,4 +41,7 @@ class QuantizeConfig(Section):
             raise ValueError("source is missing: rlsloth quantize MODEL --out FOLDER")
         if self.out is None:
             raise ValueError("the folder to write is missing: pass --out FOLDER")
+        for name in UNUSED:
+            if getattr(self.data, name) != SftDataConfig.model_fields[name].default:
+                raise ValueError(f"data.{name} has no effect: all tokens of the texts calibrate")
         return self

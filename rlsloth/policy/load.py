@@ -160,7 +160,13 @@ def quiet_libraries() -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
-def _nf4(dtype: torch.dtype) -> Any:
+def nf4_config(dtype: torch.dtype, skipped: list[str] | None = None) -> Any:
+    """Make transformers' setting for NF4 weights with scales in 8 bits.
+
+    Args:
+        dtype: type that products are computed in.
+        skipped: names of linear layers in 16 bits. Default: the output head.
+    """
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(
@@ -168,6 +174,7 @@ def _nf4(dtype: torch.dtype) -> Any:
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=skipped,
     )
 
 
@@ -192,7 +199,7 @@ def _pretrained(
     options = dict(files.options)
     stored = stored_method(config)
     unpacked = _unpacked(stored)
-    quantization = _nf4(dtype) if nf4 and not stored_in_nf4(config) else unpacked
+    quantization = nf4_config(dtype) if nf4 and not stored_in_nf4(config) else unpacked
     if quantization is not None:
         # The key must be absent rather than None: None makes transformers ignore the
         # checkpoint's own quantisation and read packed numbers as weights.
@@ -270,7 +277,7 @@ def _from_gguf(files: ModelFiles, dtype: torch.dtype, nf4: bool, device: torch.d
         state_dict=state,
         dtype=dtype,
         device_map={"": str(device)},
-        quantization_config=_nf4(dtype),
+        quantization_config=nf4_config(dtype),
     )
     model.generation_config = generation
     return model

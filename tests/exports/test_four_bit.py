@@ -153,6 +153,8 @@ def test_bad_input(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "tokens are too few for --samples 4000" in capsys.readouterr().err
     assert quantize(folder, tmp_path / "out", "--tokens", "300") == 2
     assert "the model's context has 256" in capsys.readouterr().err
+    assert quantize(folder, tmp_path / "out", "--data.loss-on", "all") == 2
+    assert "data.loss_on has no effect" in capsys.readouterr().err
     assert quantize(folder, tmp_path / "once") == 0
     again = ["quantize", str(tmp_path / "once"), "--out", str(tmp_path / "twice")]
     assert main([*again, "--data.train", str(folder / "rows.jsonl")]) == 2

@@ -102,7 +102,8 @@ def quantise(
         budget_gb: see ``QuantizeConfig.budget_gb``.
 
     Raises:
-        UserError: no linear layer can be quantised, or the budget is too small.
+        UserError: no linear layer can be quantised, or the budget is too small, which is told
+            before the calibration.
     """
     model: Any = loaded.model
     weights = linear_weights(model)
@@ -111,11 +112,8 @@ def quantise(
     found = Quantised(
         original={n: m.weight.detach().to("cpu", copy=True) for n, m in weights.items()}
     )
-    for linear in weights.values():
-        weight = linear.weight.data.float()
-        scales = plain_scales(weight)
-        each = scales.values.repeat_interleave(BLOCK, 1)
-        _set(linear, nearest_codes(weight, each, code_values(weight.device)), scales)
+    saved = {name: _take_nearest(linear) for name, linear in weights.items()}
+    room = 0 if budget_gb is None else _room(model, sum(saved.values()), int(budget_gb * GIB))
     found.nearest = divergence.nats(model)
     for name, linear in weights.items():
         linear.weight.data.copy_(found.original[name])
@@ -126,8 +124,8 @@ def quantise(
         for of_linear in moments.values():
             if of_linear.linear in names:
                 found.tensors[names[of_linear.linear]] = _choose(of_linear)
-    if budget_gb is not None:
-        _keep_worst(found, weights, divergence, model, int(budget_gb * GIB))
+    if room:
+        _keep_worst(found, weights, divergence, model, saved, room)
     found.chosen = divergence.nats(model)
     return found
 
@@ -140,6 +138,28 @@ def linear_weights(model: Any) -> dict[str, nn.Linear]:
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and module in inside and module.in_features % BLOCK == 0
     }
+
+
+def _take_nearest(linear: nn.Linear) -> int:
+    """Quantise a linear layer in place to the nearest codes; return the bytes that NF4 saves."""
+    weight = linear.weight.data.float()
+    scales = plain_scales(weight)
+    each = scales.values.repeat_interleave(BLOCK, 1)
+    codes = nearest_codes(weight, each, code_values(weight.device))
+    _set(linear, codes, scales)
+    tensors = packed(codes, scales, torch.bfloat16)
+    return 2 * weight.numel() - sum(tensor.nbytes for tensor in tensors.values())
+
+
+def _room(model: Any, saved: int, budget: int) -> int:
+    """Return the bytes that a budget leaves beside all linear layers in 4 bits."""
+    least: int = sum(2 * p.numel() for p in model.parameters()) - saved
+    if budget < least:
+        raise UserError(
+            f"--budget-gb {budget / GIB:g}: all linear layers in 4 bits take {least / GIB:.2f} "
+            "GiB; pass at least that, or leave it out"
+        )
+    return budget - least
 
 
 def _choose(moments: Moments) -> dict[str, Tensor]:
@@ -162,20 +182,11 @@ def _keep_worst(
     weights: dict[str, nn.Linear],
     divergence: Divergence,
     model: Any,
-    budget: int,
+    saved: dict[str, int],
+    room: int,
 ) -> None:
-    """Keep linear layers in 16 bits within a budget of bytes, those first that lose most a byte."""
+    """Keep linear layers in 16 bits within ``room`` bytes, those first that lose most a byte."""
     every = divergence.nats(model)
-    size = sum(2 * p.numel() for p in model.parameters())
-    saved = {
-        name: 2 * weights[name].weight.numel() - _bytes(found.tensors[name]) for name in weights
-    }
-    room = budget - (size - sum(saved.values()))
-    if room < 0:
-        raise UserError(
-            f"--budget-gb {budget / GIB:g}: all linear layers in 4 bits take "
-            f"{(budget - room) / GIB:.2f} GiB; pass at least that, or leave it out"
-        )
     costs = {}
     for name, linear in weights.items():
         changed = linear.weight.data.clone()
@@ -188,7 +199,3 @@ def _keep_worst(
             weights[name].weight.data.copy_(found.original[name])
             del found.tensors[name]
             found.kept.append(name)
-
-
-def _bytes(tensors: dict[str, Tensor]) -> int:
-    return sum(tensor.nbytes for tensor in tensors.values())

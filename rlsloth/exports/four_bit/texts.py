@@ -53,14 +53,16 @@ def read_texts(cfg: QuantizeConfig) -> Texts:
             f"--tokens {cfg.tokens}: the model's context has {context}; pass at most that"
         )
     found = load_examples(sft, sft_examples, tokenizer, context, embeddings)
-    stream = [
-        token
-        for example in found.train
-        for token in [*example.prompt_ids.tolist(), *(t for ids, _ in example.answers for t in ids)]
-    ]
     calibrate = -(-cfg.samples // BATCH) * BATCH
     held_out = -(-calibrate // HELD_OUT)
     wanted = (calibrate + held_out) * cfg.tokens
+    stream: list[int] = []
+    for example in found.train:
+        stream += example.prompt_ids.tolist()
+        for ids, _ in example.answers:
+            stream += ids.tolist()
+        if len(stream) >= wanted:
+            break
     if len(stream) < wanted:
         raise UserError(
             f"--data.train {cfg.data.train}: {len(stream)} tokens are too few for --samples "

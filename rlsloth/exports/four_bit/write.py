@@ -8,18 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from huggingface_hub import save_torch_state_dict
 from torch import Tensor
 
 from rlsloth.config import ModelConfig
 from rlsloth.errors import UserError
 from rlsloth.exports.four_bit.texts import Divergence
+from rlsloth.exports.merged import SHARD
 from rlsloth.exports.tokenizer import copy_processors
 from rlsloth.policy.identity import FILE
-from rlsloth.policy.load import LoadedModel, load_model
+from rlsloth.policy.load import LoadedModel, load_model, nf4_config
 
-SHARD = 2 * 2**30
-"""Bytes of a file of weights, at least one tensor."""
 TOLERANCE = 0.02
 """Largest difference of the divergence, in nats a token, that another type of sums can explain."""
 
@@ -40,19 +39,13 @@ def write_folder(
     config.dtype = torch.bfloat16
     config.architectures = [type(model).__name__]
     linears = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
-    config.quantization_config = {
-        "quant_method": "bitsandbytes",
-        "load_in_4bit": True,
-        "bnb_4bit_quant_type": "nf4",
-        "bnb_4bit_use_double_quant": True,
-        "bnb_4bit_compute_dtype": "bfloat16",
-        "llm_int8_skip_modules": [n for n in linears if f"{n}.weight" not in quantised],
-    }
+    kept = [n for n in linears if f"{n}.weight" not in quantised]
+    config.quantization_config = nf4_config(torch.bfloat16, kept).to_dict()
     config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
     loaded.tokenizer.save_pretrained(folder)
     copy_processors(base, folder)
-    _write_weights(folder, _tensors(model, quantised))
+    save_torch_state_dict(_tensors(model, quantised), folder, max_shard_size=SHARD)
     (folder / FILE).write_text(json.dumps({"export": "quantized", "base": base.path}) + "\n")
 
 
@@ -65,25 +58,6 @@ def _tensors(model: Any, quantised: dict[str, dict[str, Tensor]]) -> dict[str, T
         elif name not in tied:
             found[name] = tensor.to("cpu", torch.bfloat16).contiguous()
     return found
-
-
-def _write_weights(folder: Path, tensors: dict[str, Tensor]) -> None:
-    shards: list[dict[str, Tensor]] = [{}]
-    size = 0
-    for name, tensor in tensors.items():
-        if shards[-1] and size + tensor.nbytes > SHARD:
-            shards.append({})
-            size = 0
-        shards[-1][name] = tensor
-        size += tensor.nbytes
-    where: dict[str, str] = {}
-    for number, shard in enumerate(shards, 1):
-        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        save_file(shard, folder / file, metadata={"format": "pt"})
-        where |= dict.fromkeys(shard, file)
-    total = sum(tensor.nbytes for tensor in tensors.values())
-    index = {"metadata": {"total_size": total}, "weight_map": where}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
 
 
 def check_folder(folder: Path, base: ModelConfig, divergence: Divergence, wanted: float) -> float:
