@@ -117,6 +117,16 @@ def keep_nf4_weights(module: Any) -> None:
         module.support_avx512bf16_for_cpu = False
 
 
+def dequantise_to(module: Any, dtype: torch.dtype) -> None:
+    """Let a linear layer of bitsandbytes compute in a type; ignore other modules.
+
+    A 4-bit checkpoint names the type that it was made from, such as bf16, also on a CPU.
+    """
+    state = getattr(getattr(module, "weight", None), "quant_state", None)
+    if state is not None:
+        state.dtype = module.compute_dtype = dtype
+
+
 # --- bitsandbytes: weights are quantised on the GPU ----------------------------------------------
 
 NF4_QUANTISED_WHERE_LOADED = Change(

@@ -13,7 +13,12 @@ import torch
 from rlsloth.config import ModelConfig
 from rlsloth.errors import UserError
 from rlsloth.policy.attention.interface import NAME, register
-from rlsloth.policy.compat import forget_parsed_gguf, keep_nf4_weights, quantised_on
+from rlsloth.policy.compat import (
+    dequantise_to,
+    forget_parsed_gguf,
+    keep_nf4_weights,
+    quantised_on,
+)
 from rlsloth.policy.files import ModelFiles, locate
 from rlsloth.policy.gguf_check import GgufHeader, check_gguf, unread_keys
 from rlsloth.policy.gguf_tokenizer import end_ids
@@ -126,6 +131,7 @@ def load_model(cfg: ModelConfig) -> LoadedModel:
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
         keep_nf4_weights(module)
+        dequantise_to(module, dtype)
     model.set_attn_implementation(NAME)
     if model._can_set_experts_implementation():
         # One grouped product over all experts. A loop over experts would wait for the device in

@@ -24,6 +24,7 @@ from rlsloth.exports.four_bit.codes import (
     searched_scales,
 )
 from rlsloth.exports.four_bit.feedback import codes_with_feedback
+from rlsloth.policy.compat import dequantise_to
 from rlsloth.policy.load import load_model
 
 LINEARS = 14
@@ -117,6 +118,8 @@ def test_other_programs_load_the_folder(
     model = ours.model
     model.set_attn_implementation("sdpa")
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    for module in plain.modules():  # the checkpoint's own type is bf16
+        dequantise_to(module, torch.float32)
     ids = torch.arange(40)[None]
     with torch.no_grad():
         torch.testing.assert_close(model(ids).logits, plain(ids).logits, atol=1e-5, rtol=1e-4)
@@ -160,3 +163,13 @@ def test_bad_input(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert main([*again, "--data.train", str(folder / "rows.jsonl")]) == 2
     assert "already quantised (bitsandbytes)" in capsys.readouterr().err
     assert not (tmp_path / "twice").exists()
+
+
+def test_a_run_trains_on_the_folder(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert quantize(folder, tmp_path / "out") == 0
+    words = ["--data.train", str(folder / "rows.jsonl"), "--data.heldout", "4", "--steps", "2"]
+    run = ["sft", "--model.path", str(tmp_path / "out"), "--model.device", "cpu", *words]
+    assert main([*run, "--samples-per-step", "2", "--run.dir", str(tmp_path / "run")]) == 0
+    assert "lora_mlp, lora_o, lora_qkv" in capsys.readouterr().out  # computed by the kernels
