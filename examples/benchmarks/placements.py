@@ -12,8 +12,8 @@ are those of the stream, each prompt once.
 A mode places all layers alike; parts are joined by +:
     keep       autograd keeps everything           device, host  the layer's input is kept there
     attention  attention's results are kept, too   tiles         the MLP runs in tiles (--tile rows)
-    projections  and those of its linear layers    parts         its backward runs in --parts parts
-    auto       the plan chooses for --cap-gib
+    projections  queries, keys and values as well  parts         its backward runs in --parts parts
+    sum        the sum after attention as well     auto          the plan chooses for --cap-gib
 
 One process measures all modes, one after another. --cap-gib is model.memory_gb: torch's allocator
 may take what the CUDA context leaves of it; a mode that does not fit is a row with its error. The
@@ -81,6 +81,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "host memory. 0: the first one counts",
     )
     add("--offload-embeddings", action="store_true", help="keep the embedding in host memory")
+    add("--offload-layers", type=int, default=0, help="keep so many layers' weights there, too")
     add("--cap-gib", type=float, help="limit of torch's memory; default: the whole GPU")
     add("--host-gib", type=float, help="host memory for auto; default: as much as a run takes")
     add("--json", type=Path)
@@ -106,6 +107,7 @@ class Bench:
             attention=args.attention,
             max_context=args.stream[0] + args.stream[1],
             offload_embeddings=args.offload_embeddings,
+            offload_layers=args.offload_layers,
             memory_gb=args.cap_gib,
         )
         lora = LoraConfig(rank=args.rank, alpha=2 * args.rank)
@@ -184,6 +186,7 @@ class Bench:
             place,
             place if "attention" in parts else None,
             place if "projections" in parts else None,
+            place if "sum" in parts else None,
             self.args.parts if "parts" in parts else 1,
             self.args.tile if "tiles" in parts else None,
         )

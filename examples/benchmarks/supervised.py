@@ -120,6 +120,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--rows", type=int, help="sequences or pairs of a forward pass of trl and unsloth")
     add("--rank", type=int, default=32)
     add("--memory-gb", type=float, help="limit of each system's GPU memory, context included")
+    add("--set", nargs="+", default=[], metavar="OPTION=VALUE", help="options of rlsloth")
     add("--vocab", type=int, nargs="+", metavar="SIZE")
     add("--peers-path", help="folder put before PYTHONPATH for unsloth")
     add("--seconds", type=float, default=520, help="time for all measurements")

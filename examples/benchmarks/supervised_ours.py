@@ -48,6 +48,7 @@ def unshuffled(made: list[dict[str, str]]) -> list[dict[str, str]]:
 def config(args: argparse.Namespace, data: Path, folder: Path) -> Any:
     """The configuration of the command for this work."""
     import torch
+    import yaml
 
     from rlsloth.config.sft import SftConfig
     from rlsloth.losses.preference.methods import DpoConfig, OrpoConfig
@@ -71,6 +72,10 @@ def config(args: argparse.Namespace, data: Path, folder: Path) -> Any:
     }
     if args.task == "packed":
         made["tokens_per_microbatch"] = args.micro_tokens
+    for text in args.set:
+        name, _, value = text.partition("=")
+        section, _, option = name.rpartition(".")
+        (made[section] if section else made)[option] = yaml.safe_load(value)
     kinds: dict[str, Any] = {"dpo": DpoConfig, "orpo": OrpoConfig}
     return kinds.get(args.task, SftConfig).model_validate(made)
 

@@ -56,7 +56,8 @@ def modes(checkpointing: bool | str, backend: str, *, projections: bool = False)
         return [Mode(p, p) for p in (host, *tiled)]
     attention = [replace(p, attention="host") for p in (host, *tiled[:-1])] if halves else []
     if projections:
-        attention += [replace(placement, projections="host") for placement in attention]
+        with_projections = [replace(p, projections="host") for p in attention]
+        attention += [*with_projections, *(replace(p, sum="host") for p in with_projections)]
     offloaded = [host, *attention, *tiled]
     kept = [_on_device(p) for p in offloaded]
     return [
@@ -70,7 +71,10 @@ def _on_device(placement: Placement) -> Placement:
     """Keep on the GPU what a placement keeps in host memory."""
     attention: Place | None = None if placement.attention is None else "device"
     projections: Place | None = None if placement.projections is None else "device"
-    return replace(placement, input="device", attention=attention, projections=projections)
+    total: Place | None = None if placement.sum is None else "device"
+    return replace(
+        placement, input="device", attention=attention, projections=projections, sum=total
+    )
 
 
 def most_frugal(backend: str, layers: int) -> Placements:

@@ -31,8 +31,11 @@ MICROBATCHES = (
 UNBOUNDED = 1 << 62
 """Bytes of a GPU on which everything fits."""
 
-Accepts = Callable[[Plan], bool]
-"""Function that tells whether a plan fits well enough for a stage."""
+Accepts = Callable[[Plan, float], bool]
+"""Function that tells whether a plan fits well enough for a stage.
+
+It also gets the largest share of the GPU that the update should use.
+"""
 Place = tuple[bool, int]
 """Values of ``model.offload_embeddings`` and ``model.offload_layers``."""
 
@@ -70,7 +73,7 @@ def choose(
        decoding step copies these weights: then each number is a stage of its own, the smallest
        first; and after none, the update that needs the least memory, if it fits at all.
     2. The update that needs the least memory, if it fits, with as many layers in host memory as
-       may be.
+       may be; then any candidate with which the run fits, where the host is too small for that.
     3. For a run that does not fit: the candidates of the first stage whose update fits; the update
        that needs the least memory, if the host has room for it; and in any case.
 
@@ -80,7 +83,7 @@ def choose(
         request: the run.
         least: smallest possible number of tokens in a micro-batch.
     """
-    search = _Search(plan, shape, request, 1 - kept_free(shape, request))
+    search = _Search(plan, shape, request)
     for stage in _stages(shape, request, least):
         found = search.fastest(stage)
         if found is not None:
@@ -91,19 +94,19 @@ def choose(
 def _stages(shape: ModelShape, request: Request, least: int) -> Iterator[Stage]:
     """Yield the stages in their order."""
     counts, samples = layer_counts(shape, request), request.sampling is not None
-    offloads, limit = embedding_places(shape, request), 1 - kept_free(shape, request)
+    offloads = embedding_places(shape, request)
     allowed, sizes = _allowed(shape, request), _sizes(request, least)
 
-    def roomy(plan: Plan) -> bool:
-        return plan.fits_host and plan.peak("update") <= limit * plan.total
+    def roomy(plan: Plan, share: float) -> bool:
+        return plan.fits_host and plan.peak("update") <= share * plan.total
 
-    def roomy_and_fits(plan: Plan) -> bool:
-        return plan.fits and roomy(plan)
+    def roomy_and_fits(plan: Plan, share: float) -> bool:
+        return plan.fits and roomy(plan, share)
 
-    def fits(plan: Plan) -> bool:
+    def fits(plan: Plan, _share: float) -> bool:
         return plan.fits
 
-    def on_host(plan: Plan) -> bool:
+    def on_host(plan: Plan, _share: float) -> bool:
         return plan.fits_host
 
     def frugal(accepts: Accepts, count: int) -> Stage:
@@ -123,11 +126,13 @@ def _stages(shape: ModelShape, request: Request, least: int) -> Iterator[Stage]:
             yield frugal(fits, 0)
     for count in reversed(counts):
         yield frugal(fits, count)
+    if not request.overlap:
+        yield all_of(fits, counts)
     for count in counts:
         yield all_of(on_host if request.overlap else roomy, [count])
     for count in reversed(counts):
         yield frugal(on_host, count)
-    yield frugal(lambda _: True, counts[0])
+    yield frugal(lambda *_: True, counts[0])
 
 
 def _allowed(shape: ModelShape, request: Request) -> list[Mode]:
@@ -184,8 +189,6 @@ class _Search:
     plan: Callable[[Request], Plan]
     shape: ModelShape
     request: Request
-    share: float
-    """Largest share of the GPU that the update should use."""
     times: StepTimes = field(init=False)
 
     def __post_init__(self) -> None:
@@ -215,14 +218,14 @@ class _Search:
             return self.plan(self._made(candidate, last))
 
         def fits(candidate: Candidate, last: int) -> bool:
-            return stage.accepts(plan_of(candidate, last))
+            return stage.accepts(plan_of(candidate, last), self._share(candidate.mode))
 
         def fits_gpu(candidate: Candidate, last: int) -> bool:
             if refused.covers(candidate, last):
                 return False
-            plan = plan_of(candidate, last)
-            accepted = stage.accepts(replace(plan, host_total=None))
-            if not accepted and plan.peak("update") > self.share * plan.total:
+            plan, share = plan_of(candidate, last), self._share(candidate.mode)
+            accepted = stage.accepts(replace(plan, host_total=None), share)
+            if not accepted and plan.peak("update") > share * plan.total:
                 refused.add(candidate, last)
             return accepted
 
@@ -253,7 +256,13 @@ class _Search:
         """Tell whether the host has room for a place's weights, if no activations are there."""
         mode = Mode(Placement(), Placement())
         plan = self.plan(self._made(Candidate(min(stage.tokens), mode, place), 0))
-        return stage.accepts(replace(plan, total=UNBOUNDED))
+        return stage.accepts(replace(plan, total=UNBOUNDED), self._share(mode))
+
+    def _share(self, mode: Mode) -> float:
+        """Return the largest share of the GPU that the update should use."""
+        first = mode.first
+        parts = first is not None and bool(first.mlp_rows or first.attention_parts > 1)
+        return 1 - kept_free(self.shape, self.request, parts)
 
     def _made(self, candidate: Candidate, last: int) -> Request:
         placements = candidate.mode.placements(len(self.shape.layers), last)

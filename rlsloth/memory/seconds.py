@@ -18,9 +18,10 @@ from rlsloth.memory.update import PlacedKind, held_bytes, placed_kinds
 from rlsloth.memory.workload import Request
 from rlsloth.policy.activations.placement import Placement
 
-BUSY = 0.6
+BUSY = 0.7
 """Share of a card's products that an update reaches. Measured on an H200: 0.57 of them with a
-micro-batch of 29,176 tokens, and 0.7 with one of 8,192 (Qwen3's 8B shape, NF4)."""
+micro-batch of 29,176 tokens, and 0.7 with one of 8,192 (Qwen3's 8B shape, NF4). The larger share,
+because a faster GPU hides fewer copies."""
 NOT_AGAIN = 0.27
 """Share of a layer's linear products, the MLP's last one, that the second forward leaves out."""
 STARTED = 8e-3, 12e-3
@@ -33,9 +34,9 @@ TILE_STARTED, PART_STARTED = 0.5, 0.1
 backward: about so many of a layer's kernels are theirs."""
 LOOKUP = 0.4
 """Share of the bus that reading single rows of an embedding in host memory reaches."""
-FETCHED = 0.02
-"""Share of its time that an update is thought to lose where it fetches layers' weights, even if the
-copies are hidden: it takes host memory, and must be worth that."""
+FETCHED = 0.05
+"""Share of its time that an update loses where it fetches layers' weights, even if the copies are
+hidden. Measured on an H200: 5.7 % for 5 of 36 layers (docs/PERFORMANCE.md)."""
 DEQUANTISED = 2.5e-12
 """Seconds to dequantise a weight from NF4: 2.5 bytes at 3 TB/s, 3 times for each micro-batch."""
 STEP = 65536
@@ -155,7 +156,9 @@ class StepTimes:
         hidden = self._shape.hidden
         total += (1 - NOT_AGAIN) * self._linear + attention * (placement.attention is None)
         if placement.projections is not None:
-            total -= (2 * layer.queries + 2 * layer.keys) * hidden
+            total -= (layer.queries + 2 * layer.keys) * hidden
+        if placement.sum is not None:
+            total -= layer.queries * hidden
         copied = held_bytes(layer, hidden, self._size, placement, "host")
         total += max(0.0, copied / self._bus * self._multiplied - self._linear - attention)
         # Copies and tiles cost a little even where they are hidden.

@@ -95,7 +95,9 @@ def held_tensors(
     if placement.attention == place:
         held += attention_results(layer, size)
     if placement.projections == place:
-        held += [width * size for width in (layer.queries, layer.keys, layer.keys, hidden)]
+        held += [width * size for width in (layer.queries, layer.keys, layer.keys)]
+    if placement.sum == place:
+        held += [hidden * size]
     return held
 
 

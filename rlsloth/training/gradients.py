@@ -140,7 +140,9 @@ def _leave_host(policy: Policy, shrink: Shrink) -> Change | None:
     if summary(policy.placements) != "offload":
         return None
     kept = tuple(
-        None if p is None else replace(p, input="device", attention=None, projections=None)
+        None
+        if p is None
+        else replace(p, input="device", attention=None, projections=None, sum=None)
         for p in policy.placements
     )
 

@@ -69,21 +69,23 @@ def planner(shape: ModelShape, gib: float) -> partial[Plan]:
 
 
 def test_one_micro_batch_of_both_texts_fits_8_gib(shape: ModelShape) -> None:
-    """On an H200 two micro-batches took 1.18 s a step, since the host was too slow; one 0.73 s.
+    """On an H200 two micro-batches took 1.18 s a step, since the host was too slow; one 0.68 s.
 
-    Five layers' weights make room for the results of attention's linear layers to pass.
+    The sum after attention is computed again: the bus has no time for it (0.684 s with it).
     """
     plan_of = planner(shape, 8)
     chosen = choose(plan_of, shape, texts(2), 4096)
     assert chosen.microbatch == 8192
     assert chosen.placed(LAYERS) == (Placement("host", "host", "host"),) * LAYERS
-    assert chosen.streamed == 5
+    assert chosen.streamed == 0
     resident = texts(2).with_embeddings(True).with_layers(0)
     without = resident.with_update(8192, (Placement("host", "host"),) * LAYERS)
     assert plan_of(without).fits
     assert step_seconds(shape, chosen) < 0.98 * step_seconds(shape, without)
     assert plan_of(chosen).fits
     assert plan_of(chosen).peak("update") <= (1 - MEASURED_FREE) * 8 * GIB
+    more = chosen.with_update(8192, (Placement("host", "host", "host", "host"),) * LAYERS)
+    assert step_seconds(shape, chosen) < step_seconds(shape, more)
     halved = chosen.with_update(4096, (Placement("host", "host", "host"),) * LAYERS)
     assert step_seconds(shape, halved) > 1.2 * step_seconds(shape, chosen)
     smaller = choose(planner(shape, 4.3), shape, texts(2), 4096)  # where both do not fit
@@ -185,6 +187,7 @@ def test_no_choice_in_the_same_stage_is_faster(shape: ModelShape, total: float) 
 
 def test_the_share_kept_free_depends_on_what_was_measured(shape: ModelShape) -> None:
     assert kept_free(shape, texts(2)) == MEASURED_FREE
+    assert kept_free(shape, texts(2), parts=True) == KEPT_FREE
     assert kept_free(replace(shape, attention="varlen"), texts(2)) == KEPT_FREE
     assert kept_free(shape, grpo_request(GrpoConfig(), 100)) == KEPT_FREE
 

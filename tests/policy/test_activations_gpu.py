@@ -15,9 +15,11 @@ PLACEMENTS = [
     Placement("device", "device"),
     Placement("host", "host"),
     Placement("device", "device", "device"),
+    Placement("device", "device", "device", "device"),
     Placement("host", "host", "host"),
+    Placement("host", "host", "host", "host"),
     Placement("host", attention_parts=2),
-    Placement("host", "host", "host", 2, 64),
+    Placement("host", "host", "host", "host", 2, 64),
 ]
 
 

@@ -19,9 +19,14 @@ class Placement:
     attention: Place | None = None
     """Place of attention's output and log-sums; None: attention is computed again, too."""
     projections: Place | None = None
-    """Place of queries, keys, values and the sum after attention; None: computed again.
+    """Place of queries, keys and values before rotation; None: computed again.
 
-    Only together with ``attention``: then attention's linear layers are not computed again either.
+    Only together with ``attention``, without which they are needed anyway.
+    """
+    sum: Place | None = None
+    """Place of the sum after attention; None: computed again.
+
+    Only together with ``projections``: then none of attention's linear layers is computed again.
     """
     attention_parts: int = 1
     """Number of parts, by heads, in which attention's backward is computed one after another.
@@ -46,7 +51,7 @@ def uniform(checkpointing: Checkpointing, layers: int) -> Placements:
 def summary(placements: Placements) -> Literal["offload"] | bool:
     """Summarise placements as a value of ``model.gradient_checkpointing``."""
     again = [p for p in placements if p is not None]
-    places = {place for p in again for place in (p.input, p.attention, p.projections)}
+    places = {place for p in again for place in (p.input, p.attention, p.projections, p.sum)}
     return "offload" if "host" in places else bool(again)
 
 
@@ -60,8 +65,9 @@ def describe(placements: Placements) -> str:
     parked = sum(p is not None and p.input == "host" for p in placements)
     whose = "" if parked == total - kept else f" of {parked} layers"
     parts += [f"inputs{whose} in host memory"] * (parked > 0)
-    attention = "attention" if again.projections is None else "attention and its linear layers"
-    parts += [f"{attention} kept ({again.attention})"] * (again.attention is not None)
+    kept_of = ["attention", *["queries, keys, values"] * (again.projections is not None)]
+    kept_of += ["the sum after it"] * (again.sum is not None)
+    parts += [f"{', '.join(kept_of)} kept ({again.attention})"] * (again.attention is not None)
     parts += [f"MLP in tiles of {again.mlp_rows} tokens"] * (again.mlp_rows is not None)
     parts += [f"attention's backward in {again.attention_parts} parts"] * (
         again.attention_parts > 1

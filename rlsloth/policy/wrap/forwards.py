@@ -273,7 +273,7 @@ class LayerForward(Forward):
         ``known`` is the sum; with a norm after attention it is that norm's input.
         """
         current = current_pass()
-        place = None if current is None else current.placement.projections
+        place = None if current is None else current.placement.sum
         second = _bare_norm(self._second_norm)
         if self._sandwich:
             attended = attended if known is None else known_sum(known, attended)
