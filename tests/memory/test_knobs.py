@@ -228,6 +228,8 @@ def typed(settings: dict[str, Any], option: str) -> dict[str, Any]:
         {"model": {"precision": "bf16", "gradient_checkpointing": "offload"}},
         {"model": {"precision": "bf16"}, "lora": {"rank": 64}, "optim": {"name": "adamw"}},
         {"model": {"precision": "nf4"}, "tokens_per_microbatch": 32768},
+        {"model": {"precision": "bf16", "offload_layers": 12, "offload_embeddings": True}},
+        {"model": {"precision": "nf4", "offload_layers": 16}, "optim": {"offload": True}},
     ],
 )
 def test_an_option_fits_if_the_run_with_it_does(folder, gib, host, settings) -> None:
