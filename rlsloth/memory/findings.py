@@ -7,14 +7,9 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from rlsloth.memory.freed import Freed, list_freed, that_fit_together
+from rlsloth.memory.longest import Longest, longest_completion, longest_text
 from rlsloth.memory.plan import make_plan
-from rlsloth.memory.search import (
-    Longest,
-    largest_sequences,
-    largest_tokens,
-    longest_completion,
-    longest_text,
-)
+from rlsloth.memory.search import largest_sequences, largest_tokens
 from rlsloth.memory.shape import ModelShape
 from rlsloth.memory.terms import Plan
 from rlsloth.memory.workload import Request
@@ -79,7 +74,7 @@ def find_all(
     completion = None
     if request.sampling is not None:
         largest[SEQUENCES] = largest_sequences(plan_of, chosen)
-        completion = longest_completion(plan_of, shape, open_update)
+        completion = longest_completion(planner, shape, open_update)
     freed = list_freed(planner, shape, chosen, request)
     lacks = not plan.fits and not any(f.fits for f in freed)
     return Findings(
@@ -88,7 +83,7 @@ def find_all(
         model=shape.name,
         source=source,
         largest=largest,
-        longest_text=longest_text(plan_of, shape, open_update),
+        longest_text=longest_text(planner, shape, open_update),
         longest_completion=completion,
         freed=freed,
         together=that_fit_together(planner, shape, chosen) if lacks else (),

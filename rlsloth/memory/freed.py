@@ -17,6 +17,8 @@ LISTED = 0.01
 """Share of the GPU that an option must free to be listed."""
 MORE = 1.1
 """Factor by which the cache must hold more completions for an option to be listed without that."""
+FASTER = 0.02
+"""Share of a step's time that fewer layers in host memory than the user named must save."""
 ADVISED = 3
 """Largest number of options in a message of one line."""
 
@@ -56,6 +58,7 @@ def list_freed(
 
     If the run does not fit, those that make it fit come first. Options that make room for
     MORE completions are listed as well. If the host's memory is too small, that is what counts.
+    So are fewer layers in host memory than the user named, where a step is then FASTER.
 
     Args:
         planner: function that plans a request.
@@ -83,11 +86,36 @@ def list_freed(
         helps = freed.fits and not now.fits
         if helps or amount(freed) > least or (held and (freed.holds or 0) >= MORE * held):
             found.append(freed)
+    if now.fits and asked is not None and (fewer := _fewer_layers(planner, shape, request, asked)):
+        found.append(fewer)
 
     def rank(freed: Freed) -> tuple[bool, int, int]:
         return freed.fits and not now.fits, amount(freed), freed.holds or 0
 
     return sorted(found, key=rank, reverse=True)
+
+
+def _fewer_layers(
+    planner: Planner, shape: ModelShape, request: Request, asked: Request
+) -> Freed | None:
+    """Compare a run with the one whose number of layers in host memory the plan decides.
+
+    Returns:
+        None if the user named no number, or the plan decides no smaller one with which a step is
+        FASTER. Its time is told with all other settings decided again.
+    """
+    if asked.model.offload_layers in ("auto", 0):
+        return None
+    model = asked.model.model_copy(update={"offload_layers": "auto"})
+    again = decide_settings(planner, shape, replace(asked, model=model))
+    option, fewer = f"--model.offload-layers {again.streamed}", request.with_layers(again.streamed)
+    slower = _slower(shape, request, (option, shape, again))
+    fits = again.streamed < request.streamed and planner(shape, again).fits
+    if not fits or slower is None or slower > -FASTER:
+        return None
+    freed = _compare(planner(shape, request), shape, request, planner(shape, fewer),
+                     (option, shape, fewer))  # fmt: skip
+    return replace(freed, fits=True, slower=slower)
 
 
 def that_fit_together(planner: Planner, shape: ModelShape, request: Request) -> list[str]:

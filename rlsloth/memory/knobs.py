@@ -141,6 +141,28 @@ def _overlap(_planner: Planner, shape: ModelShape, request: Request) -> Changed 
     return "--rollout.overlap false", shape, changed
 
 
+def _embeddings_back(_planner: Planner, shape: ModelShape, request: Request) -> Changed | None:
+    if request.model.offload_embeddings is not True:
+        return None
+    return "--model.offload-embeddings false", shape, request.with_embeddings(False)
+
+
+def _states_back(_planner: Planner, shape: ModelShape, request: Request) -> Changed | None:
+    if not request.optim.offload:
+        return None
+    optim = request.optim.model_copy(update={"offload": False})
+    return "--optim.offload false", shape, replace(request, optim=optim)
+
+
+def _layers_back(planner: Planner, shape: ModelShape, request: Request) -> Changed | None:
+    """Stream so many layers fewer that the run fits; none if it does not fit with any number."""
+    fewer = [count for count in eighths(shape) if count < request.streamed]
+    if not fewer or planner(shape, request).fits:  # list_freed has a row for a run that fits
+        return None
+    fitting = [n for n in fewer if planner(shape, request.with_layers(n)).fits] or [0]
+    return f"--model.offload-layers {fitting[-1]}", shape, request.with_layers(fitting[-1])
+
+
 KNOBS: tuple[Knob, ...] = (
     _four_bits,
     partial(_checkpointing, True),
@@ -157,6 +179,9 @@ KNOBS: tuple[Knob, ...] = (
     _examples,
     _overlap,
     _engine,
+    _embeddings_back,
+    _states_back,
+    _layers_back,
 )
 """The options that are tried."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from rlsloth.memory.shape import ModelShape
+from rlsloth.memory.shape import ModelShape, layer_kinds
 from rlsloth.memory.workload import Request
 from rlsloth.policy.activations.placement import Place, Placement, Placements
 from rlsloth.policy.attention.backends import BACKENDS
@@ -65,6 +65,20 @@ def modes(checkpointing: bool | str, backend: str, *, projections: bool = False)
         *(Mode(p, None) for p in (*kept, *offloaded)),
         *(Mode(p, _on_device(p)) for p in offloaded),
     ]
+
+
+def allowed_modes(shape: ModelShape, request: Request) -> list[Mode]:
+    """List the modes that a request leaves open; the last one needs the least memory.
+
+    With ``rollout.overlap`` it is one, which uses no host memory unless the user asks for it:
+    copies would wait for those of sampling.
+    """
+    checkpointing = request.model.gradient_checkpointing
+    if request.overlap and checkpointing == "auto":
+        checkpointing = True
+    projections = all(layer.on_kernels for layer in layer_kinds(shape)[0])
+    allowed = modes(checkpointing, shape.attention, projections=projections)
+    return allowed[:1] if request.overlap else allowed
 
 
 def _on_device(placement: Placement) -> Placement:

@@ -1,15 +1,17 @@
-"""Turn out-of-memory errors of a GPU into advice on settings."""
+"""Out-of-memory errors of a GPU: a second try, and advice on settings."""
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from rlsloth.errors import UserError
+
+Result = TypeVar("Result")
 
 ADVICE = {
     "trial": "the weights alone nearly fill it: pass a smaller model",
@@ -25,6 +27,38 @@ ADVICE = {
 SIGNS = "out of memory", "STATUS_ALLOC_FAILED"
 """Texts in errors of CUDA, Triton, cuBLAS and cuDNN, which allocate memory beside torch's."""
 FOUR_BITS = "load the base model in 4 bits with --model.precision nf4"
+
+
+def again(
+    compute: Callable[[], Result],
+    what: str,
+    warn: Callable[[str], None],
+    *,
+    unchanged: Callable[[], bool] = lambda: True,
+) -> Result:
+    """Call a function, and once more if the GPU's memory runs out in it.
+
+    Unused memory is given back in between: another program's or fragments may have taken it.
+
+    Args:
+        compute: a function that may be called again after a failure, with the result that the first
+            call would have had.
+        what: the work that it does, as a warning names it.
+        warn: prints the warning.
+        unchanged: tells after a failure whether it may be called again.
+
+    Raises:
+        RuntimeError: memory ran out twice, or the function may not be called again.
+    """
+    try:
+        return compute()
+    except RuntimeError as error:
+        if not (is_out_of_memory(error) and unchanged()):
+            raise
+    # Here rather than above: the exception's traceback holds the failed call's tensors.
+    free_memory()
+    warn(f"GPU memory ran out in {what}, which is tried again")
+    return compute()
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from functools import cache, partial
 
 from rlsloth.config import MICROBATCH
 from rlsloth.memory.bisection import largest
-from rlsloth.memory.modes import Mode, embedding_places, modes
+from rlsloth.memory.modes import Mode, allowed_modes, embedding_places
 from rlsloth.memory.plan import kept_free
 from rlsloth.memory.seconds import StepTimes
 from rlsloth.memory.shape import ModelShape, layer_kinds
@@ -95,7 +95,7 @@ def _stages(shape: ModelShape, request: Request, least: int) -> Iterator[Stage]:
     """Yield the stages in their order."""
     counts, samples = layer_counts(shape, request), request.sampling is not None
     offloads = embedding_places(shape, request)
-    allowed, sizes = _allowed(shape, request), _sizes(request, least)
+    allowed, sizes = allowed_modes(shape, request), _sizes(request, least)
 
     def roomy(plan: Plan, share: float) -> bool:
         return plan.fits_host and plan.peak("update") <= share * plan.total
@@ -133,16 +133,6 @@ def _stages(shape: ModelShape, request: Request, least: int) -> Iterator[Stage]:
     for count in reversed(counts):
         yield frugal(on_host, count)
     yield frugal(lambda *_: True, counts[0])
-
-
-def _allowed(shape: ModelShape, request: Request) -> list[Mode]:
-    """List the modes that the request leaves open."""
-    checkpointing = request.model.gradient_checkpointing
-    if request.overlap and checkpointing == "auto":
-        checkpointing = True
-    projections = all(layer.on_kernels for layer in layer_kinds(shape)[0])
-    allowed = modes(checkpointing, shape.attention, projections=projections)
-    return allowed[:1] if request.overlap else allowed
 
 
 def _sizes(request: Request, least: int) -> list[int]:

@@ -7,8 +7,8 @@ from typing import Any
 
 from rlsloth.memory.findings import SEQUENCES, TOKENS, Findings
 from rlsloth.memory.freed import Freed, together_line
+from rlsloth.memory.longest import Longest
 from rlsloth.memory.plan import ACTIVATION_TOLERANCE
-from rlsloth.memory.search import Longest
 from rlsloth.memory.terms import GIB, Cache, Phase, Plan, Term
 from rlsloth.memory.workload import Request
 from rlsloth.policy.activations.placement import Placements, uniform

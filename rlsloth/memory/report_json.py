@@ -7,8 +7,8 @@ from dataclasses import asdict
 from typing import Any
 
 from rlsloth.memory.findings import TOKENS, Findings
+from rlsloth.memory.longest import Longest
 from rlsloth.memory.plan import ACTIVATION_TOLERANCE
-from rlsloth.memory.search import Longest
 from rlsloth.memory.terms import Term
 from rlsloth.policy.activations.placement import describe
 

@@ -69,12 +69,16 @@ def _adamw_8bit() -> Any:
         adapter has hundreds, whose updates take the GPU 7 us each.
         """
 
+        def begin(self) -> None:
+            """Move states of a checkpoint to their weights' device, before the first step."""
+            if not self.initialized:
+                self.to_gpu()
+                self.initialized: bool = True
+
         @torch.no_grad()
         def step(self, closure: None = None) -> None:
             assert closure is None
-            if not self.initialized:
-                self.to_gpu()  # states of a checkpoint
-                self.initialized: bool = True
+            self.begin()
             for g, group in enumerate(self.param_groups):
                 for i, weight in enumerate(group["params"]):
                     if weight.grad is None:
@@ -121,13 +125,15 @@ def _warmed_up(after: Callable[[int], float], warmup_steps: int, update: int) ->
 def reserve(optimizer: torch.optim.Optimizer) -> None:
     """Allocate the memory of an update, so that it does not run out half-way through the update.
 
-    These are the states of weights with a gradient, before their first update, and for torch's
-    AdamW on a GPU a tensor like each weight, which then waits in torch's cache.
+    These are the states of weights with a gradient, before their first update or after a resume,
+    and for torch's AdamW on a GPU a tensor like each weight, which then waits in torch's cache.
 
     Raises:
         torch.OutOfMemoryError: the states that were made are complete.
     """
     plain = isinstance(optimizer, torch.optim.AdamW)
+    if not plain:
+        optimizer.begin()  # type: ignore[attr-defined]
     for g, group in enumerate(optimizer.param_groups):
         for i, weight in enumerate(group["params"]):
             if weight.grad is None or optimizer.state.get(weight):

@@ -226,13 +226,16 @@ class Policy:
     def step(self) -> StepStats:
         """Clip the gradients, update the weights, and clear the gradients.
 
-        A NaN or infinite gradient updates nothing; the schedule moves on in any case.
+        A NaN or infinite gradient updates nothing; the schedule moves on in any case. An error
+        before the version or the schedule has changed leaves everything as it was.
         """
-        norm = float(torch.nn.utils.clip_grad_norm_(self._trained, self._max_grad_norm))
+        total = torch.nn.utils.get_total_norm([p.grad for p in self._trained if p.grad is not None])
+        norm = float(total)
         lr = self.learning_rate
         skipped = not math.isfinite(norm)
         if not skipped:
             self.version += 1  # before: an update that fails halfway has changed weights
+            torch.nn.utils.clip_grads_with_norm_(self._trained, self._max_grad_norm, total)
             self.optimizer.step()
         park(self.optimizer)  # an update that is skipped has fetched the states, too
         self._advance_schedule()

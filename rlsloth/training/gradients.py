@@ -1,4 +1,4 @@
-"""The gradients of a step's micro-batches, computed again if the GPU's memory runs out."""
+"""The gradients of a step's micro-batches, and its update, made again if memory runs out."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import TypeVar
 from rlsloth.data.packing import longest_stream
 from rlsloth.memory.machine import host_bytes
 from rlsloth.memory.modes import most_frugal
-from rlsloth.memory.out_of_memory import free_memory, is_out_of_memory
+from rlsloth.memory.out_of_memory import again, free_memory, is_out_of_memory
 from rlsloth.policy.activations.arena import HostFullError, arena_bytes
 from rlsloth.policy.activations.placement import describe, summary
 from rlsloth.policy.optimizer import reserve
 from rlsloth.policy.policy import Policy
 from rlsloth.policy.random_state import random_state, set_random_state
-from rlsloth.records import PackedBatch
+from rlsloth.records import PackedBatch, StepStats
 
 Result = TypeVar("Result")
 Pack = Callable[[int], PackedBatch]
@@ -113,6 +113,24 @@ def accumulate(
         batch, remark = change(batch)
         warn(f"{place} memory ran out in the update; its gradients are computed again{remark}")
         set_random_state(policy.device, state)
+
+
+def update_weights(policy: Policy, warn: Callable[[str], None] = print) -> StepStats:
+    """Make the optimizer's update, again if memory runs out before it has changed anything.
+
+    That is the case until the gradients' norm is known. From there on an update is not made again:
+    weights and moments that have changed would change twice, and without a copy they cannot be
+    restored. Hardly anything is allocated there: ``accumulate`` has reserved what the optimizer
+    takes. If that fails all the same, the run ends, and resumes from its newest checkpoint.
+    """
+
+    def state() -> tuple[int, int]:
+        return policy.version, policy.scheduler.last_epoch
+
+    before = state()
+    return again(
+        policy.step, "the norm of the gradients", warn, unchanged=lambda: state() == before
+    )
 
 
 def _next_change(

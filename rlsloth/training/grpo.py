@@ -29,7 +29,7 @@ from rlsloth.run.metrics import (
 from rlsloth.run.watch import Watch
 from rlsloth.scoring.patience import FailedRounds
 from rlsloth.scoring.shaping import penalize_overlong
-from rlsloth.training.gradients import Shrink, accumulate
+from rlsloth.training.gradients import Shrink, accumulate, update_weights
 from rlsloth.training.opening import open_grpo
 from rlsloth.training.rollouts import Rollouts
 
@@ -123,7 +123,7 @@ def update(
         compute = partial(_gradients, policy, variant, loss_cfg, norm, first)
         done, batch = accumulate(policy, batch, compute, shrink, warn)
         first = first or done
-        step = policy.step()
+        step = update_weights(policy, warn)
         figures.append(
             UpdateFigures(
                 loss=done.loss / norm,

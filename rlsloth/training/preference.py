@@ -28,9 +28,10 @@ from rlsloth.losses.preference.base import (
 from rlsloth.losses.preference.kto import kl_baseline
 from rlsloth.losses.preference.methods import PreferenceMethod, method_of
 from rlsloth.losses.ratio import rollout_sum
+from rlsloth.memory.out_of_memory import again
 from rlsloth.policy.policy import Policy
 from rlsloth.records import Group, MicroBatch, PackedBatch, Rollout, StepStats
-from rlsloth.training.gradients import Shrink, accumulate
+from rlsloth.training.gradients import Shrink, accumulate, update_weights
 from rlsloth.training.opening import open_examples
 from rlsloth.training.reference import with_reference
 from rlsloth.training.session import Metrics, step_metrics
@@ -106,15 +107,15 @@ def update(
     ``shrink`` packs them into smaller micro-batches when memory runs out.
     """
 
-    def compute(batch: PackedBatch) -> list[PreferenceStats]:
-        stats = []
+    def compute(batch: PackedBatch) -> Metrics:
+        stats: list[PreferenceStats] = []
         for output in losses(policy, examples, batch, cfg, lambda m: policy.logprobs(m).logprobs):
             torch.autograd.backward(output.total)
             stats.append(output.stats)
-        return stats
+        return metrics(stats)
 
-    stats, _ = accumulate(policy, batch, compute, shrink, warn)
-    return metrics(stats), policy.step()
+    figures, _ = accumulate(policy, batch, compute, shrink, warn)
+    return figures, update_weights(policy, warn)
 
 
 def losses(
@@ -210,13 +211,23 @@ def _known_reference(examples: Sequence[Example], micro: MicroBatch) -> Tensor |
 
 
 def reference_sums(
-    policy: Policy, examples: Sequence[Example], tokens_per_microbatch: int
+    policy: Policy,
+    examples: Sequence[Example],
+    tokens_per_microbatch: int,
+    warn: Callable[[str], None] = print,
 ) -> Tensor:
-    """Sum the log-probs of chosen and rejected under the starting policy: [len(examples), 2]."""
+    """Sum the log-probs of chosen and rejected under the starting policy: [len(examples), 2].
+
+    A micro-batch in which memory runs out is scored again.
+    """
+
+    def of_one(micro: MicroBatch) -> Tensor:
+        micro = to_device(micro, policy.device)
+        return rollout_sum(policy.reference_logprobs(micro), micro).cpu()
+
     sums = torch.zeros(len(examples), 2)
     for micro in pack_examples(examples, tokens_per_microbatch).microbatches:
-        moved = to_device(micro, policy.device)
-        found = rollout_sum(policy.reference_logprobs(moved), moved).cpu()
+        found = again(partial(of_one, micro), "scoring by the reference", warn)
         for (group, rollout), value in zip(micro.source, found, strict=True):
             sums[group, rollout] = value
     return sums

@@ -20,8 +20,8 @@ from rlsloth.policy.policy import Policy
 from rlsloth.training.session import Session
 
 FILE = "reference.safetensors"
-Sums = Callable[[Policy, Sequence[Example], int], Tensor]
-"""(policy, examples, tokens a micro-batch) -> [len(examples), answers]."""
+Sums = Callable[[Policy, Sequence[Example], int, Callable[[str], None]], Tensor]
+"""(policy, examples, tokens a micro-batch, prints a warning) -> [len(examples), answers]."""
 
 
 def with_reference(session: Session[Any, Example], sums: Sums) -> None:
@@ -51,7 +51,7 @@ def with_reference(session: Session[Any, Example], sums: Sums) -> None:
         run.say(f"scoring {len(everything)} pairs before training")
         with advise("examples", session.policy.model):
             known = {
-                name: sums(session.policy, examples, session.cfg.microbatch)
+                name: sums(session.policy, examples, session.cfg.microbatch, run.warn)
                 for name, examples in sides.items()
                 if examples
             }

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Generic, TypeVar
@@ -18,7 +19,7 @@ from rlsloth.data.sampler import EpochSampler, SamplerState
 from rlsloth.errors import UserError
 from rlsloth.evaluation.evaluator import Evaluator
 from rlsloth.evaluation.result import EvalResult, result_summary
-from rlsloth.memory.out_of_memory import advise
+from rlsloth.memory.out_of_memory import advise, again
 from rlsloth.policy.activations.placement import Placements
 from rlsloth.policy.lora import save_adapter
 from rlsloth.policy.policy import Policy
@@ -238,7 +239,8 @@ class Session(Generic[Config, Item]):
         loss = None
         if self.heldout_loss is not None:
             with self.run.timed("eval"), advise("examples", self.policy.model), torch.no_grad():
-                metrics = self.heldout_loss(self.heldout)
+                measure = partial(self.heldout_loss, self.heldout)
+                metrics = again(measure, "the held-out loss", self.run.warn)
             self.run.log_eval(step, "", metrics)
             shown = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
             self.run.say(f"evaluation after step {step}: {shown} ({len(self.heldout)} examples)")

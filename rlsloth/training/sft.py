@@ -16,7 +16,7 @@ from rlsloth.data.packing import pack, to_device
 from rlsloth.data.sft import sft_examples
 from rlsloth.policy.policy import Policy
 from rlsloth.records import PackedBatch, StepStats
-from rlsloth.training.gradients import Shrink, accumulate
+from rlsloth.training.gradients import Shrink, accumulate, update_weights
 from rlsloth.training.opening import open_examples
 from rlsloth.training.session import Metrics, step_metrics
 
@@ -65,19 +65,18 @@ def update(
     smaller when memory runs out.
     """
 
-    def compute(batch: PackedBatch) -> list[Tensor]:
-        sums = []
+    def compute(batch: PackedBatch) -> list[float]:
+        sums: list[Tensor] = []
         for micro in batch.microbatches:
             out = policy.logprobs(to_device(micro, policy.device))
             nll = -out.logprobs.sum()
             torch.autograd.backward(nll / batch.scored_tokens)
             sums.append(torch.stack([nll.detach(), out.entropy.sum()]))
-        return sums
+        means: list[float] = (torch.stack(sums).sum(0) / batch.scored_tokens).tolist()
+        return means
 
-    sums, _ = accumulate(policy, batch, compute, shrink, warn)
-    step = policy.step()
-    loss, entropy = (torch.stack(sums).sum(0) / batch.scored_tokens).tolist()
-    return {"loss": loss, "entropy": entropy}, step
+    (loss, entropy), _ = accumulate(policy, batch, compute, shrink, warn)
+    return {"loss": loss, "entropy": entropy}, update_weights(policy, warn)
 
 
 def held_out_loss(policy: Policy, batch: PackedBatch) -> Metrics:

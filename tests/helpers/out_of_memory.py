@@ -32,7 +32,7 @@ MODULES = {"sft": sft, "grpo": grpo, "dpo": preference, "orpo": preference, "kto
 
 
 class Exhausted(TorchDispatchMode):
-    """Calls a function at chosen operations inside ``accumulate``, forward and backward alike.
+    """Calls a function at chosen operations of a function, forward and backward alike.
 
     Views are not counted: they take no memory.
     Each number counts operations from the start, or from the failure before.
@@ -65,6 +65,16 @@ class Exhausted(TorchDispatchMode):
             return accumulate(policy, batch, inside, *rest)
 
         monkeypatch.setattr(module, "accumulate", counted)
+
+    def during(self, monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> None:
+        """Count the operations of all calls of a function."""
+        function = getattr(owner, name)
+
+        def counted(*arguments: Any, **options: Any) -> Any:
+            with self:
+                return function(*arguments, **options)
+
+        monkeypatch.setattr(owner, name, counted)
 
 
 def run_out() -> None:

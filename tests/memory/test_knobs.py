@@ -1,4 +1,4 @@
-"""Memory that single options would free, and the longest completion that fits."""
+"""Memory that single options would free."""
 
 from __future__ import annotations
 
@@ -13,16 +13,13 @@ import pytest
 import yaml
 from transformers import LlamaConfig
 
-from helpers.plans import make_policy, run
+from helpers.plans import run
 from rlsloth.config import GrpoConfig, LoraConfig, ModelConfig
 from rlsloth.memory import decide as planning
 from rlsloth.memory.findings import planner_for
 from rlsloth.memory.freed import LISTED, advice, list_freed, that_fit_together
 from rlsloth.memory.knobs import KNOBS, with_rank
-from rlsloth.memory.plan import make_plan
 from rlsloth.memory.planned_model import model_shape
-from rlsloth.memory.read_shape import read_shape
-from rlsloth.memory.search import longest_completion
 from rlsloth.memory.settings import decide_settings
 from rlsloth.memory.shape import ModelShape
 from rlsloth.memory.terms import GIB
@@ -208,39 +205,7 @@ def test_a_run_that_does_not_fit_names_options(folder, host, monkeypatch):
     assert "(then it fits)" in warning
 
 
-# --- the longest completion -----------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("engine", ["vllm", "transformers"])
-def test_the_longest_completion_fits_and_one_longer_does_not(folder, engine, capsys):
-    arguments = ("--memory-gb", "6", "--rollout.engine", engine, "--group-size", "4", "--json")
-    assert run(folder, *arguments) == 0
-    found = json.loads(capsys.readouterr().out)["longest_completion"]
-    tokens = found["tokens"]
-    assert 1000 < tokens < 131072
-    rows = ("--rollout.max-sequences", "4")
-
-    def fits(tokens: int) -> bool:
-        whole = ("--tokens-per-microbatch", str(tokens + 50), "--rollout.max-tokens", str(tokens))
-        status = run(folder, *arguments, *rows, *whole)
-        row = json.loads(capsys.readouterr().out)
-        cache = row["kv_cache"]
-        # A group shares its prompt of 50 tokens.
-        per_token = 2 * 8 * 64 * 16 * 2
-        room = cache is None or cache["size"] >= per_token * (4 * tokens + 50)
-        return status == 0 and room
-
-    assert fits(tokens)
-    assert not fits(tokens + 512)
-
-
-def test_a_longer_prompt_leaves_less_to_the_completion():
-    shape = read_shape(make_policy("llama").model)
-    plan_of = partial(make_plan, shape, total=80 * GIB)
-    cfg = GrpoConfig.model_validate({"rollout": {"engine": "vllm"}})
-    for prompt in (100, 8000):  # the context of 8192 tokens is the limit
-        found = longest_completion(plan_of, shape, grpo_request(cfg, prompt))
-        assert found.tokens == 8192 - prompt
+# --- an option, typed ----------------------------------------------------------------------------
 
 
 def typed(settings: dict[str, Any], option: str) -> dict[str, Any]:
@@ -263,6 +228,8 @@ def typed(settings: dict[str, Any], option: str) -> dict[str, Any]:
         {"model": {"precision": "bf16", "gradient_checkpointing": "offload"}},
         {"model": {"precision": "bf16"}, "lora": {"rank": 64}, "optim": {"name": "adamw"}},
         {"model": {"precision": "nf4"}, "tokens_per_microbatch": 32768},
+        {"model": {"precision": "bf16", "offload_layers": 12, "offload_embeddings": True}},
+        {"model": {"precision": "nf4", "offload_layers": 16}, "optim": {"offload": True}},
     ],
 )
 def test_an_option_fits_if_the_run_with_it_does(folder, gib, host, settings) -> None:

@@ -44,6 +44,8 @@ class Decoder:
         """Logits [cache rows, V] of every graph; else each graph would allocate its own."""
         self._pool: Any = None
         self._cache: SlotCache | None = None
+        self._size = 0, 0
+        """Rows and length of the last cache that graphs were captured with."""
         from peft.tuners.tuners_utils import BaseTunerLayer  # slow to import
 
         # A graph holds the adapter that was active at its capture, which is part of its key.
@@ -59,8 +61,9 @@ class Decoder:
             self._graphs.clear()
             self._pool = None  # a pool is freed with its last graph
             # A power of two, so that a step's shapes do not depend on the first call's size.
-            rows = max(1 << (rows - 1).bit_length(), kept.rows if kept else 0)
-            length = max(_round_up(length, COLUMNS), kept.length if kept else 0)
+            rows = max(1 << (rows - 1).bit_length(), self._size[0])
+            length = max(_round_up(length, COLUMNS), self._size[1])
+            self._size = rows, length
             self._cache = self._logits_out = kept = (
                 None  # first, so that old and new need not both fit
             )
@@ -68,6 +71,11 @@ class Decoder:
             self._logits_out = torch.empty(rows, len(self._head.weight), device=self._device)
         assert self._cache is not None
         return self._cache
+
+    def forget(self) -> None:
+        """Free the cache and the graphs, after a step that failed; the next cache is as large."""
+        self._graphs.clear()
+        self._cache = self._logits_out = self._pool = None
 
     def prefill(self, prompts: list[list[int]]) -> tuple[PromptCache, Tensor]:
         """Compute prompts; return their keys and values, and float32 logits [prompts, V]."""

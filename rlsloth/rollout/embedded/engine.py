@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from rlsloth.errors import UserError
+from rlsloth.memory.out_of_memory import again
 from rlsloth.records import Completion, LogitTransform, SamplingParams, Weights
 from rlsloth.rollout.embedded.batch import Batch, Sampled
 from rlsloth.rollout.embedded.decode import Decoder
@@ -66,6 +67,7 @@ class TransformersEngine:
         device: torch.device,
         transform: LogitTransform = UNCHANGED,
         cuda_graphs: bool = True,
+        warn: Callable[[str], None] = print,
     ) -> None:
         """Prepare a model for sampling.
 
@@ -78,8 +80,9 @@ class TransformersEngine:
             device: the model's device.
             transform: scale and softcap of the logits.
             cuda_graphs: whether to capture decoding steps on a GPU.
+            warn: prints a warning.
         """
-        self._model = model
+        self._model, self._warn = model, warn
         self._decoder = Decoder(model, transform, device, cuda_graphs=cuda_graphs)
         self._tokenizer = tokenizer
         self._stop_ids = frozenset(stop_ids)
@@ -122,7 +125,35 @@ class TransformersEngine:
         limits: Sequence[int] | None = None,
         done: Callable[[int, list[Completion]], None] | None = None,
     ) -> list[list[Completion]]:
-        """See Engine.generate."""
+        """See Engine.generate.
+
+        If memory runs out, all completions are sampled again, with the same random numbers and in
+        the same batches: they are those of a call with enough memory. ``done`` is not called again.
+        """
+        told: set[int] = set()
+
+        def tell(p: int, completions: list[Completion]) -> None:
+            if done is not None and p not in told:
+                told.add(p)
+                done(p, completions)
+
+        def sample() -> list[list[Completion]]:
+            try:
+                return self._generate(prefixes, n, sampling, limits, tell)
+            except RuntimeError:
+                self._decoder.forget()  # sequences are in the cache that have not ended
+                raise
+
+        return again(sample, "sampling", self._warn)
+
+    def _generate(
+        self,
+        prefixes: Sequence[Sequence[int]],
+        n: int,
+        sampling: SamplingParams,
+        limits: Sequence[int] | None,
+        done: Callable[[int, list[Completion]], None],
+    ) -> list[list[Completion]]:
         sequences = self._sequences(prefixes, n, sampling, limits)
         longest = max(len(prefixes[s.prefix]) + s.limit for s in sequences)
         cache = self._decoder.cache(min(self.max_sequences, len(sequences)), longest)
@@ -146,8 +177,7 @@ class TransformersEngine:
                 left[p] -= 1
                 if left[p] == 0:
                     out[p] = [s.completion(self.version) for s in sequences[p * n : (p + 1) * n]]
-                    if done is not None:
-                        done(p, out[p])
+                    done(p, out[p])
         return out
 
     def _sequences(

@@ -39,6 +39,7 @@ def open_transformers(opening: Opening) -> Engine:
         max_sequences=most_rows(opening),
         device=policy.device,
         cuda_graphs=rollout.cuda_graphs,
+        warn=opening.run.warn,
     )
     with advise("rollout", policy.model):
         probe(policy, engine)

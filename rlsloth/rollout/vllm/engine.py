@@ -128,7 +128,10 @@ class VllmEngine:
         limits: Sequence[int] | None = None,
         done: Callable[[int, list[Completion]], None] | None = None,
     ) -> list[list[Completion]]:
-        """See Engine.generate."""
+        """See Engine.generate.
+
+        An error of vLLM is not tried again: its requests and cache are then in an unknown state.
+        """
         check_temperature(sampling.temperature)
         if sampling.stop and not self._finds_strings:  # vLLM would ignore them silently
             raise RuntimeError(
