@@ -274,10 +274,12 @@ def host_bytes(shape: ModelShape, request: Request, placed: list[PlacedKind]) ->
         for tensor in held_tensors(layer, shape.hidden, size, placement, "host")
     )
     table = size * shape.embedding if request.model.offload_embeddings is True else 0
-    streamed = sum(blocks(shape, precision, request.streamed))
+    sizes = blocks(shape, precision, request.streamed)
+    streamed = sum(sizes)
     running = held + table + streamed + moved_states(shape, request)
     if not streamed:
         return running
-    # The whole base is loaded to the host before its layers go where they belong.
+    # The whole base is loaded to the host before its layers go where they belong, one by one: a
+    # layer's tensors are freed once it is copied. Those of NF4 are small, and stay with the heap.
     base = sum(term.update for term in _base(shape, precision, True, 0))
-    return max(running, streamed + base)
+    return max(running, base + (streamed if precision == "nf4" else max(sizes)))
