@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rlsloth.api.evaluate import evaluate
     from rlsloth.api.loops import dpo, grpo, kto, orpo, sft, simpo
-    from rlsloth.api.models import distill, export
+    from rlsloth.api.models import distill, export, quantize
     from rlsloth.api.result import RunResult
     from rlsloth.config import (
         AdvantageConfig,
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from rlsloth.config.evaluation import SupervisedEvalConfig
     from rlsloth.config.export import ExportConfig
     from rlsloth.config.optim import PreferenceOptimConfig, SftOptimConfig
+    from rlsloth.config.quantize import QuantizeConfig
     from rlsloth.config.sft import SftConfig
     from rlsloth.environments.protocol import Environment, Episode, Reply, SingleTurn
     from rlsloth.errors import UserError
@@ -52,7 +53,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "api.loops": "grpo sft dpo orpo simpo kto",
     "api.evaluate": "evaluate",
-    "api.models": "distill export",
+    "api.models": "distill export quantize",
     "api.result": "RunResult",
     "config": "AdvantageConfig EnvConfig EvalConfig GrpoConfig LoraConfig LossConfig ModelConfig"
     " OptimConfig RewardConfig RolloutConfig RunConfig",
@@ -60,6 +61,7 @@ _HOMES = {
     "config.distill": "DistillConfig EndpointConfig TracesConfig",
     "config.evaluation": "SupervisedEvalConfig",
     "config.export": "ExportConfig",
+    "config.quantize": "QuantizeConfig",
     "config.optim": "SftOptimConfig PreferenceOptimConfig",
     "config.sft": "SftConfig",
     "environments.protocol": "Environment Episode Reply SingleTurn",
@@ -96,6 +98,7 @@ __all__ = [
     "PreferenceDataConfig",
     "PreferenceOptimConfig",
     "Prompt",
+    "QuantizeConfig",
     "Reply",
     "RewardConfig",
     "RolloutConfig",
@@ -117,6 +120,7 @@ __all__ = [
     "grpo",
     "kto",
     "orpo",
+    "quantize",
     "sft",
     "simpo",
 ]

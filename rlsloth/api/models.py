@@ -1,4 +1,4 @@
-"""Export and distillation from Python."""
+"""Export, quantisation and distillation from Python."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from rlsloth.api.cleanup import freeing_memory
 from rlsloth.api.objects import Reward, Rows, checked, passing_objects
 from rlsloth.config.distill import DistillConfig
 from rlsloth.config.export import ExportConfig
+from rlsloth.config.quantize import QuantizeConfig
 from rlsloth.errors import UserError
 
 
@@ -32,6 +33,28 @@ def export(config: ExportConfig) -> Path:
     assert config.out is not None  # the configuration refuses that
     with freeing_memory():
         run_export(config)
+    return config.out.expanduser()
+
+
+def quantize(config: QuantizeConfig) -> Path:
+    """Write a model in 4 bits that are chosen on your texts, as ``rlsloth quantize`` does.
+
+    Returns:
+        The folder, ``config.out``.
+
+    Raises:
+        UserError: the input is bad or a check failed; the folder is then left as it was.
+    """
+    from rlsloth.exports.four_bit.quantize import run_quantize
+
+    if not isinstance(config, QuantizeConfig):
+        raise UserError(
+            f"the configuration is of type {type(config).__name__}: pass QuantizeConfig("
+            "source=..., out=..., data=...)"
+        )
+    assert config.out is not None  # the configuration refuses that
+    with freeing_memory():
+        run_quantize(config)
     return config.out.expanduser()
 
 

@@ -191,7 +191,7 @@ class _Search:
         layers that may have the second placement have it.
         """
         stage = replace(stage, places=[p for p in stage.places if self._host_holds(stage, p)])
-        if not stage.places:
+        if not stage.places or not self._gpu_holds(stage):
             return None
         layers, refused = len(self.shape.layers), _Refused()
         listed = [
@@ -247,6 +247,12 @@ class _Search:
         mode = Mode(Placement(), Placement())
         plan = self.plan(self._made(Candidate(min(stage.tokens), mode, place), 0))
         return stage.accepts(replace(plan, total=UNBOUNDED), self._share(mode))
+
+    def _gpu_holds(self, stage: Stage) -> bool:
+        """Tell whether the GPU has room for the candidate that needs the least of its memory."""
+        least = Candidate(min(stage.tokens), stage.modes[-1], stage.places[-1])
+        plan = replace(self.plan(self._made(least, 0)), host_total=None)
+        return stage.accepts(plan, max(map(self._share, stage.modes)))
 
     def _share(self, mode: Mode) -> float:
         """Return the largest share of the GPU that the update should use."""

@@ -197,6 +197,24 @@ def _refuse_unread(header: GgufHeader, named: str) -> None:
         raise UserError(f"{named} scales rotary positions ({key} {kind}): {remedy}")
 
 
+def stored_type(header: GgufHeader) -> str:
+    """Name the type of most weights if they have fewer than 16 bits, such as Q4_K_M, else nothing.
+
+    A file says so itself, by llama.cpp's numbers; a number that the library gguf does not know is
+    returned as it is.
+    """
+    from gguf import LlamaFileType
+
+    number = header.values.get("general.file_type")
+    whole = (LlamaFileType.ALL_F32, LlamaFileType.MOSTLY_F16, LlamaFileType.MOSTLY_BF16)
+    if not isinstance(number, int) or number in whole:
+        return ""
+    known: dict[int, str] = {
+        kind.value: kind.name.removeprefix("MOSTLY_") for kind in LlamaFileType
+    }
+    return known.get(number, f"file type {number}")
+
+
 def unread_keys(header: GgufHeader) -> list[str]:
     """List the keys of the model's architecture that transformers drops."""
     from transformers.integrations.ggml import GGUF_CONFIG_MAPPING

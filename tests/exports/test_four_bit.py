@@ -11,9 +11,11 @@ from bitsandbytes.functional import QuantState, dequantize_4bit
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+import rlsloth
 from helpers.tiny import tiny_tokenizer
 from rlsloth.cli.main import main
 from rlsloth.config import ModelConfig
+from rlsloth.exports.four_bit.calibration import Moments
 from rlsloth.exports.four_bit.codes import (
     BLOCK,
     code_values,
@@ -25,6 +27,7 @@ from rlsloth.exports.four_bit.codes import (
 )
 from rlsloth.exports.four_bit.feedback import codes_with_feedback
 from rlsloth.policy.compat import dequantise_to
+from rlsloth.policy.gguf_check import GgufHeader, stored_type
 from rlsloth.policy.load import load_model
 
 LINEARS = 14
@@ -149,6 +152,50 @@ def test_a_budget_keeps_layers_in_16_bits(
     assert quantize(folder, tmp_path / "none", "--budget-gb", "0.00001") == 2
     assert "all linear layers in 4 bits take" in capsys.readouterr().err
     assert not (tmp_path / "none").exists()
+
+
+def test_the_card_has_the_figures(folder: Path, tmp_path: Path) -> None:
+    config = rlsloth.QuantizeConfig(
+        source=str(folder / "model"), out=tmp_path / "out", samples=8, tokens=64, device="cpu",
+        data=rlsloth.SftDataConfig(train=[str(folder / "rows.jsonl")]),
+    )  # fmt: skip
+    card = (rlsloth.quantize(config) / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: transformers\n")
+    assert "base_model" not in card  # a folder here, which the hub would refuse
+    nearest, chosen = (float(row.split("|")[2]) for row in card.splitlines() if "| 0." in row)
+    assert 0 < chosen < nearest / 2
+    assert f"{LINEARS} linear layers have 4 bits" in card
+    with pytest.raises(rlsloth.UserError, match="pass QuantizeConfig"):
+        rlsloth.quantize(rlsloth.ExportConfig(source="a", to="merged", out="b"))  # type: ignore[arg-type]
+
+
+def test_a_layer_that_no_token_reaches_stays_in_16_bits(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    add = Moments.add
+
+    def unless_wide(self: Moments, module: torch.nn.Module, inputs: tuple[torch.Tensor]) -> None:
+        if self.linear.out_features != 128:
+            add(self, module, inputs)
+
+    monkeypatch.setattr(Moments, "add", unless_wide)
+    assert quantize(folder, tmp_path / "out") == 0
+    printed = capsys.readouterr().out
+    assert "model.layers.0.mlp.gate_proj.weight stays in 16 bits" in printed
+    assert f"{LINEARS - 4} linear layers in 4 bits, 4 kept in 16" in printed
+    ours = load_model(ModelConfig(path=str(tmp_path / "out"), device="cpu")).model
+    before = load_file(next((folder / "model").glob("*.safetensors")))
+    name = "model.layers.1.mlp.up_proj.weight"
+    assert torch.equal(ours.get_parameter(name).bfloat16(), before[name])
+
+
+@pytest.mark.parametrize(
+    ("number", "name"),
+    [(15, "Q4_K_M"), (3, "Q4_1"), (1, ""), (32, ""), (0, ""), (999, "file type 999")],
+)
+def test_a_file_says_how_its_weights_are_stored(number: int, name: str) -> None:
+    assert stored_type(GgufHeader({"general.file_type": number}, {}, 0)) == name
 
 
 def test_bad_input(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,8 @@ from torch import Tensor, nn
 from rlsloth.config import ModelConfig
 from rlsloth.config.quantize import QuantizeConfig
 from rlsloth.errors import UserError
-from rlsloth.exports.four_bit.calibration import Moments, Walk
+from rlsloth.exports.four_bit.calibration import Walk
+from rlsloth.exports.four_bit.card import write_card
 from rlsloth.exports.four_bit.codes import (
     BLOCK,
     Scales,
@@ -24,32 +24,17 @@ from rlsloth.exports.four_bit.codes import (
     searched_scales,
 )
 from rlsloth.exports.four_bit.feedback import codes_with_feedback
+from rlsloth.exports.four_bit.quantised import Quantised
 from rlsloth.exports.four_bit.texts import BATCH, Divergence, read_texts
 from rlsloth.exports.four_bit.write import check_folder, write_folder
 from rlsloth.exports.writing import check_out, whole_folder
 from rlsloth.policy.files import locate
+from rlsloth.policy.gguf_check import check_gguf, stored_type
 from rlsloth.policy.layers import decoder_layers
 from rlsloth.policy.load import LoadedModel, load_model
 from rlsloth.policy.support import stored_method
 
 GIB = 2**30
-
-
-@dataclass(slots=True)
-class Quantised:
-    """The model's linear layers in 4 bits, and what that costs."""
-
-    tensors: dict[str, dict[str, Tensor]] = field(default_factory=dict)
-    """Name of a weight -> its tensors in a checkpoint, by the ends of their names."""
-    original: dict[str, Tensor] = field(default_factory=dict)
-    """Name of a weight -> the weight in 16 bits, in host memory."""
-    kept: list[str] = field(default_factory=list)
-    """Names of weights that are kept in 16 bits."""
-    nearest: float = 0.0
-    """Divergence from the original with the nearest codes, as loading with nf4 makes them; nats a
-    token."""
-    chosen: float = 0.0
-    """Divergence with the chosen codes, and with layers kept."""
 
 
 def run_quantize(cfg: QuantizeConfig) -> None:
@@ -68,6 +53,11 @@ def run_quantize(cfg: QuantizeConfig) -> None:
         raise UserError(
             f"{cfg.source} is already quantised ({stored}); pass the model with 16-bit weights"
         )
+    if files.gguf is not None and (stored := stored_type(check_gguf(files.gguf))):
+        print(
+            f"note: the weights of {cfg.source} are stored in {stored} already: figures compare "
+            "with these, not with the model from which the file was made"
+        )
     texts = read_texts(cfg)
     loaded = load_model(base)
     loaded.model.set_attn_implementation("sdpa")  # whole texts of one length, not packed ones
@@ -77,6 +67,7 @@ def run_quantize(cfg: QuantizeConfig) -> None:
         write_folder(folder, loaded, found.tensors, base)
         del loaded
         gap = check_folder(folder, base, divergence, found.chosen)
+        write_card(folder, cfg, found, gap)
     print(f"wrote {out}: {_about(found, gap)}")
 
 
@@ -117,17 +108,38 @@ def quantise(
     found.nearest = divergence.nats(model)
     for name, linear in weights.items():
         linear.weight.data.copy_(found.original[name])
-    walk = Walk(model, [batch.to(loaded.device) for batch in torch.split(calibration, BATCH)])
-    names = {module: name for name, module in weights.items()}
-    for number, moments in walk.steps():
-        print(f"layer {number + 1}/{len(walk.layers)}", flush=True)
-        for of_linear in moments.values():
-            if of_linear.linear in names:
-                found.tensors[names[of_linear.linear]] = _choose(of_linear)
+    batches = [batch.to(loaded.device) for batch in torch.split(calibration, BATCH)]
+    _choose_all(found, weights, batches, model)
+    room -= sum(saved[name] for name in found.kept) if budget_gb is not None else 0
+    if room < 0:
+        raise UserError(
+            f"--budget-gb {budget_gb:g}: layers that no calibration token reaches take "
+            f"{-room / GIB:.2f} GiB more; pass more, or other texts"
+        )
     if room:
         _keep_worst(found, weights, divergence, model, saved, room)
     found.chosen = divergence.nats(model)
     return found
+
+
+def _choose_all(
+    found: Quantised, weights: dict[str, nn.Linear], batches: list[Tensor], model: Any
+) -> None:
+    """Quantise all linear layers in place but those that no token reaches, which are kept."""
+    walk = Walk(model, batches)
+    names = {module: name for name, module in weights.items()}
+    for number, moments in walk.steps():
+        print(f"layer {number + 1}/{len(walk.layers)}", flush=True)
+        for of_linear in moments.values():
+            name = names.get(of_linear.linear)
+            if name is None:
+                continue
+            if of_linear.sums is None:
+                print(f"{name} stays in 16 bits: no calibration token reaches it")
+                found.kept.append(name)
+            else:
+                found.tensors[name] = _choose(of_linear.linear, of_linear.sums)
+                of_linear.sums = None
 
 
 def linear_weights(model: Any) -> dict[str, nn.Linear]:
@@ -162,14 +174,12 @@ def _room(model: Any, saved: int, budget: int) -> int:
     return budget - least
 
 
-def _choose(moments: Moments) -> dict[str, Tensor]:
+def _choose(linear: nn.Linear, moments: Tensor) -> dict[str, Tensor]:
     """Quantise a linear layer in place; return its tensors in a checkpoint, in host memory."""
-    assert moments.sums is not None, "a layer that no token reaches"
-    weight = moments.linear.weight.data.float()
-    scales = searched_scales(weight, moments.sums.diagonal())
-    codes = codes_with_feedback(weight, moments.sums, scales)
-    _set(moments.linear, codes, scales)
-    moments.sums = None
+    weight = linear.weight.data.float()
+    scales = searched_scales(weight, moments.diagonal())
+    codes = codes_with_feedback(weight, moments, scales)
+    _set(linear, codes, scales)
     return {end: tensor.cpu() for end, tensor in packed(codes, scales, torch.bfloat16).items()}
 
 
@@ -188,7 +198,8 @@ def _keep_worst(
     """Keep linear layers in 16 bits within ``room`` bytes, those first that lose most a byte."""
     every = divergence.nats(model)
     costs = {}
-    for name, linear in weights.items():
+    for name in found.tensors:
+        linear = weights[name]
         changed = linear.weight.data.clone()
         linear.weight.data.copy_(found.original[name])
         costs[name] = every - divergence.nats(model)
