@@ -32,6 +32,7 @@ def freeing_memory(folder: Path | None = None) -> Iterator[None]:
         _clear(error, set())
         raise
     finally:
+        gc.unfreeze()  # what training and vLLM have frozen (training/session.py)
         gc.collect()  # a model is full of circles
         torch = sys.modules.get("torch")
         if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():

@@ -256,6 +256,7 @@ def _train_student(cfg: DistillConfig, out: Path, path: Path, *, same: bool) -> 
             tell(f"{folder}: the student is already trained")
             return
         run = run.model_copy(update={"dir": folder, "resume": begun})
+    gc.unfreeze()  # vLLM's worker has frozen what was there
     gc.collect()  # the teacher's memory is the student's now
     if "torch" in sys.modules:
         sys.modules["torch"].cuda.empty_cache()

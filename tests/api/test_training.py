@@ -93,6 +93,7 @@ def children() -> set[str]:
 
 
 def models() -> int:
+    assert gc.get_freeze_count() == 0  # what is frozen is in no list of objects
     gc.collect()
     return sum(type(item) is LlamaForCausalLM for item in gc.get_objects())
 

@@ -41,5 +41,6 @@ def test_two_runs_leave_no_model(workplace: Path) -> None:
         )
         run = grpo(config, rewards=[lambda completions: [1.0] * len(completions)], data=ROWS)
         assert [row["step"] for row in run.metrics] == [1, 2]
+        assert gc.get_freeze_count() == 0  # what is frozen is in no list of objects
         gc.collect()
         assert not [item for item in gc.get_objects() if type(item) is LlamaForCausalLM]
