@@ -122,6 +122,7 @@ class Bench:
         self.total = int(args.cap_gib * GIB) if args.cap_gib else 0
         if torch.cuda.is_available() and not self.total:
             self.total = torch.cuda.get_device_properties(0).total_memory
+        gc.freeze()  # as a run does before its first step
 
     def load(self, prompt: int, completion: int, group: int) -> None:
         """Make the micro-batch: random tokens."""
