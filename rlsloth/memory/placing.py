@@ -120,14 +120,15 @@ def _stages(shape: ModelShape, request: Request, least: int) -> Iterator[Stage]:
         return Stage(accepts, sizes, allowed, places)
 
     first = fits if request.overlap else roomy_and_fits
-    for numbers in [[n] for n in counts] if samples else [counts]:
+    apart = [[n] for n in counts] if samples else [counts]
+    for numbers in apart:
         yield all_of(first, numbers)
         if samples and numbers[0] == 0:
             yield frugal(fits, 0)
     for count in reversed(counts):
         yield frugal(fits, count)
-    if not request.overlap:
-        yield all_of(fits, counts)
+    for numbers in apart:
+        yield all_of(fits, numbers)
     for count in counts:
         yield all_of(on_host if request.overlap else roomy, [count])
     for count in reversed(counts):
