@@ -58,6 +58,9 @@ class LoraConfig(Section):
     """Rank of the adapter's matrices."""
     alpha: float = Field(default=32.0, gt=0)
     """Scale: the adapter's output is multiplied by alpha / rank."""
+    rslora: bool = False
+    """Multiply by alpha / sqrt(rank) instead (rank-stabilised LoRA), so that a higher rank does not
+    learn more slowly."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout before the adapter's matrices."""
     targets: list[str] = ["all-linear"]

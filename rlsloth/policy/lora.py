@@ -40,7 +40,7 @@ def add_adapter(model: Any, lora: LoraConfig, source: ModelConfig) -> Any:
 
     Args:
         model: transformers' causal language model, changed in place.
-        lora: rank, alpha, dropout and targets of a new adapter.
+        lora: the settings of a new adapter.
         source: the model's configuration, with its path and starting adapter.
 
     Returns:
@@ -62,6 +62,7 @@ def add_adapter(model: Any, lora: LoraConfig, source: ModelConfig) -> Any:
         r=lora.rank,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
+        use_rslora=lora.rslora,  # Kalajdzievski 2023
         target_modules=sorted({*linears, *named} - (set(apart) - set(named))),
         target_parameters=[f"{name}.weight" for name in apart] or None,
         task_type="CAUSAL_LM",

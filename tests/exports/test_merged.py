@@ -38,6 +38,7 @@ WIDE: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128, "head_dim":
 CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "llama": ("llama", {}, {}),
     "tied": ("llama", {"tie_word_embeddings": True}, {}),
+    "rslora": ("llama", {}, {"rslora": True}),
     "head": ("llama", {"tie_word_embeddings": True}, {"targets": ["all-linear", "lm_head"]}),
     "embedding": ("llama", {"tie_word_embeddings": True}, {"targets": ["embed_tokens"]}),
     "bf16": ("qwen3", {}, {"precision": "bf16"}),

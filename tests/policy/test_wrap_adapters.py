@@ -9,11 +9,10 @@ from typing import Any
 import peft
 import pytest
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from helpers.families import family_model
-from helpers.policies import VOCAB
-from helpers.tiny import tiny_llama
 from helpers.wrapping import SPREAD, adapted, assert_same, randomize, reasons, run
 from rlsloth.config import LoraConfig, ModelConfig
 from rlsloth.policy.lora import REFERENCE, TRAINED, add_adapter, save_adapter
@@ -174,11 +173,10 @@ def test_peculiar_adapters_are_left_to_peft(kind):
 
 
 def test_rank_stabilised_adapters_are_a_scale():
-    base = tiny_llama(VOCAB)
-    config = peft.LoraConfig(r=4, use_rslora=True, target_modules="all-linear")
-    model = peft.get_peft_model(base, config).train()
-    randomize(model)
+    model = adapted("llama", rslora=True, alpha=6).train()
     stock = copy.deepcopy(model)
+    scales = {m.scaling[TRAINED] for m in model.modules() if isinstance(m, LoraLayer)}
+    assert scales == {6 / 4**0.5}
     assert wrap(model).left == ()
     assert_same(model, stock)
 
