@@ -20,6 +20,7 @@ _SETTINGS = {
     "lora.rank": "rank",
     "lora.alpha": "alpha",
     "lora.rslora": "rank-stabilised scale",
+    "lora.dora": "DoRA",
     "lora.targets": "adapted modules",
     "optim.lr": "learning rate",
     "optim.schedule": "schedule",
