@@ -75,6 +75,8 @@ NAMES: Mapping[str, tuple[str, ...]] = {
     "lora_rank": ("lora.rank",),
     "lora_alpha": ("lora.alpha",),
     "lora_dropout": ("lora.dropout",),
+    "use_rslora": ("lora.rslora",),
+    "use_dora": ("lora.dora",),
     "target_modules": ("lora.targets",),
     "lora_target_modules": ("lora.targets",),
     "load_in_4bit": ("model.precision",),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from rlsloth.config.section import Folder, Section
 
@@ -58,8 +58,23 @@ class LoraConfig(Section):
     """Rank of the adapter's matrices."""
     alpha: float = Field(default=32.0, gt=0)
     """Scale: the adapter's output is multiplied by alpha / rank."""
+    rslora: bool = False
+    """Multiply by alpha / sqrt(rank) instead (rank-stabilised LoRA), so that a higher rank does not
+    learn more slowly."""
+    dora: bool = False
+    """Learn the lengths of the adapted weights' rows, too (DoRA). Adapted layers run on PEFT's own
+    modules, with more time and memory; not with vLLM, nor with lora.dropout."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout before the adapter's matrices."""
     targets: list[str] = ["all-linear"]
     """Modules with an adapter: names, or all-linear for every linear layer but the output head. An
     adapted head needs a copy of its weights for each micro-batch."""
+
+    @model_validator(mode="after")
+    def _dora_without_dropout(self) -> LoraConfig:
+        if self.dora and self.dropout:
+            raise ValueError(
+                f"lora.dora with lora.dropout {self.dropout:g} would keep a copy of each adapted "
+                "weight in float32: leave lora.dropout at 0"
+            )
+        return self

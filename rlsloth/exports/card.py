@@ -19,6 +19,8 @@ _SETTINGS = {
     "model.precision": "precision of the base",
     "lora.rank": "rank",
     "lora.alpha": "alpha",
+    "lora.rslora": "rank-stabilised scale",
+    "lora.dora": "DoRA",
     "lora.targets": "adapted modules",
     "optim.lr": "learning rate",
     "optim.schedule": "schedule",
@@ -139,7 +141,7 @@ def _settings(config: Mapping[str, Any], held: str | None) -> Iterator[str]:
             value = value.get(part) if isinstance(value, Mapping) else None
         if key == "model.precision" and held is not None:
             value = held
-        if value not in (None, [], ""):
+        if value not in (None, [], "") and value is not False:
             shown[name] = value
     if shown:
         yield "## Settings"

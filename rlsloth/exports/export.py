@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from rlsloth.config import ModelConfig
+from rlsloth.config import LoraConfig, ModelConfig
 from rlsloth.config.export import ExportConfig
 from rlsloth.errors import UserError
 from rlsloth.exports.adapter import write_adapter
@@ -24,7 +24,7 @@ from rlsloth.exports.writing import check_out, whole_folder
 from rlsloth.policy.files import locate
 from rlsloth.policy.identity import write_identity
 from rlsloth.policy.load import LoadedModel, load_model
-from rlsloth.policy.lora import load_adapter
+from rlsloth.policy.lora import dora_setting, load_adapter
 from rlsloth.training.source import Source, find_source
 
 VLLM_KWARGS = "--default-chat-template-kwargs"
@@ -66,15 +66,18 @@ def run_export(cfg: ExportConfig) -> None:
 
 def _adapter(_: ExportConfig, source: Source, folder: Path, name: str) -> Card:
     tensors = write_adapter(source, export_tokenizer(source), folder)
-    base = source.base.path
+    base, usage = source.base.path, f"rlsloth chat ./{name}"
+    if not dora_setting(LoraConfig(), source.base.model_copy(update={"adapter": source.adapter})):
+        usage = (
+            f"vllm serve {base} --enable-lora --max-lora-rank {_rank(source)} "
+            f"--lora-modules {name}=./{name}{template_flag(source.prompts, VLLM_KWARGS)}\n{usage}"
+        )
     return Card(
         title=name,
         about=f"A LoRA adapter with its tokenizer and chat template. Its {tensors} tensors were "
         "read back unchanged and fit the base model.",
         library="peft",
-        usage=f"vllm serve {base} --enable-lora --max-lora-rank {_rank(source)} "
-        f"--lora-modules {name}=./{name}{template_flag(source.prompts, VLLM_KWARGS)}\n"
-        f"rlsloth chat ./{name}",
+        usage=usage,
     )
 
 

@@ -1,6 +1,7 @@
 """Merge an adapter into its base model: 16-bit safetensors that need neither PEFT nor the base.
 
-Each matrix is dequantised, the adapter's update is added in float32, and the sum is rounded once.
+Each matrix is dequantised, the adapter's update is added in float32 (with DoRA the rows get their
+learnt lengths), and the result is rounded once.
 Merging into 4-bit codes, or rounding twice, would lose updates as small as those of RL.
 """
 
@@ -48,7 +49,7 @@ class _Place:
     value: Tensor
     """The base model's parameter or buffer, possibly quantised, or the adapter's replacement."""
     adapters: tuple[Any, ...]
-    """PEFT layers whose updates are added to the value."""
+    """PEFT layers whose updates change the value."""
 
 
 def merge(adapted: Any, dtype: torch.dtype) -> Merged:
@@ -62,8 +63,8 @@ def merge(adapted: Any, dtype: torch.dtype) -> Merged:
         dtype: type of the merged weights; float32 rounds nothing.
 
     Raises:
-        UserError: the adapter is not a plain LoRA, the base model has 8-bit weights, or a value
-            does not fit ``dtype``.
+        UserError: the adapter is neither LoRA nor DoRA, the base model has 8-bit weights, or a
+            value does not fit ``dtype``.
     """
     _check_kind(adapted)
     base = adapted.get_base_model()
@@ -90,8 +91,9 @@ def merge(adapted: Any, dtype: torch.dtype) -> Merged:
 
 
 def _check_kind(adapted: Any) -> None:
-    """Refuse adapters that are not plain LoRA (Hu et al. 2021): only low-rank updates are added."""
+    """Refuse adapters other than LoRA (Hu et al. 2021) and DoRA (Liu et al. 2024)."""
     from peft.tuners.lora import LoraLayer
+    from peft.tuners.lora.variants import DoraEmbeddingVariant, DoraLinearVariant
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import TrainableTokensWrapper
 
@@ -101,10 +103,12 @@ def _check_kind(adapted: Any) -> None:
             what = "trains embeddings of single tokens"
         elif isinstance(module, BaseTunerLayer) and not isinstance(module, LoraLayer):
             what = f"is not LoRA ({type(module).__name__})"
-        elif isinstance(module, LoraLayer) and TRAINED in module.lora_variant:
-            what = f"is a variant of LoRA ({type(module.lora_variant[TRAINED]).__name__})"
-        elif isinstance(module, LoraLayer) and module.lora_bias.get(TRAINED):
-            what = "has biases (lora_bias)"
+        elif isinstance(module, LoraLayer):
+            variant = module.lora_variant.get(TRAINED)
+            if variant and type(variant) not in (DoraLinearVariant, DoraEmbeddingVariant):
+                what = f"is a variant of LoRA ({type(variant).__name__})"
+            elif module.lora_bias.get(TRAINED):
+                what = "has biases (lora_bias)"
         if what:
             raise UserError(
                 f"the adapter of module {name} {what}, which cannot be merged; export it with "
@@ -188,6 +192,8 @@ def _merged(place: _Place, dtype: torch.dtype) -> Tensor:
         value = value.float()
         for layer in place.adapters:
             value = value + layer.get_delta_weight(TRAINED).to(value.device, torch.float32)
+            if TRAINED in layer.lora_magnitude_vector:
+                value = _with_lengths(value, layer.lora_magnitude_vector[TRAINED])
     rounded = value.to("cpu", dtype)
     if rounded.is_floating_point() and not torch.isfinite(rounded).all():
         finite = bool(torch.isfinite(value).all())
@@ -198,6 +204,14 @@ def _merged(place: _Place, dtype: torch.dtype) -> Tensor:
         )
         raise UserError(f"merged weight {place.name} has {reason}")
     return rounded.contiguous()
+
+
+def _with_lengths(value: Tensor, magnitudes: Any) -> Tensor:
+    """Give each output's weights the length that DoRA has learnt: m V / ||V||."""
+    outputs = 1 if magnitudes.fan_in_fan_out else 0
+    lengths: Tensor = torch.linalg.vector_norm(value, dim=1 - outputs, keepdim=True)
+    wanted: Tensor = magnitudes.weight.to(value)
+    return value * (wanted.reshape(lengths.shape) / lengths)
 
 
 def _dequantised(place: _Place) -> Tensor:

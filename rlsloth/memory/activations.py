@@ -128,6 +128,8 @@ def _around(layer: Layer, hidden: int, size: int) -> tuple[float, float]:
         kept += (2 * hidden + layer.adapted_inputs) * (4 if size < 4 else 0)
         # In float32 there is no copy, but autograd keeps the normed rows before the weight.
         kept += 2 * hidden * (4 if size == 4 else 0)
+    # PEFT's DoRA keeps the base layer's result, and the adapter's in float32.
+    kept += layer.dora_outputs * (size + 4)
     return kept, 2 * hidden * size  # the gradients of a layer's output and of a part's input
 
 

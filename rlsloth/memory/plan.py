@@ -256,6 +256,9 @@ def _static(shape: ModelShape, request: Request, precision: Precision) -> list[T
     terms.append(Term(f"LoRA: optimizer states, {name}", states, states))
     if moving:
         terms.append(Term("LoRA: optimizer states, in its step", 0, moving, moment=True))
+    if shape.dora_weights:
+        built = 4 * shape.dora_weights
+        terms.append(Term("DoRA: weights of the largest layer, fp32", built, built))
     if precision == "nf4":
         # kernels/nf4/ahead.py has BUFFERS of them; bitsandbytes' own products make one at a time.
         count = BUFFERS if any(layer.on_kernels for layer in layer_kinds(shape)[0]) else 1

@@ -57,6 +57,7 @@ def read_shape(model: Any) -> ModelShape:
         reference=reference,
         head_rank=_rank(head),
         fused=tuple(fused),
+        dora_weights=max(_dora_weights(m) for layer in modules for _, m in _linears(layer)),
         embedding=_shape_of(_weight_of(embeddings)).numel() if can_offload(base) else 0,
         stored_in_nf4=stored_in_nf4(base.config),
     )
@@ -120,6 +121,22 @@ def _lora_rank(linear: Any) -> int:
 def _rank(linear: Any) -> int:
     """Return the rank of a layer's adapter, rounded up to the kernels' ALIGNMENT."""
     return -(-_lora_rank(linear) // ALIGNMENT) * ALIGNMENT
+
+
+def _has_dora(linear: Any) -> bool:
+    return bool(getattr(linear, "lora_magnitude_vector", None))
+
+
+def _dora_weights(linear: Any) -> int:
+    """Count the float32 elements that a forward of PEFT's DoRA makes, whatever its input.
+
+    These are the identity, and of the weight's size the update, the update with its scale, the
+    base's weight and the sum.
+    """
+    if not _has_dora(linear):
+        return 0
+    out, into = _shape_of(_weight_of(linear))
+    return into * into + 4 * out * into
 
 
 def _with_adapters(layer: nn.Module, skipped: list[str]) -> int:
@@ -198,4 +215,5 @@ def _layer(layer: Any, config: Any, dtype: torch.dtype) -> Layer:
         ranks=sum(_rank(linear) for linear in found.values()),
         rank=max((_rank(linear) for linear in found.values()), default=0),
         adapted_inputs=sum(_shape_of(_weight_of(x))[1] for x in found.values() if _rank(x)),
+        dora_outputs=sum(_shape_of(_weight_of(x))[0] for x in found.values() if _has_dora(x)),
     )

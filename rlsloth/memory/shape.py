@@ -57,6 +57,8 @@ class Layer:
     """Largest of these rounded ranks."""
     adapted_inputs: int
     """Sum of the adapted layers' input widths, which PEFT's modules copy to float32."""
+    dora_outputs: int = 0
+    """Sum of the output widths of the layers whose adapter is a DoRA."""
 
     @property
     def key_heads(self) -> int:
@@ -102,6 +104,8 @@ class ModelShape:
     """Rank of the adapter on the output head, rounded up to ALIGNMENT; 0 without one."""
     fused: tuple[Fused, ...]
     """The linear layers as vLLM has them; the output head only if it is adapted."""
+    dora_weights: int = 0
+    """Number of elements, in float32, that PEFT makes for the largest layer with a DoRA."""
     embedding: int = 0
     """Number of elements of an embedding that can be in host memory; 0 if it cannot."""
     stored_in_nf4: bool = False

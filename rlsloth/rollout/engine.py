@@ -126,6 +126,8 @@ class EngineKind:
     """Values of ``rollout.kv_cache`` that it supports."""
     supports_overlap: bool = False
     """Whether it samples while an update runs (``rollout.overlap``)."""
+    supports_dora: bool = False
+    """Whether it computes with adapters that learn magnitudes (``lora.dora``)."""
 
     @property
     def name(self) -> str:

@@ -9,6 +9,7 @@ from rlsloth.data.renderer import Renderer
 from rlsloth.errors import UserError
 from rlsloth.memory.out_of_memory import free_memory
 from rlsloth.memory.workload import CPU_SEQUENCES, Request
+from rlsloth.policy.lora import dora_setting
 from rlsloth.policy.policy import Policy
 from rlsloth.rollout.engine import Engine, Opening
 from rlsloth.rollout.engines import choose_engine
@@ -45,7 +46,9 @@ def open_engine(
         request = request.with_sequences(CPU_SEQUENCES)
     sampling = request.sampling
     assert sampling is not None
-    choice = choose_engine(sampling.rollout, policy.device.type)
+    choice = choose_engine(
+        sampling.rollout, policy.device.type, dora=dora_setting(request.lora, request.model)
+    )
     opening = Opening(request, sampling, policy, renderer, run, stack, context, tuple(temperatures))
     try:
         return choice.kind.open(opening)

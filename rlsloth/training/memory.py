@@ -8,6 +8,7 @@ from rlsloth.data.example import Example
 from rlsloth.environments.loading import declaration
 from rlsloth.memory.activations import Stream
 from rlsloth.memory.workload import Request, Sampling, make_workload
+from rlsloth.policy.lora import dora_setting
 from rlsloth.rollout.engines import choose_engine, later_engines
 from rlsloth.training.heaviest import Heaviest
 
@@ -45,9 +46,10 @@ def sampling_request(
         longest_prompt=longest_prompt,
         single_turn=declaration(problems.env).single_turn,
     )
-    choice = choose_engine(problems.rollout, "cuda", planned=True)  # plans are for GPUs
+    dora = dora_setting(cfg.lora, cfg.model)
+    choice = choose_engine(problems.rollout, "cuda", dora=dora, planned=True)  # plans are for GPUs
     fallback = choice.fallback.memory if choice.fallback else None
-    other = next((kind.memory for kind in later_engines(problems.rollout, choice.kind)), None)
+    other = next((kind.memory for kind in later_engines(problems.rollout, choice.kind, dora)), None)
     sampling = Sampling(problems.rollout, workload, choice.kind.memory, fallback, other)
     return Request(cfg.model, cfg.lora, cfg.optim, cfg.tokens_per_microbatch, sampling)
 
@@ -68,7 +70,8 @@ def examples_request(cfg: SupervisedConfig, longest: Example) -> Request:
     )
     if not cfg.eval.generate:
         return request
-    choice = choose_engine(cfg.rollout, "cuda", planned=True)
+    dora = dora_setting(cfg.lora, cfg.model)
+    choice = choose_engine(cfg.rollout, "cuda", dora=dora, planned=True)
     return request.with_shared_weights() if choice.kind.memory.shares_weights else request
 
 

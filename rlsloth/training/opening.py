@@ -32,11 +32,12 @@ from rlsloth.memory.out_of_memory import advise
 from rlsloth.memory.planned_model import longest_prompt as estimate_longest
 from rlsloth.memory.workload import Request
 from rlsloth.policy.load import pick_device
+from rlsloth.policy.lora import dora_setting
 from rlsloth.policy.policy import Policy
 from rlsloth.policy.tokenizer import load_tokenizer, read_limits
 from rlsloth.records import Prompt
 from rlsloth.rollout.collector import Collector
-from rlsloth.rollout.engines import choose_engine
+from rlsloth.rollout.engines import Choice, choose_engine
 from rlsloth.rollout.trial import probe_packing, trial_backward
 from rlsloth.run.run import Run
 from rlsloth.training import contents
@@ -143,7 +144,7 @@ def open_examples(cfg: Supervised, stack: ExitStack, read: Reader) -> Session[Su
     finish_imports()
     problems = engine = None
     if cfg.eval.generate:
-        engine = choose_engine(cfg.rollout, pick_device(cfg.model.device).type)
+        engine = _choose_engine(cfg)
         problems = open_problems(cfg, cfg.seed, cfg.eval.reward, stack)
         problems = fitting_problems(cfg.model, cfg.env, problems)
         heldout_problems(problems.env, cfg.eval)
@@ -228,8 +229,9 @@ def open_teacher(
 
 def _start_sampling(cfg: GrpoConfig | TeacherConfig, stack: ExitStack) -> tuple[Problems, Run]:
     """Open the problems while libraries are imported, then start the run. Raises UserError."""
-    engine = choose_engine(cfg.rollout, pick_device(cfg.model.device).type)
-    with in_parallel(import_transformers, partial(import_sampler, cfg.model, cfg.rollout)):
+    engine = _choose_engine(cfg)
+    sampler = partial(import_sampler, engine.kind, cfg.model, cfg.rollout)
+    with in_parallel(import_transformers, sampler):
         problems = open_problems(cfg, cfg.seed, cfg.eval.reward, stack)
     problems = fitting_problems(cfg.model, cfg.env, problems)
     run = stack.enter_context(Run.start(cfg))
@@ -240,6 +242,11 @@ def _start_sampling(cfg: GrpoConfig | TeacherConfig, stack: ExitStack) -> tuple[
     if text := overlap_warning(questions_of(env.train), questions_of(env.heldout)):
         run.warn(text)
     return problems, run
+
+
+def _choose_engine(cfg: GrpoConfig | TeacherConfig | SupervisedConfig) -> Choice:
+    device = pick_device(cfg.model.device)
+    return choose_engine(cfg.rollout, device.type, dora=dora_setting(cfg.lora, cfg.model))
 
 
 def _with_room(cfg: Training, named: int | None, least: int) -> Training:

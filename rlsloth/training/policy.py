@@ -8,6 +8,7 @@ from rlsloth.config import TrainingConfig
 from rlsloth.files import write_json
 from rlsloth.policy.activations.placement import Placements, describe, summary
 from rlsloth.policy.host_embedding import HostEmbedding
+from rlsloth.policy.lora import dora_setting
 from rlsloth.policy.policy import Policy
 from rlsloth.policy.streamed_layers import streamed_layers
 from rlsloth.rollout.engine import Engine
@@ -54,6 +55,11 @@ def open_policy(
     )
     if policy.wrapped is not None:
         run.say(policy.wrapped.line())
+    if dora := dora_setting(cfg.lora, cfg.model):
+        run.say(
+            f"{dora}: adapted layers run on PEFT's own modules, not on the fused kernels; each "
+            "forward builds their weights in float32, which takes time and memory"
+        )
     return policy
 
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from rlsloth.config import ModelConfig, RolloutConfig
 from rlsloth.policy.compat import without_scikit_learn
 from rlsloth.policy.load import pick_device, quiet_libraries
-from rlsloth.rollout.engines import choose_engine
+from rlsloth.rollout.engine import EngineKind
 
 THREAD = "imports"
 """Name of the thread that imports."""
@@ -59,7 +59,6 @@ def import_transformers() -> None:
         from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401
 
 
-def import_sampler(model: ModelConfig, rollout: RolloutConfig) -> None:
+def import_sampler(kind: EngineKind, model: ModelConfig, rollout: RolloutConfig) -> None:
     """Import the libraries that the run's rollout engine needs."""
-    device = pick_device(model.device)
-    choose_engine(rollout, device.type).kind.preload(device, rollout)
+    kind.preload(pick_device(model.device), rollout)

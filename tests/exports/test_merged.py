@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -38,6 +39,15 @@ WIDE: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128, "head_dim":
 CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "llama": ("llama", {}, {}),
     "tied": ("llama", {"tie_word_embeddings": True}, {}),
+    "rslora": ("llama", {}, {"rslora": True}),
+    "dora": ("qwen2", {}, {"dora": True}),
+    "dora_bf16": ("llama", {}, {"dora": True, "precision": "bf16"}),
+    "dora_embedding": (
+        "llama",
+        {"tie_word_embeddings": True},
+        {"dora": True, "targets": ["all-linear", "embed_tokens"]},
+    ),
+    "dora_nf4": ("llama", WIDE, {"dora": True, "precision": "nf4"}),
     "head": ("llama", {"tie_word_embeddings": True}, {"targets": ["all-linear", "lm_head"]}),
     "embedding": ("llama", {"tie_word_embeddings": True}, {"targets": ["embed_tokens"]}),
     "bf16": ("qwen3", {}, {"precision": "bf16"}),
@@ -82,7 +92,7 @@ def test_merged_in_float32_has_the_logits(case: str, tmp_path: Path) -> None:
     base = make_base(tmp_path / "base", family, **settings)
     make_run(tmp_path / "run", base, **options | {"precision": options.get("precision", "fp32")})
     source = find_source(str(tmp_path / "run"), device="cpu")
-    precision = "nf4" if case == "nf4" else "fp32"  # bf16 in float32: the same numbers
+    precision = "nf4" if "nf4" in case else "fp32"  # bf16 in float32: the same numbers
     loaded = load_model(source.base.model_copy(update={"precision": precision}))
     assert source.adapter is not None
     adapted = load_adapter(loaded.model, source.adapter, str(base), to_train=False).eval()
@@ -102,15 +112,31 @@ def assert_same_logits(adapted: Any, ids: torch.Tensor) -> None:
         assert (model.eval()(ids).logits - want).abs().max() <= 1e-3
 
 
-def test_linears_with_transposed_weights() -> None:
+@pytest.mark.parametrize("dora", [False, True])
+def test_linears_with_transposed_weights(dora: bool) -> None:
     config = GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=128)
-    model = add_adapter(GPT2LMHeadModel(config).eval(), LoraConfig(rank=2), ModelConfig()).eval()
+    model = add_adapter(
+        GPT2LMHeadModel(config).eval(), LoraConfig(rank=2, dora=dora), ModelConfig()
+    ).eval()
     with torch.no_grad():
         for name, p in model.named_parameters():
             if "lora_B" in name:
                 p.normal_()
+            if "lora_magnitude_vector" in name:
+                p.mul_(1 + torch.randn_like(p) / 5)
     ids = torch.arange(20)[None]
     assert_same_logits(model, ids)
+
+
+@pytest.mark.parametrize("options", [{}, {"rslora": True}, {"dora": True}])
+def test_merged_weights_are_those_of_peft(options: dict[str, bool], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    adapted = make_run(run, make_base(tmp_path / "base"), precision="fp32", **options).model
+    want = copy.deepcopy(adapted).merge_and_unload().state_dict()
+    got = merging.merge(adapted, torch.float32).state
+    assert got.keys() == want.keys()
+    for name, value in want.items():
+        torch.testing.assert_close(got[name], value, rtol=1e-5, atol=1e-6)
 
 
 def test_nf4_is_merged_onto_the_quantised_weights_by_default(
@@ -146,12 +172,9 @@ def test_f16_and_its_limits(
     refused(run, "--to", "merged", "--dtype", "f16", words=words)
 
 
-def test_adapters_that_are_more_than_an_update_are_not_merged(
+def test_other_adapters_than_lora_are_not_merged(
     base: Path, tmp_path: Path, refused: Callable[..., None]
 ) -> None:
-    config = peft.LoraConfig(target_modules=["q_proj"], use_dora=True, task_type="CAUSAL_LM")
-    peft.get_peft_model(reopened(base), config).save_pretrained(tmp_path / "dora")
-    refused(tmp_path / "dora", "--to", "merged", words=("is a variant of LoRA (Dora",))
     config = peft.IA3Config(
         target_modules=["k_proj"], feedforward_modules=[], task_type="CAUSAL_LM"
     )

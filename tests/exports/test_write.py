@@ -23,6 +23,8 @@ from helpers.gguf_models import (
     text,
     tokenizer_of,
 )
+from helpers.trained_runs import make_run, micro_batch, plain_logprobs
+from rlsloth.cli import main as cli
 from rlsloth.errors import UserError
 from rlsloth.exports.gguf.families import read_config, rope_tensors
 from rlsloth.exports.gguf.pretokenizer import NAMES, pretokenizer_name
@@ -56,6 +58,18 @@ def test_transformers_reads_the_same_model(family, tmp_path):
         tmp_path, gguf_file="model.gguf", dtype=torch.float32
     )
     assert (logits(again, ids) - want).abs().max() <= 1e-4 * want.abs().max()
+
+
+def test_a_dora_is_in_the_gguf_file(tmp_path):
+    base = make_folder(tmp_path / "base", "smollm")
+    policy = make_run(tmp_path / "run", base, precision="fp32", dora=True)
+    out = tmp_path / "out"
+    flags = ["--to", "gguf", "--gguf", "f16", "--out", str(out)]
+    assert cli.main(["export", str(tmp_path / "run"), *flags]) == 0
+    (file,) = out.glob("*.gguf")
+    read = AutoModelForCausalLM.from_pretrained(out, gguf_file=file.name, dtype=torch.float32)
+    want = policy.eval_logprobs(micro_batch())
+    assert (plain_logprobs(read) - want).abs().mean() <= 0.02
 
 
 @pytest.mark.parametrize("family", ["llama3", "smollm", "qwen2"])

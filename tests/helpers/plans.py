@@ -22,7 +22,12 @@ EXPERTS = ("qwen3_moe", "gpt_oss")
 
 
 def make_policy(
-    family: str, checkpointing: bool = True, dtype: torch.dtype = torch.float32, name: str = "adamw"
+    family: str,
+    checkpointing: bool = True,
+    dtype: torch.dtype = torch.float32,
+    name: str = "adamw",
+    *,
+    dora: bool = False,
 ) -> Policy:
     window = {"sliding_window": 100_000} if FAMILIES[family].get("sliding_window") else {}
     model = family_model(family, **WIDE | window).to(dtype)
@@ -30,7 +35,7 @@ def make_policy(
         model.set_experts_implementation("grouped_mm")
     return Policy(
         LoadedModel(model, tiny_tokenizer(), torch.device("cpu"), dtype),
-        ModelConfig(gradient_checkpointing=checkpointing), LoraConfig(rank=8),
+        ModelConfig(gradient_checkpointing=checkpointing), LoraConfig(rank=8, dora=dora),
         OptimConfig(name=name), temperature=1.0, total_updates=1,
     )  # fmt: skip
 

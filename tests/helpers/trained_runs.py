@@ -59,6 +59,8 @@ def make_run(
         for name, p in policy.weights().tensors.items():
             if not zero and ("lora_B" in name or "lora_embedding_B" in name):
                 p.normal_(0, size)
+            if not zero and "lora_magnitude_vector" in name:
+                p.mul_(1 + torch.randn_like(p) / 5)
     save_adapter(policy.model, run / "adapter")
     (run / "config.yaml").write_text(yaml.safe_dump(cfg.model_dump(mode="json")))
     (run / "summary.json").write_text(json.dumps(SUMMARY))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from helpers.families import FAMILIES, family_model
 from helpers.plans import EXPERTS, make_policy
 from helpers.tiny import tiny_llama
 from rlsloth.config import GrpoConfig, LoraConfig, ModelConfig, OptimConfig
+from rlsloth.kernels.measure import _peak_bytes_cpu
 from rlsloth.memory.activations import Stream, layer_memory
 from rlsloth.memory.plan import (
     ACTIVATION_TOLERANCE,
@@ -87,21 +89,26 @@ def test_nf4_weights(llama_folder):
     assert sizes == {True: packed, False: other}
 
 
+@pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("precision", ["nf4", "bf16"])
-def test_a_loaded_model_has_the_shape_that_was_planned(llama_folder, precision):
-    cfg = GrpoConfig(model=ModelConfig(path=str(llama_folder), precision=precision, device="cpu"))
+def test_a_loaded_model_has_the_shape_that_was_planned(llama_folder, precision, dora):
+    model = ModelConfig(path=str(llama_folder), precision=precision, device="cpu")
+    cfg = GrpoConfig(model=model, lora=LoraConfig(dora=dora))
     policy = Policy.load(cfg.model, cfg.lora, OptimConfig(), temperature=1.0, total_updates=1)
     loaded = replace(read_shape(policy.model), stored_in_nf4=False)  # quantised here, not stored so
     assert loaded == model_shape(cfg.model, cfg.lora)
 
 
 @pytest.mark.parametrize("name", ["adamw", "adamw_8bit"])
-@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
-def test_adapter_and_optimizer(name, family):
-    policy = make_policy(family, name=name)
+@pytest.mark.parametrize(
+    ("family", "dora"), [("llama", False), ("qwen3_moe", False), ("llama", True)]
+)
+def test_adapter_and_optimizer(name, family, dora):
+    policy = make_policy(family, name=name, dora=dora)
     trained = list(policy.weights().tensors.values())
     shape = read_shape(policy.model)
     assert 4 * sum(shape.trained) == sum(p.nbytes for p in trained)
+    assert dora == any("lora_magnitude_vector" in name for name in policy.weights().tensors)
     for p in trained:
         p.grad = torch.ones_like(p)
     policy.step()
@@ -194,6 +201,33 @@ def test_activations_of_transformers_own_modules_in_bf16(family, monkeypatch):
     small, large = (update_peak(policy, micro) for micro in micros)
     measured = (large - small) / (len(micros[1].token_ids) - len(micros[0].token_ids))
     assert estimate(policy, True) == pytest.approx(measured, rel=ACTIVATION_TOLERANCE)
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_activations_with_dora(family, dtype, checkpointing, monkeypatch):
+    monkeypatch.setattr(packed_layout, "TREE_LIMIT", 0)
+    stand_in(monkeypatch)
+    policy = make_policy(family, checkpointing, dtype, dora=True)
+    micros = [stream(trees, 40, 40, 3) for trees in (4, 8)]
+    small, large = (update_peak(policy, micro) for micro in micros)
+    tokens = [len(micro.token_ids) for micro in micros]
+    measured = (large - small) / (tokens[1] - tokens[0])
+    assert estimate(policy, checkpointing) == pytest.approx(measured, rel=ACTIVATION_TOLERANCE)
+
+
+def test_weights_that_dora_builds():
+    """PEFT makes a layer's weights in float32 in each forward, for a single token, too."""
+    policy = make_policy("llama", dtype=torch.bfloat16, dora=True)
+    layers = [m for m in policy.model.modules() if hasattr(m, "lora_magnitude_vector")]
+    peaks = []
+    for layer in layers:
+        x = torch.zeros(1, layer.in_features, dtype=torch.bfloat16)
+        layer(x)
+        peaks.append(_peak_bytes_cpu(partial(layer, x)))
+    want = 4 * read_shape(policy.model).dora_weights
+    assert max(peaks) == pytest.approx(want, rel=ACTIVATION_TOLERANCE)
 
 
 def estimate(policy: Policy, checkpointing: bool) -> float:

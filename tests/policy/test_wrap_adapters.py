@@ -9,11 +9,10 @@ from typing import Any
 import peft
 import pytest
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from helpers.families import family_model
-from helpers.policies import VOCAB
-from helpers.tiny import tiny_llama
 from helpers.wrapping import SPREAD, adapted, assert_same, randomize, reasons, run
 from rlsloth.config import LoraConfig, ModelConfig
 from rlsloth.policy.lora import REFERENCE, TRAINED, add_adapter, save_adapter
@@ -140,6 +139,10 @@ def test_targets_may_be_few():
 
 PECULIAR: dict[str, tuple[dict[str, Any], str]] = {
     "dora": ({"use_dora": True}, "an adapter of kind DoraLinearVariant"),
+    "rank-stabilised dora": (
+        {"use_dora": True, "use_rslora": True},
+        "an adapter of kind DoraLinearVariant",
+    ),
     "bias": ({"lora_bias": True}, "an adapter with a bias"),
     "trained bias": ({"bias": "all"}, "a base that is also trained"),
     "dropout": ({"lora_dropout": 0.5}, "LoRA dropout"),
@@ -174,13 +177,33 @@ def test_peculiar_adapters_are_left_to_peft(kind):
 
 
 def test_rank_stabilised_adapters_are_a_scale():
-    base = tiny_llama(VOCAB)
-    config = peft.LoraConfig(r=4, use_rslora=True, target_modules="all-linear")
-    model = peft.get_peft_model(base, config).train()
-    randomize(model)
+    model = adapted("llama", rslora=True, alpha=6).train()
     stock = copy.deepcopy(model)
+    scales = {m.scaling[TRAINED] for m in model.modules() if isinstance(m, LoraLayer)}
+    assert scales == {6 / 4**0.5}
     assert wrap(model).left == ()
     assert_same(model, stock)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_new_dora_starts_as_the_base_model(dtype):
+    base = family_model("llama", **SPREAD).to(dtype)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    want = base(ids).logits
+    targets = ["all-linear", "embed_tokens"]
+    model = add_adapter(base, LoraConfig(rank=4, dora=True, targets=targets), ModelConfig())
+    wrap(model)
+    got = model.eval()(ids).logits
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-5 if dtype == torch.float32 else 0.05)
+    found = {n: p for n, p in model.named_parameters() if "lora_magnitude_vector" in n}
+    assert len(found) == 2 * 7 + 1
+    for name, p in found.items():
+        path, _, _ = name.partition(".lora_magnitude")
+        weight = model.get_submodule(path).base_layer.weight.float()
+        across = 0 if "embed" in path else 1
+        assert p.requires_grad
+        assert p.dtype == torch.float32
+        torch.testing.assert_close(p, weight.norm(dim=across), rtol=1e-6, atol=0)
 
 
 def test_several_adapters_at_once_are_left_to_peft():

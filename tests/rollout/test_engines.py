@@ -13,7 +13,7 @@ from rlsloth.cli import main as cli
 from rlsloth.config import RolloutConfig
 from rlsloth.errors import UserError
 from rlsloth.rollout import engines
-from rlsloth.rollout.engines import choose_engine
+from rlsloth.rollout.engines import choose_engine, later_engines
 from rlsloth.rollout.vllm import opening as vllm
 
 
@@ -70,6 +70,20 @@ def test_a_setting_that_only_vllm_has_is_never_dropped(
     assert (name, fallback) == ("vllm", None)
     assert option in text
     assert "not installed" in text
+
+
+def test_dora_is_for_the_embedded_engine(installed: None) -> None:
+    rollout = RolloutConfig()
+    choice = choose_engine(rollout, "cuda", dora="--lora.dora")
+    assert (choice.kind.name, choice.fallback) == ("transformers", None)
+    assert choice.text == "transformers (auto: vllm does not support --lora.dora)"
+    assert later_engines(rollout, choice.kind, "--lora.dora") == []
+    with pytest.raises(UserError, match=r"pass --rollout\.engine transformers") as caught:
+        choose_engine(RolloutConfig(engine="vllm"), "cuda", dora="--lora.dora")
+    assert "vllm does not support --lora.dora" in str(caught.value)
+    with pytest.raises(UserError, match=r"leave one of these out") as caught:
+        choose_engine(RolloutConfig(overlap=True), "cuda", dora="--lora.dora", planned=True)
+    assert "--lora.dora with --rollout.overlap" in str(caught.value)
 
 
 def test_an_unknown_engine_is_refused_with_the_known_ones() -> None:

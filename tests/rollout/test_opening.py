@@ -60,7 +60,9 @@ def start(
 
     monkeypatch.setattr(importlib.metadata, "version", version)
     # The policy is on the CPU, where auto does not consider vLLM.
-    monkeypatch.setattr(opening, "choose_engine", lambda rollout, _: choose_engine(rollout, "cuda"))
+    monkeypatch.setattr(
+        opening, "choose_engine", lambda rollout, _, dora: choose_engine(rollout, "cuda", dora=dora)
+    )
     tiny_llama().save_pretrained(tmp_path / "model")
     tiny_tokenizer().save_pretrained(tmp_path / "model")
     said: list[str] = []

@@ -83,6 +83,7 @@ def _plan_grpo(config: GrpoConfig, own: GrpoPlanOptions) -> int:
     """
     from rlsloth.memory.decide import plan_run
     from rlsloth.memory.findings import Source
+    from rlsloth.policy.lora import dora_setting
     from rlsloth.policy.tokenizer import read_context
     from rlsloth.rollout.engines import choose_engine
     from rlsloth.training.memory import grpo_request
@@ -98,7 +99,8 @@ def _plan_grpo(config: GrpoConfig, own: GrpoPlanOptions) -> int:
             f"a prompt of {longest} tokens ({origin}) leaves no room in the context of {context}: "
             "leave out longer ones with --env.max-prompt-tokens, or pass another model"
         )
-    engine = choose_engine(config.rollout, "cuda", planned=True)
+    dora = dora_setting(config.lora, config.model)
+    engine = choose_engine(config.rollout, "cuda", dora=dora, planned=True)
     source = Source(origin, engine.text)
     request = replace(grpo_request(config, longest), card=_card(config, own))
     return plan_run(request, total, source, host=_host(own), as_json=own.as_json)

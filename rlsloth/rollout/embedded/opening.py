@@ -62,4 +62,4 @@ def most_rows(opening: Opening) -> int:
     return decided.at_once
 
 
-TRANSFORMERS = EngineKind(EMBEDDED_MEMORY, open_transformers)
+TRANSFORMERS = EngineKind(EMBEDDED_MEMORY, open_transformers, supports_dora=True)
