@@ -23,6 +23,8 @@ from rlsloth.policy.identity import (
     refuse_other_base,
     write_identity,
 )
+from rlsloth.policy.layers import decoder_layers
+from rlsloth.policy.streamed_layers import STREAMED, streamed_layers
 
 TRAINED = "default"
 """PEFT's name of the adapter that is trained."""
@@ -82,7 +84,8 @@ def add_adapter(model: Any, lora: LoraConfig, source: ModelConfig) -> Any:
             f"{source.path}: {first_line(error)}; pass other targets"
         ) from error
     config.target_parameters = {*(config.target_parameters or ()), *written} or None
-    _start_as_base(adapted)
+    if lora.dora:
+        _start_as_base(adapted)
     return adapted
 
 
@@ -90,20 +93,26 @@ def _start_as_base(adapted: Any) -> None:
     """Compute the magnitudes of a new DoRA again, from adapters in float32.
 
     PEFT computes them before it converts the adapters: with a base in bf16 they would be rounded,
-    and the policy would start up to 0.4 % beside the base model in each row.
+    and the policy would start up to 0.4 % beside the base model in each row. Nor does it fetch
+    weights that wait in host memory.
     """
-    for module in adapted.modules():
-        magnitudes = getattr(module, "lora_magnitude_vector", {})
-        if TRAINED in magnitudes:
-            in_embedding = TRAINED in module.lora_embedding_A
-            a = module.lora_embedding_A[TRAINED] if in_embedding else module.lora_A[TRAINED].weight
-            b = module.lora_embedding_B[TRAINED] if in_embedding else module.lora_B[TRAINED].weight
-            magnitudes[TRAINED].update_layer(
-                base_layer=module.get_base_layer(),
-                lora_A=a,
-                lora_B=b,
-                scaling=module.scaling[TRAINED],
-            )
+    base = adapted.get_base_model()
+    layers = decoder_layers(base.get_decoder())
+    layer_of = {part: index for index, layer in enumerate(layers) for part in layer.modules()}
+    for module in base.modules():
+        if TRAINED not in getattr(module, "lora_magnitude_vector", {}):
+            continue
+        if (index := layer_of.get(module, len(layers))) < streamed_layers(base):
+            getattr(base, STREAMED).ensure(index)
+        in_embedding = TRAINED in module.lora_embedding_A
+        a = module.lora_embedding_A[TRAINED] if in_embedding else module.lora_A[TRAINED].weight
+        b = module.lora_embedding_B[TRAINED] if in_embedding else module.lora_B[TRAINED].weight
+        module.lora_magnitude_vector[TRAINED].update_layer(
+            base_layer=module.get_base_layer(),
+            lora_A=a,
+            lora_B=b,
+            scaling=module.scaling[TRAINED],
+        )
 
 
 def dora_setting(lora: LoraConfig, model: ModelConfig) -> str:

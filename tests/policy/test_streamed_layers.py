@@ -12,7 +12,7 @@ import torch
 from helpers.allocations import stream
 from helpers.families import FAMILIES, family_model
 from helpers.plans import EXPERTS, WIDE
-from helpers.tiny import tiny_tokenizer
+from helpers.tiny import tiny_llama, tiny_tokenizer
 from rlsloth.config import LoraConfig, ModelConfig, OptimConfig
 from rlsloth.errors import UserError
 from rlsloth.kernels.nf4.op import Nf4Weight
@@ -205,3 +205,17 @@ def test_refused_page_locks_are_said_once(monkeypatch: pytest.MonkeyPatch) -> No
 
 def _on_cpu(empty: Any) -> Any:
     return lambda *size, dtype=None, device=None: empty(*size, dtype=dtype)
+
+
+def test_a_new_dora_reads_the_weights_of_each_layer(tmp_path: Path) -> None:
+    tiny_llama().save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    found = []
+    for count in (0, 2):
+        model = ModelConfig(path=str(tmp_path), device="cpu", offload_layers=count)
+        torch.manual_seed(0)
+        lora, optim = LoraConfig(rank=4, dora=True), OptimConfig()
+        policy = Policy.load(model, lora, optim, temperature=1.0, total_updates=1)
+        found.append(policy.weights().tensors)
+    assert found[0].keys() == found[1].keys()
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
