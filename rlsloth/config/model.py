@@ -74,7 +74,7 @@ class LoraConfig(Section):
     def _dora_without_dropout(self) -> LoraConfig:
         if self.dora and self.dropout:
             raise ValueError(
-                f"lora.dora with lora.dropout {self.dropout:g} would keep a copy of each adapted "
-                "weight in float32: leave lora.dropout at 0"
+                f"dora with dropout {self.dropout:g} would keep a copy of each adapted weight in "
+                "float32: leave dropout at 0"
             )
         return self

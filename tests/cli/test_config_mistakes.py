@@ -156,3 +156,10 @@ def test_a_refused_value_comes_with_the_docstring_of_its_field() -> None:
 def test_long_values_are_cut() -> None:
     (line,) = mistakes("--steps", "9" * 50 + "x" * 500)
     assert len(line) < 200
+
+
+def test_settings_of_a_section_that_contradict_each_other(yaml_file: Path) -> None:
+    wrong = "loss: correction_min 5.0 exceeds correction_max 2.0"
+    assert mistakes("--loss.correction-min", "5", "--loss.correction-max", "2") == [wrong]
+    yaml_file.write_text("loss: {correction_min: 5, correction_max: 2}\n")
+    assert mistakes("run.yaml") == [f"run.yaml: {wrong}"]

@@ -132,7 +132,7 @@ REFUSED = {
         "--rollout.engine vllm does not support --lora.dora",
         "pass --rollout.engine transformers",
     ),
-    "--lora.dora true --lora.dropout 0.1": ("lora.dora", "leave lora.dropout at 0"),
+    "--lora.dora true --lora.dropout 0.1": ("lora: dora with dropout 0.1", "leave dropout at 0"),
     "--lora.dora true --lora.dropout 0 --lora.targets all-linear lm_head": (
         "DoraLinearVariant",
         "leave the head out",
