@@ -73,9 +73,11 @@ def config(args: argparse.Namespace, data: Path, folder: Path) -> Any:
     if args.task == "packed":
         made["tokens_per_microbatch"] = args.micro_tokens
     for text in args.set:
-        name, _, value = text.partition("=")
+        name, equals, value = text.partition("=")
+        if not equals:
+            sys.exit(f"--set {text}: give OPTION=VALUE, such as model.offload_layers=0")
         section, _, option = name.rpartition(".")
-        (made[section] if section else made)[option] = yaml.safe_load(value)
+        (made.setdefault(section, {}) if section else made)[option] = yaml.safe_load(value)
     kinds: dict[str, Any] = {"dpo": DpoConfig, "orpo": OrpoConfig}
     return kinds.get(args.task, SftConfig).model_validate(made)
 

@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from rlsloth.api.cleanup import freeing_memory
-from rlsloth.api.objects import Reward, Rows, checked, passing_objects
+from rlsloth.api.objects import Reward, Rows, checked, of_kind, passing_objects
 from rlsloth.config.distill import DistillConfig
 from rlsloth.config.export import ExportConfig
 from rlsloth.config.quantize import QuantizeConfig
-from rlsloth.errors import UserError
 
 
 def export(config: ExportConfig) -> Path:
@@ -25,11 +24,7 @@ def export(config: ExportConfig) -> Path:
     """
     from rlsloth.exports.export import run_export
 
-    if not isinstance(config, ExportConfig):
-        raise UserError(
-            f"the configuration is of type {type(config).__name__}: pass ExportConfig(source=..., "
-            "out=...)"
-        )
+    config = of_kind(config, ExportConfig)
     assert config.out is not None  # the configuration refuses that
     with freeing_memory():
         run_export(config)
@@ -47,11 +42,7 @@ def quantize(config: QuantizeConfig) -> Path:
     """
     from rlsloth.exports.four_bit.quantize import run_quantize
 
-    if not isinstance(config, QuantizeConfig):
-        raise UserError(
-            f"the configuration is of type {type(config).__name__}: pass QuantizeConfig("
-            "source=..., out=..., data=...)"
-        )
+    config = of_kind(config, QuantizeConfig)
     assert config.out is not None  # the configuration refuses that
     with freeing_memory():
         run_quantize(config)

@@ -21,6 +21,7 @@ Reward = str | Callable[..., Any]
 Rows = Iterable[Mapping[str, Any]]
 """Rows of a dataset: a list of dicts, a ``datasets.Dataset``, or any other iterable of mappings."""
 Config = TypeVar("Config", bound=ProblemsConfig)
+Kind = TypeVar("Kind", bound=Section)
 Part = TypeVar("Part", bound=Section)
 
 
@@ -30,8 +31,15 @@ def checked(config: Config | None, kind: type[Config]) -> Config:
     Raises:
         UserError: it is of another kind, such as a dict or a path.
     """
-    if config is None:
-        return kind()
+    return kind() if config is None else of_kind(config, kind)
+
+
+def of_kind(config: Any, kind: type[Kind]) -> Kind:
+    """Return a configuration that must be given.
+
+    Raises:
+        UserError: it is of another kind, such as a dict or a path.
+    """
     if not isinstance(config, kind):
         arguments = "**config" if isinstance(config, Mapping) else "..."
         raise UserError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from pydantic import ValidationError
@@ -41,9 +41,9 @@ def explain(
             yield _unknown(path, source, model, help_command, more_options)
         elif not path:
             yield _text(items[0])
-        elif items[0]["type"] == "value_error" and isinstance(items[0]["input"], Mapping):
-            # A section's settings contradict each other.
-            section = ".".join(map(str, items[0]["loc"]))
+        elif items[0]["type"] == "value_error" and is_section(annotation_at(model, path)):
+            # Its settings contradict each other.
+            section = ".".join(path)
             shown = section if source.startswith("--") else f"{source}: {section}"
             yield f"{shown}: {_text(items[0])}"
         else:

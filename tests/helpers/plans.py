@@ -18,6 +18,11 @@ WIDE = {
     "vocab_size": 97, "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 3,
     "head_dim": 16, "max_position_embeddings": 8192, "sliding_window": None,
 }  # fmt: skip
+LLAMA = {
+    "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "vocab_size": 32000,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 131072,
+}  # fmt: skip
+"""Sizes of a Llama of about a billion parameters, for LlamaConfig."""
 EXPERTS = ("qwen3_moe", "gpt_oss")
 
 

@@ -13,7 +13,7 @@ import pytest
 import yaml
 from transformers import LlamaConfig
 
-from helpers.plans import run
+from helpers.plans import LLAMA, run
 from rlsloth.config import GrpoConfig, LoraConfig, ModelConfig
 from rlsloth.memory import decide as planning
 from rlsloth.memory.findings import planner_for
@@ -28,16 +28,11 @@ from rlsloth.training.memory import grpo_request
 
 pytestmark = pytest.mark.slow
 
-SIZES = {
-    "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "vocab_size": 32000,
-    "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 131072,
-}  # fmt: skip
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("models") / "llama"
-    LlamaConfig(**SIZES).save_pretrained(path)
+    LlamaConfig(**LLAMA).save_pretrained(path)
     return path
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from transformers import LlamaConfig
 
-from helpers.plans import make_policy, run
+from helpers.plans import LLAMA, make_policy, run
 from rlsloth.config import GrpoConfig, LoraConfig, ModelConfig
 from rlsloth.memory.findings import planner_for
 from rlsloth.memory.longest import Longest, longest_completion
@@ -23,17 +23,13 @@ from rlsloth.training.memory import grpo_request
 
 pytestmark = pytest.mark.slow
 
-SMALL = {
-    "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "vocab_size": 32000,
-    "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 131072,
-}  # fmt: skip
-LARGE = SMALL | {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32}
+LARGE = LLAMA | {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("models") / "llama"
-    LlamaConfig(**SMALL).save_pretrained(path)
+    LlamaConfig(**LLAMA).save_pretrained(path)
     return path
 
 

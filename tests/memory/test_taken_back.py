@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from transformers import LlamaConfig
 
+from helpers.plans import LLAMA
 from rlsloth.config import GrpoConfig, LoraConfig, ModelConfig
 from rlsloth.memory.findings import planner_for
 from rlsloth.memory.freed import advice, list_freed
@@ -24,16 +25,10 @@ pytestmark = pytest.mark.slow
 EMBEDDING, STATES = "--model.offload-embeddings false", "--optim.offload false"
 
 
-SIZES = {
-    "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "vocab_size": 32000,
-    "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 131072,
-}  # fmt: skip
-
-
 @pytest.fixture(scope="module")
 def shape(tmp_path_factory: pytest.TempPathFactory) -> ModelShape:
     path: Path = tmp_path_factory.mktemp("models")
-    LlamaConfig(**SIZES).save_pretrained(path)
+    LlamaConfig(**LLAMA).save_pretrained(path)
     return model_shape(ModelConfig(path=str(path)), LoraConfig())
 
 

@@ -11,19 +11,22 @@ from rlsloth.config.quantize import QuantizeConfig
 from rlsloth.exports.four_bit.quantised import Quantised
 
 
-def write_card(folder: Path, cfg: QuantizeConfig, found: Quantised, gap: float) -> None:
+def write_card(
+    folder: Path, cfg: QuantizeConfig, samples: int, found: Quantised, gap: float
+) -> None:
     """Write the card.
 
     Args:
         folder: the quantised model's folder.
         cfg: the configuration of the command.
+        samples: number of calibration samples.
         found: the quantised layers and their divergences.
         gap: difference of the divergence when the folder was read back, nats a token.
     """
-    (folder / "README.md").write_text(render_card(cfg, found, gap), encoding="utf-8")
+    (folder / "README.md").write_text(render_card(cfg, samples, found, gap), encoding="utf-8")
 
 
-def render_card(cfg: QuantizeConfig, found: Quantised, gap: float) -> str:
+def render_card(cfg: QuantizeConfig, samples: int, found: Quantised, gap: float) -> str:
     """Render the card as Markdown, with the hub's metadata in YAML before it."""
     about: dict[str, object] = {
         "library_name": "transformers", "pipeline_tag": "text-generation",
@@ -37,7 +40,7 @@ def render_card(cfg: QuantizeConfig, found: Quantised, gap: float) -> str:
         f"# {Path(str(cfg.source)).name} in 4 bits",
         f"`{cfg.source}` in NF4, in the form of bitsandbytes, by rlsloth {__version__}. "
         f"{len(found.tensors)} linear layers have 4 bits; scales and codes were chosen on "
-        f"{cfg.samples} samples of {cfg.tokens} tokens, so that the layers' outputs change least "
+        f"{samples} samples of {cfg.tokens} tokens, so that the layers' outputs change least "
         "(GPTQ, arXiv:2210.17323). All else is in bf16.",
         *([f"Linear layers kept in bf16: {', '.join(kept)}."] if kept else []),
         "| divergence from the base on held-out text | nats a token |\n|---|---|\n"

@@ -67,7 +67,7 @@ def run_quantize(cfg: QuantizeConfig) -> None:
         write_folder(folder, loaded, found.tensors, base)
         del loaded
         gap = check_folder(folder, base, divergence, found.chosen)
-        write_card(folder, cfg, found, gap)
+        write_card(folder, cfg, len(texts.calibration), found, gap)
     print(f"wrote {out}: {_about(found, gap)}")
 
 
