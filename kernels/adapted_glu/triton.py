@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rlsloth.kernels.adapted_glu.triton_tiles import dot, load, store
-from rlsloth.kernels.device import on_device_of
+from rlsloth.kernels.device import cdiv, next_power_of_2, on_device_of
 from rlsloth.kernels.glu.triton import _share_and_slope, interpreted
 
 LEAST_RANK = 16  # the least rank of a factor that tensor cores take
@@ -122,7 +122,7 @@ def _with_strides(*tensors: Tensor) -> list[Tensor | int]:
 
 
 def _tiles(tile: Tile, tokens: int, width: int) -> tuple[int, int]:
-    return triton.cdiv(tokens, tile.tokens), triton.cdiv(width, tile.columns)
+    return cdiv(tokens, tile.tokens), cdiv(width, tile.columns)
 
 
 def _split(tile: Tile, across: int, along: int, device: torch.device) -> tuple[int, int]:
@@ -131,8 +131,8 @@ def _split(tile: Tile, across: int, along: int, device: torch.device) -> tuple[i
     if device.type == "cuda":
         processors = torch.cuda.get_device_properties(device).multi_processor_count
     wanted = min(along, max(1, tile.programs * processors // max(across, 1)))
-    steps = triton.cdiv(along, max(wanted, 1))
-    return max(1, triton.cdiv(along, max(steps, 1))), steps
+    steps = cdiv(along, max(wanted, 1))
+    return max(1, cdiv(along, max(steps, 1))), steps
 
 
 def _stages(rank: int, device: torch.device) -> int:
@@ -144,7 +144,7 @@ def _stages(rank: int, device: torch.device) -> int:
 
 
 def _padded(*ranks: int) -> int:
-    return max(LEAST_RANK, int(triton.next_power_of_2(max(ranks))))
+    return max(LEAST_RANK, next_power_of_2(max(ranks)))
 
 
 @triton.jit(do_not_specialize=["tokens", "steps"])  # type: ignore[untyped-decorator]

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rlsloth.kernels.device import on_device_of
+from rlsloth.kernels.device import cdiv, on_device_of
 
 # Elements per program: a power of two, no smaller than its threads load at once, so that no two
 # threads hold the same element. Smaller in the backward, which keeps three inputs in registers.
@@ -25,7 +25,7 @@ def forward(gate_NF: Tensor, up_NF: Tensor, h_NF: Tensor, activation: str) -> No
     rows, width = gate_NF.shape
     if gate_NF.numel() == 0:
         return
-    blocks = triton.cdiv(width, FORWARD_BLOCK)
+    blocks = cdiv(width, FORWARD_BLOCK)
     # Triton launches on the current device.
     with on_device_of(gate_NF):
         _forward_kernel[(rows * blocks,)](
@@ -57,7 +57,7 @@ def backward(
     rows, width = gate_NF.shape
     if gate_NF.numel() == 0:
         return
-    blocks = triton.cdiv(width, BACKWARD_BLOCK)
+    blocks = cdiv(width, BACKWARD_BLOCK)
     with on_device_of(gate_NF):
         _backward_kernel[(rows * blocks,)](
             d_out_NF,

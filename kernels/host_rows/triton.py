@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rlsloth.kernels.device import on_device_of
+from rlsloth.kernels.device import next_power_of_2, on_device_of
 
 
 def read_rows(table_VH: Tensor, ids_N: Tensor, out_NH: Tensor) -> None:
@@ -16,7 +16,7 @@ def read_rows(table_VH: Tensor, ids_N: Tensor, out_NH: Tensor) -> None:
         return
     with on_device_of(out_NH):
         _rows_kernel[(ids_N.numel(),)](
-            table_VH, ids_N, out_NH, width, BLOCK=triton.next_power_of_2(width), num_warps=4
+            table_VH, ids_N, out_NH, width, BLOCK=next_power_of_2(width), num_warps=4
         )
 
 

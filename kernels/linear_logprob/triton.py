@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from rlsloth.kernels.device import on_device_of
+from rlsloth.kernels.device import cdiv, next_power_of_2, on_device_of
 from rlsloth.kernels.linear_logprob.tiles import HIDDEN_BLOCK, Tile, processors, tile_of
 from rlsloth.kernels.linear_logprob.triton_rows import LOG2E, join_tiles
 
@@ -41,15 +41,15 @@ def odds(
     rows, width = hidden_RH.shape
     vocabulary = weight_VH.shape[0]
     tile = tile or tile_of(hidden_RH.device)
-    tiles = triton.cdiv(vocabulary, tile.columns)
+    tiles = cdiv(vocabulary, tile.columns)
     partial_3RT = hidden_RH.new_empty(3, rows, tiles, dtype=torch.float32)
     # Triton launches on the current device.
     with on_device_of(hidden_RH):
         _write_target_logits(hidden_RH, weight_VH, bias_V, target_R, stats_4R[3], slope, ceiling)
-        row_tiles = triton.cdiv(rows, tile.rows)
+        row_tiles = cdiv(rows, tile.rows)
         # Groups of about equal size: a last group of one tile would read the whole weight for few
         # rows.
-        row_group = triton.cdiv(row_tiles, triton.cdiv(row_tiles, tile.row_group))
+        row_group = cdiv(row_tiles, cdiv(row_tiles, tile.row_group))
         programs = min(processors(hidden_RH.device), row_tiles * tiles)
         _odds_kernel[(programs,)](
             TensorDescriptor.from_tensor(hidden_RH, [tile.rows, tile.depth]),
@@ -100,7 +100,7 @@ def _write_target_logits(
         slope,
         ceiling or 1.0,
         WIDTH=width,
-        BLOCK=min(HIDDEN_BLOCK, triton.next_power_of_2(width)),
+        BLOCK=min(HIDDEN_BLOCK, next_power_of_2(width)),
         SOFTCAP=ceiling is not None,
         num_warps=4,
     )

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rlsloth.kernels.device import on_device_of
+from rlsloth.kernels.device import cdiv, on_device_of
 from rlsloth.kernels.linear_logprob.tiles import HIDDEN_BLOCK, processors
 
 SCALE_BLOCK = 4096  # 16 elements per thread: two loads of 16 bytes in flight
@@ -24,7 +24,7 @@ def finish(
     """Write ``sum / total - weight[target] * cap_slope`` to out, rounded once."""
     rows, width = sum_RH.shape
     with on_device_of(sum_RH):
-        _finish_kernel[(rows, triton.cdiv(width, HIDDEN_BLOCK))](
+        _finish_kernel[(rows, cdiv(width, HIDDEN_BLOCK))](
             sum_RH,
             sum_RH.stride(0),
             weight_VH,
@@ -48,7 +48,7 @@ def scale_rows(tensor_RH: Tensor, scale_R: Tensor) -> None:
     if rows == 0:
         return
     with on_device_of(tensor_RH):
-        _scale_kernel[(rows, triton.cdiv(width, HIDDEN_BLOCK))](
+        _scale_kernel[(rows, cdiv(width, HIDDEN_BLOCK))](
             tensor_RH, tensor_RH.stride(0), scale_R, width, BLOCK=HIDDEN_BLOCK, num_warps=4
         )
 
@@ -64,7 +64,7 @@ def scale(tensor: Tensor, factor: Tensor) -> None:
         return
     most = SCALE_PROGRAMS * processors(tensor.device)
     with on_device_of(tensor):
-        _scale_all_kernel[(min(triton.cdiv(count, SCALE_BLOCK), most),)](
+        _scale_all_kernel[(min(cdiv(count, SCALE_BLOCK), most),)](
             tensor, factor, count, BLOCK=SCALE_BLOCK, num_warps=8
         )
 

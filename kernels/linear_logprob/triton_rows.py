@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rlsloth.kernels.device import next_power_of_2
 from rlsloth.kernels.linear_logprob.tiles import Tile
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -23,7 +24,7 @@ def join_tiles(partial_3RT: Tensor, odds_RV: Tensor, stats_4R: Tensor, tile: Til
         stats_4R,
         stats_4R.stride(0),
         odds_RV.shape[1],
-        TILES=triton.next_power_of_2(tiles),
+        TILES=next_power_of_2(tiles),
         COLUMNS=tile.columns,
         num_warps=4,
     )

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rlsloth.kernels.device import on_device_of
+from rlsloth.kernels.device import cdiv, next_power_of_2, on_device_of
 
 TOKENS, COLUMNS, WARPS = 64, 128, 4
 LEAST_RANK = 16  # the least rank that tensor cores take
@@ -25,13 +25,13 @@ def add_product(base_TN: Tensor, low_TR: Tensor, factor_RN: Tensor, out_TN: Tens
         return
     # Triton launches on the current device.
     with on_device_of(base_TN):
-        _kernel[(triton.cdiv(width, COLUMNS) * triton.cdiv(tokens, TOKENS),)](
+        _kernel[(cdiv(width, COLUMNS) * cdiv(tokens, TOKENS),)](
             base_TN, base_TN.stride(0),
             low_TR, low_TR.stride(0),
             factor_RN, *factor_RN.stride(),
             out_TN, out_TN.stride(0),
             tokens, width, rank,
-            RANK=max(LEAST_RANK, triton.next_power_of_2(rank)),
+            RANK=max(LEAST_RANK, next_power_of_2(rank)),
             TOKENS=TOKENS,
             COLUMNS=COLUMNS,
             INTERPRETED=os.environ.get("TRITON_INTERPRET") == "1",

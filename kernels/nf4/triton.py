@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rlsloth.kernels.device import on_device_of
+from rlsloth.kernels.device import cdiv, on_device_of
 from rlsloth.kernels.nf4 import ptx
 from rlsloth.kernels.nf4.plan import BLOCK_O, gpu_of, plan
 from rlsloth.kernels.nf4.triton_dequantize import INTERPRETED, scales_of
@@ -36,7 +36,7 @@ def matmul(x_MI: Tensor, weight: Nf4Weight, pairs: Tensor) -> Tensor:
         sums_SMO = x_MI.new_empty(cut.splits, rows, out, dtype=torch.float32)
     absmax, *scales = scales_of(weight, pairs)  # FILL reads 256 words of scales[0], nested or not
     nested = weight.code_256 is not None
-    grid = (triton.cdiv(out, BLOCK_O), triton.cdiv(rows, cut.block_m), cut.splits)
+    grid = (cdiv(out, BLOCK_O), cdiv(rows, cut.block_m), cut.splits)
     with on_device_of(x_MI):
         _matmul_kernel[grid](
             x_MI,
@@ -59,7 +59,7 @@ def matmul(x_MI: Tensor, weight: Nf4Weight, pairs: Tensor) -> Tensor:
             maxnreg=REGISTERS,
         )
         if cut.splits > 1:
-            _reduce_kernel[(triton.cdiv(rows * out, REDUCED),)](
+            _reduce_kernel[(cdiv(rows * out, REDUCED),)](
                 sums_SMO, y_MO, rows * out, SPLITS=cut.splits, BLOCK=REDUCED
             )
     return y_MO

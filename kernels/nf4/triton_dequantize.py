@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rlsloth.kernels.device import on_device_of
+from rlsloth.kernels.device import cdiv, on_device_of
 from rlsloth.kernels.nf4 import ptx
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ def dequantize(weight: Nf4Weight, table: Tensor, out_OI: Tensor) -> None:
     """Compute ``op.dequantize`` for a matrix that is not empty."""
     rows, columns = weight.shape
     with on_device_of(out_OI):
-        _dequantize_kernel[(triton.cdiv(rows * columns, 8 * DEQUANTIZED_GROUPS),)](
+        _dequantize_kernel[(cdiv(rows * columns, 8 * DEQUANTIZED_GROUPS),)](
             weight.packed_B,
             *scales_of(weight, table),
             table,

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rlsloth.kernels.device import on_device_of
+from rlsloth.kernels.device import cdiv, next_power_of_2, on_device_of
 
 TILE = 4096  # least number of elements per program: several rows if they are short
 ELEMENTS_PER_THREAD = 16  # two 16-byte loads of 16-bit numbers
@@ -34,7 +34,7 @@ def forward(
     tiling = _tiling(x_NH.shape[1])
     # Triton launches on the current device.
     with on_device_of(x):
-        _forward_kernel[(triton.cdiv(len(x_NH), tiling["ROWS"]),)](
+        _forward_kernel[(cdiv(len(x_NH), tiling["ROWS"]),)](
             x_NH,
             x_NH.stride(0),
             None if residual is None else residual_NH,
@@ -67,7 +67,7 @@ def backward(
     grad_total_NH = grad_NH if grad_total is None else _rows(grad_total)
     rows, width = x_NH.shape
     tiling = _tiling(width)
-    programs = triton.cdiv(rows, tiling["ROWS"])
+    programs = cdiv(rows, tiling["ROWS"])
     partial_PH = None
     if with_weight:
         programs = min(programs, PROGRAMS_PER_SM * _sm_count(x))
@@ -100,7 +100,7 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _tiling(width: int) -> dict[str, int]:
-    block = triton.next_power_of_2(width)
+    block = next_power_of_2(width)
     rows = max(1, TILE // block)
     warps = min(32, rows * block // (32 * ELEMENTS_PER_THREAD))
     return {"H": width, "ROWS": rows, "BLOCK": block, "num_warps": warps}

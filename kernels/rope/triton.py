@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rlsloth.kernels.device import on_device_of
+from rlsloth.kernels.device import next_power_of_2, on_device_of
 
 ELEMENTS_PER_WARP = 1024  # of the queries: two 16-byte loads per thread and half
 
@@ -25,8 +25,8 @@ def rotate(
     rotary = cos_BSR.shape[2]
     if batch * length == 0:
         return
-    q_block = triton.next_power_of_2(q_heads)
-    half_block = triton.next_power_of_2(rotary // 2)
+    q_block = next_power_of_2(q_heads)
+    half_block = next_power_of_2(rotary // 2)
     # Triton launches on the current device.
     with on_device_of(q_BSHD):
         _rope_kernel[(batch * length,)](
@@ -44,11 +44,11 @@ def rotate(
             Q_HEADS=q_heads,
             Q_BLOCK=q_block,
             K_HEADS=k_BSKD.shape[2],
-            K_BLOCK=triton.next_power_of_2(k_BSKD.shape[2]),
+            K_BLOCK=next_power_of_2(k_BSKD.shape[2]),
             DIM=dim,
             HALF=rotary // 2,
             HALF_BLOCK=half_block,
-            REST_BLOCK=triton.next_power_of_2(dim - rotary) if dim > rotary else 0,
+            REST_BLOCK=next_power_of_2(dim - rotary) if dim > rotary else 0,
             INPLACE=inplace,
             BACKWARD=backward,
             num_warps=max(1, min(8, 2 * q_block * half_block // ELEMENTS_PER_WARP)),

@@ -39,7 +39,7 @@ class Pass:
 
     def start(self, hidden: Tensor) -> None:
         """Begin the first forward; the layer before has ended, so its copies are due."""
-        self._input = self._keep(hidden.detach(), self.placement.input)
+        (self._input,) = self._keep((hidden.detach(),), self.placement.input)
         if self._before is not None:
             self._before.settle()
 
@@ -56,7 +56,7 @@ class Pass:
     def keep(self, name: str, tensors: Sequence[Tensor], place: Place | None) -> None:
         """Keep tensors in the first forward, which must not be written to; None: keep nothing."""
         if place is not None and not self.again:
-            self._kept[name] = tuple(self._keep(x.detach(), place) for x in tensors)
+            self._kept[name] = self._keep(tuple(x.detach() for x in tensors), place)
 
     def take(self, name: str) -> tuple[Tensor, ...] | None:
         """Return tensors in the second forward; None in the first, and if they were not kept."""
@@ -65,24 +65,24 @@ class Pass:
 
     def settle(self) -> None:
         """Give the memory of tensors free that are on their way to the host."""
-        for kept in self._parked():
-            kept.settle()
+        if self._transfer is not None:
+            self._transfer.settle(self._parked())
 
     def fetch(self) -> None:
         """Start copying back what is in host memory."""
-        for kept in self._parked():
-            kept.fetch()
+        if self._transfer is not None:
+            self._transfer.fetch(self._parked())
 
-    def _keep(self, x: Tensor, place: Place) -> Kept:
+    def _keep(self, tensors: tuple[Tensor, ...], place: Place) -> tuple[Kept, ...]:
         if place == "device":
-            return x
+            return tensors
         assert self._transfer is not None
-        return self._transfer.park(x)
+        return tuple(self._transfer.park(tensors))
 
-    def _parked(self) -> Iterator[Parked]:
-        for kept in (self._input, *chain(*self._kept.values())):
-            if isinstance(kept, Parked):
-                yield kept
+    def _parked(self) -> list[Parked]:
+        """List what leaves for host memory, in the order in which it was kept."""
+        kept = (self._input, *chain(*self._kept.values()))
+        return [one for one in kept if isinstance(one, Parked)]
 
 
 def _take(kept: Kept) -> Tensor:

@@ -1,11 +1,16 @@
 """Copies of tensors between a GPU and host memory, beside the GPU's own work.
 
 On a CPU the copies are made at once, so that tests compute exactly what a GPU computes.
+
+Tensors that are copied together wait for the GPU's work once, and are there together. No copy waits
+for copies in the other direction: slabs become free only after the GPU's work has waited for the
+last copy that uses them (``Parked.take``), and new copies wait for that work.
 """
 
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -14,7 +19,10 @@ from rlsloth.policy.activations.arena import SLAB, HostArena
 
 
 class Transfer:
-    """Two streams of copies, one in each direction, and the host memory that they fill."""
+    """Two streams of copies, one in each direction, and the host memory that they fill.
+
+    All calls must come from one stream of the GPU's work, from any thread.
+    """
 
     def __init__(self, device: torch.device, arena: HostArena) -> None:
         self.device, self.arena = device, arena
@@ -22,34 +30,58 @@ class Transfer:
         if device.type == "cuda":
             self._out, self._in = (torch.cuda.Stream(device) for _ in range(2))  # type: ignore[no-untyped-call]
 
-    def park(self, x: Tensor) -> Parked:
-        """Start copying a tensor to the host.
+    def park(self, tensors: Iterable[Tensor]) -> list[Parked]:
+        """Start copying tensors to the host.
 
-        Its content must not change until ``Parked.settle``.
+        Their content must not change until ``settle``.
         """
-        return Parked(self, x)
+        parked = [Parked(self, x.detach().contiguous()) for x in tensors]
+        self._start(self._out, parked, Parked.copy_out)
+        return parked
 
-    def _copy(self, pairs: list[tuple[Tensor, Tensor]], *, out: bool) -> torch.cuda.Event | None:
-        """Copy sources to targets after all work queued so far; return the event of its end."""
-        stream = self._out if out else self._in
-        if stream is None:
-            for source, target in pairs:
-                target.copy_(source)
-            return None
-        stream.wait_stream(torch.cuda.current_stream(self.device))
-        # A slab may be read by the last copy in the other direction.
-        stream.wait_stream(self._in if out else self._out)  # type: ignore[arg-type]
-        with torch.cuda.stream(stream):
-            for source, target in pairs:
-                target.copy_(source, non_blocking=True)
-            event: torch.cuda.Event = stream.record_event()
-            return event
+    def settle(self, parked: Sequence[Parked]) -> None:
+        """Let the GPU's further work wait for the copies, and give the tensors' memory free.
 
-    def _wait(self, event: torch.cuda.Event | None) -> None:
+        The tensors must have been parked in this order.
+        """
+        leaving = [one for one in parked if one.leaves]
+        if leaving:
+            self.wait(leaving[-1].done)  # the stream's copies end in order
+        for one in leaving:
+            one.leave()
+
+    def fetch(self, parked: Iterable[Parked]) -> None:
+        """Start copying contents back, behind the work queued so far."""
+        away = [one for one in parked if not one.returns()]
+        for one in away:
+            one.make_room()
+        self._start(self._in, away, Parked.copy_in)
+
+    def wait(self, event: torch.cuda.Event | None) -> None:
+        """Let the GPU's further work wait for an event."""
         if event is not None:
             torch.cuda.current_stream(self.device).wait_event(event)
 
-    def _abandon(self, slabs: list[Tensor]) -> None:
+    def _start(
+        self,
+        stream: torch.cuda.Stream | None,
+        parked: Sequence[Parked],
+        copy: Callable[[Parked], None],
+    ) -> None:
+        """Make copies on a stream after all work queued so far, with one event at their end."""
+        if stream is None or not parked:
+            for one in parked:
+                copy(one)
+            return
+        stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(stream):
+            for one in parked:
+                copy(one)
+            done = stream.record_event()
+        for one in parked:
+            one.done = done
+
+    def abandon(self, slabs: list[Tensor]) -> None:
         """Take back the slabs of a tensor that nobody will take, such as after an error.
 
         The GPU's own work waits for all copies, because the tensor's memory is free from now on.
@@ -64,35 +96,50 @@ class Parked:
     """A tensor whose content waits in host memory until it is taken back, once."""
 
     def __init__(self, transfer: Transfer, x: Tensor) -> None:
-        x = x.detach().contiguous()
         self._transfer = transfer
         self._like = torch.empty_like(x, device="meta")
         self._slabs = transfer.arena.take(x.nbytes)
-        self._abandoned = weakref.finalize(self, transfer._abandon, self._slabs)
+        self._abandoned = weakref.finalize(self, transfer.abandon, self._slabs)
         self._source: Tensor | None = x
         self._back: Tensor | None = None
-        self._done = transfer._copy(self._pairs(x, out=True), out=True)
+        self.done: torch.cuda.Event | None = None
+        """The end of the last copies that it was part of."""
 
-    def settle(self) -> None:
-        """Let the work that follows wait for the copy, and give the tensor's memory free."""
-        if self._source is not None:
-            self._transfer._wait(self._done)
-            self._source = None
+    @property
+    def leaves(self) -> bool:
+        """Whether the tensor is still in the GPU's memory, too."""
+        return self._source is not None
 
-    def fetch(self) -> None:
-        """Start copying the content back, behind the work queued so far."""
-        if self._back is not None:
-            return
-        if self._source is not None:  # still on the GPU
-            self._back, self._done = self._source, None
-            return
+    def leave(self) -> None:
+        """Give the tensor's memory free, for which its copy must have been waited for."""
+        self._source = None
+
+    def returns(self) -> bool:
+        """Tell whether nothing needs to be copied back, as when the tensor has not left."""
+        if self._back is None and self._source is not None:
+            self._back, self.done = self._source, None
+        return self._back is not None
+
+    def make_room(self) -> None:
+        """Allocate the GPU's memory for the content, on the stream of the GPU's work."""
         self._back = torch.empty_like(self._like, device=self._transfer.device)
-        self._done = self._transfer._copy(self._pairs(self._back, out=False), out=False)
+
+    def copy_out(self) -> None:
+        """Queue the copy to the host on the current stream."""
+        assert self._source is not None
+        for piece, slab in self._pairs(self._source):
+            slab.copy_(piece, non_blocking=True)
+
+    def copy_in(self) -> None:
+        """Queue the copy back on the current stream."""
+        assert self._back is not None
+        for piece, slab in self._pairs(self._back):
+            piece.copy_(slab, non_blocking=True)
 
     def take(self) -> Tensor:
         """Return the tensor; the work that follows waits for its copy. The host's copy is gone."""
-        self.fetch()
-        self._transfer._wait(self._done)
+        self._transfer.fetch([self])
+        self._transfer.wait(self.done)
         assert self._back is not None
         back, self._back = self._back, None
         self._source = None
@@ -100,8 +147,8 @@ class Parked:
         self._transfer.arena.give(self._slabs)
         return back
 
-    def _pairs(self, x: Tensor, *, out: bool) -> list[tuple[Tensor, Tensor]]:
-        """Pair the pieces of a tensor with the slabs, as sources and targets."""
+    def _pairs(self, x: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Pair the pieces of a tensor with the slabs."""
         pieces = x.view(-1).view(torch.uint8).split(SLAB)  # type: ignore[no-untyped-call]
-        slabs = [slab[: len(piece)] for slab, piece in zip(self._slabs, pieces, strict=True)]
-        return list(zip(pieces, slabs, strict=True) if out else zip(slabs, pieces, strict=True))
+        slabs = (slab[: len(piece)] for slab, piece in zip(self._slabs, pieces, strict=True))
+        return list(zip(pieces, slabs, strict=True))
