@@ -58,6 +58,7 @@ def wide_folder(tmp_path_factory):
 def clear() -> None:
     """Free memory that earlier tests have left."""
     ahead._POOL.clear()
+    gc.unfreeze()  # vLLM's worker has frozen what was there, the test's model included
     gc.collect()
     torch.cuda.empty_cache()
 
