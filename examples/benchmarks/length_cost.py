@@ -8,8 +8,8 @@ work for a token grows with the length, all other work is the same, so that
 
     seconds a token = rest + slope * length
 
-with rest and slope by least squares of the relative error. ``off`` is the difference of each
-measurement without slope * length from rest: what is left beside attention should be flat.
+with rest and slope by least squares. ``off`` is the difference of each measurement without
+slope * length from rest: what is left beside attention should be flat.
 The plot needs matplotlib.
 """
 
@@ -70,13 +70,10 @@ def fit(rows: list[dict[str, Any]], mode: str) -> dict[str, Any]:
     ]
     if len(points) < 2:
         return {}
-    # Weights 1 / t: the relative error counts.
-    weights = [1 / t**2 for _, t in points]
-    total = sum(weights)
-    mean_n = sum(w * n for w, (n, _) in zip(weights, points, strict=True)) / total
-    mean_t = sum(w * t for w, (_, t) in zip(weights, points, strict=True)) / total
-    across = sum(w * (n - mean_n) * (t - mean_t) for w, (n, t) in zip(weights, points, strict=True))
-    spread = sum(w * (n - mean_n) ** 2 for w, (n, _) in zip(weights, points, strict=True))
+    mean_n = sum(n for n, _ in points) / len(points)
+    mean_t = sum(t for _, t in points) / len(points)
+    across = sum((n - mean_n) * (t - mean_t) for n, t in points)
+    spread = sum((n - mean_n) ** 2 for n, _ in points)
     slope = across / spread
     rest = mean_t - slope * mean_n
     off = {n: (t - slope * n) / rest - 1 for n, t in points}
