@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -19,6 +20,19 @@ def on_device_of(x: Tensor) -> AbstractContextManager[None]:
         return _NOTHING
     other: AbstractContextManager[None] = torch.cuda.device(x.device)
     return other
+
+
+def multiplies_in_triton(x: Tensor) -> bool:
+    """Tell whether kernels that multiply matrices are fast on a tensor's device.
+
+    Before compute capability 8.0, Triton's compiler uses no tensor cores: cuBLAS is faster.
+    """
+    return not x.is_cuda or _capability(x.device.index) >= 8
+
+
+@cache
+def _capability(index: int) -> int:
+    return torch.cuda.get_device_capability(index)[0]
 
 
 def cdiv(a: int, b: int) -> int:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
+from rlsloth.kernels.device import multiplies_in_triton
 from rlsloth.kernels.glu.op import glu_backward, glu_forward
 
 FUSED_RANK = 64  # more columns than this do not fit next to the tiles
@@ -118,12 +119,16 @@ def adapted_glu_backward(
 
 
 def fused(inputs: GluInputs, adapters: GluAdapters) -> bool:
-    """Whether one kernel does it all: 16 bits on a GPU, all adapters on, ranks up to FUSED_RANK."""
+    """Whether one kernel does it all: 16 bits, all adapters on, ranks up to FUSED_RANK.
+
+    That is on GPUs of compute capability 8.0 on.
+    """
     gate_b, up_b, down_a = adapters.gate_b_FR, adapters.up_b_FR, adapters.down_a_RF
     if gate_b is None or up_b is None or down_a is None:
         return False
     # TRITON_INTERPRET is Triton's own switch: kernels then run on CPU tensors.
     runs = inputs.gate_TF.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
+    runs = runs and multiplies_in_triton(inputs.gate_TF)
     narrow = max(gate_b.shape[1], up_b.shape[1], down_a.shape[0]) <= FUSED_RANK
     return runs and narrow and inputs.gate_TF.dtype != torch.float32
 

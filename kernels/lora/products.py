@@ -13,6 +13,7 @@ import os
 import torch
 from torch import Tensor
 
+from rlsloth.kernels.device import multiplies_in_triton
 from rlsloth.kernels.lora.layer import LoraLinear, Stack
 from rlsloth.kernels.nf4.op import Nf4Weight, nf4_matmul
 
@@ -106,6 +107,7 @@ def add_product(base_TN: Tensor, low_TR: Tensor, factor_RN: Tensor, out_TN: Tens
     """Write ``base + low @ factor`` to out, rounded once; out may be base."""
     # TRITON_INTERPRET is Triton's own switch: kernels then run on CPU tensors.
     runs = base_TN.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
+    runs = runs and multiplies_in_triton(base_TN)
     if runs and base_TN.dtype != torch.float32 and low_TR.shape[1] <= MOST_RANK:
         from rlsloth.kernels.lora import triton
 

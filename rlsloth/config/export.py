@@ -69,9 +69,9 @@ class ChatConfig(Section):
     """Same seed, same machine, same words: same answers."""
     base: Text | None = None
     """The base model of an adapter. Default: the path that is saved with the adapter."""
-    precision: Literal["auto", "nf4", "bf16", "fp32"] = "auto"
+    precision: Literal["auto", "nf4", "bf16", "fp16", "fp32"] = "auto"
     """Precision of the base model's weights. auto: as in training; for a model without an adapter
-    bf16 on a GPU and fp32 on a CPU."""
+    bf16 on a GPU, fp16 on one without bf16, and fp32 on a CPU."""
     device: str = "auto"
     """Device. auto: the first GPU if there is one, else the CPU."""
     trust_remote_code: bool = False

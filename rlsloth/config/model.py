@@ -19,9 +19,9 @@ class ModelConfig(Section):
     adapter: Folder | None = None
     """PEFT adapter folder to continue from; it is also the reference of the KL term and of
     preference losses."""
-    precision: Literal["auto", "nf4", "bf16", "fp32"] = "auto"
-    """Precision of the frozen base model's weights. auto: bf16 on a GPU, fp32 on a CPU. nf4: 4 bits
-    by bitsandbytes."""
+    precision: Literal["auto", "nf4", "bf16", "fp16", "fp32"] = "auto"
+    """Precision of the frozen base model's weights. auto: bf16 on a GPU, fp16 on one without bf16
+    (T4, V100, RTX 20), fp32 on a CPU. nf4: 4 bits by bitsandbytes. fp16: the loss is scaled."""
     device: str = "auto"
     """Device. auto: the first GPU if there is one, else the CPU."""
     memory_gb: float | None = Field(default=None, gt=0)

@@ -149,7 +149,7 @@ def _held_in(loaded: LoadedModel) -> str:
     """Name the form in which training kept the base model's weights."""
     if loaded.precision == "nf4":
         return "dequantised NF4"
-    return "fp32" if loaded.dtype == torch.float32 else "bf16"
+    return loaded.precision
 
 
 def _original(base: ModelConfig) -> ModelConfig:

@@ -17,7 +17,7 @@ measured in one direction on an H200, 51 in both at once (docs/PERFORMANCE.md).
 
 @dataclass(frozen=True, slots=True)
 class Card:
-    """A GPU's memory and speeds."""
+    """A GPU's memory, speeds and types."""
 
     mib: int
     """Memory in MiB, as nvidia-smi reports it."""
@@ -27,6 +27,8 @@ class Card:
     pcie: int
     """Generation of PCI Express."""
     lanes: int = 16
+    bf16: bool = True
+    """Whether its units multiply bfloat16 (compute capability 8.0 on)."""
 
     @property
     def bus(self) -> float:
@@ -35,8 +37,8 @@ class Card:
 
 
 CARDS = {
-    "GTX 1080 Ti": Card(11264, 11, 3),
-    "RTX 2080 Ti": Card(11264, 54, 3),
+    "GTX 1080 Ti": Card(11264, 11, 3, bf16=False),
+    "RTX 2080 Ti": Card(11264, 54, 3, bf16=False),
     "RTX 3060": Card(12288, 26, 4),
     "RTX 3070": Card(8192, 41, 4),
     "RTX 3080": Card(10240, 60, 4),
@@ -56,9 +58,9 @@ CARDS = {
     "RTX A6000": Card(49140, 155, 4),
     "RTX 6000 Ada": Card(49140, 364, 4),
     "RTX PRO 6000": Card(97887, 504, 5),
-    "T4": Card(15360, 65, 3),
-    "V100 16GB": Card(16384, 125, 3),
-    "V100 32GB": Card(32768, 125, 3),
+    "T4": Card(15360, 65, 3, bf16=False),
+    "V100 16GB": Card(16384, 125, 3, bf16=False),
+    "V100 32GB": Card(32768, 125, 3, bf16=False),
     "A10": Card(23028, 125, 4),
     "A10G": Card(23028, 70, 4),
     "L4": Card(23034, 121, 4),

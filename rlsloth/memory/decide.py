@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal, TypeVar
 
 from rlsloth.config import ModelConfig
@@ -82,7 +82,7 @@ def decide(
     if total is None:
         return configured
     try:
-        wanted = replace(request(), card=card_of(cfg.model))
+        wanted = request().on(card_of(cfg.model))
         shape = model_shape(wanted.model, wanted.lora)
         planner = planner_for(total, host_bytes())
         chosen = decide_settings(planner, shape, wanted)
@@ -132,6 +132,11 @@ def plan_run(
 def _refuse(shape: ModelShape, request: Request) -> None:
     """Refuse options that a run would refuse after loading the model."""
     refuse_more_layers(request.streamed, len(shape.layers))
+    if request.model.precision == "bf16" and not request.card.bf16:
+        raise UserError(
+            "--model.precision bf16: this card has no bf16 (it needs compute capability 8.0); pass "
+            "auto or fp16, nf4 or fp32"
+        )
     offloads = request.model.offload_embeddings is True
     if offloads and not shape.embedding:
         raise UserError(EMBEDDING_STAYS)

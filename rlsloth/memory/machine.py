@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -11,6 +12,7 @@ import torch
 from rlsloth.config import ModelConfig
 from rlsloth.memory.cards import UNKNOWN, Card, card_of_device
 from rlsloth.memory.terms import GIB
+from rlsloth.policy.device import has_bf16
 from rlsloth.policy.gpu_limit import CONTEXT
 
 HOST_SHARE = 0.8
@@ -44,7 +46,8 @@ def card_of(model: ModelConfig) -> Card:
     if model.device == "cpu" or not torch.cuda.is_available():
         return UNKNOWN
     device = torch.device("cuda" if model.device == "auto" else model.device)
-    return card_of_device(torch.cuda.get_device_name(device))
+    card = card_of_device(torch.cuda.get_device_name(device))
+    return replace(card, bf16=has_bf16(device))  # also if the name is not in the table
 
 
 def host_bytes() -> int:

@@ -223,7 +223,7 @@ def _base(
         embeddings: whether the embedding is there.
         streamed: number of layers whose weights are not.
     """
-    other = "fp32" if precision == "fp32" else "bf16"
+    other = "16 bits" if precision == "nf4" else precision
     sizes: dict[str, int] = {}
     for weight in shape.weights:
         if weight.group == "embeddings" and not embeddings:

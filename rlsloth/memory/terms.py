@@ -7,7 +7,7 @@ from typing import Literal
 
 GIB = 2**30
 
-Precision = Literal["nf4", "bf16", "fp32"]
+Precision = Literal["nf4", "bf16", "fp16", "fp32"]
 Phase = Literal["rollout", "update"]
 
 

@@ -166,7 +166,7 @@ class Request:
     placements: Placements | None = None
     """Placements of the layers' activations; None: as ``model.gradient_checkpointing`` says."""
     card: Card = UNKNOWN
-    """The card whose speeds are assumed; its memory does not count here."""
+    """The card whose speeds and types are assumed; its memory does not count here."""
 
     @property
     def microbatch(self) -> int:
@@ -177,6 +177,11 @@ class Request:
     def overlap(self) -> bool:
         """Whether rollouts are sampled during the update."""
         return self.sampling is not None and self.sampling.rollout.overlap
+
+    def on(self, card: Card) -> Request:
+        """Copy the request with a card, on which precision auto may be float16."""
+        half = {"precision": "fp16"} if self.model.precision == "auto" and not card.bf16 else {}
+        return replace(self, card=card, model=self.model.model_copy(update=half))
 
     def placed(self, layers: int) -> Placements:
         """Return the placement of each of a model's layers."""

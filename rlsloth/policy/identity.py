@@ -54,7 +54,7 @@ class Identity:
     weights: str
     """``hash_weights`` of the model's files, whatever the precision: NF4 codes are not hashed."""
     precision: str
-    """Precision of the base model in training: nf4, bf16 or fp32."""
+    """Precision of the base model in training: nf4, bf16, fp16 or fp32."""
     tokenizer: str
     """``hash_tokenizer`` of the tokenizer."""
     template: str | None
@@ -66,7 +66,7 @@ def identify(cfg: ModelConfig, precision: str, model: Any, tokenizer: Any) -> Id
 
     Args:
         cfg: the model's configuration.
-        precision: nf4, bf16 or fp32.
+        precision: nf4, bf16, fp16 or fp32.
         model: transformers' model, which knows the hub's commit.
         tokenizer: transformers' tokenizer.
 

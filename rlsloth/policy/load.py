@@ -19,6 +19,7 @@ from rlsloth.policy.compat import (
     keep_nf4_weights,
     quantised_on,
 )
+from rlsloth.policy.device import pick_device
 from rlsloth.policy.files import ModelFiles, locate
 from rlsloth.policy.gguf_check import GgufHeader, check_gguf, unread_keys
 from rlsloth.policy.gguf_tokenizer import end_ids
@@ -28,6 +29,7 @@ from rlsloth.policy.identity import IDENTITY, identify
 from rlsloth.policy.streamed_layers import refuse_more_layers, stream_layers
 from rlsloth.policy.support import (
     Precision,
+    compute_type,
     expert_share,
     held_precision,
     refuse_unsupported,
@@ -53,41 +55,6 @@ class LoadedModel:
     """Precision in which the weights are held."""
 
 
-def pick_device(name: str) -> torch.device:
-    """Choose the device of a run.
-
-    Args:
-        name: value of ``model.device``; "auto" means the current GPU, or the CPU without a GPU.
-
-    Returns:
-        The device; a GPU always has an index.
-
-    Raises:
-        UserError: the name is not a device, or the device does not exist.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UserError(
-            f"--model.device {name!r} is not a device of torch; pass cuda, cuda:1 or cpu"
-        ) from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(
-            f"--model.device {name}: torch finds no GPU; run `rlsloth doctor` for the reason, or "
-            "pass --model.device cpu"
-        )
-    count = torch.cuda.device_count()
-    if device.type == "cuda" and device.index is not None and device.index >= count:
-        raise UserError(
-            f"--model.device {name}: there is no such GPU; pass one of cuda:0 to cuda:{count - 1}"
-        )
-    if device.type == "cuda" and device.index is None:
-        return torch.device("cuda", torch.cuda.current_device())
-    return device
-
-
 def load_model(cfg: ModelConfig) -> LoadedModel:
     """Load a base model, frozen and with packed attention, and its tokenizer.
 
@@ -100,10 +67,8 @@ def load_model(cfg: ModelConfig) -> LoadedModel:
     if device.type == "cuda":
         torch.cuda.set_device(device)  # CUDA graphs are captured on the current device
         limit_memory(cfg.memory_gb, device)
-    precision = held_precision(cfg, device.type)
-    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
-    if precision == "nf4" and device.type == "cpu":
-        dtype = torch.float32
+    precision = held_precision(cfg, device)
+    dtype = compute_type(precision, device)
     files = locate(cfg)
     tokenizer = load_tokenizer(cfg)
     config = files.read_config()
@@ -122,8 +87,10 @@ def load_model(cfg: ModelConfig) -> LoadedModel:
             tokenizer.model_max_length = model.config.max_position_embeddings
         else:
             model = _pretrained(cfg, config, dtype, precision == "nf4", place)
-    precision = held_precision(cfg, device.type, config)
+    precision = held_precision(cfg, device, config)
     model.requires_grad_(False)
+    if dtype == torch.float16:
+        _refuse_overflow(cfg, model)
     if streamed:
         _stream(cfg, model, streamed, device)
     for module in model.modules():
@@ -146,6 +113,16 @@ def load_model(cfg: ModelConfig) -> LoadedModel:
         )
     setattr(model, IDENTITY, identity)  # save_adapter writes it
     return LoadedModel(model, tokenizer, device, dtype, precision)
+
+
+def _refuse_overflow(cfg: ModelConfig, model: Any) -> None:
+    """Raise UserError if weights exceed float16's range."""
+    for name, weight in model.named_parameters():
+        if weight.is_floating_point() and not bool(weight.isfinite().all()):
+            raise UserError(
+                f"--model.path {cfg.path}: {name} has values beyond 65504, float16's largest; pass "
+                "--model.precision fp32, or bf16 on a GPU that has it"
+            )
 
 
 def _stream(cfg: ModelConfig, model: Any, layers: int, device: torch.device) -> None:

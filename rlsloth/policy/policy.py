@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from rlsloth.config import LoraConfig, ModelConfig, OptimConfig
-from rlsloth.errors import UserError
 from rlsloth.kernels.linear_logprob.op import linear_logprob
 from rlsloth.policy.activations.layers import Recomputed
 from rlsloth.policy.activations.placement import Placements, uniform
@@ -24,6 +23,7 @@ from rlsloth.policy.host_embedding import offload_embeddings
 from rlsloth.policy.layers import decoder_layers
 from rlsloth.policy.load import LoadedModel, load_model
 from rlsloth.policy.lora import REFERENCE, TRAINED, add_adapter
+from rlsloth.policy.loss_scale import LossScale
 from rlsloth.policy.optimizer import (
     flatten_state,
     make_optimizer,
@@ -31,6 +31,7 @@ from rlsloth.policy.optimizer import (
     restore_state,
     resume_schedule,
 )
+from rlsloth.policy.tokenizer import context_of
 from rlsloth.policy.wrap.wrap import unwrapped, wrap
 from rlsloth.records import MicroBatch, StepStats, TokenLogprobs, Weights
 
@@ -67,7 +68,7 @@ class Policy:
         self.wrapped = wrap(self.model) if model.fused_kernels else None
         base = self.model.get_base_model()
         self.config = base.config.get_text_config()
-        self.context = _context(model, int(self.config.max_position_embeddings))
+        self.context = context_of(model, int(self.config.max_position_embeddings))
         ends = base.generation_config.eos_token_id
         ends = [] if ends is None else ends
         self.eos_token_ids: list[int] = ends if isinstance(ends, list) else [ends]
@@ -80,6 +81,7 @@ class Policy:
         self._head_adapter = HeadAdapter(base, self.dtype)
         self.temperature = temperature or 1.0
         self._max_grad_norm = optim.max_grad_norm
+        self._loss_scale = LossScale(self.dtype)
         self._recomputed: Recomputed | None = None
         self._layers = decoder_layers(self._decoder)
         self.place(placements or uniform(model.gradient_checkpointing, len(self._layers)))
@@ -220,8 +222,11 @@ class Policy:
 
     def base_model(self) -> AbstractContextManager[None]:
         """Use the base model without any adapter."""
-        context: AbstractContextManager[None] = self.model.disable_adapter()
-        return context
+        return self.model.disable_adapter()  # type: ignore[no-any-return]
+
+    def backward(self, loss: Tensor) -> None:
+        """Add a loss's gradients to those of the trained weights; ``step`` takes them."""
+        torch.autograd.backward(self._loss_scale.times(loss))
 
     def step(self) -> StepStats:
         """Clip the gradients, update the weights, and clear the gradients.
@@ -230,13 +235,15 @@ class Policy:
         before the version or the schedule has changed leaves everything as it was.
         """
         total = torch.nn.utils.get_total_norm([p.grad for p in self._trained if p.grad is not None])
-        norm = float(total)
+        total = total / self._loss_scale.value
         lr = self.learning_rate
-        skipped = not math.isfinite(norm)
+        skipped = not math.isfinite(norm := float(total))
         if not skipped:
             self.version += 1  # before: an update that fails halfway has changed weights
+            self._loss_scale.divide(self._trained)
             torch.nn.utils.clip_grads_with_norm_(self._trained, self._max_grad_norm, total)
             self.optimizer.step()
+        self._loss_scale.update(finite=not skipped)
         park(self.optimizer)  # an update that is skipped has fetched the states, too
         self._advance_schedule()
         self.optimizer.zero_grad(set_to_none=True)
@@ -277,6 +284,7 @@ class Policy:
             "version": self.version,
             "optimizer": scalars,
             "planned_updates": self.scheduler.last_epoch,
+            "loss_scale": self._loss_scale.state(),
         }
         return {"adapter": weights, "optimizer": tensors}, json
 
@@ -287,14 +295,6 @@ class Policy:
             for name, value in tensors["adapter"].items():
                 live[name].copy_(value)
         restore_state(self.optimizer, tensors["optimizer"], json["optimizer"])
+        self._loss_scale.restore(json.get("loss_scale", {}))
         self.version = int(json["version"])
         resume_schedule(self.scheduler, int(json["planned_updates"]))
-
-
-def _context(model: ModelConfig, limit: int) -> int:
-    if model.max_context is not None and model.max_context > limit:
-        raise UserError(
-            f"--model.max-context {model.max_context} exceeds the {limit} tokens that "
-            f"{model.path} supports; pass at most {limit}"
-        )
-    return model.max_context or limit

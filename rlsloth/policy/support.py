@@ -7,15 +7,18 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+import torch
+
 from rlsloth.config import ModelConfig
 from rlsloth.errors import UserError
+from rlsloth.policy.device import has_bf16
 from rlsloth.policy.files import ModelFiles, locate
 from rlsloth.policy.folder_check import INDEX, WEIGHTS, weight_files
 from rlsloth.policy.meta_model import build_meta_model
 
 UNPACKED = ("fp8", "mxfp4")
 """Quantisation methods that are unpacked to 16 bits: their kernels have no backward pass."""
-Precision = Literal["nf4", "bf16", "fp32"]
+Precision = Literal["nf4", "bf16", "fp16", "fp32"]
 
 
 def refuse_unsupported(
@@ -112,19 +115,36 @@ def _stored(config: Any) -> dict[str, Any]:
     return stored if isinstance(stored, dict) else dict(stored.to_dict())
 
 
-def held_precision(cfg: ModelConfig, device: str, config: Any = None) -> Precision:
+def held_precision(cfg: ModelConfig, device: torch.device, config: Any = None) -> Precision:
     """Return the precision in which the base model's weights are held.
 
     Args:
         cfg: the model's configuration in rlsloth.
-        device: type of the device.
+        device: the model's device.
         config: its configuration in transformers; a checkpoint in 4 bits stays in 4 bits.
+
+    Raises:
+        UserError: the device does not have the precision.
     """
     if config is not None and stored_in_nf4(config):
         return "nf4"
-    if cfg.precision == "auto":
-        return "bf16" if device == "cuda" else "fp32"
-    return cfg.precision
+    if cfg.precision == "bf16" and not has_bf16(device):
+        raise UserError(
+            f"--model.precision bf16: {torch.cuda.get_device_name(device)} has no bf16 (it needs "
+            "compute capability 8.0); pass fp16, nf4 or fp32"
+        )
+    if cfg.precision != "auto":
+        return cfg.precision
+    if device.type != "cuda":
+        return "fp32"
+    return "bf16" if has_bf16(device) else "fp16"
+
+
+def compute_type(precision: Precision, device: torch.device) -> torch.dtype:
+    """Return the type of the weights, or of products with dequantised ones."""
+    if precision == "fp32" or (precision == "nf4" and device.type == "cpu"):
+        return torch.float32
+    return torch.float16 if precision == "fp16" or not has_bf16(device) else torch.bfloat16
 
 
 def expert_share(config: Any, trust_remote_code: bool = False) -> tuple[float, int]:

@@ -46,6 +46,20 @@ def read_context(cfg: ModelConfig) -> int:
     return min(cfg.max_context or limit, limit)
 
 
+def context_of(model: ModelConfig, limit: int) -> int:
+    """Return the tokens that prompt and completion may have together.
+
+    Raises:
+        UserError: ``model.max_context`` exceeds the model's ``limit``.
+    """
+    if model.max_context is not None and model.max_context > limit:
+        raise UserError(
+            f"--model.max-context {model.max_context} exceeds the {limit} tokens that "
+            f"{model.path} supports; pass at most {limit}"
+        )
+    return model.max_context or limit
+
+
 def _check_folder(cfg: ModelConfig) -> None:
     path = Path(cfg.path).expanduser()
     if cfg.path.startswith(("/", "./", "../", "~")) and not path.exists():

@@ -45,7 +45,7 @@ def trial_backward(policy: Policy) -> None:
     rollouts = [Completion(ids, [0.0] * len(ids), "length", 0) for ids in completions]
     with _refusing(policy):
         scored = policy.logprobs(_packed(policy, prompt, rollouts))
-        torch.autograd.backward(scored.logprobs.sum())
+        policy.backward(scored.logprobs.sum())
         policy.optimizer.zero_grad(set_to_none=True)
     forget(policy.model)
 

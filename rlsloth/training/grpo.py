@@ -191,7 +191,7 @@ def _gradients(
             old_logprobs_N=first.old[i] if first else None,
             reference_logprobs_N=known.reference[i] if known.reference else None,
         )
-        torch.autograd.backward(loss.total / norm)
+        policy.backward(loss.total / norm)
         difference = (known.old[i] - micro.rollout_logprobs).abs().nan_to_num(nan=0.0, posinf=0.0)
         sums = [loss.total.detach(), out.entropy.sum(), difference.sum(), difference.max()]
         loss_sum, entropy_sum, gap_sum, gap_most = torch.stack(sums).tolist()

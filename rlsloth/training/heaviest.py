@@ -114,7 +114,7 @@ def _forward_and_backward(policy: Policy, batch: PackedBatch) -> None:
     park(policy.optimizer)
     for micro in batch.microbatches:
         out = policy.logprobs(to_device(micro, policy.device))
-        torch.autograd.backward(out.logprobs.sum())
+        policy.backward(out.logprobs.sum())
     if policy.device.type == "cuda":
         torch.cuda.synchronize()
 

@@ -31,7 +31,7 @@ from rlsloth.memory.decide import DEFAULT_PROMPT, decide
 from rlsloth.memory.out_of_memory import advise
 from rlsloth.memory.planned_model import longest_prompt as estimate_longest
 from rlsloth.memory.workload import Request
-from rlsloth.policy.load import pick_device
+from rlsloth.policy.device import pick_device
 from rlsloth.policy.lora import dora_setting
 from rlsloth.policy.policy import Policy
 from rlsloth.policy.tokenizer import load_tokenizer, read_limits

@@ -110,7 +110,7 @@ def update(
     def compute(batch: PackedBatch) -> Metrics:
         stats: list[PreferenceStats] = []
         for output in losses(policy, examples, batch, cfg, lambda m: policy.logprobs(m).logprobs):
-            torch.autograd.backward(output.total)
+            policy.backward(output.total)
             stats.append(output.stats)
         return metrics(stats)
 

@@ -8,7 +8,8 @@ from contextlib import contextmanager, suppress
 
 from rlsloth.config import ModelConfig, RolloutConfig
 from rlsloth.policy.compat import without_scikit_learn
-from rlsloth.policy.load import pick_device, quiet_libraries
+from rlsloth.policy.device import pick_device
+from rlsloth.policy.load import quiet_libraries
 from rlsloth.rollout.engine import EngineKind
 
 THREAD = "imports"

@@ -83,7 +83,7 @@ class Session(Generic[Config, Item]):
     """Whether the last step's evaluation is due and not complete."""
 
     def __post_init__(self) -> None:
-        self.skips = Skips(self.cfg.optim.max_skipped)
+        self.skips = Skips(self.cfg.optim.max_skipped, self.policy.dtype)
         self.budget = Budget(self.cfg.microbatch)
         self._planned = self.budget.tokens, self.policy.placements
 

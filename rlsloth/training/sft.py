@@ -70,7 +70,7 @@ def update(
         for micro in batch.microbatches:
             out = policy.logprobs(to_device(micro, policy.device))
             nll = -out.logprobs.sum()
-            torch.autograd.backward(nll / batch.scored_tokens)
+            policy.backward(nll / batch.scored_tokens)
             sums.append(torch.stack([nll.detach(), out.entropy.sum()]))
         means: list[float] = (torch.stack(sums).sum(0) / batch.scored_tokens).tolist()
         return means

@@ -11,6 +11,8 @@ from rlsloth.files import replacing_file
 from rlsloth.records import MicroBatch, PackedBatch
 from rlsloth.run.run import Run
 
+BEYOND_HALF = "pass --model.precision bf16 or fp32 (activations may exceed float16's 65504), "
+
 
 class Skips:
     """Counts updates skipped in a row, saves their batches, and ends a run that only skips."""
@@ -18,8 +20,10 @@ class Skips:
     in_a_row: int
     """Number of updates skipped since the last one that was made; checkpoints keep it."""
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, dtype: torch.dtype) -> None:
+        """Count up to ``limit`` skipped updates of a policy that computes in ``dtype``."""
         self._limit = limit
+        self._half = dtype == torch.float16
         self.in_a_row = 0
 
     def check(self, skipped: bool, batch: PackedBatch, run: Run, step: int) -> None:
@@ -31,11 +35,12 @@ class Skips:
         path = dump_batch(batch, run.dir / "skipped" / f"step_{step:05d}.safetensors")
         run.warn(
             f"step {step}: the gradient is NaN or infinite; update skipped, batch saved in {path}"
+            f"{'; in fp16 the loss is now scaled by half as much' if self._half else ''}"
         )
         if self.in_a_row >= self._limit:
             raise UserError(
                 f"the gradient was NaN or infinite for {self.in_a_row} steps in a row; lower "
-                f"--optim.lr, or look at {path}"
+                f"--optim.lr, {BEYOND_HALF if self._half else ''}or look at {path}"
             )
 
 

@@ -116,7 +116,7 @@ def test_doctor_describes_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     assert found["cuda:0"].status == "ok"
     assert "no bf16" in found["cuda:1"].found
-    assert "--model.precision fp32" in found["cuda:1"].advice
+    assert "fp16" in found["cuda:1"].advice
 
 
 @pytest.mark.parametrize(

@@ -29,13 +29,14 @@ def make_policy(
     tied: bool = False,
     adapter: Path | None = None,
     warmup_steps: int = 0,
+    dtype: torch.dtype = torch.float32,
 ) -> Policy:
     torch.manual_seed(0)
     attention.register()
-    model = tiny_llama(VOCAB, tied=tied)
+    model = tiny_llama(VOCAB, tied=tied).to(dtype)
     model.requires_grad_(False)
     model.set_attn_implementation(attention.NAME)
-    loaded = LoadedModel(model, tiny_tokenizer(), torch.device("cpu"), torch.float32)
+    loaded = LoadedModel(model, tiny_tokenizer(), torch.device("cpu"), dtype)
     policy = Policy(
         loaded,
         ModelConfig(gradient_checkpointing=checkpointing, adapter=adapter),

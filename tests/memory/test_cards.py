@@ -6,6 +6,8 @@ import re
 
 import pytest
 
+from helpers.tiny import tiny_llama, tiny_tokenizer
+from rlsloth.cli import main as cli
 from rlsloth.errors import UserError
 from rlsloth.memory.cards import CARDS, UNKNOWN, card_of_device, find_card
 
@@ -71,3 +73,21 @@ def test_a_cards_name_that_is_not_in_the_table_leads_to_it(typed: str, meant: st
 def test_no_card_is_named_by_nothing() -> None:
     with pytest.raises(UserError, match=r"no such card \("):
         find_card("")
+
+
+def test_a_card_without_bf16_is_planned_in_fp16(capsys, tmp_path) -> None:
+    tiny_llama().save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    command = ["plan", "sft", "--model.path", str(tmp_path), "--gpu", "T4", "--data.heldout", "1"]
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"text": "abc"}\n{"text": "def"}\n')
+    command += ["--data.train", str(rows)]
+    assert cli.main(command) == 0
+    assert "base: linears, fp16" in capsys.readouterr().out
+    assert cli.main([*command, "--model.precision", "nf4"]) == 0
+    assert "base: embeddings, 16 bits" in capsys.readouterr().out
+    assert cli.main([*command, "--model.precision", "bf16"]) == 2
+    assert "bf16: this card has no bf16" in capsys.readouterr().err
+    command[command.index("T4")] = "RTX 3060"
+    assert cli.main(command) == 0
+    assert "base: linears, bf16" in capsys.readouterr().out

@@ -20,7 +20,8 @@ from rlsloth.config import LoraConfig, ModelConfig
 from rlsloth.errors import UserError
 from rlsloth.memory.out_of_memory import advise
 from rlsloth.policy import load
-from rlsloth.policy.load import load_model, pick_device
+from rlsloth.policy.device import pick_device
+from rlsloth.policy.load import load_model
 from rlsloth.policy.lora import add_adapter, save_adapter
 from rlsloth.policy.optimizer import make_optimizer, resume_schedule
 from rlsloth.rollout.trial import probe

@@ -47,9 +47,10 @@ def test_outputs_and_gradients_are_those_of_transformers(family):
     assert_same(model, stock)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("family", KNOWN)
-def test_bf16_is_as_near_to_fp32_as_transformers_own(family):
-    model = adapted(family, torch.bfloat16).train()
+def test_16_bits_are_as_near_to_fp32_as_transformers_own(family, dtype):
+    model = adapted(family, dtype).train()
     stock = copy.deepcopy(model)
     exact = copy.deepcopy(model).float()
     wrap(model)

@@ -64,7 +64,7 @@ def gpu_checks() -> list[Check]:
             f"compute capability {major}.{minor}, {' and '.join(able) or 'no bf16'}, "
             f"driver {driver or 'unknown'}"
         )
-        note = "" if able else "bf16 needs compute capability 8.0: pass --model.precision fp32"
+        note = "" if able else "bf16 needs compute capability 8.0: runs take fp16"
         checks.append(Check("gpu", f"cuda:{index}", found, "note" if note else "ok", note))
     try:
         from rlsloth.policy.attention.backends import available_backends

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from contextlib import nullcontext, redirect_stdout
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -102,7 +101,7 @@ def _plan_grpo(config: GrpoConfig, own: GrpoPlanOptions) -> int:
     dora = dora_setting(config.lora, config.model)
     engine = choose_engine(config.rollout, "cuda", dora=dora, planned=True)
     source = Source(origin, engine.text)
-    request = replace(grpo_request(config, longest), card=_card(config, own))
+    request = grpo_request(config, longest).on(_card(config, own))
     return plan_run(request, total, source, host=_host(own), as_json=own.as_json)
 
 
@@ -175,5 +174,5 @@ def _plan_supervised(config: SupervisedConfig, own: PlanOptions) -> int:
     # What loading says is no JSON.
     with redirect_stdout(sys.stderr) if own.as_json else nullcontext():
         examples = load_examples(config, reader(config), tokenizer, *limits)
-    request = replace(examples_request(config, examples.longest), card=_card(config, own))
+    request = examples_request(config, examples.longest).on(_card(config, own))
     return plan_run(request, total, Source(), host=_host(own), as_json=own.as_json)

@@ -1,0 +1,62 @@
+"""Runs in float16: they learn as in float32, resume bit by bit, and export what they trained."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from helpers.grpo_runs import Train, adapter, assert_same_run, rows, same
+from helpers.supervised import PAIRS, SFT, command, make_folder, steps
+from helpers.trained_runs import micro_batch, plain_logprobs, reopened
+from rlsloth.cli import main as cli
+from rlsloth.config import LoraConfig, ModelConfig, OptimConfig
+from rlsloth.policy.policy import Policy
+
+pytestmark = pytest.mark.slow
+
+HALF = ("--model.precision", "fp16")
+PLAIN = (*HALF, *["--lora.dropout", "0", "--updates-per-rollout", "1"])
+
+
+@pytest.mark.parametrize("name", ["sft", "dpo", "orpo"])
+def test_examples_are_learnt_as_in_float32(name: str, tmp_path: Path, monkeypatch) -> None:
+    make_folder(tmp_path, sft=SFT, pairs=PAIRS)
+    monkeypatch.chdir(tmp_path)
+    data = "sft" if name == "sft" else "pairs"
+    assert command(name, data, *HALF) == 0
+    assert command(name, data, "--run.dir", "exact", "--model.precision", "fp32") == 0
+    for half, exact in zip(steps(), steps("exact"), strict=True):
+        assert half["loss"] == pytest.approx(exact["loss"], abs=0.02)
+        assert half["grad_norm"] == pytest.approx(exact["grad_norm"], rel=0.1)
+
+
+def test_grpo_resumes_bit_by_bit(train: Train) -> None:
+    whole = train("fp16", *PLAIN)
+    assert all(row["grad_norm"] > 0 for row in rows(whole))
+    assert all(row["sampling/sampling_logp_difference/mean"] <= 0.01 for row in rows(whole))
+    part = train("fp16 resumed", *PLAIN, "--steps", "4")
+    train("fp16 resumed", *PLAIN, "--run.resume")
+    assert_same_run(whole, part)
+    assert same(adapter(whole), adapter(part))
+    newest = sorted((whole / "checkpoints").iterdir())[-1]
+    assert '"loss_scale": {"factor": 65536.0, "good": 6}' in "".join(
+        file.read_text() for file in newest.glob("*.json")
+    )
+
+
+def test_merged_weights_are_the_trained_policy(train: Train) -> None:
+    run = train("fp16 to merge", *PLAIN, "--steps", "2")
+    assert json.loads((run / "adapter" / "rlsloth.json").read_text())["base"]["precision"] == "fp16"
+    out = Path("fp16 merged")
+    assert (
+        cli.main(["export", str(run), "--to", "merged", "--dtype", "f16", "--out", str(out)]) == 0
+    )
+    assert "fp16" in (out / "README.md").read_text()
+    model = ModelConfig(path="model", device="cpu", adapter=run / "adapter", precision="fp32")
+    trained = Policy.load(model, LoraConfig(), OptimConfig(), temperature=1.0, total_updates=1)
+    off = plain_logprobs(reopened(out)) - trained.eval_logprobs(micro_batch())
+    assert float(off.abs().mean()) <= 0.01
+    assert load_file(out / "model.safetensors")
