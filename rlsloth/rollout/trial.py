@@ -66,6 +66,7 @@ def probe_packing(policy: Policy, group: Group) -> None:
     with _refusing(policy):
         packed = policy.eval_logprobs(_packed(policy, prompt, rollouts)).cpu()
         own = torch.cat([policy.plain_logprobs(prompt, ids) for ids in answers])
+    _refuse_non_finite(policy, own)
     limit = TOLERANCE.get(policy.dtype, TOLERANCE_16_BITS)
     _compare(f"packed training of {_name(policy)}", packed, own, limit)
 
@@ -89,6 +90,7 @@ def probe(policy: Policy, engine: Engine, *, kv_cache: str = "auto") -> None:
         completions = engine.generate([prompt], 2, sampling)[0]
         packed = policy.eval_logprobs(_packed(policy, prompt, completions)).cpu()
         own = torch.cat([policy.plain_logprobs(prompt, c.token_ids) for c in completions])
+    _refuse_non_finite(policy, own)
     sampled = torch.tensor([x for c in completions for x in c.logprobs])
     limit = TOLERANCE.get(policy.dtype, TOLERANCE_16_BITS)
     _compare(f"packed training of {name}", packed, own, limit)
@@ -135,6 +137,20 @@ def _refusing(policy: Policy) -> Iterator[None]:
 
 def _name(policy: Policy) -> str:
     return type(policy.model.get_base_model()).__name__
+
+
+def _refuse_non_finite(policy: Policy, own: Tensor) -> None:
+    if bool(own.isfinite().all()):
+        return
+    half = policy.dtype == torch.float16
+    cause = (
+        "activations exceed float16's largest value, 65504" if half else "the weights are broken"
+    )
+    remedy = "--model.precision bf16 or fp32" if half else "another --model.path"
+    raise UserError(
+        f"{_name(policy)} gives log-probs that are NaN or infinite in {str(policy.dtype)[6:]}, "
+        f"also by transformers' own modules: {cause}; pass {remedy}"
+    )
 
 
 def _compare(what: str, got: Tensor, own: Tensor, limit: float) -> None:

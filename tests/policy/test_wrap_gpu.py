@@ -9,6 +9,9 @@ from helpers.attention_gpu import VOCAB, logprobs_and_gradient
 from helpers.tiny import tiny_tokenizer
 from helpers.wrapping_gpu import decoder
 from rlsloth.config import LoraConfig, ModelConfig, OptimConfig
+from rlsloth.kernels import device
+from rlsloth.policy import support
+from rlsloth.policy.attention import backends
 from rlsloth.policy.policy import Policy
 from rlsloth.policy.wrap.wrap import unwrapped
 
@@ -41,9 +44,24 @@ def policy_of(folder: str, precision: str, checkpointing: bool = False) -> Polic
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("precision", ["bf16", "nf4"])
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "nf4"])
 def test_training_is_that_of_transformers(folder, precision, checkpointing):
-    policy = policy_of(folder, precision, checkpointing)
+    assert_trained_as_by_transformers(policy_of(folder, precision, checkpointing))
+
+
+@pytest.mark.parametrize("precision", ["auto", "nf4"])
+def test_training_without_bf16_is_that_of_transformers(folder, precision, monkeypatch):
+    """The way of a GPU before Ampere: float16, torch's attention, matrix products by cuBLAS."""
+    monkeypatch.setattr(support, "has_bf16", lambda _: False)
+    monkeypatch.setattr(device, "_capability", lambda _: 7)
+    monkeypatch.setattr(backends, "available_backends", lambda: ["sdpa"])
+    policy = policy_of(folder, precision)
+    assert policy.dtype == torch.float16
+    assert policy.backend == "sdpa"
+    assert_trained_as_by_transformers(policy)
+
+
+def assert_trained_as_by_transformers(policy: Policy) -> None:
     assert {"lora_mlp", "lora_qkv", "rope", "add_rms_norm"} <= set(policy.wrapped.kernels)
     got, grad = logprobs_and_gradient(policy)
     for p in policy.weights().tensors.values():
@@ -55,7 +73,7 @@ def test_training_is_that_of_transformers(folder, precision, checkpointing):
     assert torch.nn.functional.cosine_similarity(grad, want_grad, 0) > 0.999
 
 
-@pytest.mark.parametrize("precision", ["bf16", "nf4"])
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "nf4"])
 @pytest.mark.parametrize("rows", [4, 40, 160])
 def test_graphs_follow_the_adapter(folder, precision, rows):
     """Decode each number of rows as trained, without the adapter, and after an update."""

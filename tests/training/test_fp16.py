@@ -6,10 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from helpers.grpo_runs import Train, adapter, assert_same_run, rows, same
 from helpers.supervised import PAIRS, SFT, command, make_folder, steps
+from helpers.tiny import tiny_llama
 from helpers.trained_runs import micro_batch, plain_logprobs, reopened
 from rlsloth.cli import main as cli
 from rlsloth.config import LoraConfig, ModelConfig, OptimConfig
@@ -45,6 +47,23 @@ def test_grpo_resumes_bit_by_bit(train: Train) -> None:
     assert '"loss_scale": {"factor": 65536.0, "good": 6}' in "".join(
         file.read_text() for file in newest.glob("*.json")
     )
+
+
+def test_activations_beyond_float16_are_named_before_the_first_step(
+    tmp_path: Path, monkeypatch, capsys
+) -> None:
+    make_folder(tmp_path, sft=SFT)
+    model = tiny_llama()
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight.mul_(30_000)
+        model.model.layers[0].mlp.down_proj.weight.mul_(100_000)
+    model.save_pretrained(tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    assert command("sft", "sft", *HALF) == 2
+    message = capsys.readouterr().err
+    assert "NaN or infinite in float16" in message
+    assert "--model.precision bf16 or fp32" in message
+    assert command("sft", "sft", "--steps", "1") == 0
 
 
 def test_merged_weights_are_the_trained_policy(train: Train) -> None:
