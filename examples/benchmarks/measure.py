@@ -100,7 +100,7 @@ class Meter:
         self._mark = _now()
         self._seconds = dict.fromkeys(PHASES, 0.0)
         self._tokens = self._prompt_tokens = 0
-        self._used = self._reserved = 0
+        self._used = self._reserved = self._held = 0
         _forget_peak()
 
     @contextmanager
@@ -135,7 +135,9 @@ class Meter:
         row = {phase: self._seconds[phase] for phase in PHASES}
         row |= {"seconds": sum(row.values()), "tokens": self._tokens}
         row |= {"prompt_tokens": self._prompt_tokens, "allocated_gib": _allocated() / GIB}
+        # Of the moment with the most of the device's memory; torch's gaps are the difference.
         row |= {"device_gib": self._used / GIB, "reserved_gib": self._reserved / GIB}
+        row |= {"held_gib": self._held / GIB}
         self.steps.append(row)
         print(f"step {len(self.steps)} measured: {json.dumps(self.steps[-1])}", flush=True)
         if len(self.steps) == 1:
@@ -156,7 +158,7 @@ class Meter:
 
     def _sample(self) -> None:
         if (used := _in_use()) > self._used:
-            self._used, self._reserved = used, _reserved()
+            self._used, self._reserved, self._held = used, _reserved(), _held()
 
     def close(self) -> None:
         """Stop the thread that watches memory."""
@@ -175,6 +177,12 @@ def _reserved() -> int:
     import torch
 
     return torch.cuda.memory_reserved()
+
+
+def _held() -> int:
+    import torch
+
+    return torch.cuda.memory_allocated()
 
 
 def _in_use() -> int:
