@@ -20,6 +20,7 @@ from rlsloth.memory.shape import ModelShape
 from rlsloth.memory.terms import GIB
 from rlsloth.memory.workload import Request
 from rlsloth.policy.activations.placement import Checkpointing, Placements
+from rlsloth.policy.gpu_limit import torch_room
 from rlsloth.policy.host_embedding import EMBEDDING_STAYS
 from rlsloth.policy.streamed_layers import refuse_more_layers
 
@@ -137,6 +138,14 @@ def _refuse(shape: ModelShape, request: Request) -> None:
             "--model.precision bf16: this card has no bf16 (it needs compute capability 8.0); pass "
             "auto or fp16, nf4 or fp32"
         )
+    named, least = request.tokens_per_microbatch, request.least_tokens(shape)
+    if named is not None and named < least:
+        what = "a prompt with its completion" if request.sampling else "the longest example"
+        shorter = "--rollout.max-tokens" if request.sampling else "--data.max-tokens"
+        raise UserError(
+            f"{what} of {least} tokens does not fit --tokens-per-microbatch {named}; raise it to "
+            f"{least}, or lower {shorter}"
+        )
     offloads = request.model.offload_embeddings is True
     if offloads and not shape.embedding:
         raise UserError(EMBEDDING_STAYS)
@@ -153,13 +162,33 @@ def _refuse(shape: ModelShape, request: Request) -> None:
 def planned_bytes(model: ModelConfig, memory_gb: float | None) -> int:
     """Return the bytes of the GPU to plan for: ``memory_gb`` GiB, or this machine's GPU.
 
+    ``model.memory_gb`` limits both; without either it is the size.
+
     Raises:
-        UserError: ``memory_gb`` is None and this machine has no GPU.
+        UserError: no size is given and this machine has no GPU.
     """
     total = gpu_bytes(model) if memory_gb is None else int(memory_gb * GIB)
-    if total is None:
+    if total is None and model.memory_gb is None:
         raise UserError(
             "this machine has no GPU to plan for: pass the size of one in GiB, such as "
             "--memory-gb 24, or its name, such as --gpu 'RTX 4090'"
         )
-    return total
+    return within_limit(model, total)
+
+
+def within_limit(model: ModelConfig, total: int | None) -> int:
+    """Return the bytes that a run may take of a GPU: at most ``model.memory_gb``.
+
+    Args:
+        model: the model's configuration.
+        total: bytes of the GPU; None: those of ``model.memory_gb``.
+
+    Raises:
+        UserError: a CUDA context alone takes as much.
+    """
+    if model.memory_gb is None:
+        assert total is not None
+        return total
+    torch_room(model.memory_gb)
+    limit = int(model.memory_gb * GIB)
+    return limit if total is None else min(total, limit)

@@ -104,7 +104,9 @@ def longest_text(planner: Planner, shape: ModelShape, request: Request) -> Longe
         one = replace(request, stream=Stream(0, tokens, 1))
         return one.with_update(tokens, placements)
 
-    return _longest(planner, shape, request, alone, lambda planned: planned.fits, MOST)
+    most = min(MOST, request.model.max_context or shape.context)
+    found = _longest(planner, shape, request, alone, lambda planned: planned.fits, most)
+    return replace(found, limited=found.tokens == most)
 
 
 def _longest(

@@ -251,8 +251,10 @@ def _advice(findings: Findings) -> list[str]:
         host = (
             "" if plan.fits_host else f", or free {plan.host / GIB:.1f} GiB of host memory for it"
         )
+        sampling = request.sampling
+        prompts = sampling.workload.longest_prompt > sampling.rollout.max_tokens
+        shorter = "--env.max-prompt-tokens" if prompts else "--rollout.max-tokens"
         lines.append(
-            "no option below makes it fit: pass a still smaller --rollout.max-tokens or a smaller "
-            f"model{host}"
+            f"no option below makes it fit: pass a still smaller {shorter} or a smaller model{host}"
         )
     return lines

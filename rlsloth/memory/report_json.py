@@ -29,7 +29,9 @@ def print_json(findings: Findings) -> None:
         "kv_cache": None if plan.cache is None else asdict(plan.cache),
         TOKENS: request.microbatch,
         "gradient_checkpointing": request.model.gradient_checkpointing,
+        "layers": None if request.placements is None else describe(request.placements),
         "offload_layers": request.streamed,
+        "offload_embeddings": request.model.offload_embeddings is True,
         "host": plan.host,
         "host_total": plan.host_total,
     }

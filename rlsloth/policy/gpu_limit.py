@@ -69,13 +69,22 @@ def limit_memory(gib: float | None, device: torch.device) -> None:
         if _limits.pop(index, None) is not None:
             torch.cuda.set_per_process_memory_fraction(1.0, index)
         return
+    _set(index, torch_room(gib))
+
+
+def torch_room(gib: float) -> float:
+    """Return the bytes that torch may take of ``model.memory_gb``.
+
+    Raises:
+        UserError: the context alone takes as much.
+    """
     room = gib * 2**30 - CONTEXT
     if room <= 0:
         raise UserError(
             f"--model.memory-gb {gib:g}: a CUDA context alone takes about "
             f"{CONTEXT / 2**30:.1f} GiB; pass more"
         )
-    _set(index, room)
+    return room
 
 
 def raise_limit(size: int, device: torch.device) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from rlsloth.config import OptimConfig
+from rlsloth.errors import UserError
 from rlsloth.files import flatten
 from rlsloth.policy.host_states import HostStates
 
@@ -188,7 +189,18 @@ def flatten_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], 
 def restore_state(
     optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], scalars: Mapping[str, Any]
 ) -> None:
-    """Load the result of ``flatten_state`` into an optimizer over the same parameters."""
+    """Load the result of ``flatten_state`` into an optimizer over the same parameters.
+
+    Raises:
+        UserError: the state is of another optimizer, to which ``auto`` leads on another device.
+    """
+    began = _kind({path.rpartition(".")[2] for path in tensors})
+    now = "adamw" if isinstance(optimizer, torch.optim.AdamW) else "adamw_8bit"
+    if began is not None and began != now:
+        raise UserError(
+            f"the checkpoint has the optimizer's states of {began}, but --optim.name is {now} now "
+            f"(auto depends on the device); pass --optim.name {began}"
+        )
     state: dict[int, Any] = {}
     for path, value in [*tensors.items(), *scalars.items()]:
         index, *keys, last = path.split(".")
@@ -199,6 +211,11 @@ def restore_state(
         branch[last] = value.clone() if isinstance(value, Tensor) else value
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
     park(optimizer)
+
+
+def _kind(keys: set[str]) -> str | None:
+    """Name the optimizer whose state has these keys; None if there is none yet."""
+    return "adamw" if "exp_avg" in keys else "adamw_8bit" if "state1" in keys else None
 
 
 def resume_schedule(scheduler: Any, updates: int) -> None:

@@ -39,11 +39,10 @@ def read_context(cfg: ModelConfig) -> int:
     """Read the largest number of tokens that prompt and completion may have together.
 
     Raises:
-        UserError: the model's configuration cannot be read.
+        UserError: the model's configuration cannot be read, or ``model.max_context`` exceeds it.
     """
     config = locate(cfg).read_config().get_text_config()
-    limit = int(config.max_position_embeddings)
-    return min(cfg.max_context or limit, limit)
+    return context_of(cfg, int(config.max_position_embeddings))
 
 
 def context_of(model: ModelConfig, limit: int) -> int:

@@ -48,7 +48,9 @@ def refuse_changes(run: Run, data: str) -> None:
     """
     fixed = ("seed", "model.path", "model.revision", "model.adapter", "lora.", "optim.name", data)
     for key, (old, new) in run.changes.items():
-        if key.startswith(fixed) and key != "data.cache":
+        # What auto was is in the checkpoint's states, which the optimizer checks (optimizer.py).
+        settles = key == "optim.name" and "auto" in (old, new)
+        if key.startswith(fixed) and key != "data.cache" and not settles:
             raise UserError(
                 f"cannot resume {run.dir}: {key} is now {new}, but the run began with {old}; set "
                 "it back, or start another run (--model.adapter continues this run's adapter)"

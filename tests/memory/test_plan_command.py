@@ -52,6 +52,13 @@ def test_a_card_is_known_by_its_name(llama_folder, capsys):
         assert json.loads(capsys.readouterr().out)["total"] == 24564 << 20
 
 
+@pytest.mark.parametrize("size", [("--gpu", "H100"), ("--memory-gb", "24"), ()])
+def test_the_runs_own_limit_counts(llama_folder, size, capsys, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    run(llama_folder, *size, "--model.memory-gb", "3", "--longest-prompt", "100", "--json")
+    assert json.loads(capsys.readouterr().out)["total"] == 3 * GIB
+
+
 def test_json_says_the_same_and_the_settings_are_the_largest(llama_folder, capsys):
     sequences = ("--rollout.max-sequences", "256")
     arguments = ("--memory-gb", "1", *sequences, "--json", "--tokens-per-microbatch")
@@ -83,6 +90,16 @@ def test_the_longest_prompt_comes_from_local_data(llama_folder, tmp_path, capsys
         (["--memory-gbs", "8"], "did you mean '--memory-gb'?"),
         (["--memory-gb", "8", "--model.path", "./nowhere"], "--model.path ./nowhere"),
         (["--memory-gb", "8", "--lora.targets", "nope"], "--lora.targets nope"),
+        (["--gpu", "H100", "--model.memory-gb", "0.5"], "--model.memory-gb 0.5: a CUDA context"),
+        (["--memory-gb", "8", "--model.max-context", "500000"], "--model.max-context 500000"),
+        (
+            ["--memory-gb", "80", "--tokens-per-microbatch", "300", "--longest-prompt", "100"],
+            "of 512 tokens does not fit --tokens-per-microbatch 300; raise it to 512",
+        ),
+        (
+            ["--memory-gb", "8", "--model.max-context", "100", "--longest-prompt", "100"],
+            "or raise --model.max-context",
+        ),
     ],
 )
 def test_bad_input(llama_folder, arguments, said, capsys):
@@ -154,7 +171,7 @@ def test_the_plan_decides_of_the_update_what_the_user_does_not(tmp_path):
 
 
 def test_the_longest_text_is_the_longest(tmp_path, capsys):
-    LlamaConfig(**SIZES, **HEADS).save_pretrained(tmp_path)
+    LlamaConfig(**SIZES, **HEADS, max_position_embeddings=1 << 22).save_pretrained(tmp_path)
     few = ("--rollout.max-sequences", "8", "--json", "--memory-gb")
     lengths = []
     for gib, host in (("6", "0.1"), ("6", "100"), ("12", "100")):
@@ -168,6 +185,15 @@ def test_the_longest_text_is_the_longest(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "longest text whose update fits, alone: " in printed
     assert "(no gradient checkpointing, 16 of 16 layers' weights in host memory; " in printed
+
+
+def test_the_longest_text_ends_with_the_context(llama_folder, capsys):
+    run(llama_folder, "--memory-gb", "80", "--longest-prompt", "100", "--json")
+    found = json.loads(capsys.readouterr().out)
+    assert found["longest_update"]["tokens"] == 512
+    assert found["longest_update"]["limited_by_context"]
+    assert found["offload_embeddings"] is False
+    assert "gradient checkpointing" in found["layers"] or "recomputed" in found["layers"]
 
 
 def test_a_small_host_limits_what_leaves_the_gpu(tmp_path):

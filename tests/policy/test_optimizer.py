@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from rlsloth.config import OptimConfig
+from rlsloth.errors import UserError
 from rlsloth.policy.optimizer import (
     flatten_state,
     make_optimizer,
@@ -90,6 +91,19 @@ def made(name: str, before: Callable[[torch.optim.Optimizer], None]) -> list[tor
     before(optimizer)
     optimizer.step()
     return weights
+
+
+@pytest.mark.parametrize(("began", "now"), [("adamw", "adamw_8bit"), ("adamw_8bit", "adamw")])
+def test_states_of_another_optimizer_are_refused(began: str, now: str) -> None:
+    """``auto`` is another optimizer on another device."""
+    weights = parameters()
+    optimizer = make(weights, began, offload=False)
+    for weight in weights:
+        weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    with pytest.raises(UserError, match=f"states of {began}, but .* pass --optim.name {began}"):
+        restore_state(make(parameters(), now, offload=False), *flatten_state(optimizer))
+    restore_state(make(parameters(), now, offload=False), {}, {})  # before the first update
 
 
 @pytest.mark.parametrize("name", ["adamw", "adamw_8bit"])

@@ -96,7 +96,8 @@ def _plan_grpo(config: GrpoConfig, own: GrpoPlanOptions) -> int:
     if longest >= (context := read_context(config.model)):
         raise UserError(
             f"a prompt of {longest} tokens ({origin}) leaves no room in the context of {context}: "
-            "leave out longer ones with --env.max-prompt-tokens, or pass another model"
+            "leave out longer ones with --env.max-prompt-tokens, or "
+            f"{'raise --model.max-context' if config.model.max_context else 'pass another model'}"
         )
     dora = dora_setting(config.lora, config.model)
     engine = choose_engine(config.rollout, "cuda", dora=dora, planned=True)
@@ -108,13 +109,13 @@ def _plan_grpo(config: GrpoConfig, own: GrpoPlanOptions) -> int:
 def _total(config: GrpoConfig | SupervisedConfig, own: PlanOptions) -> int:
     """Bytes of the GPU to plan for. Raises UserError."""
     from rlsloth.memory.cards import find_card
-    from rlsloth.memory.decide import planned_bytes
+    from rlsloth.memory.decide import planned_bytes, within_limit
 
     if own.gpu is None:
         return planned_bytes(config.model, own.memory_gb)
     if own.memory_gb is not None:
         raise UserError(f"--gpu {own.gpu} and --memory-gb {own.memory_gb:g}: pass only one of them")
-    return find_card(own.gpu).mib << 20
+    return within_limit(config.model, find_card(own.gpu).mib << 20)
 
 
 def _card(config: GrpoConfig | SupervisedConfig, own: PlanOptions) -> Card:

@@ -7,6 +7,7 @@ or in host memory, from which it is fetched while the layer after it is at work.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -43,7 +44,8 @@ class Recomputed:
         if summary(tuple(placements)) == "offload":
             arena = HostArena(pinned=device.type == "cuda", say=say)
             self._transfer = Transfer(device, arena)
-        self._last: Pass | None = None
+        self._last: weakref.ref[Pass] | None = None
+        """The layer before in this forward. The graph owns it: what a failed one kept is freed."""
         for index, (layer, placement) in enumerate(zip(layers, placements, strict=True)):
             layer.gradient_checkpointing = placement is not None
             if placement is not None:
@@ -65,11 +67,12 @@ class Recomputed:
             self._last = None
         if not torch.is_grad_enabled() or not (at.trains or hidden.requires_grad):
             return forward(hidden, *rest)
-        layer = Pass(at.placement, self._transfer, self._last)
+        before = None if self._last is None else self._last()
+        layer = Pass(at.placement, self._transfer, before)
         layer.start(hidden)
         twice = Twice(layer, forward, rest, draws=at.draws, with_input=hidden.requires_grad)
         out = compute_twice(twice, hidden)
-        self._last = layer
+        self._last = weakref.ref(layer)
         return out
 
 

@@ -27,6 +27,8 @@ class Transfer:
     def __init__(self, device: torch.device, arena: HostArena) -> None:
         self.device, self.arena = device, arena
         self._out = self._in = None
+        self._main: torch.cuda.Stream | None = None
+        """The stream of the GPU's work."""
         if device.type == "cuda":
             self._out, self._in = (torch.cuda.Stream(device) for _ in range(2))  # type: ignore[no-untyped-call]
 
@@ -53,8 +55,9 @@ class Transfer:
     def fetch(self, parked: Iterable[Parked]) -> None:
         """Start copying contents back, behind the work queued so far."""
         away = [one for one in parked if not one.returns()]
-        for one in away:
-            one.make_room()
+        rooms = [one.room() for one in away]  # all or none, if memory runs out
+        for one, room in zip(away, rooms, strict=True):
+            one.returns_to(room)
         self._start(self._in, away, Parked.copy_in)
 
     def wait(self, event: torch.cuda.Event | None) -> None:
@@ -73,7 +76,8 @@ class Transfer:
             for one in parked:
                 copy(one)
             return
-        stream.wait_stream(torch.cuda.current_stream(self.device))
+        self._main = torch.cuda.current_stream(self.device)
+        stream.wait_stream(self._main)
         with torch.cuda.stream(stream):
             for one in parked:
                 copy(one)
@@ -86,9 +90,10 @@ class Transfer:
 
         The GPU's own work waits for all copies, because the tensor's memory is free from now on.
         """
-        for stream in (self._out, self._in):
-            if stream is not None:
-                torch.cuda.current_stream(self.device).wait_stream(stream)
+        if self._main is not None:  # not the current one: garbage may be collected anywhere
+            for stream in (self._out, self._in):
+                assert stream is not None
+                self._main.wait_stream(stream)
         self.arena.give(slabs)
 
 
@@ -116,13 +121,17 @@ class Parked:
 
     def returns(self) -> bool:
         """Tell whether nothing needs to be copied back, as when the tensor has not left."""
-        if self._back is None and self._source is not None:
-            self._back, self.done = self._source, None
+        if self._back is None:
+            self._back = self._source
         return self._back is not None
 
-    def make_room(self) -> None:
+    def room(self) -> Tensor:
         """Allocate the GPU's memory for the content, on the stream of the GPU's work."""
-        self._back = torch.empty_like(self._like, device=self._transfer.device)
+        return torch.empty_like(self._like, device=self._transfer.device)
+
+    def returns_to(self, room: Tensor) -> None:
+        """Take the memory to which ``copy_in`` copies."""
+        self._back = room
 
     def copy_out(self) -> None:
         """Queue the copy to the host on the current stream."""
