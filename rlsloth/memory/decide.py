@@ -84,7 +84,7 @@ def decide(
         return configured
     try:
         wanted = request().on(card_of(cfg.model))
-        shape = model_shape(wanted.model, wanted.lora)
+        shape = model_shape(wanted.model, wanted.lora, wanted.card)
         planner = planner_for(total, host_bytes())
         chosen = decide_settings(planner, shape, wanted)
         plan = planner(shape, chosen)
@@ -122,15 +122,16 @@ def plan_run(
     Raises:
         UserError: the model or the adapter cannot be read.
     """
-    shape, planner = model_shape(request.model, request.lora), planner_for(total, host)
-    _refuse(shape, request)
+    shape = model_shape(request.model, request.lora, request.card)
+    planner = planner_for(total, host)
+    _refuse(shape, request, source)
     chosen = decide_settings(planner, shape, request)
     findings = find_all(planner, shape, request, chosen, source)
     (print_json if as_json else print_table)(findings)
     return 0 if findings.plan.fits else 1
 
 
-def _refuse(shape: ModelShape, request: Request) -> None:
+def _refuse(shape: ModelShape, request: Request, source: Source) -> None:
     """Refuse options that a run would refuse after loading the model."""
     refuse_more_layers(request.streamed, len(shape.layers))
     if request.model.precision == "bf16" and not request.card.bf16:
@@ -138,10 +139,17 @@ def _refuse(shape: ModelShape, request: Request) -> None:
             "--model.precision bf16: this card has no bf16 (it needs compute capability 8.0); pass "
             "auto or fp16, nf4 or fp32"
         )
+    if not request.card.bf16 and request.model.attention not in ("auto", "sdpa"):
+        raise UserError(
+            f"--model.attention {request.model.attention}: this card has none of it (it needs "
+            "compute capability 8.0); pass auto or sdpa"
+        )
     named, least = request.tokens_per_microbatch, request.least_tokens(shape)
     if named is not None and named < least:
-        what = "a prompt with its completion" if request.sampling else "the longest example"
-        shorter = "--rollout.max-tokens" if request.sampling else "--data.max-tokens"
+        what, shorter = "the longest example", "--data.max-tokens"
+        if request.sampling is not None:
+            longest = f"{request.sampling.workload.longest_prompt} tokens, {source.longest}"
+            what, shorter = f"a prompt ({longest}) with its completion", "--rollout.max-tokens"
         raise UserError(
             f"{what} of {least} tokens does not fit --tokens-per-microbatch {named}; raise it to "
             f"{least}, or lower {shorter}"

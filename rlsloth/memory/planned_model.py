@@ -11,6 +11,7 @@ import torch
 
 from rlsloth.config import EnvConfig, LoraConfig, ModelConfig
 from rlsloth.errors import UserError, first_line
+from rlsloth.memory.cards import UNKNOWN, Card
 from rlsloth.memory.read_shape import read_shape
 from rlsloth.memory.shape import ModelShape
 from rlsloth.policy.attention.backends import choose_backend
@@ -22,10 +23,11 @@ TOKENIZED = 64
 """Number of prompts, those with the most characters, that are tokenised to find the longest."""
 
 
-def model_shape(model: ModelConfig, lora: LoraConfig) -> ModelShape:
+def model_shape(model: ModelConfig, lora: LoraConfig, card: Card = UNKNOWN) -> ModelShape:
     """Build a model with its adapter and kernels on the meta device, and read its shape.
 
-    The model is built as Policy builds it; this takes some seconds.
+    The model is built as Policy builds it; this takes some seconds. Cards without bfloat16 have no
+    attention but torch's own.
 
     Raises:
         UserError: the configuration cannot be read, or the targets or the adapter do not fit it.
@@ -42,7 +44,8 @@ def model_shape(model: ModelConfig, lora: LoraConfig) -> ModelShape:
         wrap(built)
     try:
         shape = read_shape(built)
-        return replace(shape, attention=planned_backend(model.attention, built))
+        backend = planned_backend(model.attention, built) if card.bf16 else "sdpa"
+        return replace(shape, attention=backend)
     except (AttributeError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(
             f"--model.path {model.path}: cannot plan the memory of "

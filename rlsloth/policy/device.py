@@ -48,3 +48,13 @@ def has_bf16(device: torch.device) -> bool:
     torch emulates it on older GPUs, at a fraction of float16's speed.
     """
     return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] >= 8
+
+
+def there(precision: str, device: torch.device) -> str:
+    """Return a precision that a file names, or float32 in place of bfloat16 that a GPU lacks."""
+    return "fp32" if precision == "bf16" and not has_bf16(device) else precision
+
+
+def wider_than_half(device: torch.device) -> str:
+    """Name the values of ``model.precision`` whose numbers may be larger than float16's."""
+    return "bf16 or fp32" if has_bf16(device) else "fp32"

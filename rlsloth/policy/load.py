@@ -19,7 +19,7 @@ from rlsloth.policy.compat import (
     keep_nf4_weights,
     quantised_on,
 )
-from rlsloth.policy.device import pick_device
+from rlsloth.policy.device import pick_device, wider_than_half
 from rlsloth.policy.files import ModelFiles, locate
 from rlsloth.policy.gguf_check import GgufHeader, check_gguf, unread_keys
 from rlsloth.policy.gguf_tokenizer import end_ids
@@ -90,7 +90,7 @@ def load_model(cfg: ModelConfig) -> LoadedModel:
     precision = held_precision(cfg, device, config)
     model.requires_grad_(False)
     if dtype == torch.float16:
-        _refuse_overflow(cfg, model)
+        _refuse_overflow(cfg, model, device)
     if streamed:
         _stream(cfg, model, streamed, device)
     for module in model.modules():
@@ -115,13 +115,15 @@ def load_model(cfg: ModelConfig) -> LoadedModel:
     return LoadedModel(model, tokenizer, device, dtype, precision)
 
 
-def _refuse_overflow(cfg: ModelConfig, model: Any) -> None:
+def _refuse_overflow(cfg: ModelConfig, model: Any, device: torch.device) -> None:
     """Raise UserError if weights exceed float16's range."""
     for name, weight in model.named_parameters():
-        if weight.is_floating_point() and not bool(weight.isfinite().all()):
+        state = getattr(weight, "quant_state", None)  # of weights in 4 bits
+        held = weight if state is None else state.offset if state.nested else state.absmax
+        if held.is_floating_point() and not bool(held.isfinite().all()):
             raise UserError(
                 f"--model.path {cfg.path}: {name} has values beyond 65504, float16's largest; pass "
-                "--model.precision fp32, or bf16 on a GPU that has it"
+                f"--model.precision {wider_than_half(device)}"
             )
 
 

@@ -81,7 +81,7 @@ class Policy:
         self._head_adapter = HeadAdapter(base, self.dtype)
         self.temperature = temperature or 1.0
         self._max_grad_norm = optim.max_grad_norm
-        self._loss_scale = LossScale(self.dtype)
+        self.loss_scale = LossScale(self.dtype)
         self._recomputed: Recomputed | None = None
         self._layers = decoder_layers(self._decoder)
         self.place(placements or uniform(model.gradient_checkpointing, len(self._layers)))
@@ -226,7 +226,7 @@ class Policy:
 
     def backward(self, loss: Tensor) -> None:
         """Add a loss's gradients to those of the trained weights; ``step`` takes them."""
-        torch.autograd.backward(self._loss_scale.times(loss))
+        torch.autograd.backward(self.loss_scale.times(loss))
 
     def step(self) -> StepStats:
         """Clip the gradients, update the weights, and clear the gradients.
@@ -235,15 +235,15 @@ class Policy:
         before the version or the schedule has changed leaves everything as it was.
         """
         total = torch.nn.utils.get_total_norm([p.grad for p in self._trained if p.grad is not None])
-        total = total / self._loss_scale.value
+        total = total / self.loss_scale.value
         lr = self.learning_rate
         skipped = not math.isfinite(norm := float(total))
         if not skipped:
             self.version += 1  # before: an update that fails halfway has changed weights
-            self._loss_scale.divide(self._trained)
+            self.loss_scale.divide(self._trained)
             torch.nn.utils.clip_grads_with_norm_(self._trained, self._max_grad_norm, total)
             self.optimizer.step()
-        self._loss_scale.update(finite=not skipped)
+        self.loss_scale.update(finite=not skipped)
         park(self.optimizer)  # an update that is skipped has fetched the states, too
         self._advance_schedule()
         self.optimizer.zero_grad(set_to_none=True)
@@ -284,7 +284,7 @@ class Policy:
             "version": self.version,
             "optimizer": scalars,
             "planned_updates": self.scheduler.last_epoch,
-            "loss_scale": self._loss_scale.state(),
+            "loss_scale": self.loss_scale.state(),
         }
         return {"adapter": weights, "optimizer": tensors}, json
 
@@ -295,6 +295,6 @@ class Policy:
             for name, value in tensors["adapter"].items():
                 live[name].copy_(value)
         restore_state(self.optimizer, tensors["optimizer"], json["optimizer"])
-        self._loss_scale.restore(json.get("loss_scale", {}))
+        self.loss_scale.restore(json.get("loss_scale", {}))
         self.version = int(json["version"])
         resume_schedule(self.scheduler, int(json["planned_updates"]))

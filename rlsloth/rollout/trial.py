@@ -14,6 +14,7 @@ from torch import Tensor
 
 from rlsloth.data.packing import pack, to_device
 from rlsloth.errors import UserError, first_line
+from rlsloth.policy.device import wider_than_half
 from rlsloth.policy.policy import Policy
 from rlsloth.policy.wrap.wrap import forget
 from rlsloth.records import Completion, Group, MicroBatch, Prompt, Rollout, SamplingParams
@@ -84,7 +85,9 @@ def probe(policy: Policy, engine: Engine, *, kv_cache: str = "auto") -> None:
         UserError: packed training or the engine does not support this architecture.
     """
     name = _name(policy)
-    prompt = _random_tokens(policy)[0]
+    prompt, *answers = _random_tokens(policy)
+    with _refusing(policy):  # before the engine, whose message would name another cause
+        _refuse_non_finite(policy, policy.plain_logprobs(prompt, answers[0]))
     sampling = SamplingParams(SAMPLED_TOKENS, temperature=policy.temperature)
     with _refusing(policy):
         completions = engine.generate([prompt], 2, sampling)[0]
@@ -146,7 +149,8 @@ def _refuse_non_finite(policy: Policy, own: Tensor) -> None:
     cause = (
         "activations exceed float16's largest value, 65504" if half else "the weights are broken"
     )
-    remedy = "--model.precision bf16 or fp32" if half else "another --model.path"
+    wider = f"--model.precision {wider_than_half(policy.device)}"
+    remedy = wider if half else "another --model.path"
     raise UserError(
         f"{_name(policy)} gives log-probs that are NaN or infinite in {str(policy.dtype)[6:]}, "
         f"also by transformers' own modules: {cause}; pass {remedy}"

@@ -22,6 +22,7 @@ from rlsloth.evaluation.evaluator import Evaluator
 from rlsloth.evaluation.result import EvalResult, result_summary
 from rlsloth.memory.out_of_memory import advise, again
 from rlsloth.policy.activations.placement import Placements
+from rlsloth.policy.device import wider_than_half
 from rlsloth.policy.lora import save_adapter
 from rlsloth.policy.policy import Policy
 from rlsloth.records import PackedBatch, StepStats
@@ -83,7 +84,9 @@ class Session(Generic[Config, Item]):
     """Whether the last step's evaluation is due and not complete."""
 
     def __post_init__(self) -> None:
-        self.skips = Skips(self.cfg.optim.max_skipped, self.policy.dtype)
+        half = self.policy.dtype == torch.float16
+        wider = wider_than_half(self.policy.device) if half else ""
+        self.skips = Skips(self.cfg.optim.max_skipped, wider)
         self.budget = Budget(self.cfg.microbatch)
         self._planned = self.budget.tokens, self.policy.placements
 
@@ -187,7 +190,8 @@ class Session(Generic[Config, Item]):
             Stopped: a signal came during the update.
         """
         cfg = self.cfg
-        self.skips.check(skipped, batch, self.run, step)
+        scale = self.policy.loss_scale.value
+        self.skips.check(skipped, batch, self.run, step, scale=scale)
         self._rest = self.cursor() if self.cursor else self.sampler.state()
         self._missing = self._evaluates_after(step)
         self.run.stopper.release()

@@ -11,36 +11,55 @@ from rlsloth.files import replacing_file
 from rlsloth.records import MicroBatch, PackedBatch
 from rlsloth.run.run import Run
 
-BEYOND_HALF = "pass --model.precision bf16 or fp32 (activations may exceed float16's 65504), "
-
 
 class Skips:
     """Counts updates skipped in a row, saves their batches, and ends a run that only skips."""
 
     in_a_row: int
-    """Number of updates skipped since the last one that was made; checkpoints keep it."""
+    """Number of skipped updates that count since the last one made; checkpoints keep it."""
 
-    def __init__(self, limit: int, dtype: torch.dtype) -> None:
-        """Count up to ``limit`` skipped updates of a policy that computes in ``dtype``."""
-        self._limit = limit
-        self._half = dtype == torch.float16
+    def __init__(self, limit: int, wider: str = "") -> None:
+        """Begin to count.
+
+        Args:
+            limit: ``optim.max_skipped``.
+            wider: for a run in float16, the precisions with larger numbers.
+        """
+        self._limit, self._wider = limit, wider
         self.in_a_row = 0
 
-    def check(self, skipped: bool, batch: PackedBatch, run: Run, step: int) -> None:
-        """Count a step. Raises UserError after ``optim.max_skipped`` skipped steps in a row."""
+    def check(
+        self, skipped: bool, batch: PackedBatch, run: Run, step: int, *, scale: float = 1.0
+    ) -> None:
+        """Count a step.
+
+        While the loss's factor in float16 can still fall, a skipped update is no sign of trouble,
+        and is not counted.
+
+        Args:
+            skipped: whether an update of the step was skipped.
+            batch: the step's micro-batches.
+            run: the run.
+            step: number of the step.
+            scale: the loss's factor from now on; 1 if the loss is not scaled.
+
+        Raises:
+            UserError: ``optim.max_skipped`` updates in a row were skipped.
+        """
         if not skipped:
             self.in_a_row = 0
             return
-        self.in_a_row += 1
+        self.in_a_row += scale <= 1
         path = dump_batch(batch, run.dir / "skipped" / f"step_{step:05d}.safetensors")
         run.warn(
             f"step {step}: the gradient is NaN or infinite; update skipped, batch saved in {path}"
-            f"{'; in fp16 the loss is now scaled by half as much' if self._half else ''}"
+            f"{f'; in fp16 the loss is scaled by {scale:g} from now on' if scale > 1 else ''}"
         )
         if self.in_a_row >= self._limit:
+            wider = f"pass --model.precision {self._wider}, " if self._wider else ""
             raise UserError(
                 f"the gradient was NaN or infinite for {self.in_a_row} steps in a row; lower "
-                f"--optim.lr, {BEYOND_HALF if self._half else ''}or look at {path}"
+                f"--optim.lr, {wider}or look at {path}"
             )
 
 

@@ -88,6 +88,8 @@ def test_a_card_without_bf16_is_planned_in_fp16(capsys, tmp_path) -> None:
     assert "base: embeddings, 16 bits" in capsys.readouterr().out
     assert cli.main([*command, "--model.precision", "bf16"]) == 2
     assert "bf16: this card has no bf16" in capsys.readouterr().err
+    assert cli.main([*command, "--model.attention", "fa4"]) == 2
+    assert "--model.attention fa4: this card has none of it" in capsys.readouterr().err
     command[command.index("T4")] = "RTX 3060"
     assert cli.main(command) == 0
     assert "base: linears, bf16" in capsys.readouterr().out

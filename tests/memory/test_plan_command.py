@@ -97,6 +97,21 @@ def test_the_longest_prompt_comes_from_local_data(llama_folder, tmp_path, capsys
             "of 512 tokens does not fit --tokens-per-microbatch 300; raise it to 512",
         ),
         (
+            [
+                "--memory-gb",
+                "8",
+                "--env.train",
+                "a/b",
+                "--env.max-prompt-tokens",
+                "50",
+                "--rollout.max-tokens",
+                "100",
+                "--tokens-per-microbatch",
+                "120",
+            ],
+            "a prompt (50 tokens, default; pass --longest-prompt) with its completion of 150",
+        ),
+        (
             ["--memory-gb", "8", "--model.max-context", "100", "--longest-prompt", "100"],
             "or raise --model.max-context",
         ),

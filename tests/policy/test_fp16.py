@@ -12,8 +12,8 @@ from rlsloth.config import ModelConfig
 from rlsloth.data.packing import pack
 from rlsloth.errors import UserError
 from rlsloth.memory.cards import CARDS
-from rlsloth.policy import loss_scale
-from rlsloth.policy.device import has_bf16
+from rlsloth.policy import load, loss_scale
+from rlsloth.policy.device import has_bf16, there, wider_than_half
 from rlsloth.policy.load import load_model
 from rlsloth.policy.loss_scale import FIRST, LossScale
 from rlsloth.policy.policy import Policy
@@ -32,7 +32,7 @@ def gradients(policy: Policy, factor: float = 1.0) -> Tensor:
     """All gradients of a loss as ``step`` would use them, in one vector."""
     micro = micro_batch()
     policy.backward(policy.logprobs(micro).logprobs.mean() * factor)
-    policy._loss_scale.divide(policy._trained)
+    policy.loss_scale.divide(policy._trained)
     return torch.cat([p.grad.flatten() for p in policy._trained if p.grad is not None])
 
 
@@ -52,7 +52,7 @@ def test_small_gradients_do_not_vanish() -> None:
     kept = gradients(policy, tiny)
     assert float((kept - want).norm() / want.norm()) <= 1e-2
     policy.optimizer.zero_grad(set_to_none=True)
-    policy._loss_scale.value = 1.0
+    policy.loss_scale.value = 1.0
     lost = gradients(policy, tiny)
     assert float((lost - want).norm() / want.norm()) > 0.05
 
@@ -61,7 +61,7 @@ def test_the_norm_and_the_update_do_not_depend_on_the_factor() -> None:
     norms, weights = [], []
     for value in (FIRST, FIRST / 4):
         policy = make_policy(dtype=torch.float16)
-        policy._loss_scale.value = value
+        policy.loss_scale.value = value
         policy.backward(policy.logprobs(micro_batch()).logprobs.mean())
         norms.append(policy.step().grad_norm)
         weights.append(torch.cat([p.detach().flatten() for p in policy._trained]))
@@ -152,6 +152,28 @@ def test_weights_beyond_float16_are_refused(tmp_path) -> None:
     with pytest.raises(UserError, match=r"up_proj.weight has values beyond 65504.*fp32"):
         load_model(config)
     assert load_model(config.model_copy(update={"precision": "fp32"})).precision == "fp32"
+
+
+@pytest.mark.usefixtures("turing")
+def test_bf16_that_a_file_names_is_float32_there() -> None:
+    assert there("bf16", GPU) == "fp32"
+    assert there("nf4", GPU) == "nf4"
+    assert there("bf16", torch.device("cpu")) == "bf16"
+    assert wider_than_half(GPU) == "fp32"
+    assert wider_than_half(torch.device("cpu")) == "bf16 or fp32"
+
+
+def test_4_bit_weights_beyond_float16_are_refused(tmp_path, monkeypatch) -> None:
+    model = tiny_llama(len(tiny_tokenizer()), hidden=64)
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0, 0] = 70_000.0
+    model.save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    config = ModelConfig(path=str(tmp_path), precision="nf4", device="cpu")
+    assert load_model(config).dtype == torch.float32
+    monkeypatch.setattr(load, "compute_type", lambda *_: torch.float16)
+    with pytest.raises(UserError, match=r"up_proj.weight has values beyond 65504"):
+        load_model(config)
 
 
 def test_the_table_of_cards_knows_who_has_bf16() -> None:

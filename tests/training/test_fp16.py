@@ -4,22 +4,30 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from helpers.grpo_runs import Train, adapter, assert_same_run, rows, same
+from helpers.one_step import OPTIONS, QUESTIONS, make_place
+from helpers.policies import make_groups
 from helpers.supervised import PAIRS, SFT, command, make_folder, steps
 from helpers.tiny import tiny_llama
 from helpers.trained_runs import micro_batch, plain_logprobs, reopened
 from rlsloth.cli import main as cli
 from rlsloth.config import LoraConfig, ModelConfig, OptimConfig
+from rlsloth.data.packing import pack
+from rlsloth.errors import UserError
 from rlsloth.policy.policy import Policy
+from rlsloth.training.skips import Skips
 
 pytestmark = pytest.mark.slow
 
 HALF = ("--model.precision", "fp16")
+REWARD = ("--rewards", "gsm8k_answer")
 PLAIN = (*HALF, *["--lora.dropout", "0", "--updates-per-rollout", "1"])
 
 
@@ -64,6 +72,32 @@ def test_activations_beyond_float16_are_named_before_the_first_step(
     assert "NaN or infinite in float16" in message
     assert "--model.precision bf16 or fp32" in message
     assert command("sft", "sft", "--steps", "1") == 0
+
+
+def test_grpo_names_them_as_well(tmp_path: Path, monkeypatch, capsys) -> None:
+    make_place(tmp_path)
+    model = tiny_llama()
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight.mul_(30_000)
+        model.model.layers[0].mlp.down_proj.weight.mul_(100_000)
+    model.save_pretrained(tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["grpo", *OPTIONS.split(), *QUESTIONS.split(), *HALF, *REWARD]) == 2
+    assert "activations exceed float16's largest value" in capsys.readouterr().err
+
+
+def test_skipped_updates_count_once_the_factor_cannot_fall(tmp_path: Path) -> None:
+    batch = pack(make_groups(0), 10_000, mask_truncated=False, keep_zero_advantage=True)
+    said: list[str] = []
+    run: Any = SimpleNamespace(dir=tmp_path, warn=said.append)
+    skips = Skips(2, "bf16 or fp32")
+    for step, scale in enumerate((4.0, 2.0, 1.0), 1):
+        skips.check(True, batch, run, step, scale=scale)
+    assert skips.in_a_row == 1
+    assert "in fp16 the loss is scaled by 4 from now on" in said[0]
+    assert "scaled" not in said[2]
+    with pytest.raises(UserError, match=r"pass --model\.precision bf16 or fp32, or look at"):
+        skips.check(True, batch, run, 4, scale=1.0)
 
 
 def test_merged_weights_are_the_trained_policy(train: Train) -> None:

@@ -147,7 +147,8 @@ def _longest_prompt(config: GrpoConfig) -> tuple[int, str]:
     from rlsloth.policy.tokenizer import read_context
 
     most = read_context(config.model) // 2
-    default = min(DEFAULT_PROMPT, most), "default; pass --longest-prompt"
+    assumed = min(DEFAULT_PROMPT, most, config.env.max_prompt_tokens or DEFAULT_PROMPT)
+    default = assumed, "default; pass --longest-prompt"
     generates = declaration(config.env).generates
     if not generates and not Path(config.env.train).expanduser().exists():
         return default
