@@ -145,15 +145,17 @@ def _name(policy: Policy) -> str:
 def _refuse_non_finite(policy: Policy, own: Tensor) -> None:
     if bool(own.isfinite().all()):
         return
-    half = policy.dtype == torch.float16
-    cause = (
-        "activations exceed float16's largest value, 65504" if half else "the weights are broken"
-    )
-    wider = f"--model.precision {wider_than_half(policy.device)}"
-    remedy = wider if half else "another --model.path"
+    adapter = policy.weights().tensors.values()
+    if not all(bool(weight.isfinite().all()) for weight in adapter):
+        cause = "the adapter is damaged; pass another --model.adapter"
+    elif policy.dtype == torch.float16:
+        wider = wider_than_half(policy.device)
+        cause = f"activations exceed float16's largest value, 65504; pass --model.precision {wider}"
+    else:
+        cause = "its weights are damaged; copy them again, or pass another --model.path"
     raise UserError(
         f"{_name(policy)} gives log-probs that are NaN or infinite in {str(policy.dtype)[6:]}, "
-        f"also by transformers' own modules: {cause}; pass {remedy}"
+        f"also by transformers' own modules: {cause}"
     )
 
 

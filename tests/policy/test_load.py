@@ -88,7 +88,16 @@ def test_damaged_weights_are_found_before_training():
     policy = make_policy()
     with torch.no_grad():
         policy.model.get_base_model().model.norm.weight.fill_(float("nan"))
-    with pytest.raises(UserError, match=r"log-probs are not finite .* diverged"):
+    with pytest.raises(UserError, match=r"NaN or infinite in float32.*: its weights are damaged"):
+        probe(policy, engine_of(policy))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_damaged_adapter_is_named(dtype):
+    policy = make_policy(dtype=dtype)
+    with torch.no_grad():
+        next(iter(policy.weights().tensors.values())).fill_(float("nan"))
+    with pytest.raises(UserError, match=r"the adapter is damaged; pass another --model.adapter"):
         probe(policy, engine_of(policy))
 
 
