@@ -21,7 +21,7 @@ from rlsloth.exports.merged import DTYPES, checksums, merge
 from rlsloth.exports.tokenizer import copy_processors, export_tokenizer, save_tokenizer
 from rlsloth.exports.transformers4 import add_old_keys
 from rlsloth.exports.writing import check_out, whole_folder
-from rlsloth.policy.device import pick_device, there
+from rlsloth.policy.device import available_precision, pick_device
 from rlsloth.policy.files import locate
 from rlsloth.policy.identity import write_identity
 from rlsloth.policy.load import LoadedModel, load_model
@@ -169,7 +169,9 @@ def _original(base: ModelConfig) -> ModelConfig:
             "ones to merge onto; leave --onto out"
         )
     stored = config.get_text_config().dtype
-    precision = there("bf16" if stored == torch.bfloat16 else "fp32", pick_device(base.device))
+    precision = available_precision(
+        "bf16" if stored == torch.bfloat16 else "fp32", pick_device(base.device)
+    )
     return base.model_copy(update={"precision": precision})
 
 

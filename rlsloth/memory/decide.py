@@ -20,6 +20,7 @@ from rlsloth.memory.shape import ModelShape
 from rlsloth.memory.terms import GIB
 from rlsloth.memory.workload import Request
 from rlsloth.policy.activations.placement import Checkpointing, Placements
+from rlsloth.policy.device import no_bf16
 from rlsloth.policy.gpu_limit import torch_room
 from rlsloth.policy.host_embedding import EMBEDDING_STAYS
 from rlsloth.policy.streamed_layers import refuse_more_layers
@@ -135,10 +136,7 @@ def _refuse(shape: ModelShape, request: Request, source: Source) -> None:
     """Refuse options that a run would refuse after loading the model."""
     refuse_more_layers(request.streamed, len(shape.layers))
     if request.model.precision == "bf16" and not request.card.bf16:
-        raise UserError(
-            "--model.precision bf16: this card has no bf16 (it needs compute capability 8.0); pass "
-            "auto or fp16, nf4 or fp32"
-        )
+        raise no_bf16("this card")
     if not request.card.bf16 and request.model.attention not in ("auto", "sdpa"):
         raise UserError(
             f"--model.attention {request.model.attention}: this card has none of it (it needs "

@@ -50,9 +50,17 @@ def has_bf16(device: torch.device) -> bool:
     return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] >= 8
 
 
-def there(precision: str, device: torch.device) -> str:
+def available_precision(precision: str, device: torch.device) -> str:
     """Return a precision that a file names, or float32 in place of bfloat16 that a GPU lacks."""
     return "fp32" if precision == "bf16" and not has_bf16(device) else precision
+
+
+def no_bf16(card: str) -> UserError:
+    """Make the error of a bfloat16 that a user asked for on a card without it."""
+    return UserError(
+        f"--model.precision bf16: {card} has no bf16 (it needs compute capability 8.0); pass auto, "
+        "fp16, nf4 or fp32"
+    )
 
 
 def wider_than_half(device: torch.device) -> str:

@@ -11,7 +11,7 @@ import torch
 
 from rlsloth.config import ModelConfig
 from rlsloth.errors import UserError
-from rlsloth.policy.device import has_bf16
+from rlsloth.policy.device import has_bf16, no_bf16
 from rlsloth.policy.files import ModelFiles, locate
 from rlsloth.policy.folder_check import INDEX, WEIGHTS, weight_files
 from rlsloth.policy.meta_model import build_meta_model
@@ -129,10 +129,7 @@ def held_precision(cfg: ModelConfig, device: torch.device, config: Any = None) -
     if config is not None and stored_in_nf4(config):
         return "nf4"
     if cfg.precision == "bf16" and not has_bf16(device):
-        raise UserError(
-            f"--model.precision bf16: {torch.cuda.get_device_name(device)} has no bf16 (it needs "
-            "compute capability 8.0); pass fp16, nf4 or fp32"
-        )
+        raise no_bf16(torch.cuda.get_device_name(device))
     if cfg.precision != "auto":
         return cfg.precision
     if device.type != "cuda":

@@ -12,7 +12,7 @@ import yaml
 
 from rlsloth.config import ModelConfig
 from rlsloth.errors import UserError, first_line
-from rlsloth.policy.device import pick_device, there
+from rlsloth.policy.device import available_precision, pick_device
 from rlsloth.policy.folder_check import INDEX, WEIGHTS, read_json, refuse_adapter
 from rlsloth.policy.gguf import gguf_file
 from rlsloth.policy.identity import (
@@ -102,7 +102,9 @@ def find_source(
     if precision is not None:
         named["precision"] = precision
     else:
-        named["precision"] = there(named.get("precision", "auto"), pick_device(device))
+        named["precision"] = available_precision(
+            named.get("precision", "auto"), pick_device(device)
+        )
     model = ModelConfig(**named | options)
     _check_there(model, adapter)
     if identity is not None:

@@ -69,6 +69,12 @@ def _kernels() -> dict[str, tuple[Any, dict[str, Any], dict[str, str], int]]:
             {"scale_ptr": "*fp32"},
             4,
         ),
+        "log-probs, all": (
+            gradient._scale_all_kernel,
+            {"BLOCK": gradient.SCALE_BLOCK},
+            {"factor_ptr": "*fp32"},
+            8,
+        ),
     }
 
 

@@ -13,7 +13,7 @@ from rlsloth.data.packing import pack
 from rlsloth.errors import UserError
 from rlsloth.memory.cards import CARDS
 from rlsloth.policy import load, loss_scale
-from rlsloth.policy.device import has_bf16, there, wider_than_half
+from rlsloth.policy.device import available_precision, has_bf16, wider_than_half
 from rlsloth.policy.load import load_model
 from rlsloth.policy.loss_scale import FIRST, LossScale
 from rlsloth.policy.policy import Policy
@@ -156,9 +156,9 @@ def test_weights_beyond_float16_are_refused(tmp_path) -> None:
 
 @pytest.mark.usefixtures("turing")
 def test_bf16_that_a_file_names_is_float32_there() -> None:
-    assert there("bf16", GPU) == "fp32"
-    assert there("nf4", GPU) == "nf4"
-    assert there("bf16", torch.device("cpu")) == "bf16"
+    assert available_precision("bf16", GPU) == "fp32"
+    assert available_precision("nf4", GPU) == "nf4"
+    assert available_precision("bf16", torch.device("cpu")) == "bf16"
     assert wider_than_half(GPU) == "fp32"
     assert wider_than_half(torch.device("cpu")) == "bf16 or fp32"
 

@@ -57,15 +57,20 @@ def test_grpo_resumes_bit_by_bit(train: Train) -> None:
     )
 
 
-def test_activations_beyond_float16_are_named_before_the_first_step(
-    tmp_path: Path, monkeypatch, capsys
-) -> None:
-    make_folder(tmp_path, sft=SFT)
+def save_overflowing_model(folder: Path) -> None:
+    """Weights are within float16's range, the first MLP's output is not."""
     model = tiny_llama()
     with torch.no_grad():
         model.model.layers[0].mlp.up_proj.weight.mul_(30_000)
         model.model.layers[0].mlp.down_proj.weight.mul_(100_000)
-    model.save_pretrained(tmp_path / "model")
+    model.save_pretrained(folder)
+
+
+def test_activations_beyond_float16_are_named_before_the_first_step(
+    tmp_path: Path, monkeypatch, capsys
+) -> None:
+    make_folder(tmp_path, sft=SFT)
+    save_overflowing_model(tmp_path / "model")
     monkeypatch.chdir(tmp_path)
     assert command("sft", "sft", *HALF) == 2
     message = capsys.readouterr().err
@@ -76,11 +81,7 @@ def test_activations_beyond_float16_are_named_before_the_first_step(
 
 def test_grpo_names_them_as_well(tmp_path: Path, monkeypatch, capsys) -> None:
     make_place(tmp_path)
-    model = tiny_llama()
-    with torch.no_grad():
-        model.model.layers[0].mlp.up_proj.weight.mul_(30_000)
-        model.model.layers[0].mlp.down_proj.weight.mul_(100_000)
-    model.save_pretrained(tmp_path / "model")
+    save_overflowing_model(tmp_path / "model")
     monkeypatch.chdir(tmp_path)
     assert cli.main(["grpo", *OPTIONS.split(), *QUESTIONS.split(), *HALF, *REWARD]) == 2
     assert "activations exceed float16's largest value" in capsys.readouterr().err

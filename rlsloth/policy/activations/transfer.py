@@ -54,10 +54,10 @@ class Transfer:
 
     def fetch(self, parked: Iterable[Parked]) -> None:
         """Start copying contents back, behind the work queued so far."""
-        away = [one for one in parked if not one.returns()]
+        away = [one for one in parked if not one.reclaim()]
         rooms = [one.room() for one in away]  # all or none, if memory runs out
         for one, room in zip(away, rooms, strict=True):
-            one.returns_to(room)
+            one.return_to(room)
         self._start(self._in, away, Parked.copy_in)
 
     def wait(self, event: torch.cuda.Event | None) -> None:
@@ -119,8 +119,8 @@ class Parked:
         """Give the tensor's memory free, for which its copy must have been waited for."""
         self._source = None
 
-    def returns(self) -> bool:
-        """Tell whether nothing needs to be copied back, as when the tensor has not left."""
+    def reclaim(self) -> bool:
+        """Take the tensor itself back if it has not left; tell whether it is back or on its way."""
         if self._back is None:
             self._back = self._source
         return self._back is not None
@@ -129,7 +129,7 @@ class Parked:
         """Allocate the GPU's memory for the content, on the stream of the GPU's work."""
         return torch.empty_like(self._like, device=self._transfer.device)
 
-    def returns_to(self, room: Tensor) -> None:
+    def return_to(self, room: Tensor) -> None:
         """Take the memory to which ``copy_in`` copies."""
         self._back = room
 
