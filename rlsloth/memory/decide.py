@@ -82,6 +82,8 @@ def decide(
     )
     total = gpu_bytes(cfg.model)
     if total is None:
+        if cfg.model.memory_gb is not None:
+            warn(f"--model.memory-gb {cfg.model.memory_gb:g} has no effect without a GPU")
         return configured
     try:
         wanted = request().on(card_of(cfg.model))

@@ -10,6 +10,7 @@ from rlsloth.memory.freed import Freed, list_freed, that_fit_together
 from rlsloth.memory.longest import Longest, longest_completion, longest_text
 from rlsloth.memory.plan import make_plan
 from rlsloth.memory.search import largest_sequences, largest_tokens
+from rlsloth.memory.settings import decide_settings
 from rlsloth.memory.shape import ModelShape
 from rlsloth.memory.terms import Plan
 from rlsloth.memory.workload import Request
@@ -49,6 +50,8 @@ class Findings:
     """Memory that single options would free."""
     together: Sequence[str]
     """Options that together make the run fit; empty if it fits, or one of ``freed`` is enough."""
+    host_enough: int | None
+    """Bytes of host memory with which the run would fit as it is; None if it fits, or none do."""
 
 
 def find_all(
@@ -87,7 +90,20 @@ def find_all(
         longest_completion=completion,
         freed=freed,
         together=that_fit_together(planner, shape, chosen) if lacks else (),
+        host_enough=None if plan.fits else _host_enough(planner, shape, request),
     )
+
+
+def _host_enough(
+    planner: Callable[[ModelShape, Request], Plan], shape: ModelShape, request: Request
+) -> int | None:
+    """Return the bytes of host memory that a run takes which fits if they are not limited."""
+
+    def unlimited(shape: ModelShape, request: Request) -> Plan:
+        return replace(planner(shape, request), host_total=None)
+
+    plan = unlimited(shape, decide_settings(unlimited, shape, request))
+    return plan.host if plan.fits and plan.host else None
 
 
 def planner_for(total: int, host: int | None) -> Callable[[ModelShape, Request], Plan]:

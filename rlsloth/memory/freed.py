@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from rlsloth.memory.knobs import KNOBS, Changed, Planner, asked_with
 from rlsloth.memory.plan import precision_of
-from rlsloth.memory.seconds import step_seconds
+from rlsloth.memory.seconds import decoding_seconds, step_seconds
 from rlsloth.memory.settings import decide_settings
 from rlsloth.memory.shape import ModelShape
 from rlsloth.memory.terms import GIB, Plan, element_size
@@ -42,8 +42,8 @@ class Freed:
     fits_host: bool
     """Whether the host then has enough memory, if no other setting changes."""
     slower: float | None
-    """Share by which the estimated time of a step grows, without decoding itself; None if the
-    option changes the number of tokens in a step."""
+    """Share by which the estimated time of a step grows; None if the option changes the number of
+    tokens in a step."""
 
     @property
     def gpu(self) -> int:
@@ -208,7 +208,10 @@ def _slower(shape: ModelShape, request: Request, changed: Changed) -> float | No
     ]
     if loads[0] != loads[1]:
         return None
-    return step_seconds(new_shape, new) / step_seconds(shape, request) - 1
+    then, now = (
+        step_seconds(*run) + decoding_seconds(*run) for run in ((new_shape, new), (shape, request))
+    )
+    return then / now - 1
 
 
 def _one_completion(plan: Plan, shape: ModelShape, request: Request) -> int:

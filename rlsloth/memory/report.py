@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from rlsloth.memory.cards import UNKNOWN
 from rlsloth.memory.findings import SEQUENCES, TOKENS, Findings
 from rlsloth.memory.freed import Freed, together_line
 from rlsloth.memory.longest import Longest
@@ -84,6 +85,16 @@ def shortfall(plan: Plan) -> str:
     return " and ".join(parts)
 
 
+def cut_by_context(context: int, longest_prompt: int, max_tokens: int) -> str:
+    """Say that a context cuts completions short; empty if it does not. All are in tokens."""
+    if longest_prompt + max_tokens <= context:
+        return ""
+    return (
+        f"the context of {context} tokens leaves {context - longest_prompt} for a completion of "
+        f"the longest prompt ({longest_prompt} tokens), less than --rollout.max-tokens {max_tokens}"
+    )
+
+
 def print_table(findings: Findings) -> None:
     """Print a plan as a table, the verdict, advice on settings, and what options would free."""
     from rich.console import Console
@@ -108,6 +119,8 @@ def print_table(findings: Findings) -> None:
         console.print(f"rollout engine: {findings.source.engine}", markup=False)
     console.print(f"update: {_describe_update(request)}", markup=False)
     console.print(table)
+    if request.card is UNKNOWN:
+        console.print("speeds: an H100's, since the card is not named (--gpu)")
     console.print(
         "Sizes in brackets are needed at different moments: only the largest counts. Activations "
         f"are an estimate: within {ACTIVATION_TOLERANCE:.0%} of the measured peak on a CPU, and "
@@ -232,12 +245,7 @@ def _advice(findings: Findings) -> list[str]:
             f"(now {request.microbatch})"
         )
     if request.sampling is None:
-        if not tokens:
-            lines.append(
-                "not even the longest example fits: lower --data.max-tokens, or pass a smaller "
-                "model"
-            )
-        return lines
+        return lines + _last_resort(findings, "--data.max-tokens")
     # An engine that waits for room in its cache works with fewer sequences: no advice is needed.
     if sequences and (plan.cache is None or plan.cache.holds == 0):
         every = sequences == request.sampling.workload.sequences
@@ -246,15 +254,25 @@ def _advice(findings: Findings) -> list[str]:
             f"largest --rollout.max-sequences that fits, all else as above: {sequences}{most} "
             f"(now {request.sampling.at_once})"
         )
-    helped = findings.together or any(one.fits for one in findings.freed)
-    if not plan.fits and not helped:
-        host = (
-            "" if plan.fits_host else f", or free {plan.host / GIB:.1f} GiB of host memory for it"
-        )
-        sampling = request.sampling
-        prompts = sampling.workload.longest_prompt > sampling.rollout.max_tokens
-        shorter = "--env.max-prompt-tokens" if prompts else "--rollout.max-tokens"
+    sampling = request.sampling
+    prompts = sampling.workload.longest_prompt > sampling.rollout.max_tokens
+    shorter = "--env.max-prompt-tokens" if prompts else "--rollout.max-tokens"
+    return lines + _last_resort(findings, shorter)
+
+
+def _last_resort(findings: Findings, shorter: str) -> list[str]:
+    """Say what makes a run fit that no option helps; ``shorter`` shortens its sequences."""
+    plan = findings.plan
+    if plan.fits:
+        return []
+    lines = []
+    if findings.host_enough is not None:
         lines.append(
-            f"no option below makes it fit: pass a still smaller {shorter} or a smaller model{host}"
+            f"as it is, it fits with {findings.host_enough / GIB:.1f} GiB of host memory for "
+            "activations and weights"
+        )
+    if not (findings.together or any(one.fits for one in findings.freed)):
+        lines.append(
+            f"no option below makes it fit: pass a still smaller {shorter} or a smaller model"
         )
     return lines

@@ -49,6 +49,7 @@ def print_json(findings: Findings) -> None:
         row["longest_completion"] = _longest(findings.longest_completion)
     row["knobs"] = [asdict(freed) for freed in findings.freed]
     row["fits_with"] = list(findings.together)
+    row["host_enough"] = findings.host_enough
     if sampling is not None:
         row["activations"] = f"estimate, within {ACTIVATION_TOLERANCE:.0%} of measured on a CPU"
     print(json.dumps(row, indent=2))

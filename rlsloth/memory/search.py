@@ -55,7 +55,7 @@ def decide_sequences(plan: Planner, shape: ModelShape, request: Request) -> Requ
     engine, and the update still fits. For an engine with a cache whose size the plan decides it is
     also at most OVERCOMMIT for each completion that the cache holds, and no more than leave room
     for a group, if fewer do; for another one, whose cache stays during the update, rollouts take at
-    most half of the memory that one row leaves.
+    most half of the memory that one row leaves, without what they need for a moment only.
 
     Args:
         plan: function that plans a request.
@@ -70,7 +70,7 @@ def decide_sequences(plan: Planner, shape: ModelShape, request: Request) -> Requ
         one = plan(assumed.with_sequences(1))
         if one.left >= 0:
             break
-    half = (one.peak("rollout") + one.total) / 2
+    half = (_lasting(one) + one.total) / 2
     alone = plan(assumed.with_sequences(sampling.group_at_once)).cache
     group = 0 if alone is None else alone.holds
 
@@ -81,9 +81,14 @@ def decide_sequences(plan: Planner, shape: ModelShape, request: Request) -> Requ
         if planned.cache is not None:
             held = planned.cache.holds
             return held * OVERCOMMIT >= rows and held >= min(rows, group)
-        return planned.peak("rollout") <= half
+        return _lasting(planned) <= half
 
     return request.with_sequences(largest(fits, 1, sampling.at_once) or 1)
+
+
+def _lasting(plan: Plan) -> int:
+    """Return the bytes of rollouts without those that are needed for a moment, such as prefills."""
+    return sum(term.rollout for term in plan.terms if not term.moment)
 
 
 def _updates(shape: ModelShape, request: Request) -> Iterator[Request]:

@@ -39,6 +39,9 @@ FETCHED = 0.05
 hidden. Measured on an H200: 5.7 % for 5 of 36 layers (docs/PERFORMANCE.md)."""
 DEQUANTISED = 2.5e-12
 """Seconds to dequantise a weight from NF4: 2.5 bytes at 3 TB/s, 3 times for each micro-batch."""
+DECODED = 0.25e-3
+"""Seconds of a decoding step for each layer, without reading its weights: 33 steps of a model of 30
+layers take 0.25 s or more with vLLM on an H200 (docs/PERFORMANCE.md)."""
 STEP = 65536
 """Tokens of a step whose size is unknown."""
 
@@ -48,6 +51,26 @@ def step_seconds(shape: ModelShape, request: Request) -> float:
     placed = placed_kinds(shape, request.placed(len(shape.layers)))
     embeddings, streamed = request.model.offload_embeddings is True, request.streamed
     return StepTimes(shape, request).seconds(request.microbatch, placed, embeddings, streamed)
+
+
+def decoding_seconds(shape: ModelShape, request: Request) -> float:
+    """Estimate the seconds of a step's sampling, without copies of weights from the host."""
+    if request.sampling is None:
+        return 0.0
+    precision, layers = precision_of(request.model, shape), len(shape.layers)
+    head = shape.vocabulary * shape.hidden * element_size(precision)
+    read = (sum(blocks(shape, precision, layers)) + head) / (request.card.bandwidth * 1e9)
+    return _decoding_steps(request) * (read + layers * DECODED)
+
+
+def _decoding_steps(request: Request) -> int:
+    """Return the number of a step's decoding steps, each of which reads all weights."""
+    sampling = request.sampling
+    if sampling is None:
+        return 0
+    workload = sampling.workload
+    rounds = -(-workload.prompts * workload.group_size // sampling.at_once)
+    return rounds * sampling.rollout.max_tokens
 
 
 class StepTimes:
@@ -82,9 +105,8 @@ class StepTimes:
             count * self._micro_batch(held, length, placed, embeddings, streamed)
             for count, held in loads
         )
-        return (
-            total + self._decoding * sum(blocks(self._shape, self._precision, streamed)) / self._bus
-        )
+        copied = sum(blocks(self._shape, self._precision, streamed))
+        return total + _decoding_steps(self._request) * copied / self._bus
 
     def _load(self, tokens: int) -> tuple[list[tuple[float, int]], int]:
         """Return the number and tokens of a step's micro-batches, and the length of a sequence."""
@@ -173,13 +195,3 @@ class StepTimes:
         """Mean width of the layers' queries."""
         kinds, places = layer_kinds(self._shape)
         return sum(kinds[place].queries for place in places) / len(places)
-
-    @cached_property
-    def _decoding(self) -> int:
-        """Number of a step's decoding steps, each of which copies the weights in host memory."""
-        sampling = self._request.sampling
-        if sampling is None:
-            return 0
-        workload = sampling.workload
-        rounds = -(-workload.prompts * workload.group_size // sampling.at_once)
-        return rounds * sampling.rollout.max_tokens

@@ -76,14 +76,15 @@ def make_workload(
         single_turn: whether one completion ends a rollout.
     """
     evaluates = evaluation.at_start or evaluation.every or evaluation.at_end
-    evaluated = evaluation.problems * evaluation.samples if evaluates else 0
+    samples = evaluation.samples if evaluation.temperature else 1  # see Evaluator.evaluate
+    evaluated = evaluation.problems * samples if evaluates else 0
     return Workload(
         prompts=prompts,
         group_size=group_size,
         sequences=max(prompts * group_size, evaluated),
         max_tokens=max(rollout.max_tokens, evaluation.max_tokens or 0),
         longest_prompt=longest_prompt,
-        sharing=min(group_size, evaluation.samples) if evaluated else group_size,
+        sharing=min(group_size, samples) if evaluated else group_size,
         single_turn=single_turn,
         max_context=model.max_context,
     )

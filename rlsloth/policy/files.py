@@ -81,6 +81,11 @@ class ModelFiles:
             check_gguf(self.gguf, self.option)
         elif self.folder is not None:
             check_folder(self.folder)
+        elif self.source.startswith(("/", "./", "../", "~")):
+            raise UserError(
+                f"{self.option} {self.source}: there is no such folder or file (current folder: "
+                f"{Path.cwd()}); check the path"
+            )
         elif (file := self._downloaded(CONFIG)) is not None:
             check_config(read_json(file), f"{CONFIG} of {self.source}", None)
 

@@ -61,11 +61,6 @@ def context_of(model: ModelConfig, limit: int) -> int:
 
 def _check_folder(cfg: ModelConfig) -> None:
     path = Path(cfg.path).expanduser()
-    if cfg.path.startswith(("/", "./", "../", "~")) and not path.exists():
-        raise UserError(
-            f"--model.path {cfg.path}: there is no such folder or file (current folder: "
-            f"{Path.cwd()}); check the path"
-        )
     if path.exists() and not path.is_dir():
         raise UserError(
             f"--model.path {cfg.path} is a file, but not a .gguf file; pass a folder, a .gguf file "

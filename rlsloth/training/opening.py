@@ -30,6 +30,7 @@ from rlsloth.evaluation.problems import (
 from rlsloth.memory.decide import DEFAULT_PROMPT, decide
 from rlsloth.memory.out_of_memory import advise
 from rlsloth.memory.planned_model import longest_prompt as estimate_longest
+from rlsloth.memory.report import cut_by_context
 from rlsloth.memory.workload import Request
 from rlsloth.policy.device import pick_device
 from rlsloth.policy.lora import dora_setting
@@ -118,6 +119,8 @@ def open_grpo(
     if trains:
         write_plan(run, cfg.microbatch, policy, collector.engine)
         _check_grpo(cfg, env, longest, policy.context)
+        if cut := cut_by_context(policy.context, longest, cfg.rollout.max_tokens):
+            run.say(cut)
     describe_sampling(run, problems, policy)
     warn_of_open_tag(run, renderer, problems, cfg.reward)
     evaluator = Evaluator(cfg.eval, run, policy, collector, problems.deciding)

@@ -11,6 +11,7 @@ from helpers.families import FAMILIES, family_model
 from helpers.tiny import tiny_llama, tiny_tokenizer
 from rlsloth.cli import main as cli
 from rlsloth.config import LoraConfig, ModelConfig, OptimConfig
+from rlsloth.memory.terms import Plan
 from rlsloth.policy.load import LoadedModel
 from rlsloth.policy.policy import Policy
 
@@ -55,3 +56,8 @@ def llama_folder(tmp_path: Path) -> Path:
 def run(folder: Path, *more: str) -> int:
     longest = () if "--env.train" in more else ("--longest-prompt", "50")
     return cli.main(["plan", "--model.path", str(folder), *longest, *more])
+
+
+def lasting(plan: Plan) -> int:
+    """Bytes of rollouts that are needed for more than a moment."""
+    return sum(term.rollout for term in plan.terms if not term.moment)

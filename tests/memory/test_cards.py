@@ -32,7 +32,7 @@ def test_the_bus_of_a_card(name: str, bus: float) -> None:
         ("Tesla T4", "T4"),
         ("Tesla V100-SXM2-16GB", "V100 16GB"),
         ("NVIDIA GeForce RTX 4090", "RTX 4090"),
-        ("NVIDIA GeForce RTX 4060 Ti", "RTX 4060 Ti 16GB"),
+        ("NVIDIA GeForce RTX 4060 Ti", "RTX 4060 Ti 8GB"),
         ("NVIDIA RTX 6000 Ada Generation", "RTX 6000 Ada"),
         ("NVIDIA A10G", "A10G"),
         ("NVIDIA L40S", "L40S"),
@@ -58,7 +58,9 @@ def test_a_name_that_is_not_in_the_table_is_refused() -> None:
     [
         ("V100", "did you mean 'V100 16GB' or 'V100 32GB'?"),
         ("A100", "did you mean 'A100 40GB' or 'A100 80GB'?"),
-        ("RTX 4060 Ti", "did you mean 'RTX 4060 Ti 16GB'?"),
+        ("RTX 4060 Ti", "did you mean 'RTX 4060 Ti 8GB' or 'RTX 4060 Ti 16GB'?"),
+        ("NVIDIA H100 80GB HBM3", "did you mean 'H100'?"),
+        ("NVIDIA A100-SXM4-80GB", "did you mean 'A100 40GB' or 'A100 80GB'?"),
         ("4090", "did you mean 'RTX 4090'?"),
         ("RTX 3060 12GB", "did you mean 'RTX 3060'?"),
         ("H100 PCIe", "did you mean 'H100'?"),
@@ -68,6 +70,11 @@ def test_a_name_that_is_not_in_the_table_is_refused() -> None:
 def test_a_cards_name_that_is_not_in_the_table_leads_to_it(typed: str, meant: str) -> None:
     with pytest.raises(UserError, match=re.escape(meant)):
         find_card(typed)
+
+
+def test_a_laptops_card_is_named_as_its_driver_names_it() -> None:
+    assert find_card("NVIDIA GeForce RTX 4090 Laptop GPU").mib == 16376
+    assert card_of_device("NVIDIA GeForce RTX 4060 Laptop GPU") is CARDS["RTX 4060 Laptop"]
 
 
 def test_no_card_is_named_by_nothing() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from helpers.plans import make_policy, run
+from helpers.plans import lasting, make_policy, run
 from rlsloth.config import GrpoConfig, ModelConfig, RolloutConfig
 from rlsloth.memory import decide as planning
 from rlsloth.memory.plan import make_plan
@@ -75,7 +75,7 @@ def test_the_embedded_engine_leaves_half_to_the_update(shape, graphs):
         total = megabytes << 20
         rows, plan = decided(shape, total, "transformers", rollout=rollout)
         one = decided(shape, total, "transformers", rollout={**rollout, "max_sequences": 1})[1]
-        assert 2 * plan.peak("rollout") <= one.peak("rollout") + total
+        assert 2 * lasting(plan) <= lasting(one) + total
         numbers.append(rows)
     assert numbers == sorted(numbers)
     assert 1 < numbers[0] < numbers[-1] == 800

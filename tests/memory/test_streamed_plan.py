@@ -11,7 +11,7 @@ import pytest
 from transformers import LlamaConfig
 
 from helpers.families import family_model
-from helpers.plans import run
+from helpers.plans import lasting, run
 from rlsloth.config import GrpoConfig, LoraConfig, ModelConfig
 from rlsloth.memory import decide as planning
 from rlsloth.memory.activations import Stream
@@ -92,11 +92,11 @@ def test_the_room_that_layers_leave_goes_to_sequences(large: Path, gib: int) -> 
     assert chosen.streamed
     assert planner(shape, chosen).fits
     one = planner(shape, chosen.with_sequences(1))
-    half = (one.peak("rollout") + one.total) / 2
-    assert planner(shape, chosen).peak("rollout") <= half
+    half = (lasting(one) + one.total) / 2
+    assert lasting(planner(shape, chosen)) <= half
     assert chosen.sampling is not None
     more = planner(shape, chosen.with_sequences(chosen.sampling.at_once + 1))
-    assert more.peak("rollout") > half or not more.fits
+    assert lasting(more) > half or not more.fits
 
 
 def test_the_users_number_and_vllm_are_left_alone(large: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from itertools import chain
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,10 @@ from helpers.embedded_engines import (  # noqa: F401
 )
 from helpers.sampling import chi_square_excess, reference_distribution
 from helpers.tiny import tiny_llama
+from rlsloth.memory.workload import Workload
 from rlsloth.records import Completion, SamplingParams, Weights
+from rlsloth.rollout.embedded.opening import fill_cache
+from rlsloth.rollout.embedded.slot_cache import SlotCache
 
 pytestmark = pytest.mark.slow
 
@@ -211,3 +215,30 @@ def test_a_groups_prefix_is_computed_once(make_engine, monkeypatch, max_sequence
     monkeypatch.setattr(engine._decoder, "prefill", counted)
     engine.generate(PROMPTS, 4, SamplingParams(max_tokens=12, seed=2))
     assert sorted(computed) == sorted(PROMPTS)
+
+
+# Memory
+
+
+def test_the_cache_is_made_as_large_as_the_run_needs_it(make_engine, monkeypatch):
+    engine = make_engine(6)
+    made: list[SlotCache] = []
+    cache = engine._decoder.cache
+
+    def noted(rows: int, length: int) -> SlotCache:
+        made.append(cache(rows, length))
+        return made[-1]
+
+    monkeypatch.setattr(engine._decoder, "cache", noted)
+    workload = Workload(
+        prompts=4, group_size=4, sequences=16, max_tokens=20, longest_prompt=9, sharing=4
+    )
+    drawn = engine.generate(PROMPTS, 2, SamplingParams(max_tokens=4, seed=1))
+    shape: Any = SimpleNamespace(context=CONTEXT)
+    fill_cache(engine, shape, workload)
+    assert (made[-1].rows, made[-1].length) == (6, 29)
+    assert all(len(keys) == 6 and keys.shape[2] == 29 for keys in made[-1]._keys)
+    assert made[-1].active == 0
+    assert engine.generate(PROMPTS, 2, SamplingParams(max_tokens=4, seed=1)) == drawn
+    fill_cache(engine, shape, replace(workload, sequences=3, max_tokens=9999))
+    assert (made[-1].rows, made[-1].length) == (3, CONTEXT)

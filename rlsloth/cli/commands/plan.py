@@ -82,6 +82,7 @@ def _plan_grpo(config: GrpoConfig, own: GrpoPlanOptions) -> int:
     """
     from rlsloth.memory.decide import plan_run
     from rlsloth.memory.findings import Source
+    from rlsloth.memory.report import cut_by_context
     from rlsloth.policy.lora import dora_setting
     from rlsloth.policy.tokenizer import read_context
     from rlsloth.rollout.engines import choose_engine
@@ -103,7 +104,16 @@ def _plan_grpo(config: GrpoConfig, own: GrpoPlanOptions) -> int:
     engine = choose_engine(config.rollout, "cuda", dora=dora, planned=True)
     source = Source(origin, engine.text)
     request = grpo_request(config, longest).on(_card(config, own))
-    return plan_run(request, total, source, host=_host(own), as_json=own.as_json)
+    status = plan_run(request, total, source, host=_host(own), as_json=own.as_json)
+    _note(config, cut_by_context(context, longest, config.rollout.max_tokens))
+    return status
+
+
+def _note(config: GrpoConfig | SupervisedConfig, *lines: str) -> None:
+    """Print notes below a plan; empty lines are none."""
+    device = "--model.device cpu: the plan is for a GPU" if config.model.device == "cpu" else ""
+    for line in filter(None, (device, *lines)):
+        print(f"note: {line}", file=sys.stderr)
 
 
 def _total(config: GrpoConfig | SupervisedConfig, own: PlanOptions) -> int:
@@ -177,4 +187,6 @@ def _plan_supervised(config: SupervisedConfig, own: PlanOptions) -> int:
     with redirect_stdout(sys.stderr) if own.as_json else nullcontext():
         examples = load_examples(config, reader(config), tokenizer, *limits)
     request = examples_request(config, examples.longest).on(_card(config, own))
-    return plan_run(request, total, Source(), host=_host(own), as_json=own.as_json)
+    status = plan_run(request, total, Source(), host=_host(own), as_json=own.as_json)
+    _note(config)
+    return status

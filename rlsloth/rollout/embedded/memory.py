@@ -48,9 +48,7 @@ def embedded_terms(
         pool += 2 * shape.largest_matrix * 2
     graphed = sampling.rollout.cuda_graphs
     kept = "kept between steps" if graphed else "freed after sampling"
-    longest_prompt = sampling.workload.longest_prompt
-    prompts = sampling.workload.prompts
-    tokens = max(min(PREFILL_TOKENS, prompts * longest_prompt), longest_prompt)
+    tokens = prefill_tokens(shape, sampling)
     widest = max(prefill_memory(layer, shape.hidden, size) for layer in layers)
     prefill = tokens * (widest + shape.kv_width * size)
     # rollout.embedded.sampling.draw: sums, their running maximum and its int64 places; top-p sorts.
@@ -61,6 +59,17 @@ def embedded_terms(
         Term(f"prefill of {tokens} tokens (estimate)", int(prefill), 0, moment=True),
         Term("sampling", drawing, 0, moment=True),
     ]
+
+
+def prefill_tokens(shape: ModelShape, sampling: Sampling) -> int:
+    """Return the tokens of the largest prefill (rollout.embedded.batch.Batch.next_groups)."""
+    workload = sampling.workload
+    # Only groups that find rows are computed. In a further turn each rollout is one, and its prefix
+    # is all that it holds.
+    single = workload.single_turn
+    longest = workload.longest_prompt if single else workload.one_turn(shape)
+    groups = sampling.at_once // (workload.sharing if single else 1)
+    return max(min(PREFILL_TOKENS, groups * longest), longest)
 
 
 EMBEDDED_MEMORY = EngineMemory("transformers", "embedded engine", MOST_SEQUENCES, embedded_terms)

@@ -10,7 +10,10 @@ from rlsloth.memory.out_of_memory import advise
 from rlsloth.memory.plan import make_plan
 from rlsloth.memory.read_shape import read_shape
 from rlsloth.memory.search import decide_sequences
+from rlsloth.memory.shape import ModelShape
+from rlsloth.memory.workload import Workload
 from rlsloth.policy.streamed_layers import streamed_layers
+from rlsloth.records import SamplingParams
 from rlsloth.rollout.embedded.engine import TransformersEngine
 from rlsloth.rollout.embedded.memory import EMBEDDED_MEMORY
 from rlsloth.rollout.engine import Engine, EngineKind, Opening
@@ -43,7 +46,22 @@ def open_transformers(opening: Opening) -> Engine:
     )
     with advise("rollout", policy.model):
         probe(policy, engine)
+        if policy.device.type == "cuda" and rollout.cuda_graphs and not streamed:
+            fill_cache(engine, read_shape(policy.model), opening.sampling.workload)
     return engine
+
+
+def fill_cache(engine: Engine, shape: ModelShape, workload: Workload) -> None:
+    """Sample one token in each row of the cache, so that it is as large as the run needs it.
+
+    With CUDA graphs it stays during updates, so that an update that is tried before the first step
+    then has the memory of a later one; and no longer completion makes another cache, whose graphs
+    are captured again.
+    """
+    length = workload.one_turn(shape)
+    prompt = min(workload.longest_prompt, length - 1)
+    sampling = SamplingParams(max_tokens=length - prompt, cut_tail=0.0)
+    engine.generate([[0] * prompt], min(engine.max_sequences, workload.sequences), sampling)
 
 
 def most_rows(opening: Opening) -> int:
