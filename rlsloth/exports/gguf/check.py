@@ -12,8 +12,9 @@ import torch
 from rlsloth.errors import UserError, first_line
 from rlsloth.exports.gguf.families import add_hyperparameters, family_of, read_config
 from rlsloth.exports.gguf.quantize import load_llama_cpp, quiet
-from rlsloth.exports.gguf.tensors import Weights, plan
+from rlsloth.exports.gguf.tensors import plan
 from rlsloth.exports.gguf.vocab import add_vocabulary, read_vocabulary, starts_with_space
+from rlsloth.exports.stored import Weights
 from rlsloth.policy.attention.interface import whole_attention
 
 LIMITS = {

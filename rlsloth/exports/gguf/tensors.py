@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,8 +12,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from rlsloth.errors import UserError, first_line
+from rlsloth.errors import UserError
 from rlsloth.exports.gguf.families import Family, family_of, rope_tensors
+from rlsloth.exports.stored import Weights
 
 Kind = Literal["f16", "bf16", "q8_0"]
 
@@ -39,41 +39,6 @@ class Entry:
 
         block, size = GGML_QUANT_SIZES[self.type]
         return math.prod(self.shape) // int(block) * int(size)
-
-
-class Weights:
-    """The safetensors files of a folder: shapes are read at once, values on demand.
-
-    Raises:
-        UserError: there are no weights, or they cannot be read.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        from safetensors import SafetensorError, safe_open
-
-        index = folder / "model.safetensors.index.json"
-        if index.is_file():
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        else:
-            names = ["model.safetensors"]
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        self._file: dict[str, Any] = {}
-        for name in names:
-            try:
-                file: Any = safe_open(folder / name, framework="pt")
-            except (OSError, SafetensorError) as error:
-                raise UserError(
-                    f"{folder / name}: cannot read weights: {first_line(error)}; check that the "
-                    "model's files are complete"
-                ) from error
-            for key in file.keys():  # noqa: SIM118 - not a dictionary
-                self.shapes[key] = tuple(file.get_slice(key).get_shape())
-                self._file[key] = file
-
-    def read(self, name: str) -> torch.Tensor:
-        """Read one tensor in float32."""
-        value: torch.Tensor = self._file[name].get_tensor(name)
-        return value.float()
 
 
 def plan(folder: Path, config: Any, weights: Weights, kind: Kind) -> list[Entry]:
@@ -167,7 +132,9 @@ def data(entries: list[Entry], config: Any, weights: Weights) -> Iterator[tuple[
             # No variable for the value: it would keep the value alive while the next is read.
             yield (
                 entry,
-                _encode(_arrange(weights.read(entry.source), entry.name, config, family), entry),
+                _encode(
+                    _arrange(weights.read(entry.source).float(), entry.name, config, family), entry
+                ),
             )
 
 

@@ -10,8 +10,9 @@ import numpy as np
 
 from rlsloth.errors import UserError, first_line
 from rlsloth.exports.gguf.families import add_hyperparameters, family_of, read_config
-from rlsloth.exports.gguf.tensors import Kind, Weights, data, plan
+from rlsloth.exports.gguf.tensors import Kind, data, plan
 from rlsloth.exports.gguf.vocab import add_vocabulary, read_vocabulary
+from rlsloth.exports.stored import Weights
 from rlsloth.files import replacing_file
 
 FILE_TYPES = {"f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
