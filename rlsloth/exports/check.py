@@ -82,11 +82,7 @@ def check_merged(
     state = model.state_dict()
     odd = [*found["missing_keys"], *found["unexpected_keys"], *found["mismatched_keys"]]
     odd += [name for name, s in checksums(state) if sums.get(name) != s]
-    if odd:
-        raise UserError(
-            f"{len(odd)} tensors read back from disk differ from those written (first: {odd[0]}); "
-            "check the disk and export again"
-        )
+    refuse_changed(odd)
     gap = float((score(model, token_ids) - wanted).abs().mean())
     if not gap <= LIMIT:
         raise UserError(
@@ -98,17 +94,38 @@ def check_merged(
     return Reopened(len(tensors), len(token_ids), gap)
 
 
+def refuse_changed(names: list[str]) -> None:
+    """Raise UserError if any tensor, by name, was read back otherwise than it was written."""
+    if names:
+        raise UserError(
+            f"{len(names)} tensors read back from disk differ from those written (first: "
+            f"{names[0]}); check the disk and export again"
+        )
+
+
 def sample_ids(tokenizer: Any, context: int) -> Tensor:
     """Tokenize the text to score: [T] token ids, at most TOKENS and at most ``context`` of them."""
     ids = tokenizer(_TEXT)["input_ids"][: min(TOKENS, context)]
     return torch.tensor(ids)
 
 
-@torch.no_grad()
 def score(model: Any, token_ids: Tensor) -> Tensor:
-    """Score a text with transformers' own modules: [T - 1] log-probs in nats, on the CPU.
+    """Score a text: [T - 1] log-probs of all tokens but the first, in nats, on the CPU.
 
-    The first token has no log-prob. The arithmetic is float32 in whatever type the weights are.
+    Args:
+        model: transformers' or PEFT's model.
+        token_ids: [T] token ids.
+    """
+    ids = token_ids[1:, None].to(model.device)
+    scored: Tensor = predictions(model, token_ids)[:-1].gather(-1, ids)[:, 0]
+    return scored.cpu()
+
+
+@torch.no_grad()
+def predictions(model: Any, token_ids: Tensor) -> Tensor:
+    """Predict each next token with transformers' own modules: [T, V] log-probs in nats.
+
+    The arithmetic is float32 in whatever type the weights are.
 
     Args:
         model: transformers' or PEFT's model.
@@ -119,11 +136,19 @@ def score(model: Any, token_ids: Tensor) -> Tensor:
     base.set_attn_implementation("eager")
     if base._can_set_experts_implementation():
         base.set_experts_implementation("eager")
-    ids = token_ids.to(base.device)
     with _Float32(), _nf4_in_float32(base):
-        logits = model(input_ids=ids[None], use_cache=False).logits[0].float()
-        scored: Tensor = logits[:-1].log_softmax(-1).gather(-1, ids[1:, None])[:, 0]
-    return scored.cpu()
+        logits: Tensor = model(input_ids=token_ids.to(base.device)[None], use_cache=False).logits
+        return logits[0].float().log_softmax(-1)
+
+
+def divergence(wanted: Tensor, found: Tensor) -> Tensor:
+    """Return the Kullback-Leibler divergence of each position's prediction: [T] nats.
+
+    Args:
+        wanted: [T, V] log-probs of the model that is compared with.
+        found: [T, V] log-probs of the other model.
+    """
+    return (wanted.exp() * (wanted - found)).sum(-1)
 
 
 class _Float32(TorchFunctionMode):

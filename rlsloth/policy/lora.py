@@ -140,7 +140,7 @@ def _linear_names(model: Any) -> list[str]:
     return [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
 
 
-def _linears(model: Any, path: str) -> list[str]:
+def text_linears(model: Any) -> list[str]:
     """List the names of all linear layers except the output head, routers, experts and towers.
 
     Experts are stacked parameters. PEFT's own "all-linear" would also adapt a Qwen3-MoE's experts,
@@ -148,26 +148,31 @@ def _linears(model: Any, path: str) -> list[str]:
     their own. Where a router is a linear layer (Jamba, Llama 4, the gate of Qwen2-MoE's shared
     expert), it is recognised by its place: it is a neighbour of the experts, or the only linear
     layer in such a neighbour.
-
-    Raises:
-        UserError: there is no linear layer left.
     """
     from transformers.pytorch_utils import Conv1D
 
     skipped = {model.get_output_embeddings(), *_routers(model), *_not_for_text(model)}
-    linears: list[str] = []
-    others: list[str] = []
-    for name, module in model.named_modules():
-        chosen = isinstance(module, nn.Linear | Conv1D) and module not in skipped
-        (linears if chosen else others).append(name)
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and module not in skipped
+    ]
+
+
+def _linears(model: Any, path: str) -> list[str]:
+    """Name ``text_linears`` for PEFT, by the last part of a name unless another module shares it.
+
+    Raises:
+        UserError: there is no linear layer left.
+    """
+    linears = text_linears(model)
     if not linears:
         raise UserError(
             f"--lora.targets all-linear: {path} has no linear layer except its output head; pass "
             "the names of the modules to adapt"
         )
-    # Use the last part of a name, such as q_proj, unless a module that is not adapted shares it.
-    taken = {name.rpartition(".")[2] for name in others}
     last = {name: name.rpartition(".")[2] for name in linears}
+    taken = {name.rpartition(".")[2] for name, _ in model.named_modules() if name not in last}
     return sorted({name if last[name] in taken else last[name] for name in linears})
 
 
@@ -183,13 +188,14 @@ def _routers(model: nn.Module) -> Iterator[nn.Module]:
     from transformers.pytorch_utils import Conv1D
 
     for block in model.modules():
-        if any(_holds_experts(child) for child in block.children()):
+        if any(holds_experts(child) for child in block.children()):
             for child in block.children():
                 linears = [m for m in child.modules() if isinstance(m, nn.Linear | Conv1D)]
                 yield from linears if len(linears) == 1 else ()
 
 
-def _holds_experts(module: nn.Module) -> bool:
+def holds_experts(module: nn.Module) -> bool:
+    """Tell whether a module's own parameters are experts, stacked along a first dimension."""
     convolves = isinstance(module, nn.Conv1d)
     return not convolves and any(p.dim() == 3 for p in module.parameters(recurse=False))
 

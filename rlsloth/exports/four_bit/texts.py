@@ -14,6 +14,7 @@ from rlsloth.config.sft import SftConfig
 from rlsloth.data.examples import load_examples
 from rlsloth.data.sft import sft_examples
 from rlsloth.errors import UserError
+from rlsloth.exports.check import divergence
 from rlsloth.policy.tokenizer import load_tokenizer, read_limits
 
 BATCH = 4
@@ -90,8 +91,7 @@ class Divergence:
         """Return the mean Kullback-Leibler divergence of a model from the original, a token."""
         total = 0.0
         for wanted, now in zip(self._wanted, self._predictions(model), strict=True):
-            before = wanted.to(now.device)
-            total += float((before.exp() * (before - now)).sum(-1).mean())
+            total += float(divergence(wanted.to(now.device), now).mean())
         return total / len(self._wanted)
 
     @torch.no_grad()
