@@ -8,6 +8,9 @@ from pydantic import Field, model_validator
 
 from rlsloth.config.section import Folder, Params, Section, Text
 
+GROUP_SIZES = (32, 64, 128)
+"""Four-bit weights with one scale for which vLLM has kernels."""
+
 
 class ExportConfig(Section):
     """Write a trained model in a format that other programs load. SOURCE is a run folder or an
@@ -15,9 +18,10 @@ class ExportConfig(Section):
 
     source: Folder | None = None
     """Run folder or PEFT adapter folder; the first word needs no --source."""
-    to: Literal["adapter", "merged", "gguf"] = "adapter"
+    to: Literal["adapter", "merged", "fp8", "w4a16", "gguf"] = "adapter"
     """Format. adapter: a PEFT folder with tokenizer and chat template. merged: 16-bit safetensors.
-    gguf: files for llama.cpp, and a Modelfile for Ollama."""
+    fp8, w4a16: merged weights whose linear layers have 8 or 4 bits, in the form of
+    compressed-tensors, for vLLM. gguf: files for llama.cpp, and a Modelfile for Ollama."""
     out: Folder | None = None
     """Folder to write; it must not exist yet."""
     overwrite: bool = False
@@ -30,6 +34,9 @@ class ExportConfig(Section):
     dequantised ones. original: those in the base model's files."""
     dtype: Literal["bf16", "f16"] = "bf16"
     """Type of merged weights."""
+    group_size: int = 128
+    """Neighbouring weights with one scale, for --to w4a16: 32, 64 or 128. Layers whose input size
+    is no multiple of it keep 16 bits."""
     gguf: list[Literal["f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m"]] = ["q8_0"]
     """Types of GGUF files to write; q6_k, q5_k_m and q4_k_m need llama-cpp-python (extra gguf)."""
     device: str = "auto"
@@ -46,6 +53,8 @@ class ExportConfig(Section):
             raise ValueError("the folder to write is missing: pass --out FOLDER")
         if not self.gguf:
             raise ValueError("--gguf needs at least one type")
+        if self.group_size not in GROUP_SIZES:
+            raise ValueError(f"--group-size {self.group_size}: pass 32, 64 or 128")
         return self
 
 

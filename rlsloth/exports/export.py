@@ -1,4 +1,4 @@
-"""``rlsloth export``: write a trained adapter as a PEFT folder, merged weights or GGUF files."""
+"""``rlsloth export``: write a trained adapter as a PEFT folder, whole weights or GGUF files."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from rlsloth.exports.adapter import write_adapter
 from rlsloth.exports.card import Card, write_card
 from rlsloth.exports.carried import learnt_ends, template_flag
 from rlsloth.exports.check import USUAL, check_merged, sample_ids, score
+from rlsloth.exports.compressed.export import compress
+from rlsloth.exports.compressed.scheme import plan_scheme
 from rlsloth.exports.merged import DTYPES, checksums, merge
 from rlsloth.exports.tokenizer import copy_processors, export_tokenizer, save_tokenizer
 from rlsloth.exports.transformers4 import add_old_keys
@@ -93,8 +95,22 @@ def _rank(source: Source) -> int:
 
 def _merged(cfg: ExportConfig, source: Source, folder: Path, name: str) -> Card:
     about = write_merged(cfg, source, folder)
-    serve = f"vllm serve ./{name}{template_flag(source.prompts, VLLM_KWARGS)}"
-    return Card(name, about, "transformers", f"{serve}\nrlsloth chat ./{name}")
+    return Card(name, about, "transformers", f"{_serve(source, name)}\nrlsloth chat ./{name}")
+
+
+def _compressed(cfg: ExportConfig, source: Source, folder: Path, name: str) -> Card:
+    assert cfg.to == "fp8" or cfg.to == "w4a16"
+    scheme = plan_scheme(source.base, cfg.to, cfg.group_size)
+    work = folder / ".merged"
+    work.mkdir()
+    about = write_merged(cfg, source, work)
+    about += f" {compress(work, folder, scheme, source, cfg.dtype)}"
+    shutil.rmtree(work)  # a folder that stayed would be a part of the export
+    return Card(name, about, "transformers", _serve(source, name))
+
+
+def _serve(source: Source, name: str) -> str:
+    return f"vllm serve ./{name}{template_flag(source.prompts, VLLM_KWARGS)}"
 
 
 def write_merged(cfg: ExportConfig, source: Source, folder: Path) -> str:
@@ -242,5 +258,7 @@ def _write_modelfile(source: Source, whole: Path, folder: Path, file: str) -> No
 _WRITERS: dict[str, Callable[[ExportConfig, Source, Path, str], Card]] = {
     "adapter": _adapter,
     "merged": _merged,
+    "fp8": _compressed,
+    "w4a16": _compressed,
     "gguf": _gguf,
 }

@@ -1,4 +1,4 @@
-"""``rlsloth export``: write a trained model as an adapter, merged weights or GGUF."""
+"""``rlsloth export``: write a trained model as an adapter, whole weights or GGUF."""
 
 from __future__ import annotations
 
