@@ -71,6 +71,17 @@ def test_varlen_is_chosen_for_heads_that_it_takes(monkeypatch, config, taken):
     assert chosen == ("varlen" if taken else "cudnn")
 
 
+@pytest.mark.parametrize(
+    ("capability", "works"),
+    [((8, 9), False), ((9, 0), True), ((10, 0), True), ((12, 0), False)],
+)
+def test_fa4_is_for_cards_with_right_gradients(monkeypatch, capability, works):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+    monkeypatch.setattr("importlib.util.find_spec", lambda _name: object())
+    assert fa4.FA4.works() is works
+
+
 def test_no_cache_folder_where_nothing_can_be_written(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert fa4._cache_folder() == tmp_path / "rlsloth" / "flash_attention_4"

@@ -20,10 +20,15 @@ from rlsloth.policy.attention.layout import PackedLayout
 from rlsloth.policy.attention.repeated import repeated_keys
 
 _CACHE = "FLASH_ATTENTION_CUTE_DSL_CACHE_"
+MAJORS = (9, 10, 11)
+"""Major compute capabilities with right gradients. On 12 (RTX 50), where heads share keys, sums for
+the gradients of keys and values are written at other places than they are read from, as soon as a
+sequence before has no whole number of tiles (flash-attn-4 4.0.0b36: offset_k + batch * tile in
+flash_bwd.py, but rounded down to a tile in flash_bwd_postprocess.py)."""
 
 
 def _works() -> bool:
-    if not has_gpu(9):
+    if not has_gpu(9) or torch.cuda.get_device_capability()[0] not in MAJORS:
         return False
     try:
         return importlib.util.find_spec("flash_attn.cute") is not None
