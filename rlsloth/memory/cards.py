@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rlsloth.errors import UserError, nearest
 
@@ -91,8 +91,11 @@ CARDS = {
     "B200": Card(183359, 2250, 8000, 5),
 }
 """Name of a card -> the card."""
-UNKNOWN = CARDS["H100"]
-"""The card whose speeds are assumed if a GPU's name is not in the table."""
+UNKNOWN = replace(CARDS["H100"])
+"""The card whose speeds are assumed if a GPU's name is not in the table.
+
+It is a copy, so that ``is`` tells it from an H100.
+"""
 
 
 def find_card(name: str) -> Card:

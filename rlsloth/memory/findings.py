@@ -51,7 +51,8 @@ class Findings:
     together: Sequence[str]
     """Options that together make the run fit; empty if it fits, or one of ``freed`` is enough."""
     host_enough: int | None
-    """Bytes of host memory with which the run would fit as it is; None if it fits, or none do."""
+    """Bytes of host memory with which the run would fit as it is; None if it fits, none do, or the
+    host is not limited."""
 
 
 def find_all(
@@ -79,6 +80,7 @@ def find_all(
         largest[SEQUENCES] = largest_sequences(plan_of, chosen)
         completion = longest_completion(planner, shape, open_update)
     freed = list_freed(planner, shape, chosen, request)
+    lacks_host = not plan.fits and plan.host_total is not None
     lacks = not plan.fits and not any(f.fits for f in freed)
     return Findings(
         plan=plan,
@@ -90,7 +92,7 @@ def find_all(
         longest_completion=completion,
         freed=freed,
         together=that_fit_together(planner, shape, chosen) if lacks else (),
-        host_enough=None if plan.fits else _host_enough(planner, shape, request),
+        host_enough=_host_enough(planner, shape, request) if lacks_host else None,
     )
 
 

@@ -120,7 +120,7 @@ def print_table(findings: Findings) -> None:
     console.print(f"update: {_describe_update(request)}", markup=False)
     console.print(table)
     if request.card is UNKNOWN:
-        console.print("speeds: an H100's, since the card is not named (--gpu)")
+        console.print("speeds: an H100's, since the card is not known (--gpu)")
     console.print(
         "Sizes in brackets are needed at different moments: only the largest counts. Activations "
         f"are an estimate: within {ACTIVATION_TOLERANCE:.0%} of the measured peak on a CPU, and "
