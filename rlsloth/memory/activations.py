@@ -35,8 +35,11 @@ class Stream:
     def repeats(self) -> float:
         """Number of tokens that attention sees for each token of the stream.
 
-        A prompt counts once for itself and once for each completion (PackedLayout.lengths).
+        A prompt counts once for itself and once for each completion (PackedLayout.lengths), unless
+        it has one only: they are one sequence then (data.packing).
         """
+        if self.group == 1:
+            return 1.0
         tree = self.prompt + self.group * self.completion
         return (tree + self.group * self.prompt) / tree
 
@@ -146,7 +149,7 @@ def _attention(
         parts = math.gcd(parts, layer.key_heads)
         buffers = found.buffers / parts
         if parts > 1:  # the gradients of a part, before they are copied into the whole
-            buffers += (q + 2 * k * stream.repeats) * size / parts
+            buffers += (q + 2 * k) * size / parts
         return normed + found.kept, found.work + buffers, 0.0
     kept = float(q * size + normed)  # the output, which the output projection keeps
     # The gradients of the output, of queries, keys and values, and the one that is being added.

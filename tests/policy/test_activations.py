@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -11,6 +10,7 @@ import torch
 
 from helpers.allocations import stand_in, stream, update_peak
 from helpers.families import FAMILIES
+from helpers.plain_attention import plain_backward, plain_forward
 from helpers.plans import make_policy
 from rlsloth.kernels.lora import products as products_module
 from rlsloth.policy.activations import arena, transfer
@@ -19,8 +19,7 @@ from rlsloth.policy.activations.placement import Placement, describe
 from rlsloth.policy.attention.backend import Backend, Halves
 from rlsloth.policy.attention.backends import BACKENDS
 from rlsloth.policy.attention.kept import attend_in_halves
-from rlsloth.policy.attention.layout import PackedLayout
-from rlsloth.policy.attention.repeated import repeated_keys
+from rlsloth.policy.attention.layout import PackedLayout, Sequences
 from rlsloth.policy.layers import decoder_layers
 from rlsloth.policy.policy import Policy
 
@@ -100,58 +99,18 @@ def test_of_inputs_in_host_memory_two_are_on_the_device() -> None:
 # --- attention in two halves ---------------------------------------------------------------------
 
 
-def segments(packed: PackedLayout) -> list[tuple[slice, slice]]:
-    """Rows of queries and of keys of each segment."""
-    pairs = zip(pairwise(packed.cu_q.tolist()), pairwise(packed.cu_k.tolist()), strict=True)
-    return [(slice(*q), slice(*k)) for q, k in pairs]
-
-
-def weights(q: torch.Tensor, k: torch.Tensor, scale: float) -> torch.Tensor:
-    """Masked scores [heads, rows, columns] of one segment, whose last rows are the queries."""
-    k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
-    scores = torch.einsum("qhd,khd->hqk", q, k) * scale
-    rows = torch.arange(q.shape[0]) + k.shape[0] - q.shape[0]
-    return scores.masked_fill(rows[:, None] < torch.arange(k.shape[0]), -torch.inf)
-
-
-def plain_forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packed: PackedLayout, scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    CALLS.append(q.shape[1])
-    out, sums = torch.empty_like(q), q.new_empty(q.shape[1], q.shape[0])
-    group = q.shape[1] // v.shape[1]
-    for a, b in segments(packed):
-        scores = weights(q[a], k[b], scale)
-        sums[:, a] = scores.logsumexp(-1)
-        out[a] = torch.einsum("hqk,khd->qhd", scores.softmax(-1), v[b].repeat_interleave(group, 1))
-    return out, sums
-
-
-def plain_backward(
-    grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
-    out: torch.Tensor, sums: torch.Tensor, packed: PackedLayout, scale: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Equations of FlashAttention-2 (Dao 2023), section 2.2, from the forward's log-sums."""
-    dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    group = q.shape[1] // v.shape[1]
-
-    def per_key_head(x: torch.Tensor) -> torch.Tensor:
-        return x.unflatten(1, (-1, group)).sum(2)
-
-    for a, b in segments(packed):
-        p = (weights(q[a], k[b], scale) - sums[:, a, None]).exp()
-        values, keys = (x[b].repeat_interleave(group, 1) for x in (v, k))
-        dv[b] += per_key_head(torch.einsum("hqk,qhd->khd", p, grad[a]))
-        dp = torch.einsum("qhd,khd->hqk", grad[a], values)
-        ds = p * (dp - (grad[a] * out[a]).sum(-1).t()[..., None]) * scale
-        dq[a] += torch.einsum("hqk,khd->qhd", ds, keys)
-        dk[b] += per_key_head(torch.einsum("hqk,qhd->khd", ds, q[a]))
-    return dq, dk, dv
-
-
 CALLS: list[int] = []
 """Number of heads in each call of the forward."""
-HALVES = Halves(plain_forward, plain_backward)
+
+
+def counted(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sequences: Sequences, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    CALLS.append(q.shape[1])
+    return plain_forward(q, k, v, sequences, scale)
+
+
+HALVES = Halves(counted, plain_backward)
 
 
 @pytest.fixture
@@ -159,7 +118,7 @@ def plain_halves(monkeypatch: pytest.MonkeyPatch) -> None:
     def attend(
         q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packed: PackedLayout, scale: float
     ) -> torch.Tensor:
-        return attend_in_halves(*repeated_keys(q, k, v, packed), HALVES, packed, scale)
+        return attend_in_halves(q, k, v, HALVES, packed, scale)
 
     monkeypatch.setitem(BACKENDS, "plain", Backend("plain", attend, works=lambda: True))
     CALLS.clear()
@@ -201,7 +160,7 @@ def test_attention_is_kept(
     everything = found([None] * 3)
     CALLS.clear()
     kept = found([Placement(input_place, attention, attention_parts=parts)] * 3)
-    assert len(CALLS) == 3 * (2 if attention is None else 1)
+    assert len(CALLS) == 3 * 2 * (2 if attention is None else 1)
     for name, grad in kept.items():
         if parts == 1:
             assert torch.equal(grad, everything[name]), name

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlsloth.policy.attention.layout import PackedLayout
+from rlsloth.policy.attention.layout import PackedLayout, Sequences
 
 Attend = Callable[[Tensor, Tensor, Tensor, PackedLayout, float], Tensor]
 """Function (q [heads, T, D], k and v [kv_heads, T, D], layout, scale) -> output [T, heads, D]."""
@@ -19,13 +19,18 @@ Attend = Callable[[Tensor, Tensor, Tensor, PackedLayout, float], Tensor]
 class Halves:
     """Attention's forward and backward as two functions.
 
-    q is [T, heads, D], k and v are [T_kv, kv_heads, D].
+    q is [T, heads, D], k and v are [T_kv, kv_heads, D]. Rows that no sequence contains are not
+    written; kernels may read them, so they must be finite, but they count for nothing.
     """
 
-    forward: Callable[[Tensor, Tensor, Tensor, PackedLayout, float], tuple[Tensor, Tensor]]
-    """Function (q, k, v, layout, scale) -> output [T, heads, D] and log-sums [heads, T] float32."""
+    forward: Callable[[Tensor, Tensor, Tensor, Sequences, float], tuple[Tensor, Tensor]]
+    """Function (q, k, v, sequences, scale) -> output [T, heads, D] and log-sums [heads, T] float32:
+    natural logarithms of the sums of exponentials of a row's scores."""
     backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
-    """Function (gradient, q, k, v, output, log-sums, layout, scale) -> gradients of q, k and v."""
+    """Function (gradient, q, k, v, output, log-sums, sequences, scale) -> gradients of q, k and v.
+
+    Output and log-sums may be those over further keys: then the gradients are the part that these
+    keys contribute."""
 
 
 @dataclass(frozen=True, slots=True)

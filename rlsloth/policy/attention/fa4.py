@@ -6,7 +6,8 @@ import fcntl
 import importlib.util
 import os
 from collections.abc import Callable
-from functools import cache, partial
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,16 @@ import torch
 from torch import Tensor
 
 from rlsloth.files import cache_folder
-from rlsloth.policy.attention.backend import Backend, Halves, flash, has_gpu
+from rlsloth.policy.attention.backend import (
+    AttentionMemory,
+    Backend,
+    Halves,
+    Widths,
+    flash,
+    has_gpu,
+)
 from rlsloth.policy.attention.kept import attend_in_halves
-from rlsloth.policy.attention.layout import PackedLayout
-from rlsloth.policy.attention.repeated import repeated_keys
+from rlsloth.policy.attention.layout import PackedLayout, Sequences
 
 _CACHE = "FLASH_ATTENTION_CUTE_DSL_CACHE_"
 MAJORS = (9, 10, 11)
@@ -65,23 +72,29 @@ def _function() -> Callable[..., Any]:
     return function
 
 
-def _lengths(packed: PackedLayout) -> dict[str, Any]:
+SEVERAL_TILES = 257
+"""Tokens that are longer than any tile of the kernels."""
+
+
+def _lengths(sequences: Sequences) -> dict[str, Any]:
+    # The library compiles kernels of their own for sequences of one tile, which takes 10 s in the
+    # middle of a run. A longer bound than the longest sequence is allowed.
     return {
-        "cu_seqlens_q": packed.cu_q,
-        "cu_seqlens_k": packed.cu_k,
-        "max_seqlen_q": packed.max_q,
-        "max_seqlen_k": packed.max_k,
+        "cu_seqlens_q": sequences.cu_q,
+        "cu_seqlens_k": sequences.cu_k,
+        "seqused_q": sequences.used_q,
+        "max_seqlen_q": max(sequences.max_q, SEVERAL_TILES),
+        "max_seqlen_k": max(sequences.max_k, SEVERAL_TILES),
+        "causal": sequences.causal,
     }
 
 
 @torch.no_grad()
 def _forward(
-    q: Tensor, k: Tensor, v: Tensor, packed: PackedLayout, scale: float
+    q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, scale: float
 ) -> tuple[Tensor, Tensor]:
     # With log-sums also where no gradient needs them: one compiled kernel serves both.
-    out, sums = _function()(
-        q, k, v, **_lengths(packed), softmax_scale=scale, causal=True, return_lse=True
-    )
+    out, sums = _function()(q, k, v, **_lengths(sequences), softmax_scale=scale, return_lse=True)
     return out, sums
 
 
@@ -92,13 +105,14 @@ def _backward(
     v: Tensor,
     out: Tensor,
     sums: Tensor,
-    packed: PackedLayout,
+    sequences: Sequences,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     # The library has no public name for it (flash-attn-4 4.0.0b36).
     from flash_attn.cute.interface import _flash_attn_bwd
 
-    found = _flash_attn_bwd(q, k, v, out, grad, sums, scale, True, **_lengths(packed))
+    lengths = _lengths(sequences)
+    found = _flash_attn_bwd(q, k, v, out, grad, sums.contiguous(), scale, **lengths)
     return found[0], found[1], found[2]
 
 
@@ -106,7 +120,17 @@ HALVES = Halves(_forward, _backward)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, packed: PackedLayout, scale: float) -> Tensor:
-    return attend_in_halves(*repeated_keys(q, k, v, packed), HALVES, packed, scale)
+    return attend_in_halves(q, k, v, HALVES, packed, scale)
 
 
-FA4 = Backend("fa4", _attend, works=_works, halves=HALVES, memory=partial(flash, expands=False))
+def _memory(w: Widths) -> AttentionMemory:
+    own = flash(replace(w, repeats=1.0), expands=False)
+    if w.repeats == 1:
+        return own
+    # The second call: the prompts' keys and values with their gradients, gradients of queries, and
+    # log-sums. Its float32 sums take the place of the first one's.
+    more = (w.queries + 4 * w.keys) * w.size + 4 * w.heads
+    return replace(own, buffers=own.buffers + more)
+
+
+FA4 = Backend("fa4", _attend, works=_works, halves=HALVES, memory=_memory)

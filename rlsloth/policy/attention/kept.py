@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 from rlsloth.policy.activations.passes import current_pass
 from rlsloth.policy.attention.backend import Halves
 from rlsloth.policy.attention.layout import PackedLayout
+from rlsloth.policy.attention.shared_prompts import backward, forward
 
 
 class KeptAttention(torch.autograd.Function):
@@ -33,7 +34,7 @@ class KeptAttention(torch.autograd.Function):
     ) -> Tensor:
         layer = current_pass()
         kept = None if layer is None else layer.take("attention")
-        out, sums = kept or halves.forward(q, k, v, packed, scale)
+        out, sums = kept or forward(halves, q, k, v, packed, scale)
         if layer is not None:
             layer.keep("attention", (out, sums), layer.placement.attention)
         ctx.save_for_backward(q, k, v, out, sums)
@@ -45,17 +46,16 @@ class KeptAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,), (q, k, v, out, sums) = grads, ctx.saved_tensors
-        backward = ctx.halves.backward
+        how = ctx.halves, ctx.packed, ctx.scale
         parts = math.gcd(ctx.parts, k.shape[1])
         if parts == 1:
-            found = backward(grad, q, k, v, out, sums, ctx.packed, ctx.scale)
-            return (*found, None, None, None)
+            return (*backward(*how, grad, q, k, v, out, sums), None, None, None)
         # Key heads with their query heads, one part after another: the backward's float32 buffers
         # are as large as one part.
         found = tuple(torch.empty_like(x) for x in (q, k, v))
         for part in range(parts):
-            heads = [_part(x, 1, part, parts) for x in (grad, q, k, v, out)]
-            made = backward(*heads, _part(sums, 0, part, parts), ctx.packed, ctx.scale)
+            grad_p, q_p, k_p, v_p, out_p = (_part(x, 1, part, parts) for x in (grad, q, k, v, out))
+            made = backward(*how, grad_p, q_p, k_p, v_p, out_p, _part(sums, 0, part, parts))
             for whole, piece in zip(found, made, strict=True):
                 _part(whole, 1, part, parts).copy_(piece)
         return (*found, None, None, None)
@@ -72,8 +72,8 @@ def attend_in_halves(
     """Attend over a packed stream.
 
     Args:
-        q: [T, heads, D].
-        k, v: [T_kv, kv_heads, D].
+        q: [heads, T, D].
+        k, v: [kv_heads, T, D].
         halves: the backend's forward and backward.
         packed: the stream's layout.
         scale: factor of the scores.
@@ -81,4 +81,5 @@ def attend_in_halves(
     Returns:
         [T, heads, D].
     """
+    q, k, v = (x.transpose(0, 1).contiguous() for x in (q, k, v))
     return KeptAttention.apply(q, k, v, halves, packed, scale)  # type: ignore[no-untyped-call, no-any-return]

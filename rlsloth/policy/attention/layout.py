@@ -6,9 +6,10 @@ one completion. T is the number of tokens in the stream.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
+from itertools import accumulate, groupby, pairwise
 from typing import Any
 
 import torch
@@ -44,6 +45,38 @@ class Repeated:
     """[T_kv - T] positions of the repetitions."""
 
 
+@dataclass(frozen=True, slots=True)
+class Sequences:
+    """Sequences of queries in one stream, each with its keys in another one."""
+
+    cu_q: Tensor
+    """[S + 1] int32: first row of each sequence's queries, and the end of the last one."""
+    cu_k: Tensor
+    """[S + 1] int32: boundaries of the sequences' keys."""
+    max_q: int
+    """Number of queries of the longest sequence."""
+    max_k: int
+    """Number of keys of the longest sequence."""
+    causal: bool
+    """Whether a row sees only keys up to its own position; the last row sees all keys."""
+    used_q: Tensor | None = None
+    """[S] int32: number of queries of each sequence; None: all up to the next one."""
+
+
+@dataclass(frozen=True, slots=True)
+class SharedPrompts:
+    """Prompts with several completions, as the keys of those completions."""
+
+    first: int
+    """First row of a completion; the rows below count from here."""
+    rows: Tensor
+    """[N] rows of the completions, less ``first``."""
+    prompts: Tensor
+    """[P] rows of the prompts in the stream."""
+    sequences: Sequences
+    """A sequence a tree: all its completions' queries, less ``first``, over the prompt's keys."""
+
+
 class PackedLayout:
     """The segments of a micro-batch on its device; each form is computed when it is first used."""
 
@@ -59,6 +92,47 @@ class PackedLayout:
         self.max_k = max(self.lengths)
         self.max_q = max(end - start for start, end in pairwise(self._q))
         self._tree_of = micro.tree_of
+
+    @cached_property
+    def own(self) -> Sequences:
+        """Each segment over its own keys, without its prompt's."""
+        return Sequences(self.cu_q, self.cu_q, self.max_q, self.max_q, causal=True)
+
+    @cached_property
+    def shared(self) -> SharedPrompts | None:
+        """The prompts that completions share; None if no tree has more than one segment."""
+        starts: list[int] = []
+        used: list[int] = []
+        prompts: list[tuple[int, int]] = []
+        segment = 0
+        for _, segments in groupby(self._tree_of.tolist()):
+            begin, segment = segment, segment + len(list(segments))
+            if segment - begin > 1:
+                prompts.append((self._q[begin], self._q[begin + 1]))
+                starts.append(self._q[begin + 1])
+                used.append(self._q[segment] - starts[-1])
+        if not prompts:
+            return None
+        first, device = starts[0], self.cu_q.device
+        starts = [start - first for start in starts]
+
+        def rows(ranges: Iterable[tuple[int, int]]) -> Tensor:
+            return torch.cat([torch.arange(*each) for each in ranges]).to(device)
+
+        def counts(numbers: Iterable[int]) -> Tensor:
+            return torch.tensor(list(numbers), dtype=torch.int32, device=device)
+
+        ends = [start + count for start, count in zip(starts, used, strict=True)]
+        lengths = [end - begin for begin, end in prompts]
+        sequences = Sequences(
+            counts([*starts, ends[-1]]),
+            counts(accumulate(lengths, initial=0)),
+            max(used),
+            max(lengths),
+            causal=False,
+            used_q=counts(used),
+        )
+        return SharedPrompts(first, rows(zip(starts, ends, strict=True)), rows(prompts), sequences)
 
     @cached_property
     def _segment(self) -> Tensor:
