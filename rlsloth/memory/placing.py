@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 
-from rlsloth.config import MICROBATCH
 from rlsloth.memory.bisection import largest
+from rlsloth.memory.microbatches import microbatch_sizes
 from rlsloth.memory.modes import Mode, allowed_modes, embedding_places
 from rlsloth.memory.plan import kept_free
 from rlsloth.memory.seconds import StepTimes
@@ -21,12 +21,6 @@ from rlsloth.memory.terms import Plan
 from rlsloth.memory.update import PlacedKind
 from rlsloth.memory.workload import Request
 from rlsloth.policy.activations.placement import Placement
-
-MICROBATCHES = (
-    *range(65536, 16384, -8192), *range(16384, 8192, -2048), *range(8192, 4096, -1024),
-    *range(4096, 0, -512),
-)  # fmt: skip
-"""Sizes of a micro-batch in tokens to choose from."""
 
 UNBOUNDED = 1 << 62
 """Bytes of a GPU on which everything fits."""
@@ -95,7 +89,7 @@ def _stages(shape: ModelShape, request: Request, least: int) -> Iterator[Stage]:
     """Yield the stages in their order."""
     counts, samples = layer_counts(shape, request), request.sampling is not None
     offloads = embedding_places(shape, request)
-    allowed, sizes = allowed_modes(shape, request), _sizes(request, least)
+    allowed, sizes = allowed_modes(shape, request), microbatch_sizes(request, least)
 
     def roomy(plan: Plan, share: float) -> bool:
         return plan.fits_host and plan.peak("update") <= share * plan.total
@@ -134,20 +128,6 @@ def _stages(shape: ModelShape, request: Request, least: int) -> Iterator[Stage]:
     for count in reversed(counts):
         yield frugal(on_host, count)
     yield frugal(lambda *_: True, counts[0])
-
-
-def _sizes(request: Request, least: int) -> list[int]:
-    """List the sizes of a micro-batch, from the largest one."""
-    if request.tokens_per_microbatch is not None:
-        return [request.tokens_per_microbatch]
-    if request.overlap:
-        return [max(MICROBATCH, least)]
-    most = max(request.most_tokens or MICROBATCHES[0], least)
-    sizes = {min(max(tokens, least), most) for tokens in MICROBATCHES}
-    if request.samples is not None and request.longest_example is not None:
-        one = request.longest_example  # micro-batches hold whole examples
-        sizes = {max(tokens // one * one, least) for tokens in sizes}
-    return sorted(sizes, reverse=True)
 
 
 class _Refused:

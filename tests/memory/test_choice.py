@@ -16,6 +16,7 @@ from rlsloth.memory.placing import choose
 from rlsloth.memory.plan import KEPT_FREE, MEASURED_FREE, kept_free, make_plan
 from rlsloth.memory.planned_model import model_shape
 from rlsloth.memory.seconds import step_seconds
+from rlsloth.memory.settings import decide_settings
 from rlsloth.memory.shape import ModelShape
 from rlsloth.memory.terms import GIB, Plan
 from rlsloth.memory.workload import Request
@@ -223,3 +224,28 @@ def test_the_row_of_offload_layers(shape: ModelShape) -> None:
     assert fits
     assert count == 5  # an eighth
     assert not make_plan(shape, request, short).fits
+
+
+# --- prompts that a group shares ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("prompt", "completion", "group", "chosen"),
+    [
+        (100_000, 64, 4, 100_256),  # in micro-batches of one completion: four times the work
+        (30_000, 20_000, 4, 70_000),  # all four would leave too little memory for what is kept
+        (512, 19_968, 8, 20_480),  # a short prompt: larger micro-batches save nothing
+    ],
+)
+def test_a_group_shares_its_long_prompt(
+    shape: ModelShape, prompt: int, completion: int, group: int, chosen: int
+) -> None:
+    cfg = GrpoConfig.model_validate({
+        "model": {"precision": "nf4"}, "lora": {"rank": 32},
+        "prompts_per_step": 1, "group_size": group,
+        "rollout": {"engine": "vllm", "max_tokens": completion}, "eval": {"at_start": False},
+    })  # fmt: skip
+    run = replace(grpo_request(cfg, prompt), card=CARDS["H200"])
+    long = replace(shape, context=1_000_000)
+    decided = decide_settings(partial(make_plan, host_total=100 * GIB, total=80 * GIB), long, run)
+    assert decided.microbatch == chosen

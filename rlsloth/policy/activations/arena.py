@@ -13,7 +13,7 @@ from rlsloth.policy.page_lock import host_block, lock, unlock
 SLAB = 32 * 2**20
 """Bytes of a slab. Copying one takes 0.6 ms at 50 GB/s, far more than starting the copy."""
 BLOCK = 16 * SLAB
-"""Bytes that are page-locked at once: locking takes about 0.1 s a GiB, with a fixed cost a call."""
+"""Bytes that are page-locked at once: large pages, and a fixed cost a call."""
 
 
 class HostFullError(UserError):
