@@ -165,6 +165,7 @@ def checksums(policy: Any) -> dict[str, int]:
 
 def run_rlsloth(args: argparse.Namespace) -> None:
     from rlsloth.policy.lora import save_adapter
+    from rlsloth.policy.plain_logprobs import plain_logprobs
     from rlsloth.records import SamplingParams
     from rlsloth.rollout.vllm.engine import VllmEngine
 
@@ -208,7 +209,7 @@ def run_rlsloth(args: argparse.Namespace) -> None:
     say(release_wake_ms_gib=[[round(x, 2) for x in s] for s in switches])
     prompt = prompts(args, 1)
     [[completion]] = engine.generate(prompt, 1, sampling)
-    trained = policy.plain_logprobs(prompt[0], completion.token_ids)
+    trained = plain_logprobs(policy, prompt[0], completion.token_ids)
     gap = (trained - torch.tensor(completion.logprobs)).abs()
     say(gap_mean=float(gap.mean()), gap_max=float(gap.max()), base_same=checksums(policy) == before)
     start = time.perf_counter()

@@ -31,84 +31,101 @@ def evaluate(
 ) -> RunResult:
     """Evaluate the base model and, if there is one, the adapter, as ``rlsloth eval`` does.
 
-    Given the configuration of a training run, the adapter is the one it trained. Arguments are
-    those of ``grpo``. The result's ``summary`` has the figures under ``base``, ``adapter`` and
-    ``difference``.
+    Given the configuration of a training run, the adapter is the one it trained; of a run that
+    trained weights of the model itself (``model.trained``), these are evaluated. Arguments are
+    those of ``grpo``. The result's ``summary`` has the figures under ``base``, ``adapter`` (or
+    ``trained``) and ``difference``.
 
     Raises:
-        UserError: bad input, a run without an adapter, or a folder that holds an evaluation, or
-            no run where the adapter of one is meant.
+        UserError: bad input, a run that has trained nothing yet, or a folder that holds an
+            evaluation, or no run where what one trained is meant.
     """
-    config = _with_trained_adapter(checked(config, GrpoConfig))
+    config, whole = _with_trained(checked(config, GrpoConfig))
     with (
         freeing_memory(),
         passing_objects(
             config, rewards=rewards, data=data, validation=validation, environment=environment
         ) as named,
     ):
-        return _measure(named)
+        return _measure(named, whole)
 
 
-def _measure(cfg: GrpoConfig) -> RunResult:
+def _measure(cfg: GrpoConfig, whole: Path | None) -> RunResult:
+    from rlsloth.policy.whole import load_weights
     from rlsloth.training.data_lines import describe_evaluated
     from rlsloth.training.opening import open_grpo
 
+    evaluated = describe_evaluated(cfg.model, whole)
     with ExitStack() as stack:
-        session = open_grpo(cfg, stack, trains=False)
+        session = open_grpo(cfg, stack, evaluated=evaluated)
         run, evaluator = session.run, session.evaluator
         assert evaluator is not None  # reinforcement learning always has one
         base = evaluator.evaluate(0, name="base", base=True)
         figures: dict[str, object] = {"base": base.metrics()}
-        if cfg.model.adapter is None:
-            run.say(f"{describe_evaluated(cfg.model)} (--model.adapter names one)")
+        if cfg.model.adapter is None and whole is None:
+            run.say(f"{evaluated} (--model.adapter names one)")
         else:
-            adapter = evaluator.evaluate(0, name="adapter")
-            gain = difference_estimate(*paired_scores(base, adapter))
+            name = "adapter" if whole is None else "trained"
+            if whole is not None:
+                load_weights(session.policy.model, whole)
+                evaluator.collector.engine.set_weights(session.policy.weights())
+            trained = evaluator.evaluate(0, name=name)
+            gain = difference_estimate(*paired_scores(base, trained))
             run.say(
-                f"adapter - base: {gain.value:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}] "
+                f"{name} - base: {gain.value:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}] "
                 f"avg@{base.samples}, paired by problem"
             )
             figures |= {
-                "adapter": adapter.metrics(),
+                name: trained.metrics(),
                 "difference": [gain.value, gain.low, gain.high],
             }
         write_json(run.dir / EVALUATION, figures)
-        evaluated = describe_evaluated(cfg.model)
         run.finish(
             {"evaluated": evaluated, "problems": base.problems, "samples": base.samples, **figures}
         )
         return RunResult(run.dir)
 
 
-def _with_trained_adapter(cfg: GrpoConfig) -> GrpoConfig:
-    """The configuration of a training run, changed to evaluate its adapter in a new folder.
+def _with_trained(cfg: GrpoConfig) -> tuple[GrpoConfig, Path | None]:
+    """The configuration of a training run, changed to evaluate what it trained in a new folder.
 
     If model.adapter is not the adapter that the run started from, the user has set it: it is kept.
 
+    Returns:
+        The configuration, and the folder of a whole model that the run trained, if it did.
+
     Raises:
-        UserError: the folder is not there or holds an evaluation, or the run has no adapter yet.
+        UserError: the folder is not there or holds an evaluation, or the run has trained nothing.
     """
+    from rlsloth.policy.trainable import ADAPTER, MODEL
     from rlsloth.training.source import read_config
 
     folder = cfg.run.dir
     if folder is None:
-        return cfg
+        return cfg, None
     if not (folder / CONFIG).is_file():
         _refuse_missing(folder, cfg.model)
-        return cfg
+        return cfg, None
     if (folder / EVALUATION).exists():
         raise UserError(f"--run.dir {folder} holds an evaluation: pass another folder")
     run = cfg.run.model_copy(update={"dir": None, "resume": False})
     started_from = read_config(folder)["model"].get("adapter")
     model = cfg.model
+    if not model.trains_adapter:
+        if not (folder / MODEL).is_dir():
+            raise UserError(
+                f"{folder} has no trained model yet: let the run finish (rlsloth grpo "
+                f"{folder / CONFIG} --run.resume)"
+            )
+        return cfg.model_copy(update={"run": run}), folder / MODEL
     if started_from == (str(model.adapter) if model.adapter else None):
-        if not (folder / "adapter").is_dir():
+        if not (folder / ADAPTER).is_dir():
             raise UserError(
                 f"{folder} has no adapter yet: let the run finish (rlsloth grpo {folder / CONFIG} "
                 "--run.resume), or pass an adapter with --model.adapter"
             )
-        model = model.model_copy(update={"adapter": folder / "adapter"})
-    return cfg.model_copy(update={"model": model, "run": run})
+        model = model.model_copy(update={"adapter": folder / ADAPTER})
+    return cfg.model_copy(update={"model": model, "run": run}), None
 
 
 def _refuse_missing(folder: Path, model: ModelConfig) -> None:

@@ -28,6 +28,19 @@ class RunResult:
         return path
 
     @property
+    def model(self) -> Path:
+        """The model whose own weights were trained (``model.trained``): transformers' folder.
+
+        Raises UserError if the run wrote none.
+        """
+        path = self.folder / "model"
+        if not path.is_dir():
+            raise UserError(
+                f"{self.folder} has no model: it has not finished, or trains an adapter"
+            )
+        return path
+
+    @property
     def report(self) -> Path:
         """The report: one HTML page that needs no network."""
         return self.folder / "report.html"

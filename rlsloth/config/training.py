@@ -36,6 +36,16 @@ class TrainingConfig(Section):
     eval: EvalConfig = EvalConfig()
     run: RunConfig = RunConfig()
 
+    @model_validator(mode="after")
+    def _adapter_settings(self) -> Any:
+        changed = [key for key, value in self.lora if value != getattr(LoraConfig(), key)]
+        if changed and not self.model.trains_adapter:
+            raise ValueError(
+                f"lora.{changed[0]} has no effect with model.trained {' '.join(self.model.trained)}"
+                ": leave it out"
+            )
+        return self
+
     @property
     def microbatch(self) -> int:
         """``tokens_per_microbatch``, or MICROBATCH where it is not decided."""

@@ -17,6 +17,7 @@ from rlsloth.training.source import Source
 
 _SETTINGS = {
     "model.precision": "precision of the base",
+    "model.trained": "trained weights",
     "lora.rank": "rank",
     "lora.alpha": "alpha",
     "lora.rslora": "rank-stabilised scale",
@@ -67,12 +68,12 @@ def render_card(card: Card, source: Source) -> str:
     Figures come from summary.json and metrics.jsonl of the source's run; an adapter without a run
     has none.
     """
-    base = source.base
+    path, revision = _trained_from(source)
     about: dict[str, Any] = {"library_name": card.library, "pipeline_tag": "text-generation"}
-    if not Path(base.path).expanduser().exists():  # the hub refuses local paths here
-        about["base_model"] = base.path
-    about["tags"] = ["rlsloth", "lora"]
-    named = f"`{base.path}`" + (f" at revision `{base.revision}`" if base.revision else "")
+    if not Path(path).expanduser().exists():  # the hub refuses local paths here
+        about["base_model"] = path
+    about["tags"] = ["rlsloth", "lora"] if source.adapter is not None else ["rlsloth"]
+    named = f"`{path}`" + (f" at revision `{revision}`" if revision else "")
     parts = [
         f"---\n{yaml.safe_dump(about, sort_keys=False)}---",
         f"# {card.title}",
@@ -85,6 +86,14 @@ def render_card(card: Card, source: Source) -> str:
         parts += [*_figures(source.run), *_settings(source.config, held)]
     parts += ["## Run it", f"```\n{card.usage}\n```"]
     return "\n\n".join([*parts, f"Made with rlsloth {__version__}."]) + "\n"
+
+
+def _trained_from(source: Source) -> tuple[str, str | None]:
+    """Return path and revision of the model that training began with."""
+    if source.adapter is None and source.run is not None:
+        began = source.config["model"]
+        return str(began["path"]), began.get("revision")
+    return source.base.path, source.base.revision
 
 
 def _hash(source: Source) -> str:
@@ -133,7 +142,10 @@ def _settings(config: Mapping[str, Any], held: str | None) -> Iterator[str]:
     """Yield the section of settings; ``held`` is the precision in which the base was held."""
     shown = {}
     sampled = "data" not in config or config.get("eval", {}).get("generate")
+    whole = config.get("model", {}).get("trained", ["adapter"]) != ["adapter"]
     for key, name in _SETTINGS.items():
+        if key.startswith("lora." if whole else "model.trained"):
+            continue
         if not sampled and key.startswith(("env.", "rollout.")):
             continue  # supervised training without generation uses neither section
         value: Any = config

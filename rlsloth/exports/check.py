@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_map
 
 from rlsloth.errors import UserError
 from rlsloth.exports.merged import checksums
+from rlsloth.policy.layers import base_of
 
 USUAL = 0.02
 """Mean absolute difference of log-probs, in nats, that rounding to 16 bits usually stays below."""
@@ -132,7 +133,7 @@ def predictions(model: Any, token_ids: Tensor) -> Tensor:
         token_ids: [T] token ids.
     """
     model.eval()
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_of(model)
     base.set_attn_implementation("eager")
     if base._can_set_experts_implementation():
         base.set_experts_implementation("eager")

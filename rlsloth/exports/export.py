@@ -52,7 +52,12 @@ def run_export(cfg: ExportConfig) -> None:
         device=cfg.device,
         trust_remote_code=cfg.trust_remote_code,
     )
-    if source.adapter is None and cfg.to != "gguf":
+    if source.adapter is None and source.run is not None and cfg.to == "adapter":
+        raise UserError(
+            f"{cfg.source} trained the model's own weights, not an adapter; pass --to merged (or "
+            "fp8, w4a16, gguf)"
+        )
+    if source.adapter is None and source.run is None and cfg.to != "gguf":
         raise UserError(
             f"{cfg.source} is neither a run's folder (with config.yaml and adapter/) nor an "
             "adapter's (with adapter_config.json); pass one of these"
@@ -114,7 +119,7 @@ def _serve(source: Source, name: str) -> str:
 
 
 def write_merged(cfg: ExportConfig, source: Source, folder: Path) -> str:
-    """Merge the adapter of ``source``, write the weights to ``folder``, reopen and check them.
+    """Merge what ``source`` trained, write the weights to ``folder``, reopen and check them.
 
     Returns:
         Two sentences for the model card about the merge and its checks.
@@ -122,11 +127,12 @@ def write_merged(cfg: ExportConfig, source: Source, folder: Path) -> str:
     Raises:
         UserError: the adapter cannot be merged, or the check failed.
     """
-    assert source.adapter is not None
     tokenizer = export_tokenizer(source)
     base = source.base if cfg.onto == "trained" else _original(source.base)
     loaded = load_model(base)
-    adapted: Any = load_adapter(loaded.model, source.adapter, base.path, to_train=False)
+    adapted: Any = loaded.model
+    if source.adapter is not None:
+        adapted = load_adapter(loaded.model, source.adapter, base.path, to_train=False)
     context = int(loaded.model.config.get_text_config().max_position_embeddings)
     onto = "original" if cfg.onto == "original" else _held_in(loaded)
     generation = loaded.model.generation_config
@@ -146,10 +152,14 @@ def write_merged(cfg: ExportConfig, source: Source, folder: Path) -> str:
     found = check_merged(
         folder, dtype, sums, ids, wanted, trust_remote_code=source.base.trust_remote_code
     )
+    if source.adapter is None:
+        merged_from, trained = "the run trained the model's own weights", "the trained model"
+    else:
+        merged_from = f"the adapter was added in float32 to the {onto} weights of the base model"
+        trained = "the base model with its adapter"
     return (
-        f"Merged weights in {cfg.dtype}: the adapter was added in float32 to the {onto} weights of "
-        f"the base model. All {found.tensors} tensors were read back unchanged. Over "
-        f"{found.tokens} tokens, log-probs differ from those of the base model with its adapter by "
+        f"Merged weights in {cfg.dtype}: {merged_from}. All {found.tensors} tensors were read back "
+        f"unchanged. Over {found.tokens} tokens, log-probs differ from those of {trained} by "
         f"{found.gap:.2g} nats on average{_hint(found.gap, cfg.dtype)}."
     )
 
@@ -200,7 +210,7 @@ def _gguf(cfg: ExportConfig, source: Source, folder: Path, name: str) -> Card:
         load_llama_cpp()  # fails now, not after minutes of work, if it is not installed
     whole, about = Path(source.base.path).expanduser(), ""
     work = folder / ".merged"
-    if source.adapter is not None:
+    if source.adapter is not None or source.run is not None:
         work.mkdir()
         whole, about = work, write_merged(cfg, source, work) + " "
     elif not (whole / "config.json").is_file():

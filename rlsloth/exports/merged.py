@@ -7,7 +7,6 @@ Merging into 4-bit codes, or rounding twice, would lose updates as small as thos
 
 from __future__ import annotations
 
-import copy
 import hashlib
 from collections import Counter
 from collections.abc import Iterator
@@ -20,7 +19,9 @@ from torch import Tensor
 
 from rlsloth.errors import UserError
 from rlsloth.kernels.nf4.op import Nf4Weight, dequantize
+from rlsloth.policy.layers import base_of
 from rlsloth.policy.lora import TRAINED
+from rlsloth.policy.meta_model import without_weights
 
 SHARD = "5GB"
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16}
@@ -59,7 +60,7 @@ def merge(adapted: Any, dtype: torch.dtype) -> Merged:
     one copy of the model and one matrix in float32. ``adapted`` cannot be used afterwards.
 
     Args:
-        adapted: PEFT's model with the adapter loaded.
+        adapted: PEFT's model with the adapter loaded, or a model without one.
         dtype: type of the merged weights; float32 rounds nothing.
 
     Raises:
@@ -67,13 +68,13 @@ def merge(adapted: Any, dtype: torch.dtype) -> Merged:
             value does not fit ``dtype``.
     """
     _check_kind(adapted)
-    base = adapted.get_base_model()
-    model = _without_weights(base, dtype)
+    base = base_of(adapted)
+    model = without_weights(base, dtype)
     places = [_locate(base, name) for name in model.state_dict()]
     uses = Counter(id(place.value) for place in places)
     if _unties(places):
         model.config.tie_word_embeddings = False
-        model = _without_weights(base, dtype, tie_word_embeddings=False)
+        model = without_weights(base, dtype, tie_word_embeddings=False)
     done: dict[int, Tensor] = {}
     state = {}
     for place in places:
@@ -97,7 +98,7 @@ def _check_kind(adapted: Any) -> None:
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import TrainableTokensWrapper
 
-    for name, module in adapted.get_base_model().named_modules():
+    for name, module in base_of(adapted).named_modules():
         what = ""
         if isinstance(module, TrainableTokensWrapper):
             what = "trains embeddings of single tokens"
@@ -114,33 +115,6 @@ def _check_kind(adapted: Any) -> None:
                 f"the adapter of module {name} {what}, which cannot be merged; export it with "
                 "--to adapter"
             )
-
-
-def _without_weights(base: Any, dtype: torch.dtype, **changes: Any) -> Any:
-    """Build the base model's class on the meta device, configured for unquantised weights.
-
-    Args:
-        base: transformers' model.
-        dtype: type of the weights.
-        changes: configuration keys to set.
-    """
-    from transformers import AutoModelForCausalLM
-
-    config = copy.deepcopy(base.config)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    for key, value in changes.items():
-        setattr(config, key, value)
-    with torch.device("meta"):
-        # Code shipped with the model is allowed here only if it was when the base was loaded.
-        model = AutoModelForCausalLM.from_config(
-            config,
-            dtype=dtype,
-            attn_implementation="eager",
-            trust_remote_code=base.is_remote_code(),
-        )
-    model.generation_config = copy.deepcopy(base.generation_config)
-    return model
 
 
 def _locate(base: Any, name: str) -> _Place:

@@ -127,10 +127,11 @@ def _around(layer: Layer, hidden: int, size: int) -> tuple[float, float]:
     if layer.sandwich:  # two further norms keep their inputs
         kept += 2 * hidden * size
     if not layer.on_kernels:
-        # transformers' norms and PEFT's adapted layers make float32 copies of their inputs.
-        kept += (2 * hidden + layer.adapted_inputs) * (4 if size < 4 else 0)
-        # In float32 there is no copy, but autograd keeps the normed rows before the weight.
-        kept += 2 * hidden * (4 if size == 4 else 0)
+        # PEFT's adapted layers make float32 copies of their inputs.
+        kept += layer.adapted_inputs * (4 if size < 4 else 0)
+    if not (layer.on_kernels or layer.norms_on_kernels):
+        # So do transformers' norms; in float32 autograd keeps the normed rows before the weight.
+        kept += 2 * hidden * 4
     # PEFT's DoRA keeps the base layer's result, and the adapter's in float32.
     kept += layer.dora_outputs * (size + 4)
     return kept, 2 * hidden * size  # the gradients of a layer's output and of a part's input
@@ -178,8 +179,8 @@ def _mlp(layer: Layer, hidden: int, size: int) -> tuple[float, float]:
         return chosen * (4 * width + hidden) * size, chosen * (4 * width + 2 * hidden) * size
     if not layer.on_kernels:
         # The activation and the product keep gate, act(gate) and up. Backward has gradients of
-        # down's input in float32 and in the compute type, and the product's two.
-        return 3 * width * size, width * (2 * size + (4 if size < 4 else 0))
+        # down's input in the compute type, for an adapter in float32, too, and the product's two.
+        return 3 * width * size, width * (2 * size + (4 if size < 4 and layer.rank else 0))
     if layer.fused_mlp:
         # The outputs of lora_linear (gate, up) and of the gated unit, kept by down; 3 gradients.
         return 3 * width * size, 3 * width * size

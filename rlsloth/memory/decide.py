@@ -144,6 +144,11 @@ def _refuse(shape: ModelShape, request: Request, source: Source) -> None:
             f"--model.attention {request.model.attention}: this card has none of it (it needs "
             "compute capability 8.0); pass auto or sdpa"
         )
+    if request.model.precision == "fp16" and shape.whole:
+        raise UserError(
+            "--model.trained: weights do not learn in fp16, and this card has no bf16; pass "
+            "--model.precision fp32, or --model.trained adapter"
+        )
     named, least = request.tokens_per_microbatch, request.least_tokens(shape)
     if named is not None and named < least:
         what, shorter = "the longest example", "--data.max-tokens"

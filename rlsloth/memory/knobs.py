@@ -25,7 +25,7 @@ Knob = Callable[[Planner, ModelShape, Request], Changed | None]
 
 def _four_bits(_planner: Planner, shape: ModelShape, request: Request) -> Changed | None:
     experts = any(weight.group == "experts" for weight in shape.weights)  # NF4 does not take them
-    if experts or precision_of(request.model, shape) == "nf4":
+    if experts or shape.whole or precision_of(request.model, shape) == "nf4":
         return None
     model = request.model.model_copy(update={"precision": "nf4"})
     return "--model.precision nf4", shape, replace(request, model=model)
@@ -60,7 +60,7 @@ def _states(_planner: Planner, shape: ModelShape, request: Request) -> Changed |
 def _layers(planner: Planner, shape: ModelShape, request: Request) -> Changed | None:
     """Stream as many layers as make the run fit; half of them if it fits already."""
     more = [count for count in eighths(shape) if count > request.streamed]
-    if not may_stream(request) or not more:
+    if not may_stream(request) or not more or shape.whole:
         return None
     if planner(shape, request).fits:
         count = next((n for n in more if 2 * n >= len(shape.layers)), more[-1])
@@ -78,7 +78,7 @@ def _micro_batch(_planner: Planner, shape: ModelShape, request: Request) -> Chan
 
 def _rank(_planner: Planner, shape: ModelShape, request: Request) -> Changed | None:
     rank = request.lora.rank // 2
-    if request.model.adapter is not None or not rank:
+    if request.model.adapter is not None or not rank or shape.whole:
         return None
     lora = request.lora.model_copy(update={"rank": rank})
     smaller = with_rank(shape, request.lora.rank, rank)

@@ -16,6 +16,7 @@ from rlsloth.kernels.nf4.ahead import BUFFERS
 from rlsloth.memory.shape import ModelShape, Weight, layer_kinds, remembered
 from rlsloth.memory.streamed import blocks, slot_bytes, streamed_bytes
 from rlsloth.memory.terms import Cache, Phase, Plan, Precision, Term, element_size
+from rlsloth.memory.trained import moved_states, trained_terms
 from rlsloth.memory.update import PlacedKind, held_tensors, placed_kinds, update_terms
 from rlsloth.memory.workload import EngineMemory, Request, Sampling
 from rlsloth.policy.activations.arena import arena_bytes
@@ -187,30 +188,6 @@ def nf4_bytes(count: int) -> int:
     return -(-count // 2) + scales + 4 * -(-scales // 256) + 4 * (16 + 256 + 1)
 
 
-def optimizer_bytes(trained: tuple[int, ...], name: str) -> int:
-    """Return the bytes of the optimizer's states on a GPU.
-
-    AdamW has two float32 moments, and a step count for each tensor. 8-bit AdamW has two bytes for
-    each element and two float32 numbers for each 256; tensors under 4096 elements stay in float32.
-
-    Args:
-        trained: number of elements of each trained tensor.
-        name: ``adamw`` or ``adamw_8bit``.
-    """
-    if name == "adamw":
-        return sum(8 * n + 4 for n in trained)
-    tables = 2 * 256 * 4 if any(n >= 4096 for n in trained) else 0
-    return tables + sum(2 * n + 8 * -(-n // 256) if n >= 4096 else 8 * n for n in trained)
-
-
-def moved_states(shape: ModelShape, request: Request) -> int:
-    """Return the bytes of optimizer states that are in host memory between updates."""
-    if not request.optim.offload:
-        return 0
-    small = 8 if request.optim.name == "adamw" else 2
-    return sum(n * (small if n >= 4096 else 8) for n in shape.trained)
-
-
 @remembered
 def _base(
     shape: ModelShape, precision: Precision, embeddings: bool, streamed: int
@@ -238,24 +215,10 @@ def _base(
     return tuple(Term(name, size, size, loaded=True) for name, size in sizes.items())
 
 
-@remembered
-def _states(shape: ModelShape, name: str) -> int:
-    return optimizer_bytes(shape.trained, name)
-
-
 def _static(shape: ModelShape, request: Request, precision: Precision) -> list[Term]:
     on_gpu = request.model.offload_embeddings is not True
     terms = [*_base(shape, precision, on_gpu, request.streamed)]
-    # PEFT keeps adapters in float32 (policy/lora.py).
-    adapters = 4 * (sum(shape.trained) + shape.reference)
-    terms.append(Term("LoRA: weights, fp32", adapters, adapters, loaded=True))
-    terms.append(Term("LoRA: gradients, fp32", 0, 4 * sum(shape.trained)))
-    name = "adamw_8bit" if request.optim.name == "auto" else request.optim.name
-    moving = moved_states(shape, request)
-    states = _states(shape, name) - moving
-    terms.append(Term(f"LoRA: optimizer states, {name}", states, states))
-    if moving:
-        terms.append(Term("LoRA: optimizer states, in its step", 0, moving, moment=True))
+    terms += trained_terms(shape, request, precision)
     if shape.dora_weights:
         built = 4 * shape.dora_weights
         terms.append(Term("DoRA: weights of the largest layer, fp32", built, built))
@@ -279,7 +242,8 @@ def host_bytes(shape: ModelShape, request: Request, placed: list[PlacedKind]) ->
     table = size * shape.embedding if request.model.offload_embeddings is True else 0
     sizes = blocks(shape, precision, request.streamed)
     streamed = sum(sizes)
-    running = held + table + streamed + moved_states(shape, request)
+    start = size * sum(shape.trained) if shape.whole else 0  # the weights before training
+    running = held + table + streamed + start + moved_states(shape, request)
     if not streamed:
         return running
     # The whole base is loaded to the host before its layers go where they belong, one by one: a

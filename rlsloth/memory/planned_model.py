@@ -32,14 +32,14 @@ def model_shape(model: ModelConfig, lora: LoraConfig, card: Card = UNKNOWN) -> M
     Raises:
         UserError: the configuration cannot be read, or the targets or the adapter do not fit it.
     """
-    from rlsloth.policy.lora import add_adapter
+    from rlsloth.policy.trainable import make_trainable
     from rlsloth.policy.wrap.wrap import wrap
 
     built = read_meta_model(model)
     with torch.device("meta"), warnings.catch_warnings():
         # torch warns for each tensor of a starting adapter that its values are not loaded.
         warnings.filterwarnings("ignore", message=".*meta parameter in the current model")
-        built = add_adapter(built, lora, model)
+        built = make_trainable(built, lora, model)
     if model.fused_kernels:
         wrap(built)
     try:

@@ -14,14 +14,15 @@ from rlsloth.policy.config_values import value_of
 from rlsloth.policy.host_embedding import can_offload
 from rlsloth.policy.layers import decoder_layers
 from rlsloth.policy.support import not_stored_in_nf4, stored_in_nf4
+from rlsloth.policy.whole import WholeModel
 
 SIBLINGS = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
 """Linear layers with a common input: nf4.ahead stacks their adapters, and vLLM fuses them."""
 
 
 def read_shape(model: Any) -> ModelShape:
-    """Read the sizes of PEFT's causal language model, wrapped or not, quantised or not."""
-    base = model.get_base_model()
+    """Read the sizes of a trained model (PEFT's, or a WholeModel), wrapped or not, or quantised."""
+    base, whole = model.get_base_model(), isinstance(model, WholeModel)
     config, decoder = base.config.get_text_config(), base.get_decoder()
     head, embeddings = base.get_output_embeddings(), base.get_input_embeddings()
     table = getattr(embeddings, "base_layer", embeddings)
@@ -32,7 +33,9 @@ def read_shape(model: Any) -> ModelShape:
         for name, p in module.named_parameters(recurse=False):
             if p.requires_grad:
                 trained.append(p.numel())
-            elif ".lora_" in module_name:
+            if p.requires_grad and not whole:
+                continue
+            if ".lora_" in module_name:
                 reference += p.numel()
             elif p is not _weight_of(embeddings) or module is table:
                 group = _group(p, _weight_of(head), _weight_of(embeddings))
@@ -58,7 +61,11 @@ def read_shape(model: Any) -> ModelShape:
         head_rank=_rank(head),
         fused=tuple(fused),
         dora_weights=max(_dora_weights(m) for layer in modules for _, m in _linears(layer)),
-        embedding=_shape_of(_weight_of(embeddings)).numel() if can_offload(base) else 0,
+        embedding=0
+        if whole or not can_offload(base)
+        else _shape_of(_weight_of(embeddings)).numel(),
+        whole=whole,
+        head_trained=whole and _weight_of(head).requires_grad,
         stored_in_nf4=stored_in_nf4(base.config),
     )
 
@@ -202,6 +209,7 @@ def _layer(layer: Any, config: Any, dtype: torch.dtype) -> Layer:
     return Layer(
         on_kernels={"lora_qkv", "lora_o", "rope"} <= kernels
         and ("lora_mlp" in kernels or bool(experts)),
+        norms_on_kernels="rms_norm" in kernels,
         queries=heads * size,
         keys=0 if attention is None else key_heads * size,
         heads=heads,

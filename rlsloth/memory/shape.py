@@ -57,6 +57,8 @@ class Layer:
     """Largest of these rounded ranks."""
     adapted_inputs: int
     """Sum of the adapted layers' input widths, which PEFT's modules copy to float32."""
+    norms_on_kernels: bool = False
+    """Whether the layer's norms run on our kernels, even if its linear layers do not."""
     dora_outputs: int = 0
     """Sum of the output widths of the layers whose adapter is a DoRA."""
 
@@ -108,6 +110,10 @@ class ModelShape:
     """Number of elements, in float32, that PEFT makes for the largest layer with a DoRA."""
     embedding: int = 0
     """Number of elements of an embedding that can be in host memory; 0 if it cannot."""
+    whole: bool = False
+    """Whether the trained tensors are weights of the model itself, which ``weights`` has, too."""
+    head_trained: bool = False
+    """Whether the output head is one of them."""
     stored_in_nf4: bool = False
     """Whether the checkpoint stores its linear layers in NF4, which loading keeps."""
     attention: str = field(default="varlen", compare=False)

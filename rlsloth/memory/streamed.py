@@ -19,7 +19,7 @@ def layer_counts(shape: ModelShape, request: Request) -> tuple[int, ...]:
     """List the allowed values of ``model.offload_layers``, the fastest one first."""
     if request.model.offload_layers != "auto":
         return (request.model.offload_layers,)
-    return eighths(shape) if may_stream(request) else (0,)
+    return eighths(shape) if may_stream(request) and not shape.whole else (0,)
 
 
 def may_stream(request: Request) -> bool:

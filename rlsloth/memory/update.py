@@ -63,7 +63,8 @@ def update_terms(
         # The kernels' padded copies of adapters (kernels/lora: autograd.Adapters, mlp.Parts).
         rank = request.lora.rank
         padded = (rank + -rank % ALIGNMENT) / rank * number / len(shape.layers)
-        whole += int(size * sum(shape.trained) * padded) if shape.layers[0].on_kernels else 0
+        adapted = shape.layers[0].on_kernels and not shape.whole
+        whole += int(size * sum(shape.trained) * padded) if adapted else 0
         work = max(m.at_work(tokens) - tokens * m.kept for m, _ in kept)
         name = f"activations: layers kept ({number}), and one's backward (estimate)"
         terms.append(Term(name, 0, whole + int(work), moment=True))
@@ -116,6 +117,8 @@ def head_bytes(shape: ModelShape, tokens: int, precision: Precision) -> int:
     # A chunk has odds in the compute type, or float32 logits and odds; their product with the head
     # in float32; and the normed rows.
     chunk = rows * (shape.vocabulary * (size if fused else 8) + shape.hidden * (4 + size))
+    if shape.head_trained:  # its gradient is added up in float32, then rounded (linear_logprob)
+        hidden += (4 + size) * shape.vocabulary * shape.hidden
     if shape.head_rank:
         # An adapted head is copied together with its adapter, and so are the hidden states.
         copied = (shape.vocabulary + tokens) * (shape.hidden + shape.head_rank) * size

@@ -1,10 +1,15 @@
-"""The decoder layers of a transformers model."""
+"""Parts of a transformers model."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from torch import nn
+
+
+def base_of(model: Any) -> Any:
+    """Return transformers' model, of itself or of what trains it: PEFT's model or WholeModel."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def decoder_layers(decoder: nn.Module) -> list[Any]:

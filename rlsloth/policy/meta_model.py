@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -22,4 +23,31 @@ def build_meta_model(config: Any, trust_remote_code: bool = False) -> Any:
             trust_remote_code=trust_remote_code,
         )
     model.requires_grad_(False)
+    return model
+
+
+def without_weights(base: Any, dtype: torch.dtype, **changes: Any) -> Any:
+    """Build the base model's class on the meta device, configured for unquantised weights.
+
+    Args:
+        base: transformers' model.
+        dtype: type of the weights.
+        changes: configuration keys to set.
+    """
+    from transformers import AutoModelForCausalLM
+
+    config = copy.deepcopy(base.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    for key, value in changes.items():
+        setattr(config, key, value)
+    with torch.device("meta"):
+        # Code shipped with the model is allowed here only if it was when the base was loaded.
+        model = AutoModelForCausalLM.from_config(
+            config,
+            dtype=dtype,
+            attn_implementation="eager",
+            trust_remote_code=base.is_remote_code(),
+        )
+    model.generation_config = copy.deepcopy(base.generation_config)
     return model

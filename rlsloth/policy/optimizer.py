@@ -1,9 +1,9 @@
-"""The adapter's optimizer and learning-rate schedule."""
+"""The optimizer of what is trained, and its learning-rate schedule."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +13,9 @@ from torch.nn import Parameter
 from rlsloth.config import OptimConfig
 from rlsloth.errors import UserError
 from rlsloth.files import flatten
+from rlsloth.policy.adamw_8bit import adamw_8bit
 from rlsloth.policy.host_states import HostStates
+from rlsloth.policy.rounding import RoundedAdamW, adamw_state
 
 
 def make_optimizer(
@@ -39,10 +41,13 @@ def make_optimizer(
         "eps": 1e-8,
     }
     optimizer: torch.optim.Optimizer
+    weights = list(parameters)
     if name == "adamw_8bit":
-        optimizer = _adamw_8bit()(list(parameters), **options)
+        optimizer = adamw_8bit()(weights, **options)
+    elif any(weight.dtype == torch.bfloat16 for weight in weights):
+        optimizer = RoundedAdamW(weights, **options)
     else:
-        optimizer = torch.optim.AdamW(list(parameters), **options)
+        optimizer = torch.optim.AdamW(weights, **options)
     if cfg.offload:
         optimizer.host_states = HostStates(optimizer, device)  # type: ignore[attr-defined]
     schedule = "constant_with_warmup" if cfg.schedule == "constant" else cfg.schedule
@@ -56,63 +61,6 @@ def make_optimizer(
         )
         resume_schedule(scheduler, 0)
     return optimizer, scheduler
-
-
-@cache
-def _adamw_8bit() -> Any:
-    from bitsandbytes.functional import optimizer_update_8bit_blockwise
-    from bitsandbytes.optim import AdamW8bit
-
-    class QueuedAdamW8bit(AdamW8bit):  # type: ignore[misc]
-        """AdamW with states in 8 bits (Dettmers et al. 2022), without waiting for the GPU.
-
-        bitsandbytes 0.50 waits after each weight, and reads its options again for each one; an
-        adapter has hundreds, whose updates take the GPU 7 us each.
-        """
-
-        def begin(self) -> None:
-            """Move states of a checkpoint to their weights' device, before the first step."""
-            if not self.initialized:
-                self.to_gpu()
-                self.initialized: bool = True
-
-        @torch.no_grad()
-        def step(self, closure: None = None) -> None:
-            assert closure is None
-            self.begin()
-            for g, group in enumerate(self.param_groups):
-                for i, weight in enumerate(group["params"]):
-                    if weight.grad is None:
-                        continue
-                    if not (state := self.state[weight]):
-                        self.init_state(group, weight, g, i)
-                    if state["state1"].dtype == torch.uint8 and weight.grad.is_contiguous():
-                        state["step"] += 1
-                        self._update(group, weight, state)
-                    else:
-                        self.update_step(group, weight, g, i)
-
-        def _update(self, group: dict[str, Any], weight: Parameter, state: dict[str, Any]) -> None:
-            optimizer_update_8bit_blockwise(
-                self.optimizer_name,
-                weight.grad,
-                weight,
-                state["state1"],
-                state["state2"],
-                *group["betas"],
-                0.0,  # the third beta and alpha belong to AdEMAMix
-                0.0,
-                group["eps"],
-                state["step"],
-                group["lr"],
-                state["qmap1"],
-                state["qmap2"],
-                state["absmax1"],
-                state["absmax2"],
-                group["weight_decay"],
-            )
-
-    return QueuedAdamW8bit
 
 
 def _warmed_up(after: Callable[[int], float], warmup_steps: int, update: int) -> float:
@@ -141,7 +89,7 @@ def reserve(optimizer: torch.optim.Optimizer) -> None:
                 continue
             try:
                 if plain:
-                    optimizer.state[weight] = _adamw_state(weight)
+                    optimizer.state[weight] = adamw_state(weight)
                 else:
                     optimizer.init_state(group, weight, g, i)  # type: ignore[attr-defined]
             except torch.OutOfMemoryError:
@@ -149,7 +97,7 @@ def reserve(optimizer: torch.optim.Optimizer) -> None:
                 raise
     if (host := _host_states(optimizer)) is not None:
         host.fetch()
-    for group in optimizer.param_groups if plain else ():
+    for group in optimizer.param_groups if type(optimizer) is torch.optim.AdamW else ():
         held = [torch.empty_like(w) for w in group["params"] if w.device.type == "cuda"]
         del held
 
@@ -162,12 +110,6 @@ def park(optimizer: torch.optim.Optimizer) -> None:
 
 def _host_states(optimizer: torch.optim.Optimizer) -> HostStates | None:
     return getattr(optimizer, "host_states", None)
-
-
-def _adamw_state(weight: Parameter) -> dict[str, Tensor]:
-    """Make the state with which torch's AdamW begins."""
-    moments = {name: torch.zeros_like(weight) for name in ("exp_avg", "exp_avg_sq")}
-    return {"step": torch.tensor(0.0), **moments}
 
 
 def flatten_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:

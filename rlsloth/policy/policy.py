@@ -1,4 +1,4 @@
-"""The trained model: a frozen base model with a LoRA, which scores packed micro-batches."""
+"""The trained model, a frozen base with a LoRA or its own weights, which scores micro-batches."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from rlsloth.config import LoraConfig, ModelConfig, OptimConfig
 from rlsloth.kernels.linear_logprob.op import linear_logprob
 from rlsloth.policy.activations.layers import Recomputed
 from rlsloth.policy.activations.placement import Placements, uniform
 from rlsloth.policy.attention.backends import choose_backend
-from rlsloth.policy.attention.interface import NAME
 from rlsloth.policy.attention.layout import PackedLayout
 from rlsloth.policy.head import HeadAdapter, before_final_norm, logit_transform
 from rlsloth.policy.host_embedding import offload_embeddings
 from rlsloth.policy.layers import decoder_layers
 from rlsloth.policy.load import LoadedModel, load_model
-from rlsloth.policy.lora import REFERENCE, TRAINED, add_adapter
+from rlsloth.policy.lora import REFERENCE, TRAINED
 from rlsloth.policy.loss_scale import LossScale
 from rlsloth.policy.optimizer import (
     flatten_state,
@@ -32,12 +32,13 @@ from rlsloth.policy.optimizer import (
     resume_schedule,
 )
 from rlsloth.policy.tokenizer import context_of
-from rlsloth.policy.wrap.wrap import unwrapped, wrap
+from rlsloth.policy.trainable import make_trainable
+from rlsloth.policy.wrap.wrap import wrap
 from rlsloth.records import MicroBatch, StepStats, TokenLogprobs, Weights
 
 
 class Policy:
-    """A causal language model with a trainable LoRA, its optimizer and its version.
+    """A causal language model that learns by a LoRA or by weights of its own, and its optimizer.
 
     ``version`` counts the optimizer updates that were made; every sampled token records it.
     """
@@ -63,7 +64,8 @@ class Policy:
             loaded.model.config.get_text_config(),
             loaded.model.num_parameters(),
         )
-        self.model = add_adapter(loaded.model, lora, model)
+        self.model = make_trainable(loaded.model, lora, model)
+        self._whole = not model.trains_adapter
         self._fresh = model.adapter is None
         self.wrapped = wrap(self.model) if model.fused_kernels else None
         base = self.model.get_base_model()
@@ -85,7 +87,9 @@ class Policy:
         self._recomputed: Recomputed | None = None
         self._layers = decoder_layers(self._decoder)
         self.place(placements or uniform(model.gradient_checkpointing, len(self._layers)))
-        self._trained = [p for p in self.model.parameters() if p.requires_grad]
+        named = (base if self._whole else self.model).named_parameters()
+        self.trained: dict[str, Parameter] = {n: p for n, p in named if p.requires_grad}
+        self._trained = list(self.trained.values())
         self.optimizer, self.scheduler = make_optimizer(
             self._trained, optim, self.device, total_updates
         )
@@ -198,28 +202,6 @@ class Policy:
         finally:
             self.model.set_adapter(TRAINED)
 
-    @torch.no_grad()
-    def plain_logprobs(self, prompt_ids: list[int], token_ids: list[int]) -> Tensor:
-        """Score one completion with transformers' own modules, to compare ours with.
-
-        Returns:
-            [len(token_ids)] log-probs in nats at the sampling temperature, on the CPU.
-        """
-        self.model.eval()
-        base = self.model.get_base_model()
-        experts = getattr(base.config, "_experts_implementation", None)
-        try:
-            base.set_attn_implementation("eager")
-            base.set_experts_implementation("eager")
-            ids = torch.tensor([prompt_ids + token_ids], device=self.device)
-            with unwrapped(self.model):
-                logits = self.model(input_ids=ids, use_cache=False).logits[0].float().cpu()
-        finally:
-            base.set_attn_implementation(NAME)
-            base.set_experts_implementation(experts)
-        logprobs: Tensor = (logits[len(prompt_ids) - 1 : -1] / self.temperature).log_softmax(-1)
-        return logprobs.gather(-1, torch.tensor(token_ids)[:, None])[:, 0]
-
     def base_model(self) -> AbstractContextManager[None]:
         """Use the base model without any adapter."""
         return self.model.disable_adapter()  # type: ignore[no-any-return]
@@ -267,9 +249,16 @@ class Policy:
         return float(self.scheduler.get_last_lr()[0])
 
     def weights(self) -> Weights:
-        """Return the trained weights (live tensors, not copies) with the current version."""
-        named = self.model.named_parameters()
-        return Weights(self.version, "adapter", {n: p for n, p in named if p.requires_grad})
+        """Return the weights for a rollout engine (live, not copies) with the current version."""
+        if not self._whole:
+            return Weights(self.version, "adapter", self.trained)
+        named = self.model.get_base_model().named_parameters()
+        return Weights(self.version, "all", dict(named))
+
+    @property
+    def _stem(self) -> str:
+        """Name of the trained weights' file in a checkpoint."""
+        return "weights" if self._whole else "adapter"
 
     def state(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
         """Return the state that a checkpoint stores.
@@ -279,21 +268,20 @@ class Policy:
             values for JSON.
         """
         tensors, scalars = flatten_state(self.optimizer)
-        weights = {n: p.detach() for n, p in self.weights().tensors.items()}
+        weights = {n: p.detach() for n, p in self.trained.items()}
         json = {
             "version": self.version,
             "optimizer": scalars,
             "planned_updates": self.scheduler.last_epoch,
             "loss_scale": self.loss_scale.state(),
         }
-        return {"adapter": weights, "optimizer": tensors}, json
+        return {self._stem: weights, "optimizer": tensors}, json
 
     def restore(self, tensors: Mapping[str, Mapping[str, Tensor]], json: Mapping[str, Any]) -> None:
         """Load the result of ``state`` into a policy with the same configuration."""
-        live = self.weights().tensors
         with torch.no_grad():
-            for name, value in tensors["adapter"].items():
-                live[name].copy_(value)
+            for name, value in tensors[self._stem].items():
+                self.trained[name].copy_(value)
         restore_state(self.optimizer, tensors["optimizer"], json["optimizer"])
         self.loss_scale.restore(json.get("loss_scale", {}))
         self.version = int(json["version"])

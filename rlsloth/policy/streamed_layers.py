@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from rlsloth.errors import UserError
 from rlsloth.policy.activations.passes import current_pass
-from rlsloth.policy.layers import decoder_layers
+from rlsloth.policy.layers import base_of, decoder_layers
 from rlsloth.policy.page_lock import host_block, lock, unlock
 
 SLOTS = 2
@@ -117,7 +117,7 @@ class StreamedLayers:
 
 def streamed_layers(model: Any) -> int:
     """Return the number of a model's layers in host memory; PEFT's model or transformers' own."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_of(model)
     return len(getattr(base, STREAMED, ()))
 
 

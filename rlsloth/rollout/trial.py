@@ -15,6 +15,7 @@ from torch import Tensor
 from rlsloth.data.packing import pack, to_device
 from rlsloth.errors import UserError, first_line
 from rlsloth.policy.device import wider_than_half
+from rlsloth.policy.plain_logprobs import plain_logprobs
 from rlsloth.policy.policy import Policy
 from rlsloth.policy.wrap.wrap import forget
 from rlsloth.records import Completion, Group, MicroBatch, Prompt, Rollout, SamplingParams
@@ -66,7 +67,7 @@ def probe_packing(policy: Policy, group: Group) -> None:
     rollouts = [Completion(ids, [0.0] * len(ids), "length", 0) for ids in answers]
     with _refusing(policy):
         packed = policy.eval_logprobs(_packed(policy, prompt, rollouts)).cpu()
-        own = torch.cat([policy.plain_logprobs(prompt, ids) for ids in answers])
+        own = torch.cat([plain_logprobs(policy, prompt, ids) for ids in answers])
     _refuse_non_finite(policy, own)
     limit = TOLERANCE.get(policy.dtype, TOLERANCE_16_BITS)
     _compare(f"packed training of {_name(policy)}", packed, own, limit)
@@ -87,12 +88,12 @@ def probe(policy: Policy, engine: Engine, *, kv_cache: str = "auto") -> None:
     name = _name(policy)
     prompt, *answers = _random_tokens(policy)
     with _refusing(policy):  # before the engine, whose message would name another cause
-        _refuse_non_finite(policy, policy.plain_logprobs(prompt, answers[0]))
+        _refuse_non_finite(policy, plain_logprobs(policy, prompt, answers[0]))
     sampling = SamplingParams(SAMPLED_TOKENS, temperature=policy.temperature)
     with _refusing(policy):
         completions = engine.generate([prompt], 2, sampling)[0]
         packed = policy.eval_logprobs(_packed(policy, prompt, completions)).cpu()
-        own = torch.cat([policy.plain_logprobs(prompt, c.token_ids) for c in completions])
+        own = torch.cat([plain_logprobs(policy, prompt, c.token_ids) for c in completions])
     _refuse_non_finite(policy, own)
     sampled = torch.tensor([x for c in completions for x in c.logprobs])
     limit = TOLERANCE.get(policy.dtype, TOLERANCE_16_BITS)
@@ -145,8 +146,9 @@ def _name(policy: Policy) -> str:
 def _refuse_non_finite(policy: Policy, own: Tensor) -> None:
     if bool(own.isfinite().all()):
         return
-    adapter = policy.weights().tensors.values()
-    if not all(bool(weight.isfinite().all()) for weight in adapter):
+    adapter = policy.weights()
+    finite = all(bool(weight.isfinite().all()) for weight in adapter.tensors.values())
+    if adapter.kind == "adapter" and not finite:
         cause = "the adapter is damaged; pass another --model.adapter"
     elif policy.dtype == torch.float16:
         wider = wider_than_half(policy.device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 from rlsloth.config import EnvConfig, ModelConfig
 from rlsloth.data.reading import Reading
@@ -56,8 +57,15 @@ def describe_sampling(run: Run, problems: Problems, policy: Policy) -> None:
     )
 
 
-def describe_evaluated(model: ModelConfig) -> str:
-    """Say in one line what an evaluation measures."""
+def describe_evaluated(model: ModelConfig, whole: Path | None = None) -> str:
+    """Say in one line what an evaluation measures.
+
+    Args:
+        model: the model's configuration.
+        whole: folder of the model that a run trained, if it trained the model's own weights.
+    """
+    if whole is not None:
+        return f"evaluation of {model.path}: base model, and trained model {whole}"
     if model.adapter is None:
         return f"evaluation of {model.path}: base model, no adapter"
     return f"evaluation of {model.path}: base model, and adapter {model.adapter}"

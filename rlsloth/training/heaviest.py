@@ -108,7 +108,7 @@ def _too_long(heaviest: Heaviest, budget: Budget) -> str:
 
 def _forward_and_backward(policy: Policy, batch: PackedBatch) -> None:
     """Compute gradients with gradients and states allocated, as an update's last micro-batch."""
-    for weight in policy.weights().tensors.values():
+    for weight in policy.trained.values():
         weight.grad = torch.zeros_like(weight)
     reserve(policy.optimizer)
     park(policy.optimizer)

@@ -44,7 +44,6 @@ from rlsloth.run.run import Run
 from rlsloth.training import contents
 from rlsloth.training.collector import open_collector, open_evaluator
 from rlsloth.training.data_lines import (
-    describe_evaluated,
     describe_sampling,
     fitting_problems,
     say_of_prompts,
@@ -71,17 +70,17 @@ Supervised = TypeVar("Supervised", bound=SupervisedConfig)
 
 
 def open_grpo(
-    cfg: GrpoConfig, stack: ExitStack, *, trains: bool = True
+    cfg: GrpoConfig, stack: ExitStack, *, evaluated: str | None = None
 ) -> Session[GrpoConfig, Prompt]:
-    """Open a session that trains on its own samples; ``trains`` false: only to evaluate.
+    """Open a session that trains on its own samples.
+
+    ``evaluated`` is the line that says what is evaluated, if nothing is trained.
 
     Raises:
         UserError: bad input.
     """
-    started = time.monotonic()
-    problems, run = _start_sampling(cfg, stack)
-    if not trains:
-        run.say(describe_evaluated(cfg.model))
+    started, trains = time.monotonic(), evaluated is None
+    problems, run = _start_sampling(cfg, stack, evaluated)
     env = problems.env
     named = cfg.tokens_per_microbatch
     if trains:
@@ -230,7 +229,9 @@ def open_teacher(
     return run, policy, collector
 
 
-def _start_sampling(cfg: GrpoConfig | TeacherConfig, stack: ExitStack) -> tuple[Problems, Run]:
+def _start_sampling(
+    cfg: GrpoConfig | TeacherConfig, stack: ExitStack, evaluated: str | None = None
+) -> tuple[Problems, Run]:
     """Open the problems while libraries are imported, then start the run. Raises UserError."""
     engine = _choose_engine(cfg)
     sampler = partial(import_sampler, engine.kind, cfg.model, cfg.rollout)
@@ -244,6 +245,8 @@ def _start_sampling(cfg: GrpoConfig | TeacherConfig, stack: ExitStack) -> tuple[
     env = problems.env
     if text := overlap_warning(questions_of(env.train), questions_of(env.heldout)):
         run.warn(text)
+    if evaluated is not None:
+        run.say(evaluated)
     return problems, run
 
 

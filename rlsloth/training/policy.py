@@ -55,12 +55,29 @@ def open_policy(
     )
     if policy.wrapped is not None:
         run.say(policy.wrapped.line())
+    if not cfg.model.trains_adapter:
+        _say_of_whole(cfg, run, policy)
     if dora := dora_setting(cfg.lora, cfg.model):
         run.say(
             f"{dora}: adapted layers run on PEFT's own modules, not on the fused kernels; each "
             "forward builds their weights in float32, which takes time and memory"
         )
     return policy
+
+
+def _say_of_whole(cfg: TrainingConfig, run: Run, policy: Policy) -> None:
+    """Say how many weights learn, and warn of a learning rate that is an adapter's."""
+    trained = sum(p.numel() for p in policy.trained.values())
+    whole = sum(p.numel() for p in policy.model.parameters())
+    run.say(
+        f"--model.trained {' '.join(cfg.model.trained)}: {trained:,} of {whole:,} weights learn"
+    )
+    usual = float(type(cfg.optim)().lr)
+    if cfg.optim.lr >= usual:
+        run.warn(
+            f"--optim.lr {cfg.optim.lr:g} is for an adapter: a model's own weights need about a "
+            f"tenth, such as {usual / 10:g}"
+        )
 
 
 def write_plan(run: Run, tokens_per_microbatch: int, policy: Policy, engine: Engine | None) -> None:

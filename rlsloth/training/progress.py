@@ -23,6 +23,9 @@ Contents = dict[str, str]
 """Name of an input, such as ``held-out prompts`` -> digest of its contents."""
 
 
+CONTINUES = " (--model.adapter continues this run's adapter)"
+
+
 @dataclass(slots=True)
 class Progress:
     """Progress of a run."""
@@ -46,14 +49,15 @@ def refuse_changes(run: Run, data: str) -> None:
         run: the run, which knows its changed settings.
         data: prefix of the data's settings, ``env.`` or ``data.``.
     """
-    fixed = ("seed", "model.path", "model.revision", "model.adapter", "lora.", "optim.name", data)
+    model = ("path", "revision", "trained", "adapter")
+    fixed = ("seed", *(f"model.{key}" for key in model), "lora.", "optim.name", data)
     for key, (old, new) in run.changes.items():
         # What auto was is in the checkpoint's states, which the optimizer checks (optimizer.py).
         settles = key == "optim.name" and "auto" in (old, new)
         if key.startswith(fixed) and key != "data.cache" and not settles:
             raise UserError(
                 f"cannot resume {run.dir}: {key} is now {new}, but the run began with {old}; set "
-                "it back, or start another run (--model.adapter continues this run's adapter)"
+                f"it back, or start another run{'' if key == 'model.trained' else CONTINUES}"
             )
 
 

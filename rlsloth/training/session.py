@@ -23,8 +23,8 @@ from rlsloth.evaluation.result import EvalResult, result_summary
 from rlsloth.memory.out_of_memory import advise, again
 from rlsloth.policy.activations.placement import Placements
 from rlsloth.policy.device import wider_than_half
-from rlsloth.policy.lora import save_adapter
 from rlsloth.policy.policy import Policy
+from rlsloth.policy.trainable import save_trained
 from rlsloth.records import PackedBatch, StepStats
 from rlsloth.run.run import Run
 from rlsloth.seeding import derive_seed
@@ -268,9 +268,9 @@ class Session(Generic[Config, Item]):
         return loss, result
 
     def finish(self) -> Path:
-        """Write the adapter, evaluate, and write the summary. Returns the run folder."""
+        """Write what was trained, evaluate, and write the summary. Returns the run folder."""
         cfg, run = self.cfg, self.run
-        save_adapter(self.policy.model, run.dir / "adapter")
+        save_trained(self.policy.model, self.policy.tokenizer, run.dir)
         loss, result = self.evaluate(cfg.steps) if cfg.eval.at_end else (None, None)
         losses = {"eval_loss_before": self.progress.loss_before, "eval_loss_after": loss}
         summary: dict[str, Any] = {k: v for k, v in losses.items() if v is not None}

@@ -22,10 +22,9 @@ from rlsloth.policy.identity import (
     read_identity,
     refuse_other_base,
 )
+from rlsloth.policy.trainable import ADAPTER, MODEL
 from rlsloth.run.folder import CONFIG
 
-ADAPTER = "adapter"
-"""Folder of a run that holds what it trained."""
 PEFT_CONFIG = "adapter_config.json"
 PROMPTING = ("chat_template_kwargs", "system_prompt")
 """Settings of a run that shape its prompts, and so must be used wherever the model is served."""
@@ -36,7 +35,7 @@ class Source:
     """The parts of a trained model."""
 
     base: ModelConfig
-    """The base model as in training; the whole model if there is no adapter."""
+    """The base model as in training; if there is no adapter, the whole model, trained or not."""
     adapter: Path | None = None
     """PEFT's folder."""
     run: Path | None = None
@@ -71,14 +70,18 @@ def find_source(
         trust_remote_code: whether a model may run code of its own.
 
     Raises:
-        UserError: the run has no adapter yet, or the adapter's base model is missing or a
+        UserError: the run has trained nothing yet, or the adapter's base model is missing or a
             different one.
     """
     folder = Path(path).expanduser()
+    options = {"device": device, "trust_remote_code": trust_remote_code}
     run, adapter = None, None
     if (folder / "student" / CONFIG).is_file():
         raise UserError(f"{folder} is the folder of a distillation; pass {folder / 'student'}")
     if (folder / CONFIG).is_file():
+        if (folder / MODEL / "config.json").is_file():
+            whole = ModelConfig(path=str(folder / MODEL), precision=precision or "auto", **options)
+            return Source(whole, run=folder, prompts=prompting(read_config(folder)))
         run, adapter = folder, folder / ADAPTER
         if not (adapter / PEFT_CONFIG).is_file():
             raise UserError(f"{folder} has no adapter yet; finish the run with --run.resume")
@@ -86,7 +89,6 @@ def find_source(
         adapter = folder
         if folder.name == ADAPTER and (folder.parent / CONFIG).is_file():
             run = folder.parent
-    options = {"device": device, "trust_remote_code": trust_remote_code}
     if adapter is None:
         model = ModelConfig(path=path, precision=precision or "auto", **options)
         place = folder.parent if gguf_file(path) is not None else folder
@@ -94,11 +96,7 @@ def find_source(
     if any((adapter / name).is_file() for name in (WEIGHTS, INDEX)):
         refuse_adapter(adapter)
     identity = read_identity(adapter)
-    named = _named_base(adapter, run, identity)
-    if named["path"] is None and base is None:
-        raise UserError(f"adapter {adapter} names no base model; pass --base MODEL")
-    if base is not None:
-        named |= {"path": base, "revision": None}
+    named = _named_base(adapter, run, identity, base)
     if precision is not None:
         named["precision"] = precision
     else:
@@ -115,11 +113,23 @@ def find_source(
     return Source(model, adapter, run, identity, prompts)
 
 
-def _named_base(adapter: Path, run: Path | None, identity: Identity | None) -> dict[str, Any]:
-    """Return the base model's path, revision and precision.
+def _named_base(
+    adapter: Path, run: Path | None, identity: Identity | None, base: str | None
+) -> dict[str, Any]:
+    """Return the base model's path, revision and precision; ``base`` is a path to use instead.
 
     They are read from the adapter's identity, else from the run's configuration, else from PEFT's.
+
+    Raises:
+        UserError: the adapter names no base model.
     """
+    named = _recorded_base(adapter, run, identity)
+    if named["path"] is None and base is None:
+        raise UserError(f"adapter {adapter} names no base model; pass --base MODEL")
+    return named if base is None else named | {"path": base, "revision": None}
+
+
+def _recorded_base(adapter: Path, run: Path | None, identity: Identity | None) -> dict[str, Any]:
     if identity is not None:
         return {key: getattr(identity, key) for key in ("path", "revision", "precision")}
     if run is not None:

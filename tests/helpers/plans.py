@@ -11,6 +11,8 @@ from helpers.families import FAMILIES, family_model
 from helpers.tiny import tiny_llama, tiny_tokenizer
 from rlsloth.cli import main as cli
 from rlsloth.config import LoraConfig, ModelConfig, OptimConfig
+from rlsloth.memory.activations import Stream, layer_memory
+from rlsloth.memory.read_shape import read_shape
 from rlsloth.memory.terms import Plan
 from rlsloth.policy.load import LoadedModel
 from rlsloth.policy.policy import Policy
@@ -61,3 +63,14 @@ def run(folder: Path, *more: str) -> int:
 def lasting(plan: Plan) -> int:
     """Bytes of rollouts that are needed for more than a moment."""
     return sum(term.rollout for term in plan.terms if not term.moment)
+
+
+def bytes_a_token(policy: Policy, checkpointing: bool) -> float:
+    """Estimate the bytes that a token adds to the peak."""
+    shape, size = read_shape(policy.model), policy.dtype.itemsize
+    layers = [layer_memory(x, shape.hidden, size, Stream(40, 40, 3)) for x in shape.layers]
+    inputs = len(layers) * shape.hidden * size
+    if checkpointing:
+        return inputs + max(each for x in layers for each, _ in x.moments)
+    kept = inputs + sum(x.kept for x in layers)
+    return kept + max(each - x.kept for x in layers for each, _ in x.moments)

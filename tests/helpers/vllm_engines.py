@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from rlsloth.policy.plain_logprobs import plain_logprobs
 from rlsloth.policy.policy import Policy
 from rlsloth.records import Completion
 from rlsloth.rollout.vllm.engine import VllmEngine
@@ -51,7 +52,7 @@ def gap(
 ) -> torch.Tensor:
     """Each token's |difference of log-probs| from the trainer's now, by transformers' modules."""
     want = [
-        policy.plain_logprobs(prefix, c.token_ids)
+        plain_logprobs(policy, prefix, c.token_ids)
         for prefix, group in zip(prefixes, completions, strict=True)
         for c in group
     ]

@@ -28,6 +28,7 @@ from rlsloth.losses.preference.methods import (
 )
 from rlsloth.losses.preference.orpo import orpo_loss
 from rlsloth.losses.preference.simpo import simpo_loss
+from rlsloth.policy.plain_logprobs import plain_logprobs
 from rlsloth.records import MicroBatch
 
 
@@ -56,7 +57,7 @@ def test_pairs_and_prompts_carry_the_stock_models_logprobs() -> None:
         assert float(logps.rejected_tokens[p]) == len(rejected)
         assert float(logps.reference_chosen[p]) == pytest.approx(float(base.sum()), abs=1e-4)
         assert float(logps.prompt_tokens[p]) == len(rest)
-        prompt = float(policy.plain_logprobs(first, rest).sum()) if rest else 0.0
+        prompt = float(plain_logprobs(policy, first, rest).sum()) if rest else 0.0
         assert float(logps.prompt[p]) == pytest.approx(prompt, abs=1e-4)
     assert 0 in lengths
     counts = normalizer(groups, nll_prompt=True)

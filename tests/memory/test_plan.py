@@ -10,21 +10,19 @@ import torch
 
 from helpers.allocations import stand_in, stream, update_peak
 from helpers.families import FAMILIES, family_model
-from helpers.plans import EXPERTS, make_policy
+from helpers.plans import EXPERTS, bytes_a_token, make_policy
 from helpers.tiny import tiny_llama
 from rlsloth.config import GrpoConfig, LoraConfig, ModelConfig, OptimConfig
 from rlsloth.kernels.measure import _peak_bytes_cpu
-from rlsloth.memory.activations import Stream, layer_memory
 from rlsloth.memory.plan import (
     ACTIVATION_TOLERANCE,
     make_plan,
-    moved_states,
-    optimizer_bytes,
     weight_bytes,
 )
 from rlsloth.memory.planned_model import model_shape
 from rlsloth.memory.read_shape import read_shape
 from rlsloth.memory.terms import GIB
+from rlsloth.memory.trained import moved_states, optimizer_bytes
 from rlsloth.memory.workload import Request, Sampling
 from rlsloth.policy.attention import layout as packed_layout
 from rlsloth.policy.load import load_model
@@ -189,7 +187,7 @@ def test_activations_follow_the_measured_peak(family, checkpointing, monkeypatch
     small, large = (update_peak(policy, micro) for micro in micros)
     tokens = [len(micro.token_ids) for micro in micros]
     measured = (large - small) / (tokens[1] - tokens[0])
-    assert estimate(policy, checkpointing) == pytest.approx(measured, rel=ACTIVATION_TOLERANCE)
+    assert bytes_a_token(policy, checkpointing) == pytest.approx(measured, rel=ACTIVATION_TOLERANCE)
 
 
 @pytest.mark.parametrize("family", ["granite", "cohere"])
@@ -200,7 +198,7 @@ def test_activations_of_transformers_own_modules_in_bf16(family, monkeypatch):
     micros = [stream(trees, 40, 40, 3) for trees in (4, 8)]
     small, large = (update_peak(policy, micro) for micro in micros)
     measured = (large - small) / (len(micros[1].token_ids) - len(micros[0].token_ids))
-    assert estimate(policy, True) == pytest.approx(measured, rel=ACTIVATION_TOLERANCE)
+    assert bytes_a_token(policy, True) == pytest.approx(measured, rel=ACTIVATION_TOLERANCE)
 
 
 @pytest.mark.parametrize("checkpointing", [True, False])
@@ -214,7 +212,7 @@ def test_activations_with_dora(family, dtype, checkpointing, monkeypatch):
     small, large = (update_peak(policy, micro) for micro in micros)
     tokens = [len(micro.token_ids) for micro in micros]
     measured = (large - small) / (tokens[1] - tokens[0])
-    assert estimate(policy, checkpointing) == pytest.approx(measured, rel=ACTIVATION_TOLERANCE)
+    assert bytes_a_token(policy, checkpointing) == pytest.approx(measured, rel=ACTIVATION_TOLERANCE)
 
 
 def test_weights_that_dora_builds():
@@ -228,17 +226,6 @@ def test_weights_that_dora_builds():
         peaks.append(_peak_bytes_cpu(partial(layer, x)))
     want = 4 * read_shape(policy.model).dora_weights
     assert max(peaks) == pytest.approx(want, rel=ACTIVATION_TOLERANCE)
-
-
-def estimate(policy: Policy, checkpointing: bool) -> float:
-    """Measure the bytes that a token adds to the peak."""
-    shape, size = read_shape(policy.model), policy.dtype.itemsize
-    layers = [layer_memory(x, shape.hidden, size, Stream(40, 40, 3)) for x in shape.layers]
-    inputs = len(layers) * shape.hidden * size
-    if checkpointing:
-        return inputs + max(each for x in layers for each, _ in x.moments)
-    kept = inputs + sum(x.kept for x in layers)
-    return kept + max(each - x.kept for x in layers for each, _ in x.moments)
 
 
 def test_memory_grows_with_what_the_settings_say():

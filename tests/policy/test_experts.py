@@ -19,6 +19,7 @@ from rlsloth.config import LoraConfig, ModelConfig
 from rlsloth.errors import UserError
 from rlsloth.policy.attention import interface as attention
 from rlsloth.policy.lora import REFERENCE, TRAINED, add_adapter, save_adapter
+from rlsloth.policy.plain_logprobs import plain_logprobs
 from rlsloth.policy.wrap.wrap import wrap
 
 pytestmark = pytest.mark.slow
@@ -195,7 +196,7 @@ def test_plain_logprobs_restore_the_model_even_after_a_failure(monkeypatch):
 
     monkeypatch.setattr(base, "set_experts_implementation", fails)
     with pytest.raises(ZeroDivisionError):
-        policy.plain_logprobs([5, 6], [7])
+        plain_logprobs(policy, [5, 6], [7])
     assert base.config._attn_implementation == attention.NAME
     assert base.config._experts_implementation == "grouped_mm"
 

@@ -22,6 +22,7 @@ from rlsloth.kernels.linear_logprob.op import linear_logprob
 from rlsloth.policy import policy as policy_module
 from rlsloth.policy.head import before_final_norm
 from rlsloth.policy.lora import save_adapter
+from rlsloth.policy.plain_logprobs import plain_logprobs
 from rlsloth.policy.policy import Policy
 from rlsloth.policy.wrap.wrap import unwrapped
 from rlsloth.records import MicroBatch, SamplingParams
@@ -160,7 +161,7 @@ def test_the_engine_samples_with_the_adapted_head(tied):
     for adapter in (nullcontext(), policy.base_model()):
         with adapter:
             for completion in engine.generate([prompt], 3, sampling)[0]:
-                want = policy.plain_logprobs(prompt, completion.token_ids)
+                want = plain_logprobs(policy, prompt, completion.token_ids)
                 torch.testing.assert_close(
                     torch.tensor(completion.logprobs), want, rtol=0, atol=1e-5
                 )

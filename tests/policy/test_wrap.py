@@ -28,6 +28,7 @@ from rlsloth.data.packing import pack
 from rlsloth.errors import UserError
 from rlsloth.policy.attention import interface as attention
 from rlsloth.policy.lora import add_adapter
+from rlsloth.policy.plain_logprobs import plain_logprobs
 from rlsloth.policy.wrap import forwards
 from rlsloth.policy.wrap.preview import preview
 from rlsloth.policy.wrap.wrap import UNKNOWN as UNKNOWN_CLASS
@@ -248,7 +249,7 @@ def test_preview_reads_the_configuration_only(tmp_path: Path):
 def test_the_trial_step_compares_with_transformers_own_modules(monkeypatch):
     policy = family_policy("llama")
     prompt, tokens = [5, 6, 7], [8, 9]
-    want = policy.plain_logprobs(prompt, tokens)
+    want = plain_logprobs(policy, prompt, tokens)
     monkeypatch.setattr(forwards, "lora_mlp", lambda x, *_: torch.zeros_like(x))
-    assert torch.equal(policy.plain_logprobs(prompt, tokens), want)
+    assert torch.equal(plain_logprobs(policy, prompt, tokens), want)
     assert policy.model.config._attn_implementation == attention.NAME

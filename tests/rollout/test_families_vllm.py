@@ -10,6 +10,7 @@ import torch
 from helpers.families import COMMON, FAMILIES, MOE, family_policy
 from helpers.vllm_engines import gap
 from rlsloth.errors import UserError
+from rlsloth.policy.plain_logprobs import plain_logprobs
 from rlsloth.policy.policy import Policy
 from rlsloth.records import SamplingParams
 from rlsloth.rollout.vllm.engine import VllmEngine
@@ -85,4 +86,4 @@ def test_a_family_that_vllm_leaves_to_transformers_is_refused_and_still_trains(p
     policy = policy_of("olmo2")
     with pytest.raises(UserError, match="no implementation of its own for Olmo2ForCausalLM"):
         start(policy)
-    assert policy.plain_logprobs([5, 6], [7]).isfinite().all()
+    assert plain_logprobs(policy, [5, 6], [7]).isfinite().all()

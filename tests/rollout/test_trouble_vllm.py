@@ -13,6 +13,7 @@ from torch.nn.functional import linear
 
 from helpers.vllm_weights import PREFIXES, SAMPLING, make, start, vllm_model  # noqa: F401
 from rlsloth.errors import UserError
+from rlsloth.policy.plain_logprobs import plain_logprobs
 from rlsloth.records import SamplingParams
 
 pytestmark = pytest.mark.slow
@@ -54,7 +55,7 @@ def test_nothing_is_left_after_close(make):
     with start(policy) as engine:
         engine.set_weights(policy.weights())
         engine.generate(PREFIXES, 1, SAMPLING)
-        left = [weakref.ref(vllm_model(engine)), *map(weakref.ref, engine._slots)]
+        left = [weakref.ref(vllm_model(engine)), *map(weakref.ref, engine._loaded.slots)]
         assert len(left) > 4
     gc.collect()
     assert not [ref for ref in left if ref() is not None]
@@ -75,18 +76,18 @@ def test_an_adapter_on_a_tied_head(make):
     with start(policy) as engine:
         engine.set_weights(policy.weights())
         (group,) = engine.generate(PREFIXES[:1], 1, SAMPLING)
-    own = policy.plain_logprobs(PREFIXES[0], group[0].token_ids)
+    own = plain_logprobs(policy, PREFIXES[0], group[0].token_ids)
     assert (torch.tensor(group[0].logprobs) - own).abs().max() < 1e-4
 
 
 def test_a_part_of_a_trainers_weight_is_refused(make, monkeypatch):
     """Its address is the whole one's."""
-    from rlsloth.rollout.vllm import weights as vllm_weights
+    from rlsloth.rollout.vllm import loader as vllm_loader
 
     policy = make()
-    real = vllm_weights.checkpoint
+    real = vllm_loader.checkpoint
     monkeypatch.setattr(
-        vllm_weights,
+        vllm_loader,
         "checkpoint",
         lambda base: {n: t[: len(t) // 2] if "down" in n else t for n, t in real(base).items()},
     )

@@ -24,14 +24,14 @@ pytestmark = pytest.mark.slow
 
 
 def test_a_weight_that_is_missing_is_refused(make, monkeypatch):
-    from rlsloth.rollout.vllm import weights as vllm_weights
+    from rlsloth.rollout.vllm import loader as vllm_loader
 
-    whole = vllm_weights.checkpoint
+    whole = vllm_loader.checkpoint
 
     def cut(base: Any) -> dict[str, Tensor]:
         return {name: t for name, t in whole(base).items() if name != "model.norm.weight"}
 
-    monkeypatch.setattr(vllm_weights, "checkpoint", cut)
+    monkeypatch.setattr(vllm_loader, "checkpoint", cut)
     refusal = pytest.raises(UserError, match=r"1 weights were not filled \(model\.norm\.weight")
     with refusal, start(make("fp32")):
         raise AssertionError("it started")
@@ -39,7 +39,7 @@ def test_a_weight_that_is_missing_is_refused(make, monkeypatch):
 
 @pytest.mark.parametrize("holder", ["routed_experts.", ""])  # 0.32, 0.26
 def test_experts_that_are_missing_are_noticed(holder):
-    from rlsloth.rollout.vllm.weights import unfilled
+    from rlsloth.rollout.vllm.loader import unfilled
 
     names = [f"layers.0.mlp.experts.routed_experts.{name}_weight" for name in ("w13", "w2")]
     loaded = {f"layers.0.mlp.experts.{holder}{name}_weight" for name in ("w13", "w2")}
@@ -218,14 +218,14 @@ def test_an_adapter_that_vllm_passes_over_is_refused(make, monkeypatch):
 def test_a_weight_that_vllm_is_not_given_is_an_error(make, monkeypatch, name):
     """A norm of its own, a layer's only weight, one of the three that a layer fuses."""
     policy = make()
-    from rlsloth.rollout.vllm import weights as vllm_weights  # which imports vLLM
+    from rlsloth.rollout.vllm import loader as vllm_loader  # which imports vLLM
 
-    real = vllm_weights.checkpoint
+    real = vllm_loader.checkpoint
 
     def lacking(base: Any) -> dict[str, Tensor]:
         return {n: t for n, t in real(base).items() if n != f"model.{name}"}
 
-    monkeypatch.setattr(vllm_weights, "checkpoint", lacking)
+    monkeypatch.setattr(vllm_loader, "checkpoint", lacking)
     with pytest.raises(UserError, match="cannot start with LlamaForCausalLM"), start(policy):
         pytest.fail("it started")
 

@@ -36,6 +36,7 @@ from rlsloth.losses.preference.methods import (
     OrpoConfig,
     SimpoConfig,
 )
+from rlsloth.policy.plain_logprobs import plain_logprobs
 from rlsloth.policy.policy import Policy
 from rlsloth.policy.tokenizer import load_tokenizer, read_context
 from rlsloth.run.report.page import merged_rows
@@ -140,9 +141,9 @@ def test_dpo_loss_is_that_of_the_models_own_log_probs() -> None:
     for example in examples:
         prompt, ratios = example.prompt_ids.tolist(), []
         for ids, _ in example.answers:
-            with_adapter = policy.plain_logprobs(prompt, ids.tolist()).sum()
+            with_adapter = plain_logprobs(policy, prompt, ids.tolist()).sum()
             with policy.starting_policy():
-                ratios.append(with_adapter - policy.plain_logprobs(prompt, ids.tolist()).sum())
+                ratios.append(with_adapter - plain_logprobs(policy, prompt, ids.tolist()).sum())
         wanted -= float(logsigmoid(cfg.loss.beta * (ratios[0] - ratios[1]))) / len(examples)
     assert sum(o.stats.loss for o in outputs) == pytest.approx(wanted, rel=1e-5)
 
@@ -198,9 +199,9 @@ def test_kl_is_of_each_completion_after_the_next_prompt() -> None:
         for i, example in enumerate(examples):
             prompt = example.prompt_ids.tolist()
             ids = examples[i - 1].answers[0][0].tolist()[: max(1, limit - len(prompt))]
-            ratio = policy.plain_logprobs(prompt, ids).sum()
+            ratio = plain_logprobs(policy, prompt, ids).sum()
             with policy.starting_policy():
-                ratios.append(ratio - policy.plain_logprobs(prompt, ids).sum())
+                ratios.append(ratio - plain_logprobs(policy, prompt, ids).sum())
         wanted = torch.stack(ratios).mean().clamp(min=0)
         found = preference._kl(
             policy, [e.group() for e in examples], used.microbatch, used.microbatch

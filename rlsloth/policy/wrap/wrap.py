@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from rlsloth.kernels.nf4.ahead import release_buffers
-from rlsloth.policy.layers import decoder_layers
+from rlsloth.policy.layers import base_of, decoder_layers
 from rlsloth.policy.wrap.families import (
     Attention,
     Layer,
@@ -46,7 +46,7 @@ def wrap(model: Any) -> WrapReport:
     Args:
         model: transformers' or PEFT's model; adapters must be added before.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_of(model)
     decoder = base.get_decoder()
     left: Counter[tuple[str, str]] = Counter()
     modules = [m for m in decoder.modules() if spec_of(m) is not None]

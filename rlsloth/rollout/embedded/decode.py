@@ -10,6 +10,7 @@ from torch import Tensor
 from rlsloth.errors import UserError, first_line
 from rlsloth.kernels.linear_logprob.products import add_transposed, project
 from rlsloth.policy.head import read_head_lora
+from rlsloth.policy.layers import base_of
 from rlsloth.policy.streamed_layers import streamed_layers
 from rlsloth.records import LogitTransform
 from rlsloth.rollout.embedded.slot_cache import PromptCache, SlotCache
@@ -32,7 +33,7 @@ class Decoder:
             device: the model's device.
             cuda_graphs: whether to capture decoding steps on a GPU.
         """
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        base = base_of(model)
         self._transform = transform
         self._layers = base.get_decoder()
         self._head = base.get_output_embeddings()

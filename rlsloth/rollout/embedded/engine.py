@@ -12,6 +12,7 @@ from torch import Tensor
 
 from rlsloth.errors import UserError
 from rlsloth.memory.out_of_memory import again
+from rlsloth.policy.layers import base_of
 from rlsloth.records import Completion, LogitTransform, SamplingParams, Weights
 from rlsloth.rollout.embedded.batch import Batch, Sampled
 from rlsloth.rollout.embedded.decode import Decoder
@@ -97,7 +98,7 @@ class TransformersEngine:
         An adapter is always that of the trained model, which samples. See Engine.set_weights.
         """
         if weights.kind == "all":
-            copy_weights(self._model, weights.tensors)
+            copy_weights(base_of(self._model), weights.tensors)
         self.version = weights.version
 
     def release(self) -> None:

@@ -8,14 +8,15 @@ use the same adapter.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from rlsloth.errors import UserError
+from rlsloth.policy.whole import WholeModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +78,25 @@ class Slot:
         return out_MO.addmm_(low_MR.to(out_MO.dtype), self.b_OR.t().to(out_MO.dtype))
 
 
+@dataclass(slots=True)
+class Loaded:
+    """The parts of vLLM's model that follow training, known once it is loaded."""
+
+    slots: list[Slot] = field(default_factory=list)
+    """Places for the adapter."""
+    copy_rest: Callable[[], None] | None = None
+    """Copies the weights that vLLM does not share, such as norms; None if they do not learn."""
+
+    def clear(self) -> None:
+        """Forget vLLM's model, which keeps a reference to this."""
+        self.slots.clear()
+        self.copy_rest = None
+
+
 def adapted_linears(model: Any) -> dict[int, Adapted]:
     """Map a weight's address to its linear layer, for those with a PEFT model's active adapter."""
+    if isinstance(model, WholeModel):
+        return {}
     from peft.tuners.lora import LoraLayer
 
     name = model.active_adapter

@@ -13,6 +13,7 @@ import torch
 from rlsloth.errors import UserError, first_line
 from rlsloth.memory.out_of_memory import free_memory
 from rlsloth.policy.gpu_limit import raise_limit
+from rlsloth.policy.whole import WholeModel
 from rlsloth.records import Completion, SamplingParams, Weights
 from rlsloth.rollout.engine import BASE_VERSION, most_tokens
 from rlsloth.rollout.vllm.adapter import clear, fill
@@ -72,7 +73,8 @@ class VllmEngine:
         self._interrupted = threading.Event()
         self._broken = False
         """Whether vLLM has failed; the engine can then only be closed."""
-        self._llm, self._slots = start_vllm(
+        self._whole = model if isinstance(model, WholeModel) else None
+        self._llm, self._loaded = start_vllm(
             model,
             tokenizer,
             context=context,
@@ -86,19 +88,27 @@ class VllmEngine:
     def set_weights(self, weights: Weights) -> None:
         """Copy the adapter into vLLM's layers, and drop prefixes cached under the last one.
 
+        Weights of a model that trains them are shared already; only norms and biases are copied.
+
         Raises:
-            UserError: the weights are no adapter, or vLLM cannot apply one of its tensors.
+            UserError: the weights are of another model, or vLLM cannot apply one of its tensors.
         """
-        if weights.kind == "all":
+        if weights.kind == "all" and self._whole is None:
             raise UserError(
-                "--rollout.engine vllm takes adapters, not full weights: pass --rollout.engine "
-                "transformers"
+                "--rollout.engine vllm takes adapters, or the weights of the model that it was "
+                "started on: pass --rollout.engine transformers"
             )
         self._adapter = None
-        fill(self._slots, weights.tensors)
+        self._fill(weights)
         self._forget()
         self._adapter = weights
         self.version = weights.version
+
+    def _fill(self, weights: Weights) -> None:
+        if self._loaded.copy_rest is not None:
+            self._loaded.copy_rest()
+        else:
+            fill(self._loaded.slots, weights.tensors)
 
     def _forget(self) -> None:
         if not self._asleep and not self._live().reset_prefix_cache():
@@ -111,10 +121,14 @@ class VllmEngine:
         """See Engine.base_model."""
         adapter, version = self._adapter, self.version
         self._adapter, self.version = None, BASE_VERSION
-        clear(self._slots)
-        self._forget()
         try:
-            yield
+            with nullcontext() if self._whole is None else self._whole.disable_adapter():
+                if self._loaded.copy_rest is not None:
+                    self._loaded.copy_rest()
+                else:
+                    clear(self._loaded.slots)
+                self._forget()
+                yield
         finally:
             self.version = version
             if adapter is not None and not self._broken:
@@ -242,8 +256,8 @@ class VllmEngine:
             self._wake()  # vLLM cannot free the cache while it sleeps
         with suppress(Exception) if self._broken else nullcontext():
             stop_vllm(self._llm)
-        self._llm = None
-        self._slots.clear()
+        self._llm = self._whole = None
+        self._loaded.clear()
         with suppress(Exception) if self._broken else nullcontext():
             free_memory()
 
@@ -254,7 +268,7 @@ class VllmEngine:
 
     def _check_used(self) -> None:
         """Refuse a model if vLLM computes an adapted layer without calling it."""
-        if unused := [slot for slot in self._slots if not slot.used]:
+        if unused := [slot for slot in self._loaded.slots if not slot.used]:
             raise UserError(
                 f"vLLM ignores the adapter on {unused[0].parts[0].adapted.path} ({len(unused)} "
                 "layers); pass --rollout.engine transformers or other --lora.targets"

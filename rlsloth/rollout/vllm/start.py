@@ -7,7 +7,7 @@ import importlib.metadata
 import os
 import tempfile
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from packaging.version import Version
@@ -16,15 +16,14 @@ from rlsloth.errors import UserError, first_line
 from rlsloth.policy.gpu_limit import fixed_segments
 from rlsloth.policy.host_embedding import HostEmbedding
 from rlsloth.policy.streamed_layers import streamed_layers
+from rlsloth.policy.whole import WholeModel
+from rlsloth.rollout.vllm.adapter import Loaded
 from rlsloth.rollout.vllm.compat import (
     forget_graph_pool,
     register_imported,
     state_restored,
     without_flashinfer,
 )
-
-if TYPE_CHECKING:
-    from rlsloth.rollout.vllm.adapter import Slot
 
 OLDEST, NEWEST = Version("0.26"), Version("0.32")
 """Oldest and newest minor release that the engine was tested with."""
@@ -86,8 +85,8 @@ def start_vllm(
     device: torch.device,
     kv_cache: str,
     kv_bytes: int,
-) -> tuple[Any, list[Slot]]:
-    """Start vLLM on the base weights of a PEFT model, without copying them.
+) -> tuple[Any, Loaded]:
+    """Start vLLM on the weights of the trained model, without copying them.
 
     Args:
         tokenizer: for stop strings; None if there are none.
@@ -97,7 +96,7 @@ def start_vllm(
         kv_bytes: size of the key-value cache in bytes.
 
     Returns:
-        The vllm.LLM, and the slots into which adapters are copied.
+        The vllm.LLM, and what of it follows training.
 
     Raises:
         UserError: vLLM is not installed, of another release, or it cannot run the model.
@@ -105,7 +104,7 @@ def start_vllm(
     check_installed()
     _refuse(model, device)
     family = type(model.get_base_model()).__name__
-    slots: list[Slot] = []
+    loaded = Loaded()
     with (
         state_restored(),
         fixed_segments(device),  # vLLM makes its pools of memory while it starts
@@ -116,7 +115,7 @@ def start_vllm(
             with without_flashinfer(device, kv_cache):
                 llm = LLM(
                     folder,
-                    **_prepare(folder, family, model, tokenizer, slots),
+                    **_prepare(folder, family, model, tokenizer, loaded),
                     **_for_device(device, max_sequences),
                     dtype=str(dtype).removeprefix("torch."),
                     max_model_len=context,
@@ -130,12 +129,12 @@ def start_vllm(
         except UserError:  # nothing has started
             raise
         except Exception as error:  # any type: of vLLM's models, of its libraries, of CUDA
-            slots.clear()
+            loaded.clear()
             with suppress(Exception):
                 stop_vllm(None)
             text = f"vLLM cannot start with {family}: {first_line(error)}"
             raise UserError(f"{text}; pass --rollout.engine transformers") from error
-    return llm, slots
+    return llm, loaded
 
 
 def import_vllm(device: torch.device, kv_cache: str) -> Any:
@@ -149,7 +148,7 @@ def import_vllm(device: torch.device, kv_cache: str) -> Any:
 
 
 def _prepare(
-    folder: str, family: str, model: Any, tokenizer: Any, slots: list[Slot]
+    folder: str, family: str, model: Any, tokenizer: Any, loaded: Loaded
 ) -> dict[str, Any]:
     """Write the model's configuration to ``folder`` and prepare vLLM to share its weights.
 
@@ -158,7 +157,8 @@ def _prepare(
     """
     from vllm import ModelRegistry
 
-    from rlsloth.rollout.vllm import weights as vllm_weights
+    from rlsloth.rollout.vllm.loader import share
+    from rlsloth.rollout.vllm.weights import NAME
 
     if family not in ModelRegistry.get_supported_archs():
         raise UserError(f"vLLM does not support {family}")
@@ -168,12 +168,12 @@ def _prepare(
         raise UserError(f"vLLM has no implementation of its own for {family}")
     register_imported(family)
     config = copy.deepcopy(model.get_base_model().config)
-    config.quantization_config = {"quant_method": vllm_weights.NAME}
+    config.quantization_config = {"quant_method": NAME}
     config.save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
-    vllm_weights.share(model, slots)
-    return {"load_format": vllm_weights.NAME, "hf_overrides": {"architectures": [family]}}
+    share(model, loaded)
+    return {"load_format": NAME, "hf_overrides": {"architectures": [family]}}
 
 
 def _refuse(model: Any, device: torch.device) -> None:
@@ -187,6 +187,12 @@ def _refuse(model: Any, device: torch.device) -> None:
         raise UserError(
             "--model.offload-embeddings true: vLLM reads the trainer's embedding on the GPU; pass "
             "false, or --rollout.engine transformers"
+        )
+    whole = isinstance(model, WholeModel)
+    if whole and any(p.requires_grad and p.dim() > 2 for p in model.parameters()):
+        raise UserError(
+            "--model.trained: vLLM has experts in an order of its own, and would sample with those "
+            "of the start; leave them out, or pass --rollout.engine transformers"
         )
     if layers := streamed_layers(model):
         raise UserError(

@@ -7,9 +7,8 @@ gate and up) are moved into one tensor, and the trainer's parameters become view
 
 from __future__ import annotations
 
-import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +22,6 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
     UnquantizedEmbeddingMethod,
     VocabParallelEmbedding,
 )
-from vllm.model_executor.model_loader import BaseModelLoader, register_model_loader
 
 from rlsloth.kernels.nf4.op import MAX_ROWS, Nf4Weight, dequantize, nf4_matmul
 from rlsloth.kernels.nf4.stack import can_stack, stack
@@ -47,55 +45,6 @@ class Trainer:
         """Collect the weights of a PEFT model."""
         base = model.get_base_model()
         return cls({p.data_ptr(): p for p in base.parameters()}, adapted_linears(model))
-
-
-def share(model: Any, slots: list[Slot]) -> None:
-    """Make vLLM's next model run on the base weights of a PEFT model.
-
-    That model needs ``load_format`` NAME and ``quantization_config`` {"quant_method": NAME}.
-
-    Args:
-        model: the PEFT model.
-        slots: list that receives the adapter's slots as vLLM loads. vLLM keeps a reference to it,
-            so clear it when the engine closes.
-    """
-    source = weakref.ref(model)  # vLLM keeps the class below
-
-    @register_model_loader(NAME)
-    class SharedWeights(BaseModelLoader):  # type: ignore[misc]
-        def download_model(self, model_config: Any) -> None:
-            """Do nothing: there are no files to fetch."""
-
-        def load_weights(self, model: Any, model_config: Any) -> None:
-            live: Any = source()
-            trainer = Trainer.of(live)
-            loaded = set(model.load_weights(checkpoint(live.get_base_model()).items()) or ())
-            if missing := unfilled([name for name, _ in model.named_parameters()], loaded):
-                raise ValueError(f"{len(missing)} weights were not filled ({min(missing)}, ...)")
-            for module in model.modules():
-                if isinstance(method := getattr(module, "quant_method", None), _Shared):
-                    method.bind(module, trainer)
-                    slots.extend([] if module.slot is None else [module.slot])
-
-
-def unfilled(names: Sequence[str], loaded: Set[str]) -> list[str]:
-    """List the parameters that a model's load_weights has not reported.
-
-    vLLM 0.26 reports experts without the name of the module that holds them.
-    """
-    return [n for n in names if not {n, n.replace(".routed_experts.", ".")} & loaded]
-
-
-def checkpoint(base: Any) -> dict[str, Tensor]:
-    """Name the base model's weights as in a file that transformers would write, without copying."""
-    from transformers.core_model_loading import revert_weight_conversion
-
-    # Only state_dict leaves out a tied head, as files do.
-    live = dict(base.named_parameters()) | dict(base.named_buffers())
-    stored = [name for name in base.state_dict() if name in live and ".lora_" not in name]
-    named = {name.replace(".base_layer.", "."): live[name] for name in stored}
-    reverted: dict[str, Tensor] = revert_weight_conversion(base, named)
-    return reverted
 
 
 @register_quantization_config(NAME)
@@ -137,7 +86,7 @@ class SharedConfig(QuantizationConfig):  # type: ignore[misc]
         return None
 
 
-class _Shared(ABC):
+class Shared(ABC):
     """A layer's method: its weight is first an empty parameter that records the loaded tensors.
 
     ``bind`` then replaces it by those tensors.
@@ -214,11 +163,11 @@ def _recorder(loaded: dict[Any, Tensor]) -> Callable[..., None]:
     return record
 
 
-class SharedEmbedding(_Shared, UnquantizedEmbeddingMethod):  # type: ignore[misc]
+class SharedEmbedding(Shared, UnquantizedEmbeddingMethod):  # type: ignore[misc]
     """Method of embeddings and output heads, without the rows by which vLLM pads a vocabulary."""
 
     def take(self, layer: Any, parts: Sequence[Tensor], trainer: Trainer) -> tuple[list[int], int]:
-        """See _Shared."""
+        """See Shared."""
         (loaded,) = parts
         layer.weight.data = loaded.data
         return [loaded.shape[0]], loaded.shape[1]
@@ -240,11 +189,11 @@ class SharedEmbedding(_Shared, UnquantizedEmbeddingMethod):  # type: ignore[misc
         return logits if layer.slot is None else layer.slot.add(x, logits)
 
 
-class SharedLinear(_Shared, LinearMethodBase):  # type: ignore[misc]
+class SharedLinear(Shared, LinearMethodBase):  # type: ignore[misc]
     """Method of linear layers with one weight, or with several whose outputs are concatenated."""
 
     def take(self, layer: Any, parts: Sequence[Tensor], trainer: Trainer) -> tuple[list[int], int]:
-        """See _Shared."""
+        """See Shared."""
         if parts[0].dtype == torch.uint8:
             parameters = [trainer.owners[part.data_ptr()] for part in parts]
             layer.nf4 = _stacked(parameters)
