@@ -35,6 +35,11 @@ class GrpoConfig(TrainingConfig, ProblemsConfig):
                 "rollout.overlap trains on rollouts that are one update old: pass loss.correction "
                 "token_truncate"
             )
+        if self.rollout.overlap and not self.model.trains_adapter:
+            raise ValueError(
+                f"rollout.overlap with model.trained {' '.join(self.model.trained)}: rollouts "
+                "would be sampled from weights that an update is changing; leave one of them out"
+            )
         if self.loss.overlong_buffer > self.rollout.max_tokens:
             raise ValueError(
                 f"loss.overlong_buffer {self.loss.overlong_buffer} exceeds rollout.max_tokens "

@@ -216,7 +216,7 @@ class Policy:
         A NaN or infinite gradient updates nothing; the schedule moves on in any case. An error
         before the version or the schedule has changed leaves everything as it was.
         """
-        total = torch.nn.utils.get_total_norm([p.grad for p in self._trained if p.grad is not None])
+        total = _norm([p.grad for p in self._trained if p.grad is not None])
         total = total / self.loss_scale.value
         lr = self.learning_rate
         skipped = not math.isfinite(norm := float(total))
@@ -286,3 +286,12 @@ class Policy:
         self.loss_scale.restore(json.get("loss_scale", {}))
         self.version = int(json["version"])
         resume_schedule(self.scheduler, int(json["planned_updates"]))
+
+
+def _norm(gradients: list[Tensor]) -> Tensor:
+    """Return the norm of all gradients; torch would round that of 16-bit ones to three digits."""
+    if all(gradient.dtype == torch.float32 for gradient in gradients):
+        return torch.nn.utils.get_total_norm(gradients)
+    each = [torch.linalg.vector_norm(x, dtype=torch.float32) for x in gradients]
+    total: Tensor = torch.linalg.vector_norm(torch.stack(each))
+    return total

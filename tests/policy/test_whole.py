@@ -124,6 +124,13 @@ def test_only_named_modules_learn() -> None:
     assert {n for n in before if ".1.mlp." in n} < changed
 
 
+def test_the_norm_of_gradients_in_16_bits() -> None:
+    policy = whole(llama(), dtype=torch.bfloat16)
+    want = torch.cat([grad.float().flatten() for grad in gradients(policy).values()]).norm()
+    policy.backward(policy.logprobs(micro_batch()).logprobs.sum())
+    assert policy.step().grad_norm == pytest.approx(float(want), rel=1e-5)
+
+
 # --- the weights before training -----------------------------------------------------------------
 
 
@@ -219,6 +226,16 @@ def test_settings_that_cannot_be(settings: dict[str, Any], message: str) -> None
 def test_settings_of_an_adapter_that_is_not_trained() -> None:
     with pytest.raises(ValueError, match=r"lora.rank has no effect with model.trained all"):
         GrpoConfig.model_validate({"model": {"trained": "all"}, "lora": {"rank": 4}})
+
+
+def test_sampling_from_weights_that_an_update_changes() -> None:
+    settings = {
+        "model": {"trained": "all"},
+        "rollout": {"overlap": True, "engine": "vllm"},
+        "loss": {"correction": "token_truncate"},
+    }
+    with pytest.raises(ValueError, match=r"rollout.overlap with model.trained all"):
+        GrpoConfig.model_validate(settings)
 
 
 def test_half_precision() -> None:
