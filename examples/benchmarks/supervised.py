@@ -21,6 +21,9 @@ trl the newest flash attention installed). packing, padfree, padded: batches of 
 pads, unsloth decides). fused: unsloth's ORPO without full logits (default: off). The packed task
 also measures trl:packing and unsloth:packing, orpo also unsloth:fused.
 
+--trained all trains every weight of a bf16 model in place of the LoRA; trl:adamw has torch's AdamW
+with states in the weights' type.
+
 --vocab measures two layers of the 8B shape with random weights instead, at each vocabulary size:
 memory besides embedding and head should not grow.
 
@@ -51,7 +54,7 @@ from supervised_work import SFT, TASKS, Clock
 
 SYSTEMS = {
     "rlsloth": ("ckpt", "nockpt"),
-    "trl": ("ckpt", "nockpt", "sdpa", "packing", "padfree"),
+    "trl": ("ckpt", "nockpt", "sdpa", "packing", "padfree", "adamw"),
     "unsloth": ("ckpt", "nockpt", "packing", "padfree", "padded", "fused"),
 }
 """System -> its variants."""
@@ -119,6 +122,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     add("--rows", type=int, help="sequences or pairs of a forward pass of trl and unsloth")
     add("--rank", type=int, default=32)
+    add("--trained", choices=("adapter", "all"), default="adapter", help="all: weights in bf16")
     add("--memory-gb", type=float, help="limit of each system's GPU memory, context included")
     add("--set", nargs="+", default=[], metavar="OPTION=VALUE", help="options of rlsloth")
     add("--vocab", type=int, nargs="+", metavar="SIZE")

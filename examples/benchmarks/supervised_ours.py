@@ -54,8 +54,11 @@ def config(args: argparse.Namespace, data: Path, folder: Path) -> Any:
     from rlsloth.losses.preference.methods import DpoConfig, OrpoConfig
 
     model: dict[str, Any] = {"path": args.model, "max_context": args.tokens}
+    lora = {"rank": args.rank, "alpha": 2 * args.rank}
+    if args.trained == "all":
+        lora, model["trained"] = {}, "all"
     if torch.cuda.is_available():
-        model["precision"] = "nf4"
+        model["precision"] = "bf16" if args.trained == "all" else "nf4"
         model["memory_gb"] = args.memory_gb
     for variant, on in (("ckpt", True), ("nockpt", False)):
         if variant in args.variant:
@@ -64,7 +67,7 @@ def config(args: argparse.Namespace, data: Path, folder: Path) -> Any:
         "steps": args.warmup + args.steps,
         "samples_per_step": per_step(args),
         "model": model,
-        "lora": {"rank": args.rank, "alpha": 2 * args.rank},
+        "lora": lora,
         "data": {"train": str(data), "heldout": 0},
         "optim": {"lr": LEARNING_RATE, "schedule": "constant"},
         "eval": {"at_start": False, "at_end": False},

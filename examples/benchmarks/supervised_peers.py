@@ -30,6 +30,7 @@ def trl(args: argparse.Namespace, clock: Clock) -> None:
     if torch.cuda.is_available():
         need("bitsandbytes")
         options = {"dtype": torch.bfloat16, "device_map": {"": 0}}
+    if torch.cuda.is_available() and args.trained == "adapter":
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
@@ -44,9 +45,10 @@ def trl(args: argparse.Namespace, clock: Clock) -> None:
     lora = LoraConfig(
         r=args.rank, lora_alpha=2 * args.rank, target_modules="all-linear", task_type="CAUSAL_LM"
     )
+    adapter = {"peft_config": lora} if args.trained == "adapter" else {}
     with tempfile.TemporaryDirectory() as folder:
         given = settings(args, folder, checkpointed(args, True))
-        train(make_trainer(args, model, tokenizer, given, peft_config=lora), clock)
+        train(make_trainer(args, model, tokenizer, given, **adapter), clock)
 
 
 def checkpointed(args: argparse.Namespace, default: Any) -> Any:
@@ -85,16 +87,18 @@ def unsloth(args: argparse.Namespace, clock: Clock) -> None:
         model, tokenizer = FastLanguageModel.from_pretrained(
             model_name=str(Path(args.model).resolve()),
             max_seq_length=args.tokens,
-            load_in_4bit=True,
+            load_in_4bit=args.trained == "adapter",
+            full_finetuning=args.trained == "all",
             use_gradient_checkpointing=checkpointing,
         )
-        model = FastLanguageModel.get_peft_model(
-            model,
-            r=args.rank,
-            lora_alpha=2 * args.rank,
-            target_modules=LINEARS,
-            use_gradient_checkpointing=checkpointing,
-        )
+        if args.trained == "adapter":
+            model = FastLanguageModel.get_peft_model(
+                model,
+                r=args.rank,
+                lora_alpha=2 * args.rank,
+                target_modules=LINEARS,
+                use_gradient_checkpointing=checkpointing,
+            )
         given = settings(args, folder, bool(checkpointing))
         train(make_trainer(args, model, without_bos(tokenizer), given), clock)
 
@@ -120,7 +124,7 @@ def settings(args: argparse.Namespace, folder: str, checkpointing: bool) -> dict
         "gradient_checkpointing": checkpointing,
         "train_sampling_strategy": "sequential",  # the data are random
         "dataloader_drop_last": True,
-        "optim": "adamw_8bit" if gpu else "adamw_torch",
+        "optim": "adamw_8bit" if gpu and "adamw" not in args.variant else "adamw_torch",
         "learning_rate": LEARNING_RATE,
         "lr_scheduler_type": "constant",
         "warmup_steps": 0,

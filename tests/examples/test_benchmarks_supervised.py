@@ -66,13 +66,15 @@ def arguments(model, task, *more):
     return Namespace(**vars(args) | {"task": task, "variant": []})
 
 
+@pytest.mark.parametrize("trained", ["adapter", "all"])
 @pytest.mark.parametrize("task", ["sft", "packed", "dpo", "orpo"])
-def test_trl_and_rlsloth_are_given_the_same(model, task):
+def test_trl_and_rlsloth_are_given_the_same(model, task, trained):
     """Every trainer has one loss before any update, over one number of tokens."""
     import supervised
 
+    args = vars(arguments(model, task, "--trained", trained))
     ours, theirs = (
-        supervised.measure_one(Namespace(**vars(arguments(model, task)) | {"one": [task, system]}))
+        supervised.measure_one(Namespace(**args | {"one": [task, system]}))
         for system in ("rlsloth", "trl")
     )
     assert ours["first_loss"] == pytest.approx(theirs["first_loss"], abs=2e-4)
