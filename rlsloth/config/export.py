@@ -10,6 +10,9 @@ from rlsloth.config.section import Folder, Params, Section, Text
 
 GROUP_SIZES = (32, 64, 128)
 """Four-bit weights with one scale for which vLLM has kernels."""
+MERGED = ("merged", "fp8", "w4a16", "gguf")
+USED_BY = {"group_size": ("w4a16",), "gguf": ("gguf",), "dtype": MERGED, "onto": MERGED}
+"""Option -> the formats that it has an effect on."""
 
 
 class ExportConfig(Section):
@@ -55,6 +58,10 @@ class ExportConfig(Section):
             raise ValueError("--gguf needs at least one type")
         if self.group_size not in GROUP_SIZES:
             raise ValueError(f"--group-size {self.group_size}: pass 32, 64 or 128")
+        for name, formats in USED_BY.items():
+            if name in self.model_fields_set and self.to not in formats:
+                option = f"--{name.replace('_', '-')}"
+                raise ValueError(f"{option} has no effect with --to {self.to}: leave it out")
         return self
 
 

@@ -52,16 +52,7 @@ def run_export(cfg: ExportConfig) -> None:
         device=cfg.device,
         trust_remote_code=cfg.trust_remote_code,
     )
-    if source.adapter is None and source.run is not None and cfg.to == "adapter":
-        raise UserError(
-            f"{cfg.source} trained the model's own weights, not an adapter; pass --to merged (or "
-            "fp8, w4a16, gguf)"
-        )
-    if source.adapter is None and source.run is None and cfg.to != "gguf":
-        raise UserError(
-            f"{cfg.source} is neither a run's folder (with config.yaml and adapter/) nor an "
-            "adapter's (with adapter_config.json); pass one of these"
-        )
+    _refuse(cfg, source)
     keep = [cfg.source.expanduser(), Path(source.base.path).expanduser()]
     check_out(out, overwrite=cfg.overwrite, keep=keep)
     with whole_folder(out) as folder:
@@ -70,6 +61,27 @@ def run_export(cfg: ExportConfig) -> None:
         more = {"prompts": dict(source.prompts)} if source.prompts else {}
         write_identity(source.identity, folder, export=cfg.to, **more)
     print(f"wrote {out}: {card.about}")
+
+
+def _refuse(cfg: ExportConfig, source: Source) -> None:
+    """Refuse a format that a source does not have."""
+    if source.adapter is not None:
+        return
+    if source.run is None and cfg.to != "gguf":
+        raise UserError(
+            f"{cfg.source} is neither a run's folder (with config.yaml and adapter/) nor an "
+            "adapter's (with adapter_config.json); pass one of these"
+        )
+    if source.run is not None and cfg.to == "adapter":
+        raise UserError(
+            f"{cfg.source} trained the model's own weights, not an adapter; pass --to merged (or "
+            "fp8, w4a16, gguf)"
+        )
+    if source.run is not None and cfg.onto == "original":
+        raise UserError(
+            f"--onto original: {cfg.source} trained the model's own weights, there is no adapter "
+            "to merge; leave it out"
+        )
 
 
 def _adapter(_: ExportConfig, source: Source, folder: Path, name: str) -> Card:

@@ -80,8 +80,7 @@ def find_source(
         raise UserError(f"{folder} is the folder of a distillation; pass {folder / 'student'}")
     if (folder / CONFIG).is_file():
         if (folder / MODEL / "config.json").is_file():
-            whole = ModelConfig(path=str(folder / MODEL), precision=precision or "auto", **options)
-            return Source(whole, run=folder, prompts=prompting(read_config(folder)))
+            return _whole(folder, base, ModelConfig(precision=precision or "auto", **options))
         run, adapter = folder, folder / ADAPTER
         if not (adapter / PEFT_CONFIG).is_file():
             raise UserError(f"{folder} has no adapter yet; finish the run with --run.resume")
@@ -111,6 +110,14 @@ def find_source(
             refuse_other_base(identity, weights, adapter, model.path)
     prompts = prompting(read_config(run)) if run else recorded_prompts(adapter)
     return Source(model, adapter, run, identity, prompts)
+
+
+def _whole(run: Path, base: str | None, settings: ModelConfig) -> Source:
+    """Return a run that trained the model's own weights; ``base`` is refused."""
+    if base is not None:
+        raise UserError(f"{run} trained the model's own weights, which need no base: drop --base")
+    model = settings.model_copy(update={"path": str(run / MODEL)})
+    return Source(model, run=run, prompts=prompting(read_config(run)))
 
 
 def _named_base(

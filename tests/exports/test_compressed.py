@@ -148,7 +148,7 @@ def test_layers_that_no_group_divides_keep_16_bits(wide: Path, export: Export) -
 def test_the_card_has_the_divergence(to: str, limit: float, wide: Path, export: Export) -> None:
     """The divergence is of the folder's weights, as they are read back here without the check."""
     merged = export(wide, "--to", "merged", out="merged")
-    out = export(wide, "--to", to, "--group-size", "32")
+    out = export(wide, "--to", to, *(["--group-size", "32"] if to == "w4a16" else []))
     card = (out / "README.md").read_text()
     printed = float(card.split("divergence (KL) of ")[1].split()[0])
     assert 0 < printed <= limit
@@ -193,6 +193,19 @@ def test_stacked_experts_are_refused(
     make_run(tmp_path / "run", base, precision="bf16")
     words = ("--to fp8", str(base), "experts", "model.layers.0.mlp.experts", "--to merged")
     refused(tmp_path / "run", "--to", "fp8", words=words)
+
+
+@pytest.mark.parametrize(
+    ("to", "option"),
+    [("fp8", "--group-size 64"), ("merged", "--gguf f16"), ("adapter", "--dtype f16"),
+     ("adapter", "--onto original")],
+)  # fmt: skip
+def test_options_of_other_formats(
+    to: str, option: str, run: Path, refused: Callable[..., None]
+) -> None:
+    refused(
+        run, "--to", to, *option.split(), words=(option.split()[0], f"no effect with --to {to}")
+    )
 
 
 def test_group_sizes(run: Path, wide: Path, refused: Callable[..., None]) -> None:

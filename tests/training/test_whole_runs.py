@@ -71,6 +71,9 @@ def test_it_is_exported(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "trained the model's own weights, not an adapter; pass --to merged" in (
         capsys.readouterr().err
     )
+    for more in (["--onto", "original"], ["--base", "model"]):
+        assert cli.main(["export", str(run), "--to", "merged", "--out", "x", *more]) == 2
+        assert more[0] in capsys.readouterr().err
     assert cli.main(["export", str(run), "--to", "merged", "--out", "merged"]) == 0
     trained = dict(AutoModelForCausalLM.from_pretrained(run / "model").named_parameters())
     merged = dict(AutoModelForCausalLM.from_pretrained("merged").named_parameters())
