@@ -112,6 +112,13 @@ def _with_trained(cfg: GrpoConfig) -> tuple[GrpoConfig, Path | None]:
     started_from = read_config(folder)["model"].get("adapter")
     model = cfg.model
     if not model.trains_adapter:
+        saved = read_config(folder)["model"]
+        for key in ("path", "trained"):
+            if saved.get(key) != getattr(model, key):
+                raise UserError(
+                    f"{folder} trained with model.{key} {saved.get(key)}, not "
+                    f"{getattr(model, key)}: set it back, or pass --model.path without the run"
+                )
         if not (folder / MODEL).is_dir():
             raise UserError(
                 f"{folder} has no trained model yet: let the run finish (rlsloth grpo "

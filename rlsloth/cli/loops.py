@@ -139,4 +139,6 @@ def _remedy(file: Path, saved: Mapping[str, Any], found: str, command: str) -> s
         return f"to make what it trained the teacher pass --teacher {folder}"
     model = (saved.get("model") or {}).get("path", "MODEL")
     goal = "to evaluate" if command == "eval" else "to continue from"
+    if (saved.get("model") or {}).get("trained", ["adapter"]) not in (["adapter"], "adapter"):
+        return f"{goal} what it trained pass --model.path {folder / 'model'}"
     return f"{goal} what it trained pass --model.path {model} --model.adapter {folder / 'adapter'}"

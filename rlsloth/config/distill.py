@@ -170,6 +170,11 @@ class DistillConfig(ProblemsConfig):
             raise ValueError(
                 "rollout.overlap is for training, and nothing is trained here: leave it out"
             )
+        if not self.model.trains_adapter:
+            raise ValueError(
+                "model.trained is for training, and the teacher is not trained: leave it out, or "
+                "set student.model.trained"
+            )
         if self.endpoint.url is not None and self.rollout.cut_tail < 1:
             raise ValueError("rollout.cut_tail has no effect on an endpoint: leave it out")
         return self

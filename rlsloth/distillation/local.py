@@ -54,13 +54,12 @@ class LocalTeacher:
 
 def resolve_teacher(cfg: DistillConfig) -> tuple[ModelConfig, Path | None]:
     """Find the teacher's base with its adapter, and the run that trained it. Raises UserError."""
-    model = cfg.model.model_copy(update={"trained": ["adapter"]})  # a teacher learns nothing
     if cfg.teacher is None:
-        return model, None
+        return cfg.model, None
     precision = None if cfg.model.precision == "auto" else cfg.model.precision
     source = find_source(cfg.teacher, precision=precision)
     found = {name: getattr(source.base, name) for name in ("path", "revision", "precision")}
-    return model.model_copy(update={**found, "adapter": source.adapter}), source.run
+    return cfg.model.model_copy(update={**found, "adapter": source.adapter}), source.run
 
 
 def _about(model: ModelConfig, run: Path | None, identity: Identity | None) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 
 from rlsloth.errors import UserError
+from rlsloth.policy.whole import WholeModel
 
 Result = TypeVar("Result")
 
@@ -87,6 +88,8 @@ def advise(phase: str, model: Any = None) -> Iterator[None]:
 def _four_bits(model: Any) -> str:
     if model is None:
         return f", or {FOUR_BITS} unless it has experts"
+    if isinstance(model, WholeModel):
+        return ", or train an adapter (--model.trained adapter)"
     if getattr(model, "is_loaded_in_4bit", False):
         return ""
     sizes = [(p.numel(), p.dim()) for p in model.parameters()]

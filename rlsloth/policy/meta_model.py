@@ -50,4 +50,8 @@ def without_weights(base: Any, dtype: torch.dtype, **changes: Any) -> Any:
             trust_remote_code=base.is_remote_code(),
         )
     model.generation_config = copy.deepcopy(base.generation_config)
+    try:
+        model.generation_config.validate(strict=True)
+    except ValueError:  # such as a temperature without sampling, which transformers would not save
+        model.generation_config.do_sample = True
     return model

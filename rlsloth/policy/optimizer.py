@@ -15,7 +15,7 @@ from rlsloth.errors import UserError
 from rlsloth.files import flatten
 from rlsloth.policy.adamw_8bit import adamw_8bit
 from rlsloth.policy.host_states import HostStates
-from rlsloth.policy.rounding import RoundedAdamW, adamw_state
+from rlsloth.policy.rounding import CHUNK, STEP_BYTES, RoundedAdamW, adamw_state
 
 
 def make_optimizer(
@@ -97,6 +97,10 @@ def reserve(optimizer: torch.optim.Optimizer) -> None:
                 raise
     if (host := _host_states(optimizer)) is not None:
         host.fetch()
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    if any(weight.dtype == torch.bfloat16 for weight in weights):
+        most = min(CHUNK, max(weight.numel() for weight in weights))
+        torch.empty(STEP_BYTES * most, dtype=torch.uint8, device=weights[0].device)
     for group in optimizer.param_groups if type(optimizer) is torch.optim.AdamW else ():
         held = [torch.empty_like(w) for w in group["params"] if w.device.type == "cuda"]
         del held

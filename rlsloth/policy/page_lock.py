@@ -27,7 +27,8 @@ def host_block(size: int) -> Tensor:
             memory.madvise(mmap.MADV_HUGEPAGE)
         # After a fork, a write would give this process a new page and leave the locked one to the
         # other, where the GPU would still copy to.
-        memory.madvise(mmap.MADV_DONTFORK)
+        with suppress(OSError):
+            memory.madvise(mmap.MADV_DONTFORK)
     else:
         memory = mmap.mmap(-1, size)
     return torch.frombuffer(memory, dtype=torch.uint8).zero_()

@@ -203,7 +203,9 @@ class Policy:
             self.model.set_adapter(TRAINED)
 
     def base_model(self) -> AbstractContextManager[None]:
-        """Use the base model without any adapter."""
+        """Use the base model without any adapter, or as it was before its own weights learnt."""
+        if self._whole and not self.version:
+            return nullcontext()
         return self.model.disable_adapter()  # type: ignore[no-any-return]
 
     def backward(self, loss: Tensor) -> None:
@@ -267,14 +269,16 @@ class Policy:
             File name -> tensor's name -> tensor (live: write it before the next update), and
             values for JSON.
         """
+        if self._whole:
+            self.model.restore()
         tensors, scalars = flatten_state(self.optimizer)
-        weights = {n: p.detach() for n, p in self.trained.items()}
         json = {
             "version": self.version,
             "optimizer": scalars,
             "planned_updates": self.scheduler.last_epoch,
             "loss_scale": self.loss_scale.state(),
         }
+        weights = {n: p.detach() for n, p in self.trained.items()}
         return {self._stem: weights, "optimizer": tensors}, json
 
     def restore(self, tensors: Mapping[str, Mapping[str, Tensor]], json: Mapping[str, Any]) -> None:
@@ -290,8 +294,7 @@ class Policy:
 
 def _norm(gradients: list[Tensor]) -> Tensor:
     """Return the norm of all gradients; torch would round that of 16-bit ones to three digits."""
-    if all(gradient.dtype == torch.float32 for gradient in gradients):
+    if all(x.dtype == torch.float32 for x in gradients):
         return torch.nn.utils.get_total_norm(gradients)
     each = [torch.linalg.vector_norm(x, dtype=torch.float32) for x in gradients]
-    total: Tensor = torch.linalg.vector_norm(torch.stack(each))
-    return total
+    return torch.stack(each).square().sum().sqrt()

@@ -39,14 +39,18 @@ class WholeModel(nn.Module):
         """
         super().__init__()
         self.base = base
-        for name, parameter in _chosen(base, trained, path).items():
-            if not parameter.is_floating_point():
-                raise UserError(
-                    f"--model.trained {' '.join(trained)}: {name} has weights in 4 bits, which "
-                    "cannot learn; pass --model.precision bf16 and a model with weights in 16 bits"
-                )
+        named = f"--model.trained {' '.join(trained)}"
+        if any(not p.is_floating_point() for p in base.parameters()):
+            raise UserError(
+                f"{named}: {path} has weights in 4 bits, which cannot learn nor be saved beside "
+                "others that do; pass a model with weights in 16 bits"
+            )
+        for parameter in _chosen(base, trained, path).values():
             parameter.requires_grad_(True)
         self._trained = [p for p in base.parameters() if p.requires_grad]
+        self._held: list[Tensor] | None = None
+        """The trained weights, while those from before training are in their place."""
+        self._within = False
         self._start = [] if self._trained[0].is_meta else list(map(_on_host, self._trained))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -61,46 +65,56 @@ class WholeModel(nn.Module):
     def disable_adapter(self) -> Iterator[None]:
         """Use the weights as they were before training, for as long as the context lasts.
 
-        The two sets of weights change places, one weight at a time.
+        The trained ones wait in host memory, all of them before the first one changes, and return
+        without further memory of the GPU. If an exception interrupts that, ``restore`` ends it.
         """
-        exchanged: list[tuple[Tensor, Tensor]] = []
+        if self._within:
+            yield
+            return
+        self.restore()
+        self._held = list(map(_on_host, self._trained))
+        self._within = True
         try:
-            for pair in zip(self._trained, self._start, strict=True):
-                _exchange(*pair)
-                exchanged.append(pair)
+            _copy(self._start, self._trained)
             yield
         finally:
-            for pair in exchanged:
-                _exchange(*pair)
+            self._within = False
+            self.restore()
+
+    def restore(self) -> None:
+        """Put the trained weights back that ``disable_adapter`` has set aside, if there are any."""
+        if self._held is not None and not self._within:
+            _copy(self._held, self._trained)
+            self._held = None
+
+
+@torch.no_grad()
+def _copy(source: list[Tensor], into: list[nn.Parameter]) -> None:
+    for tensor, parameter in zip(source, into, strict=True):
+        parameter.copy_(tensor)
 
 
 def _on_host(parameter: Tensor) -> Tensor:
     return parameter.detach().to("cpu", copy=True)
 
 
-@torch.no_grad()
-def _exchange(one: Tensor, other: Tensor) -> None:
-    held = one.detach().clone()
-    one.copy_(other)
-    other.copy_(held)
-
-
 def _chosen(base: Any, trained: list[str], path: str) -> dict[str, nn.Parameter]:
     """Find the parameters that learn, by their names."""
     decoder, head = base.get_decoder(), base.get_output_embeddings()
+    # Towers for images and sound, which text never reaches, stay frozen.
     text = {id(p) for module in (decoder, head) for p in module.parameters()}
-    named = dict(base.named_parameters())
+    every = dict(base.named_parameters(remove_duplicate=False))  # a tied head has both names
+    named = {name: p for name, p in every.items() if id(p) in text}
     if trained == [ALL]:
-        # Towers for images and sound, which text never reaches, stay frozen.
-        return {name: p for name, p in named.items() if id(p) in text}
+        return named
     found: dict[str, nn.Parameter] = {}
     for wanted in trained:
         of_name = {name: p for name, p in named.items() if f".{wanted}." in f".{name}"}
         if not of_name:
             known = sorted({part for name in named for part in name.split(".")[:-1]})
             raise UserError(
-                f"--model.trained {wanted}: no module with weights of {path} has this name"
-                f"{nearest(wanted, known)}; pass all, or names such as "
+                f"--model.trained {wanted}: no module with weights of {path} that text reaches has "
+                f"this name{nearest(wanted, known)}; pass all, or names such as "
                 f"{', '.join(name for name in known if not name.isdigit())}"
             )
         found |= of_name
@@ -120,15 +134,14 @@ def load_weights(model: WholeModel, folder: Path) -> None:
         saved = AutoModelForCausalLM.from_pretrained(
             folder, dtype=model.base.dtype, attn_implementation="eager"
         )
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"cannot read the model in {folder}: {first_line(error)}") from error
     named = dict(saved.named_parameters())
     for name, parameter in model.base.named_parameters():
         if name not in named or named[name].shape != parameter.shape:
             raise UserError(f"{folder} is of another model: it has no {name} of this shape")
     for name, parameter in model.base.named_parameters():
-        if parameter.requires_grad:
-            parameter.copy_(named[name])
+        parameter.copy_(named[name])
 
 
 def save_whole(model: WholeModel, tokenizer: Any, folder: Path) -> None:

@@ -10,6 +10,7 @@ summary.json       the run's result, once it has finished
 report.html        all of it on one page
 checkpoints/       the newest ones, to resume from
 adapter/           the trained adapter, once the run has finished
+model/             in its place the whole model, if its own weights were trained
 """
 
 from __future__ import annotations

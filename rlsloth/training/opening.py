@@ -91,7 +91,7 @@ def open_grpo(
         run,
         decided.placements if trains else None,
         temperature=cfg.rollout.temperature,
-        total_updates=cfg.steps * cfg.updates_per_rollout,
+        total_updates=cfg.steps * cfg.updates_per_rollout * trains,
     )
     renderer = Renderer(policy.tokenizer, cfg.env, policy.eos_token_ids)
     renderer.check([*env.train, *env.heldout])

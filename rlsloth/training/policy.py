@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
 from rlsloth.config import TrainingConfig
+from rlsloth.errors import UserError
 from rlsloth.files import write_json
 from rlsloth.policy.activations.placement import Placements, describe, summary
 from rlsloth.policy.host_embedding import HostEmbedding
 from rlsloth.policy.lora import dora_setting
 from rlsloth.policy.policy import Policy
 from rlsloth.policy.streamed_layers import streamed_layers
+from rlsloth.policy.trainable import MODEL
 from rlsloth.rollout.engine import Engine
 from rlsloth.run.run import Run
 
@@ -34,11 +38,18 @@ def open_policy(
         run: for messages.
         placements: placement of each layer's activations, if it was planned.
         temperature: temperature of the log-probs.
-        total_updates: optimizer updates of the whole run, for the learning rate's schedule.
+        total_updates: optimizer updates of the whole run, for the learning rate's schedule; 0 if
+            nothing is trained.
 
     Raises:
         UserError: the model or its adapter cannot be loaded.
     """
+    whole = not cfg.model.trains_adapter
+    if whole and Path(cfg.model.path).expanduser().resolve() == (run.dir / MODEL).resolve():
+        raise UserError(
+            f"--model.path {cfg.model.path} is where the run would write its trained model; pass "
+            "another --run.dir"
+        )
     run.say(f"loading {cfg.model.path}")
     if cfg.model.adapter is not None:
         run.say(
@@ -55,7 +66,7 @@ def open_policy(
     )
     if policy.wrapped is not None:
         run.say(policy.wrapped.line())
-    if not cfg.model.trains_adapter:
+    if whole and total_updates:
         _say_of_whole(cfg, run, policy)
     if dora := dora_setting(cfg.lora, cfg.model):
         run.say(

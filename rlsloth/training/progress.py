@@ -166,8 +166,7 @@ def _compare(run: Run, now: Contents, then: Contents | None) -> None:
     if changed:
         raise UserError(
             f"cannot resume {run.dir}: the contents have changed since the run began of "
-            f"{', '.join(changed)}; restore them, or start another run (--model.adapter continues "
-            "this run's adapter)"
+            f"{', '.join(changed)}; restore them, or start another run"
         )
 
 

@@ -76,11 +76,12 @@ def find_source(
     folder = Path(path).expanduser()
     options = {"device": device, "trust_remote_code": trust_remote_code}
     run, adapter = None, None
+    for whole in (folder, folder.parent) if folder.name == MODEL else (folder,):
+        if _trains_whole(whole):
+            return _whole(whole, base, ModelConfig(precision=precision or "auto", **options))
     if (folder / "student" / CONFIG).is_file():
         raise UserError(f"{folder} is the folder of a distillation; pass {folder / 'student'}")
     if (folder / CONFIG).is_file():
-        if (folder / MODEL / "config.json").is_file():
-            return _whole(folder, base, ModelConfig(precision=precision or "auto", **options))
         run, adapter = folder, folder / ADAPTER
         if not (adapter / PEFT_CONFIG).is_file():
             raise UserError(f"{folder} has no adapter yet; finish the run with --run.resume")
@@ -112,12 +113,27 @@ def find_source(
     return Source(model, adapter, run, identity, prompts)
 
 
+def _trains_whole(run: Path) -> bool:
+    """Tell whether a run trains the model's own weights."""
+    return (run / CONFIG).is_file() and read_config(run)["model"].get("trained", [ADAPTER]) not in (
+        [ADAPTER],
+        ADAPTER,
+    )
+
+
 def _whole(run: Path, base: str | None, settings: ModelConfig) -> Source:
     """Return a run that trained the model's own weights; ``base`` is refused."""
     if base is not None:
         raise UserError(f"{run} trained the model's own weights, which need no base: drop --base")
-    model = settings.model_copy(update={"path": str(run / MODEL)})
-    return Source(model, run=run, prompts=prompting(read_config(run)))
+    if not (run / MODEL / "config.json").is_file():
+        raise UserError(f"{run} has no trained model yet; finish the run with --run.resume")
+    precision: str = settings.precision
+    if precision == "auto":  # as they are stored
+        stored = read_json(run / MODEL / "config.json").get("dtype")
+        held = {"float32": "fp32", "bfloat16": "bf16"}.get(str(stored), "auto")
+        precision = available_precision(held, pick_device(settings.device))
+    update = {"path": str(run / MODEL), "precision": precision}
+    return Source(settings.model_copy(update=update), run=run, prompts=prompting(read_config(run)))
 
 
 def _named_base(

@@ -60,8 +60,9 @@ def test_updates_are_those_of_float32(
             one.grad = two.grad.float()
         for optimizer in makers:
             optimizer.step()
-    for one, two in zip(exact, rounded, strict=True):
+    for weight, other in zip(exact, rounded, strict=True):
+        want, got = weight.detach(), other.detach().float()
         # Five roundings by at most a unit in the last place, 1/128 of a weight's value then.
-        assert float(((one - two.float()).abs() / one.abs().clamp_min(0.1)).max()) < 8 / 128
-        if one.numel() >= 5000:
-            assert float((one - two.float()).mean().abs()) < 2e-3
+        assert float(((want - got).abs() / want.abs().clamp_min(0.1)).max()) < 8 / 128
+        if want.numel() >= 5000:
+            assert float((want - got).mean().abs()) < 2e-3

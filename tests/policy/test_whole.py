@@ -159,19 +159,32 @@ def test_an_error_leaves_the_trained_weights(monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(RuntimeError):
         fail()
     assert same(weights(policy), trained)
-    calls = []
+    copy, count = Tensor.copy_, len(policy.trained)
+    # In the middle of the starting weights' way in, and of the trained ones' way back.
+    for stop in (4, count + 4):
+        calls = iter(range(1, 10_000))
 
-    def broken(self: Tensor, *args: Any) -> Tensor:
-        calls.append(self)
-        if len(calls) == 7:  # in the middle of the fourth weight's exchange
-            raise torch.OutOfMemoryError
-        return copy(self, *args)
+        def broken(self: Tensor, *args: Any, calls: Any = calls, stop: int = stop) -> Tensor:
+            if next(calls) == stop:
+                raise torch.OutOfMemoryError
+            return copy(self, *args)
 
-    copy = Tensor.copy_
-    monkeypatch.setattr(Tensor, "copy_", broken)
-    with pytest.raises(torch.OutOfMemoryError), policy.base_model():
-        pass
-    monkeypatch.undo()
+        with monkeypatch.context() as patch:
+            patch.setattr(Tensor, "copy_", broken)
+            with pytest.raises(torch.OutOfMemoryError), policy.base_model():
+                pass
+        assert same(dict(policy.state()[0]["weights"]), trained)  # what a checkpoint gets
+        assert same(weights(policy), trained)
+
+
+def test_contexts_within_each_other() -> None:
+    policy = whole(llama())
+    start = weights(policy)
+    trained = weights(updated(policy))
+    with policy.base_model():
+        with policy.starting_policy():
+            assert same(weights(policy), start)
+        assert same(weights(policy), start)
     assert same(weights(policy), trained)
 
 
@@ -193,6 +206,20 @@ def test_a_restored_policy_goes_on_alike(optimizer: str, dtype: torch.dtype) -> 
     assert same(weights(updated(resumed, 2)), want)
     with resumed.base_model():
         assert same(weights(resumed), weights(made()))
+
+
+def test_a_temperature_without_sampling_can_be_saved(tmp_path: Path) -> None:
+    """Llama 2's generation_config.json is one; transformers only warns as it loads that."""
+    model = llama()
+    model.generation_config.temperature, model.generation_config.do_sample = 0.6, False
+    policy = whole(model)
+    save_trained(policy.model, policy.tokenizer, tmp_path)
+    assert (tmp_path / "model" / "model.safetensors").is_file()
+
+
+def test_the_head_of_a_tied_model_learns_with_the_embedding() -> None:
+    policy = whole(llama(tied=True), ["lm_head"])
+    assert list(policy.trained) == ["model.embed_tokens.weight"]
 
 
 @pytest.mark.parametrize("family", ["llama", "tied", "qwen3_moe"])
@@ -244,5 +271,7 @@ def test_half_precision() -> None:
 
 
 def test_unknown_modules() -> None:
-    with pytest.raises(UserError, match=r"--model.trained mpl: no module .* did you mean 'mlp'"):
+    with pytest.raises(
+        UserError, match=r"--model.trained mpl: no module with .* did you mean 'mlp'"
+    ):
         whole(llama(), ["mpl"])

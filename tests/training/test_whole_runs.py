@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from helpers.grpo_runs import Train, rows, train, workplace
 from rlsloth import RunResult
 from rlsloth.cli import main as cli
 from rlsloth.errors import UserError
+from rlsloth.training.source import find_source
 
 __all__ = ["train", "workplace"]
 pytestmark = pytest.mark.slow
@@ -61,6 +63,27 @@ def test_it_is_evaluated_beside_its_base(
     assert found["base"]["avg@4"] == pytest.approx(summary["accuracy_before"])
     assert found["trained"]["avg@4"] == pytest.approx(summary["accuracy_after"])
     assert found["difference"][0] > 0
+
+
+@pytest.mark.parametrize("changed", ["--model.trained norm", "--model.path other"])
+def test_other_weights_are_not_evaluated_as_the_runs(
+    changed: str, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["eval", str(run / "config.yaml"), *changed.split()]) == 2
+    assert "all trained with model." in capsys.readouterr().err
+
+
+def test_its_base_is_not_overwritten(train: Train, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree("model", "twice/model")
+    train("twice", *WHOLE, "--model.path", "twice/model", status=2)
+    assert "is where the run would write its trained model" in capsys.readouterr().err
+
+
+def test_where_it_is_found(run: Path) -> None:
+    found = find_source(str(run))
+    assert find_source(str(run / "model")) == found
+    assert (found.adapter, found.run, found.base.precision) == (None, run, "fp32")
+    assert find_source("model").run is None
 
 
 def test_it_is_exported(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

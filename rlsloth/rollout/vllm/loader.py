@@ -52,14 +52,15 @@ def share(model: Any, loaded: Loaded) -> None:
 def copy_rest(model: Any, source: Callable[[], Any]) -> None:
     """Copy the trainer's weights to those of vLLM's that are not shared: norms and biases.
 
-    vLLM loads all again, as from a file; for shared weights this only records where they are. An
+    vLLM loads what learns again, as from a file; of shared weights this only records the place. An
     embedding of which vLLM has a copy (Gemma 2) is packed again, too, as vLLM does on a CPU.
 
     Args:
         model: vLLM's model.
         source: returns the WholeModel.
     """
-    model.load_weights(checkpoint(source().get_base_model()).items())
+    named = checkpoint(source().get_base_model())
+    model.load_weights((name, x) for name, x in named.items() if x.requires_grad)
     for module in model.modules():
         own = isinstance(module, VocabParallelEmbedding)
         if own and not isinstance(module.quant_method, Shared):
