@@ -88,5 +88,6 @@ def test_weights_of_another_shape_are_refused() -> None:
 
 def test_vllm_refuses_full_weights() -> None:
     engine = VllmEngine.__new__(VllmEngine)
+    engine._whole = None  # as one that was started on an adapter's model
     with pytest.raises(UserError, match=r"--rollout\.engine vllm .*transformers"):
         engine.set_weights(weights_of(tiny_llama(), 1))

@@ -142,7 +142,7 @@ def test_evaluation_during_training(train: Train) -> None:
 
 def test_the_base_stays_as_it_was(train: Train, workplace: Path, monkeypatch) -> None:
     trained: list[Any] = []
-    monkeypatch.setattr(session, "save_adapter", lambda model, _: trained.append(model))
+    monkeypatch.setattr(session, "save_trained", lambda model, *_: trained.append(model))
     train("base", *QUICK)
     (model,) = trained
     base = model.unload().state_dict()
