@@ -24,6 +24,7 @@ from rlsloth.policy.device import no_bf16
 from rlsloth.policy.gpu_limit import torch_room
 from rlsloth.policy.host_embedding import EMBEDDING_STAYS
 from rlsloth.policy.streamed_layers import refuse_more_layers
+from rlsloth.policy.trainable import no_bf16 as whole_needs_bf16
 
 DEFAULT_PROMPT = 512
 """Number of tokens of the longest prompt that is assumed if the prompts are unknown."""
@@ -145,10 +146,7 @@ def _refuse(shape: ModelShape, request: Request, source: Source) -> None:
             "compute capability 8.0); pass auto or sdpa"
         )
     if request.model.precision == "fp16" and shape.whole:
-        raise UserError(
-            "--model.trained: weights do not learn in fp16, and this card has no bf16; pass "
-            "--model.precision fp32, or --model.trained adapter"
-        )
+        raise whole_needs_bf16(request.model.trained)
     named, least = request.tokens_per_microbatch, request.least_tokens(shape)
     if named is not None and named < least:
         what, shorter = "the longest example", "--data.max-tokens"

@@ -242,7 +242,8 @@ def host_bytes(shape: ModelShape, request: Request, placed: list[PlacedKind]) ->
     table = size * shape.embedding if request.model.offload_embeddings is True else 0
     sizes = blocks(shape, precision, request.streamed)
     streamed = sum(sizes)
-    start = size * sum(shape.trained) if shape.whole else 0  # the weights before training
+    # The weights before training, and the trained ones while those take their place.
+    start = 2 * size * sum(shape.trained) if shape.whole else 0
     running = held + table + streamed + start + moved_states(shape, request)
     if not streamed:
         return running

@@ -33,11 +33,16 @@ def make_trainable(base: Any, lora: LoraConfig, source: ModelConfig) -> Any:
     if source.trains_adapter:
         return add_adapter(base, lora, source)
     if base.dtype == torch.float16:  # precision auto on a GPU without bf16
-        raise UserError(
-            f"--model.trained {' '.join(source.trained)}: weights do not learn in fp16, and this "
-            "GPU has no bf16; pass --model.precision fp32, or --model.trained adapter"
-        )
+        raise no_bf16(source.trained)
     return WholeModel(base, source.trained, source.path)
+
+
+def no_bf16(trained: list[str]) -> UserError:
+    """Make the error for ``model.trained`` on a card without bf16."""
+    return UserError(
+        f"--model.trained {' '.join(trained)}: weights do not learn in fp16, and this card has no "
+        "bf16; pass --model.precision fp32, or --model.trained adapter"
+    )
 
 
 def save_trained(model: Any, tokenizer: Any, run: Path) -> None:

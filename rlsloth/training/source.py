@@ -114,11 +114,14 @@ def find_source(
 
 
 def _trains_whole(run: Path) -> bool:
-    """Tell whether a run trains the model's own weights."""
-    return (run / CONFIG).is_file() and read_config(run)["model"].get("trained", [ADAPTER]) not in (
-        [ADAPTER],
-        ADAPTER,
-    )
+    """Tell whether a folder is that of a run that trains the model's own weights.
+
+    A config.yaml alone may be anyone's, beside a model's folder that is named ``model``.
+    """
+    if not all((run / name).is_file() for name in (CONFIG, "environment.json")):
+        return False
+    trained: object = read_config(run)["model"].get("trained", [ADAPTER])
+    return trained != [ADAPTER]
 
 
 def _whole(run: Path, base: str | None, settings: ModelConfig) -> Source:

@@ -74,3 +74,12 @@ def bytes_a_token(policy: Policy, checkpointing: bool) -> float:
         return inputs + max(each for x in layers for each, _ in x.moments)
     kept = inputs + sum(x.kept for x in layers)
     return kept + max(each - x.kept for x in layers for each, _ in x.moments)
+
+
+def state_bytes(policy: Policy) -> int:
+    """Bytes of the optimizer's states; tables that several share count once."""
+    states = policy.optimizer.state.values()
+    seen = {
+        t.data_ptr(): t.nbytes for s in states for t in s.values() if isinstance(t, torch.Tensor)
+    }
+    return sum(seen.values())

@@ -83,7 +83,7 @@ def test_where_it_is_found(run: Path) -> None:
     found = find_source(str(run))
     assert find_source(str(run / "model")) == found
     assert (found.adapter, found.run, found.base.precision) == (None, run, "fp32")
-    assert find_source("model").run is None
+    assert find_source("model").run is None  # config.yaml beside it is no run's
 
 
 def test_it_is_exported(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
