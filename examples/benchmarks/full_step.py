@@ -8,6 +8,7 @@ Work: --prompts prompts of exactly --prompt-tokens tokens, --group completions e
 --new-tokens tokens (no token ends a completion), a reward that is never equal within a group, LoRA
 on all linear layers, one update by AdamW in 8 bits. All trainers get the same prompts and the same
 bytes of key-value cache. The first step warms up. --sleep frees the cache while the model trains.
+--trained all trains every weight of a bf16 model in place of the LoRA.
 
 Differences that remain:
 - TRL trains in bf16 only here: it hands vLLM 4-bit codes of a merged adapter without their scales.
@@ -73,6 +74,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--new-tokens", type=int, default=1024)
     add("--steps", type=int, default=3, help="measured steps, after one that warms up")
     add("--rank", type=int, default=16)
+    add("--trained", choices=["adapter", "all"], default="adapter", help="all: weights in bf16")
     add("--micro-tokens", type=int, default=20480, help="tokens of a micro-batch")
     add("--kv-gb", type=float, default=20.0, help="GiB of key-value cache")
     add(
@@ -100,6 +102,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         sys.exit("--memory-gb is for --trainer rlsloth: the others have no plan")
     if args.trainer == "trl" and args.precision != "bf16":
         sys.exit("--trainer trl: pass --precision bf16 (for the reason see the top of this file)")
+    if args.trained == "all" and (args.trainer == "unsloth" or args.precision != "bf16"):
+        sys.exit("--trained all: pass --precision bf16, and --trainer rlsloth or trl")
     if args.sleep and args.engine != "vllm":
         sys.exit("--sleep needs --engine vllm: no other engine has a cache to free")
     if args.trainer == "trl" or args.engine == "transformers":
@@ -131,6 +135,7 @@ def config(args: argparse.Namespace, data: Path, folder: Path) -> Any:
     """The configuration of `rlsloth grpo` for this work."""
     from rlsloth.config import GrpoConfig
 
+    adapter = {"rank": args.rank, "alpha": 2 * args.rank} if args.trained == "adapter" else {}
     return GrpoConfig.model_validate(
         {
             "steps": 1 + args.steps,
@@ -142,10 +147,11 @@ def config(args: argparse.Namespace, data: Path, folder: Path) -> Any:
                 "path": args.model,
                 "precision": args.precision,
                 "max_context": context(args),
+                "trained": args.trained,
                 "memory_gb": args.memory_gb,
                 "gradient_checkpointing": "auto" if args.memory_gb else args.gradient_checkpointing,
             },
-            "lora": {"rank": args.rank, "alpha": 2 * args.rank},
+            "lora": adapter,
             "env": {"train": str(data), "heldout": 0},
             "rollout": {
                 "engine": args.engine,

@@ -17,7 +17,7 @@ LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 
 def trl(args: argparse.Namespace) -> Meter:
-    """Run GRPOTrainer with vLLM in the same process and LoRA on a bf16 base."""
+    """Run GRPOTrainer with vLLM in the same process, and LoRA on a bf16 base or all its weights."""
     need("trl", "vllm", "peft", "bitsandbytes")
     need_gpu("trl")
     set_cache_size(args)
@@ -26,6 +26,12 @@ def trl(args: argparse.Namespace) -> Meter:
     from trl import GRPOConfig, GRPOTrainer
 
     tokenizer = AutoTokenizer.from_pretrained(args.model)
+    lora = LoraConfig(
+        r=args.rank,
+        lora_alpha=2 * args.rank,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+    )
     with tempfile.TemporaryDirectory() as folder:
         trainer = GRPOTrainer(
             model=args.model,
@@ -39,12 +45,7 @@ def trl(args: argparse.Namespace) -> Meter:
                 vllm_enable_sleep_mode=args.sleep,
             ),
             train_dataset=dataset(tokenizer, args),
-            peft_config=LoraConfig(
-                r=args.rank,
-                lora_alpha=2 * args.rank,
-                target_modules="all-linear",
-                task_type="CAUSAL_LM",
-            ),
+            peft_config=lora if args.trained == "adapter" else None,
         )
         return train(trainer)
 
