@@ -156,11 +156,21 @@ def make(args: argparse.Namespace) -> int:
     config.architectures = [type(model).__name__]
     config.dtype = torch.bfloat16
     if args.precision == "nf4":
+        import bitsandbytes.functional  # noqa: F401 -- not by several writers at once
+
         config.quantization_config = nf4_config(torch.bfloat16).to_dict()
     config.save_pretrained(args.out)
     GenerationConfig(**ids).save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
-    return write_weights(model.state_dict(), args.out, args.seed, args.precision)
+    # A file with a tied head's own weights would untie it.
+    tensors = {name: t for name, t in model.state_dict().items() if name not in tied(model)}
+    return write_weights(tensors, args.out, args.seed, args.precision)
+
+
+def tied(model: Any) -> set[str]:
+    """Names of the model's tensors that are others under a second name."""
+    kept = {name for name, _ in model.named_parameters()}
+    return {name for name, _ in model.named_parameters(remove_duplicate=False)} - kept
 
 
 def read_tokenizer(path: str) -> Any:

@@ -6,8 +6,8 @@
 
 The work is one micro-batch: --trees prompts, each with completions that are all scored; the loss
 is the sum of their log-probs. --stream gives the tokens of a prompt, the tokens of a completion,
-and the completions of a prompt. LoRA on all linear layers, 8-bit AdamW on a GPU. The tokens counted
-are those of the stream, each prompt once.
+and the completions of a prompt. LoRA on all linear layers, or every weight of a bf16 model with
+--trained all; 8-bit AdamW on a GPU. The tokens counted are those of the stream, each prompt once.
 
 A mode places all layers alike; parts are joined by +:
     keep       autograd keeps everything           device, host  the layer's input is kept there
@@ -66,6 +66,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--model", required=True, help="a folder (make_model.py writes one) or GGUF file")
     add("--precision", choices=["nf4", "bf16", "fp32"], default="nf4")
     add("--rank", type=int, default=32)
+    add("--trained", choices=["adapter", "all"], default="adapter", help="all: weights in bf16")
     add("--attention", default="auto")
     add("--stream", type=int, nargs=3, default=[512, 3584, 8],
         metavar=("PROMPT", "COMPLETION", "GROUP"))  # fmt: skip
@@ -104,6 +105,7 @@ class Bench:
         model = ModelConfig(
             path=args.model,
             precision=args.precision,
+            trained=args.trained,
             attention=args.attention,
             max_context=args.stream[0] + args.stream[1],
             offload_embeddings=args.offload_embeddings,

@@ -64,7 +64,7 @@ def adapted_glu_forward(
         increment_version(out_TF)  # autograd must notice the write, and cannot see into a kernel
         return low_TR
     lows = []
-    for rows in _chunks(inputs):
+    for rows in _chunks(inputs, adapters):
         gate, up = _adapted(inputs, adapters, rows)
         h = glu_forward(gate, up, activation, out=out_TF[rows])
         if adapters.down_a_RF is not None:
@@ -82,7 +82,8 @@ def adapted_glu_backward(
     """Overwrite gate and up with their gradients; return those of the factors in float32.
 
     Args:
-        d_out_TF: the gradient of h through down's frozen weight alone. It may be overwritten.
+        d_out_TF: the gradient of h through down's weight alone. It may be overwritten; without an
+            adapter on down it is, by h.
         d_low_TR: the gradient of ``h A^T``; no columns if down's adapter is off.
 
     Returns:
@@ -99,7 +100,7 @@ def adapted_glu_backward(
         None if factor is None else factor.new_zeros(factor.shape, dtype=torch.float32)
         for factor in (adapters.gate_b_FR, adapters.up_b_FR, adapters.down_a_RF)
     ]
-    for rows in _chunks(inputs):
+    for rows in _chunks(inputs, adapters):
         gate, up = _adapted(inputs, adapters, rows)
         d_h = _plus(d_out_TF[rows], d_low_TR[rows], adapters.down_a_RF)
         h, d_gate, d_up = glu_backward(d_h, gate, up, activation)
@@ -150,9 +151,11 @@ def _tensors(
     )
 
 
-def _chunks(inputs: GluInputs) -> list[slice]:
+def _chunks(inputs: GluInputs, adapters: GluAdapters) -> list[slice]:
     """Cut the rows into chunks, so that temporaries between the kernels stay small."""
     tokens = inputs.gate_TF.shape[0]
+    if adapters.gate_b_FR is adapters.up_b_FR is adapters.down_a_RF is None:  # it has none
+        return [slice(0, tokens)]
     starts = range(0, max(tokens, 1), CHUNK_ROWS)
     return [slice(start, min(start + CHUNK_ROWS, tokens)) for start in starts]
 

@@ -1,4 +1,4 @@
-"""The hand-derived backward of LoRA linears that share an input, without gradients of weights."""
+"""The hand-derived backward of linears that share an input, for adapters or for weights."""
 
 from __future__ import annotations
 
@@ -12,7 +12,16 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
 from rlsloth.kernels.lora import products
-from rlsloth.kernels.lora.layer import LoraLinear, Stack, gradients, scaled_b, spans_of, stack
+from rlsloth.kernels.lora.layer import (
+    LoraLinear,
+    Stack,
+    gradients,
+    gram,
+    scaled_b,
+    spans_of,
+    stack,
+    trained_gradients,
+)
 from rlsloth.kernels.nf4.ahead import Job, dequantize_ahead
 
 Layers = tuple[LoraLinear, ...]
@@ -116,7 +125,7 @@ class LinearsFunction(torch.autograd.Function):
         adapters = Adapters.again(ctx.layers, copies[: 1 + len(ctx.layers)])
         live = [index for index, grad in enumerate(grads) if grad is not None]
         if not live:
-            return (None,) * (3 + 2 * len(ctx.layers))
+            return (None,) * (3 + 4 * len(ctx.layers))
         with torch.autocast(x_TI.device.type, enabled=False):
             result = _gradients(
                 ctx.layers, adapters, x_TI, low_TR, live, grads, ctx.needs_input_grad[0]
@@ -138,16 +147,17 @@ def _gradients(
     backward = _input_gradient if with_input else _low_gradient
     grad_x_TI, grad_low_TR = backward(layers, adapters, live, grads)
     result: list[Tensor | None] = [grad_x_TI, None, None]
-    if stacked is None:
-        return result + [None, None] * len(layers)
-    assert grad_low_TR is not None
-    grad_a_RI = products.gram(grad_low_TR, x_TI)
-    for layer, span, grad in zip(layers, stacked.spans, grads, strict=True):
+    grad_a_RI = None if grad_low_TR is None else gram(grad_low_TR, x_TI)
+    for index, (layer, grad) in enumerate(zip(layers, grads, strict=True)):
         if grad is None:
-            result += [None, None]
-        else:
-            grad_b_OR = products.gram(grad, low_TR[:, span])
-            result += gradients(layer, grad_a_RI[span], grad_b_OR)
+            result += [None] * 4
+            continue
+        grad_a = grad_b = None
+        if stacked is not None:
+            assert grad_a_RI is not None
+            span = stacked.spans[index]
+            grad_a, grad_b = gradients(layer, grad_a_RI[span], gram(grad, low_TR[:, span]))
+        result += [grad_a, grad_b, *trained_gradients(layer, grad, x_TI)]
     return result
 
 

@@ -1,4 +1,4 @@
-"""A frozen linear with its adapter, and the stacked adapters of linears that share an input."""
+"""A linear with its adapter, and the stacked adapters of linears that share an input."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ ALIGNMENT = 16
 
 @dataclass(frozen=True, slots=True)
 class LoraLinear:
-    """``y = x W^T + bias + scale (x A^T) B^T``; W and bias are frozen."""
+    """``y = x W^T + bias + scale (x A^T) B^T``; W and bias are frozen beside an adapter."""
 
     weight: Tensor | Nf4Weight
-    """[O, I], float32, bfloat16 or float16."""
+    """[O, I], float32, bfloat16 or float16; it learns if it requires grad, like the bias."""
     bias: Tensor | None = None
     """[O], in the weight's dtype."""
     lora_a: Tensor | None = None
@@ -97,6 +97,50 @@ def gradients(
     return grad_a.copy_(grad_a_RI[:rank]), grad_b
 
 
+def leaves(layers: Sequence[LoraLinear]) -> list[Tensor | None]:
+    """List what may learn in each layer: A, B, weight and bias; None for a frozen or absent one."""
+    return [x for layer in layers for x in (layer.lora_a, layer.lora_b, *_trained(layer))]
+
+
+def _trained(layer: LoraLinear) -> tuple[Tensor | None, Tensor | None]:
+    weight = layer.weight if isinstance(layer.weight, Tensor) else None
+    return (
+        weight if weight is not None and weight.requires_grad else None,
+        layer.bias if layer.bias is not None and layer.bias.requires_grad else None,
+    )
+
+
+def trained_gradients(
+    layer: LoraLinear, grad_TO: Tensor, x_TI: Tensor | None, *, wide: bool = False
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return ``dW = dy^T x`` and the bias's gradient, None for a frozen one.
+
+    Args:
+        layer: the layer.
+        grad_TO: the gradient of its output.
+        x_TI: its input, which a frozen weight does not need.
+        wide: leave the sums in float32, for a sum over tiles.
+    """
+    weight, bias = _trained(layer)
+    grad_weight = grad_bias = None
+    if weight is not None:
+        assert x_TI is not None
+        # In 16 bits, too, the product's sums are float32 and are rounded once.
+        grad_weight = gram(grad_TO, x_TI) if wide else grad_TO.t() @ x_TI
+    if bias is not None:
+        grad_bias = grad_TO.sum(0, dtype=torch.float32 if wide else None)
+    return grad_weight, grad_bias
+
+
+def gram(left_TM: Tensor, right_TN: Tensor) -> Tensor:
+    """Return ``left^T right`` in float32: a sum over all tokens."""
+    if left_TM.dtype == torch.float32:
+        return left_TM.t() @ right_TN
+    if left_TM.is_cuda:
+        return torch.mm(left_TM.t(), right_TN, out_dtype=torch.float32)
+    return left_TM.float().t() @ right_TN.float()
+
+
 def _scaled(x: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
     """Return ``scale * x``, rounded once, by one kernel: there are many of these, all short."""
     return torch.mul(x, scale, out=torch.empty(x.shape, dtype=dtype, device=x.device))
@@ -123,6 +167,5 @@ def _check(layer: LoraLinear) -> None:
             raise ValueError(f"{name} is on {tensor.device}, weight on {weight.device}")
         if tensor.dtype not in {weight.dtype, weight.dtype if name == "bias" else torch.float32}:
             raise TypeError(f"{name} is {tensor.dtype}, weight {weight.dtype}")
-    frozen = [weight] if isinstance(weight, Tensor) else []
-    if any(x.requires_grad for x in [*frozen, layer.bias] if x is not None):
-        raise ValueError("weight or bias requires grad: they are frozen here, so detach them")
+    if layer.lora_a is not None and any(x is not None for x in _trained(layer)):
+        raise ValueError("weight or bias requires grad beside an adapter: detach them")

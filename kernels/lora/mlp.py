@@ -1,4 +1,4 @@
-"""A gated MLP of LoRA linears, forward and backward, built around the adapted gated unit.
+"""A gated MLP of linears with adapters or trained weights, built around the adapted gated unit.
 
 The gated unit adds the adapters of gate and up in its own pass, from ``x A^T``, which gate's
 product makes. The unit also makes ``h A^T`` of down's adapter, which enters down's product.
@@ -20,7 +20,16 @@ from rlsloth.kernels.adapted_glu.op import (
     adapted_glu_forward,
 )
 from rlsloth.kernels.lora import products
-from rlsloth.kernels.lora.layer import LoraLinear, Stack, gradients, scaled_b, spans_of, stack
+from rlsloth.kernels.lora.layer import (
+    LoraLinear,
+    Stack,
+    gradients,
+    gram,
+    scaled_b,
+    spans_of,
+    stack,
+    trained_gradients,
+)
 from rlsloth.kernels.nf4.ahead import Job, dequantize_ahead
 
 Mlp = tuple[LoraLinear, LoraLinear, LoraLinear]
@@ -124,12 +133,12 @@ class InnerFunction(torch.autograd.Function):
         x_TH: Tensor,
         parts: Parts,
         matrices: Iterator[Tensor],
-        *adapters: Tensor | None,
+        *parameters: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         h_wide, *kept = inner(x_TH, parts, matrices)
-        # The layers hold the adapters; saving them too lets autograd notice a change.
-        # Their copies are saved so that activation checkpointing can free them.
-        ctx.save_for_backward(x_TH, *kept, *parts.tensors, *adapters)
+        # The layers hold the parameters; saving them too lets autograd notice a change.
+        # Adapters' copies are saved so that activation checkpointing can free them.
+        ctx.save_for_backward(x_TH, *kept, *parts.tensors, *parameters)
         ctx.layers, ctx.activation = parts.layers, parts.activation
         ctx.mark_non_differentiable(h_wide)
         ctx.set_materialize_grads(False)  # else autograd would make zeros as wide as h
@@ -156,8 +165,13 @@ def row_gradients(
     low_TR: Tensor,
     grad_TH: Tensor,
     with_input: bool,
+    *,
+    wide: bool = False,
 ) -> tuple[Tensor | None, list[Tensor | None]]:
-    """Return the gradients of x and of each A and B; overwrite ``gate_wide`` and ``up_TF``."""
+    """Return the gradients of x and of the layers' ``leaves``.
+
+    Overwrites ``gate_wide`` and ``up_TF``. ``wide``: leave gradients of weights in float32.
+    """
     gate, up, down = parts.layers
     gate_job, up_job, down_job = parts.jobs()
     matrices = dequantize_ahead([down_job, gate_job, up_job])
@@ -170,15 +184,28 @@ def row_gradients(
     gate_a = up_a = None
     if (siblings := parts.siblings) is not None:
         _lower(inputs, parts)
-        grad_a_RI = products.gram(gate_wide[:, width:], x_TH)
+        grad_a_RI = gram(gate_wide[:, width:], x_TH)
         gate_a, up_a = (grad_a_RI[span] for span in siblings.spans)
-    down_b = None if parts.last is None else products.gram(grad_TH, low_TR)
+    down_b = None if parts.last is None else gram(grad_TH, low_TR)
+    # Without an adapter on down the unit has put h in the place of its gradient.
+    h_TF = grad_wide if parts.last is None else None
+    trained = [
+        trained_gradients(gate, gate_wide[:, :width], x_TH, wide=wide),
+        trained_gradients(up, up_TF, x_TH, wide=wide),
+        trained_gradients(down, grad_TH, h_TF, wide=wide),
+    ]
+    del grad_wide, h_TF
     grad_x_TH = None
     if with_input:
         grad_x_TH = products.back_from_wide(gate_wide, next(matrices), gate, parts.siblings)
         grad_x_TH.addmm_(up_TF, next(matrices))
-    gate_grads, up_grads = gradients(gate, gate_a, gate_b), gradients(up, up_a, up_b)
-    return grad_x_TH, [*gate_grads, *up_grads, *gradients(down, down_a, down_b)]
+    adapted = [
+        gradients(gate, gate_a, gate_b),
+        gradients(up, up_a, up_b),
+        gradients(down, down_a, down_b),
+    ]
+    pairs = zip(adapted, trained, strict=True)
+    return grad_x_TH, [grad for pair in pairs for grads in pair for grad in grads]
 
 
 def _lower(inputs: GluInputs, parts: Parts) -> None:

@@ -1,4 +1,4 @@
-"""A gated MLP of LoRA linears in tiles of rows, with one tile's activations in memory at a time.
+"""A gated MLP in tiles of rows, with one tile's activations in memory at a time.
 
 Only the input is kept for the backward, which computes gate and up again, tile by tile. This trades
 half an MLP's forward for 2 x F elements a token (ALST, Bekman et al. 2025, tiles frozen MLPs so).
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from rlsloth.kernels.lora.layer import leaves
 from rlsloth.kernels.lora.mlp import Parts, inner, outer, row_gradients
 from rlsloth.kernels.nf4.ahead import dequantize_ahead
 
@@ -57,9 +58,9 @@ class TiledInnerFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x_TH: Tensor, parts: Parts, most: int, *adapters: Tensor | None
+        ctx: Any, x_TH: Tensor, parts: Parts, most: int, *parameters: Tensor | None
     ) -> Tensor:
-        ctx.save_for_backward(x_TH, *parts.tensors, *adapters)
+        ctx.save_for_backward(x_TH, *parts.tensors, *parameters)
         ctx.layers, ctx.activation, ctx.most = parts.layers, parts.activation, most
         return x_TH.new_empty(()).expand(x_TH.shape[0], parts.layers[2].weight.shape[0])
 
@@ -85,7 +86,7 @@ def _backward(
         _, gate_wide, up_RF, low_RR = inner(x_RH, parts, dequantize_ahead(parts.jobs()))
         del _  # h, which the gradients do not need
         grad_x_RH, grads = row_gradients(
-            parts, x_RH, gate_wide, up_RF, low_RR, grad_TH[tile], with_input
+            parts, x_RH, gate_wide, up_RF, low_RR, grad_TH[tile], with_input, wide=True
         )
         if grad_x_TH is not None and grad_x_RH is not None:
             grad_x_TH[tile] = grad_x_RH
@@ -93,4 +94,5 @@ def _backward(
             if total is not None and grad is not None:
                 total += grad
         sums = sums or grads
-    return grad_x_TH, sums
+    rounded = zip(sums, leaves(parts.layers), strict=True)
+    return grad_x_TH, [g if g is None or p is None else g.to(p.dtype) for g, p in rounded]

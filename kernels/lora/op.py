@@ -1,9 +1,10 @@
-"""LoRA on frozen linears: linears that share an input are computed together, an MLP as a whole.
+"""Linears with LoRA, or whose weights learn: those that share an input together, an MLP as a whole.
 
 With ``low = scale dY B`` the gradients are ``dX = dY W + low A``, ``dA = low^T X`` and
 ``dB = scale dY^T (X A^T)``: two products with the frozen weight, forward and backward together,
-while autograd through a trainable weight takes three. Products of the parameters run in x's dtype;
-their gradients are summed in float32 and returned in the parameters' dtype. Autocast has no effect.
+while autograd through a trainable weight takes three. A weight that requires grad gets the third
+one, ``dW = dY^T X``. Products of the parameters run in x's dtype; their gradients are summed in
+float32 and returned in the parameters' dtype. Autocast has no effect.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from rlsloth.kernels.glu.op import ACTIVATIONS, glu_forward
 from rlsloth.kernels.lora import autograd, mlp, mlp_tiles
-from rlsloth.kernels.lora.layer import LoraLinear
+from rlsloth.kernels.lora.layer import LoraLinear, leaves
 from rlsloth.kernels.nf4.ahead import dequantize_ahead
 
 __all__ = ["LoraLinear", "lora_linear", "lora_linears", "lora_mlp"]
@@ -40,8 +41,9 @@ def lora_linears(
 ) -> tuple[Tensor, ...]:
     """Return the outputs of layers that share an input (q, k, v), each [..., O], in x's dtype.
 
-    Differentiable in x and in every lora_a and lora_b. x is read once for all A, and its gradient
-    is summed in one buffer. There is no dropout: adapters with dropout do not share an input.
+    Differentiable in x, in every lora_a and lora_b, and in weights and biases. x is read once for
+    all A, and its gradient is summed in one buffer. There is no dropout: adapters with dropout do
+    not share an input.
 
     Args:
         x: [..., I], in the weights' dtype; any dimension before the last may be 0.
@@ -61,7 +63,7 @@ def lora_linears(
         if _needs_graph(x, layers):
             known = None if outputs is None else [y.flatten(0, -2) for y in outputs]
             made = autograd.LinearsFunction.apply(  # type: ignore[no-untyped-call]
-                x_TI, layers, known, *_adapters(layers)
+                x_TI, layers, known, *leaves(layers)
             )
         elif decode and _decodes(x_TI):
             made = autograd.linears_decoded(x_TI, layers)
@@ -147,29 +149,25 @@ def _inner(
     x_TH: Tensor, layers: mlp.Mlp, activation: str, tile_rows: int | None
 ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     """Compute what the backward keeps: a token without content, and the function of the rest."""
-    parts, adapters = mlp.Parts(layers, activation), _adapters(layers)
+    parts, parameters = mlp.Parts(layers, activation), leaves(layers)
     if tile_rows is not None and x_TH.shape[0] > tile_rows:
         token_TH: Tensor = mlp_tiles.TiledInnerFunction.apply(  # type: ignore[no-untyped-call]
-            x_TH, parts, tile_rows, *adapters
+            x_TH, parts, tile_rows, *parameters
         )
         tiled: Callable[..., Tensor] = mlp_tiles.TiledOuterFunction.apply
         return token_TH, lambda token: tiled(token, x_TH.detach(), parts, tile_rows)
     matrices = dequantize_ahead(parts.jobs())
     token_TH, h_wide = mlp.InnerFunction.apply(  # type: ignore[no-untyped-call]
-        x_TH, parts, matrices, *adapters
+        x_TH, parts, matrices, *parameters
     )
     outer: Callable[..., Tensor] = mlp.OuterFunction.apply
     return token_TH, lambda token: outer(token, h_wide, parts, matrices)
 
 
-def _adapters(layers: tuple[LoraLinear, ...]) -> list[Tensor | None]:
-    return [x for layer in layers for x in (layer.lora_a, layer.lora_b)]
-
-
 def _needs_graph(x: Tensor, layers: tuple[LoraLinear, ...]) -> bool:
     if not torch.is_grad_enabled():
         return False
-    return x.requires_grad or any(a is not None and a.requires_grad for a in _adapters(layers))
+    return x.requires_grad or any(p is not None and p.requires_grad for p in leaves(layers))
 
 
 def _decodes(x_TI: Tensor) -> bool:

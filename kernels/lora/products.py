@@ -116,15 +116,6 @@ def add_product(base_TN: Tensor, low_TR: Tensor, factor_RN: Tensor, out_TN: Tens
         torch.addmm(base_TN, low_TR, factor_RN, out=out_TN)
 
 
-def gram(left_TM: Tensor, right_TN: Tensor) -> Tensor:
-    """Return ``left^T right`` in float32: a sum over all tokens."""
-    if left_TM.dtype == torch.float32:
-        return left_TM.t() @ right_TN
-    if left_TM.is_cuda:
-        return torch.mm(left_TM.t(), right_TN, out_dtype=torch.float32)
-    return left_TM.float().t() @ right_TN.float()
-
-
 def _room(like_TN: Tensor, width: int, more_RN: Tensor | None) -> Tensor:
     more = 0 if more_RN is None else more_RN.shape[0]
     return like_TN.new_empty(like_TN.shape[0], width + more)

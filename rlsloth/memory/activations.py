@@ -96,7 +96,7 @@ def layer_memory(
     around_kept, around_work = _around(layer, hidden, size)
     kept += mlp_kept + around_kept
     fused = size < 4 and layer.rank <= FUSED_RANK
-    if layer.on_kernels and not layer.chosen and not fused:
+    if layer.on_kernels and layer.rank and not layer.chosen and not fused:
         # Chunks of gate, of up, and of their product's gradient, with adapters added.
         mlp_fixed = max(mlp_fixed, 3.0 * layer.width * size * CHUNK_ROWS)
     # The MLP's part is freed before attention's backward begins.

@@ -64,7 +64,8 @@ def planned_backend(wanted: str, model: Any) -> str:
     if not torch.cuda.is_available():
         return "varlen" if wanted == "auto" else wanted
     config, device = model.get_base_model().config.get_text_config(), torch.device("cuda")
-    return choose_backend(wanted, device, torch.bfloat16, config, model.num_parameters())
+    count = model.get_base_model().num_parameters()
+    return choose_backend(wanted, device, torch.bfloat16, config, count)
 
 
 def longest_prompt(model: ModelConfig, env: EnvConfig, prompts: Sequence[Prompt]) -> int:

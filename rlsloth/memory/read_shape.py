@@ -27,11 +27,13 @@ def read_shape(model: Any) -> ModelShape:
     head, embeddings = base.get_output_embeddings(), base.get_input_embeddings()
     table = getattr(embeddings, "base_layer", embeddings)
     weights, trained, reference = [], [], 0
+    seen: set[torch.Tensor] = set()
     skipped, modules = _not_quantised(base), decoder_layers(decoder)
     layer_of = {part: i for i, layer in enumerate(modules) for part in layer.modules()}
     for module_name, module in base.named_modules():
         for name, p in module.named_parameters(recurse=False):
-            if p.requires_grad:
+            if p.requires_grad and p not in seen:  # a tied head has the embedding's
+                seen.add(p)
                 trained.append(p.numel())
             if p.requires_grad and not whole:
                 continue
@@ -65,6 +67,7 @@ def read_shape(model: Any) -> ModelShape:
         if whole or not can_offload(base)
         else _shape_of(_weight_of(embeddings)).numel(),
         whole=whole,
+        layer_trained=max(map(_trained, modules)) if whole else 0,
         head_trained=whole and _weight_of(head).requires_grad,
         stored_in_nf4=stored_in_nf4(base.config),
     )
@@ -117,6 +120,10 @@ def _linears(module: nn.Module) -> Iterator[tuple[str, Any]]:
             isinstance(child, nn.Linear) and ".lora_" not in f".{name}" and "base_layer" not in name
         ):
             yield name, child
+
+
+def _trained(layer: nn.Module) -> int:
+    return sum(p.numel() for p in layer.parameters() if p.requires_grad)
 
 
 def _lora_rank(linear: Any) -> int:

@@ -112,6 +112,8 @@ class ModelShape:
     """Number of elements of an embedding that can be in host memory; 0 if it cannot."""
     whole: bool = False
     """Whether the trained tensors are weights of the model itself, which ``weights`` has, too."""
+    layer_trained: int = 0
+    """Most elements that a layer of such a model trains."""
     head_trained: bool = False
     """Whether the output head is one of them."""
     stored_in_nf4: bool = False

@@ -66,10 +66,14 @@ def update_terms(
         adapted = shape.layers[0].on_kernels and not shape.whole
         whole += int(size * sum(shape.trained) * padded) if adapted else 0
         work = max(m.at_work(tokens) - tokens * m.kept for m, _ in kept)
+        work += size * shape.layer_trained  # gradients before they are added to the others
         name = f"activations: layers kept ({number}), and one's backward (estimate)"
         terms.append(Term(name, 0, whole + int(work), moment=True))
     if again:  # the layers kept are the last ones, whose memory is free by then
         work = max(m.at_work(tokens) for m in again)
+        tiled = any(p is not None and p.mlp_rows is not None for _, p, _ in placed)
+        # Tiles add up their weights' gradients in float32 (kernels/lora/mlp_tiles.py).
+        work += (2 * 4 if tiled else size) * shape.layer_trained
         name = "activations: one layer's forward and backward (estimate)"
         terms.append(Term(name, 0, int(work), moment=True))
     with_kept = " with the layers kept" if kept else ""

@@ -43,7 +43,9 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(f"rlsloth.kernels.{name}.triton", module, raising=False)
     monkeypatch.setattr(rms_norm, "_by_triton", lambda x: True)
     monkeypatch.setattr(rope, "_rotate_torch", lambda *_: None)
-    monkeypatch.setattr(adapted_glu, "fused", lambda inputs, adapters: True)
+    monkeypatch.setattr(adapted_glu, "fused", lambda _, adapters: adapters.gate_b_FR is not None)
+    monkeypatch.setattr(adapted_glu, "glu_forward", lambda gate, up, activation, out: out)
+    monkeypatch.setattr(adapted_glu, "glu_backward", lambda d_out, gate, up, _: (d_out, gate, up))
 
 
 def stream(trees: int, prompt: int, completion: int, group: int) -> MicroBatch:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from rlsloth.kernels.lora.layer import leaves
 from rlsloth.kernels.lora.op import LoraLinear, lora_linears, lora_mlp
 from rlsloth.kernels.lora.reference import lora_linear_reference, lora_mlp_reference
 from rlsloth.kernels.nf4.op import Nf4Weight, dequantize
@@ -17,10 +18,12 @@ class Kind:
     nf4: bool = False
     bias: bool = False
     adapter_dtype: torch.dtype | None = None
+    learns: bool = False
 
 
 PLAIN, NF4, BIASED = Kind(), Kind(nf4=True), Kind(rank=8, bias=True)
 BIASED_NF4, OFF, OFF_NF4 = Kind(nf4=True, bias=True), Kind(rank=0), Kind(rank=0, nf4=True)
+LEARNT, BIASED_LEARNT = Kind(rank=0, learns=True), Kind(rank=0, bias=True, learns=True)
 
 
 def make(out, into, kind=PLAIN, dtype=torch.float32, seed=0):
@@ -38,6 +41,9 @@ def make(out, into, kind=PLAIN, dtype=torch.float32, seed=0):
         weight = Nf4Weight(packed, absmax, None, None, None, (out, into), dtype)
     bias = normal(out).to(dtype) if kind.bias else None
     if not kind.rank:
+        for learnt in (weight, bias) if kind.learns else ():
+            if learnt is not None:
+                learnt.requires_grad_()
         return LoraLinear(weight, bias)
     adapter = kind.adapter_dtype or dtype
     a = normal(kind.rank, into, scale=into**-0.5).to(adapter).requires_grad_()
@@ -46,18 +52,26 @@ def make(out, into, kind=PLAIN, dtype=torch.float32, seed=0):
 
 
 def parameters(layers):
-    return [p for layer in layers for p in (layer.lora_a, layer.lora_b) if p is not None]
+    return [p for p in leaves(layers) if p is not None]
 
 
 def wide(layer):
     """Return the reference's layer in float64, with new leaves."""
     weight = dequantize(layer.weight) if isinstance(layer.weight, Nf4Weight) else layer.weight
-    a, b = (
-        None if x is None else x.detach().double().requires_grad_()
-        for x in (layer.lora_a, layer.lora_b)
+    made = (
+        None if x is None else x.detach().double().requires_grad_(x.requires_grad)
+        for x in (weight, layer.bias, layer.lora_a, layer.lora_b)
     )
-    bias = None if layer.bias is None else layer.bias.double()
-    return weight.double(), bias, a, b, layer.scale
+    return *made, layer.scale
+
+
+def wide_parameters(linears):
+    """Return the leaves of the reference's layers, in the order of ``parameters``."""
+    return [x for w, bias, a, b, _ in linears for x in (a, b, w, bias) if is_leaf(x)]
+
+
+def is_leaf(x):
+    return x is not None and x.requires_grad
 
 
 def close(actual, wanted, dtype=torch.float32):
@@ -78,7 +92,7 @@ def check(run, reference, layers, x, dtype=torch.float32):
     grads = [torch.randn(y.shape, generator=torch.Generator().manual_seed(3)) for y in wanted]
     wanted_grads = torch.autograd.grad(
         wanted,
-        [wide_x, *(x for linear in linears for x in linear[2:4] if x is not None)],
+        [wide_x, *wide_parameters(linears)],
         [g.double() for g in grads],
     )
     x = x.detach().requires_grad_()

@@ -8,6 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 from helpers.lora_layers import (
     BIASED,
+    LEARNT,
     NF4,
     OFF,
     OFF_NF4,
@@ -69,6 +70,16 @@ def test_an_mlp_is_differentiated_once():
 
 
 @pytest.mark.parametrize("run", [siblings, mlp()])
+def test_a_weight_changed_in_between_is_noticed(run):
+    layers = make_mlp((LEARNT, LEARNT, LEARNT))[: 2 if run is siblings else 3]
+    y = run(input_like(4, 64).requires_grad_(), layers)[0]
+    with torch.no_grad():
+        layers[0].weight.add_(1.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(y.sum(), layers[0].weight)
+
+
+@pytest.mark.parametrize("run", [siblings, mlp()])
 def test_an_adapter_changed_in_between_is_noticed(run):
     layers = make_mlp((NF4, NF4, NF4))[: 2 if run is siblings else 3]
     x = input_like(4, 64).requires_grad_()
@@ -79,8 +90,9 @@ def test_an_adapter_changed_in_between_is_noticed(run):
         torch.autograd.grad(y.sum(), x)
 
 
-def test_checkpointing_does_not_run_down_again(monkeypatch):
-    layers = make_mlp((NF4, NF4, NF4))
+@pytest.mark.parametrize("kind", [NF4, LEARNT])
+def test_checkpointing_does_not_run_down_again(monkeypatch, kind):
+    layers = make_mlp((kind, kind, kind))
     runs = []
     outer = mlp_module.outer
 
@@ -96,8 +108,9 @@ def test_checkpointing_does_not_run_down_again(monkeypatch):
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_under_activation_checkpointing(reentrant):
-    layers = make_mlp((NF4, PLAIN, NF4))
+@pytest.mark.parametrize("kinds", [(NF4, PLAIN, NF4), (LEARNT, LEARNT, LEARNT)])
+def test_under_activation_checkpointing(reentrant, kinds):
+    layers = make_mlp(kinds)
     x = input_like(20, 64).requires_grad_()
 
     def run(x):
@@ -111,8 +124,9 @@ def test_under_activation_checkpointing(reentrant):
         close(leaf.grad, grad.double())  # shared adapters: the order of two parts is free
 
 
-def test_with_and_without_gradient_bitwise_the_same():
-    layers = make_mlp((NF4, NF4, NF4))
+@pytest.mark.parametrize("kind", [NF4, LEARNT])
+def test_with_and_without_gradient_bitwise_the_same(kind):
+    layers = make_mlp((kind, kind, kind))
     x = input_like(300, 64)  # more rows than are decoded without dequantising
     with torch.no_grad():
         old = [lora_mlp(x, *layers, "silu"), *lora_linears(x, tuple(layers[:2]))]
@@ -134,7 +148,7 @@ def test_no_uninitialised_memory_is_read(monkeypatch):
     monkeypatch.setattr(
         torch.Tensor, "new_empty", lambda *args, **kw: allocate(*args, **kw).fill_(float("nan"))
     )
-    for kinds in ((NF4, NF4, NF4), (PLAIN, BIASED, PLAIN), (OFF_NF4, NF4, OFF)):
+    for kinds in ((NF4, NF4, NF4), (PLAIN, BIASED, PLAIN), (OFF_NF4, NF4, OFF), (LEARNT,) * 3):
         layers = make_mlp(kinds)
         check(mlp(), mlp_reference(), layers, input_like(30, 64))
         check(siblings, siblings_reference, layers[:2], input_like(30, 64))

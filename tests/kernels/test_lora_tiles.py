@@ -4,12 +4,24 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from helpers.lora_layers import NF4, OFF, PLAIN, input_like, make_mlp, parameters
+from helpers.lora_layers import (
+    BIASED_LEARNT,
+    LEARNT,
+    NF4,
+    OFF,
+    PLAIN,
+    input_like,
+    make_mlp,
+    parameters,
+)
 from rlsloth.kernels.lora import mlp, mlp_tiles
 from rlsloth.kernels.lora.op import lora_mlp
 from rlsloth.kernels.measure import _peak_bytes_cpu
 
 TOKENS = 600
+KINDS = [
+    (NF4, NF4, NF4), (PLAIN, PLAIN, PLAIN), (NF4, OFF, PLAIN), (LEARNT, LEARNT, BIASED_LEARNT),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -22,7 +34,7 @@ def test_tiles_cover_all_rows_alike(tokens, most, sizes):
     assert [row for tile in made for row in range(tile.start, tile.stop)] == list(range(tokens))
 
 
-@pytest.mark.parametrize("kinds", [(NF4, NF4, NF4), (PLAIN, PLAIN, PLAIN), (NF4, OFF, PLAIN)])
+@pytest.mark.parametrize("kinds", KINDS)
 @pytest.mark.parametrize("recomputed", [False, True])
 def test_tiled_is_untiled(kinds, recomputed):
     layers, x = make_mlp(kinds), input_like(TOKENS, 64)

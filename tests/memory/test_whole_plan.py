@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,8 +12,9 @@ import torch
 from helpers.allocations import stand_in, stream, update_peak
 from helpers.families import family_model
 from helpers.plans import WIDE, bytes_a_token, llama_folder, run, state_bytes  # noqa: F401
-from helpers.tiny import tiny_tokenizer
+from helpers.tiny import tiny_llama, tiny_tokenizer
 from rlsloth.config import LoraConfig, ModelConfig, OptimConfig
+from rlsloth.memory import planned_model
 from rlsloth.memory.plan import ACTIVATION_TOLERANCE, weight_bytes
 from rlsloth.memory.planned_model import model_shape
 from rlsloth.memory.read_shape import read_shape
@@ -25,8 +27,11 @@ from rlsloth.policy.policy import Policy
 pytestmark = pytest.mark.slow
 
 
-def whole(dtype: torch.dtype, name: str = "adamw", checkpointing: bool = True) -> Policy:
-    model = family_model("llama", **WIDE).to(dtype)
+def whole(
+    dtype: torch.dtype, name: str = "adamw", checkpointing: bool = True, tied: bool = False
+) -> Policy:
+    model = tiny_llama(97, tied=True) if tied else family_model("llama", **WIDE)
+    model = model.to(dtype).requires_grad_(False)
     return Policy(
         LoadedModel(model, tiny_tokenizer(), torch.device("cpu"), dtype),
         ModelConfig(trained=["all"], gradient_checkpointing=checkpointing), LoraConfig(),
@@ -35,11 +40,14 @@ def whole(dtype: torch.dtype, name: str = "adamw", checkpointing: bool = True) -
 
 
 @pytest.mark.parametrize("name", ["adamw", "adamw_8bit"])
+@pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize(
     ("dtype", "precision"), [(torch.float32, "fp32"), (torch.bfloat16, "bf16")]
 )
-def test_weights_gradients_and_states(name: str, dtype: torch.dtype, precision: Precision) -> None:
-    policy = whole(dtype, name)
+def test_weights_gradients_and_states(
+    name: str, tied: bool, dtype: torch.dtype, precision: Precision
+) -> None:
+    policy = whole(dtype, name, tied=tied)
     shape = read_shape(policy.model)
     trained = list(policy.trained.values())
     assert shape.whole
@@ -65,6 +73,20 @@ def test_activations(
     small, large = (update_peak(policy, micro) for micro in micros)
     measured = (large - small) / (len(micros[1].token_ids) - len(micros[0].token_ids))
     assert bytes_a_token(policy, checkpointing) == pytest.approx(measured, rel=ACTIVATION_TOLERANCE)
+
+
+def test_a_plan_on_a_gpu_names_its_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The backend depends on the model's size, which a whole model has to tell, too."""
+    policy, asked = whole(torch.float32), []
+
+    def choose_backend(wanted: str, device: torch.device, *rest: Any) -> str:
+        asked.append(rest[-1])
+        return "sdpa"
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(planned_model, "choose_backend", choose_backend)
+    assert planned_model.planned_backend("auto", policy.model) == "sdpa"
+    assert asked == [sum(p.numel() for p in policy.model.parameters())]
 
 
 def test_a_plan_of_the_command(

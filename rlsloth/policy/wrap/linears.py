@@ -78,7 +78,8 @@ class Linears:
         weight, bias = base._parameters.get("weight"), base._parameters.get("bias")
         if weight is None or (type(base) is not nn.Linear and not _is_nf4(base)):
             return f"a linear of kind {type(base).__name__}"
-        if weight.requires_grad or (bias is not None and bias.requires_grad):
+        trained = weight.requires_grad or (bias is not None and bias.requires_grad)
+        if trained and base is not linear:
             return "a base that is also trained"
         try:
             made = self._make(name, weight, bias, lora_a, lora_b, scale)
