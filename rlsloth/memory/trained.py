@@ -5,6 +5,7 @@ from __future__ import annotations
 from rlsloth.memory.shape import ModelShape, remembered
 from rlsloth.memory.terms import Precision, Term, element_size
 from rlsloth.memory.workload import Request
+from rlsloth.policy.host_states import bytes_in_step, moment_bytes
 from rlsloth.policy.rounding import CHUNK, STEP_BYTES
 
 
@@ -28,8 +29,33 @@ def moved_states(shape: ModelShape, request: Request) -> int:
     """Return the bytes of optimizer states that are in host memory between updates."""
     if not request.optim.offload:
         return 0
-    small = 8 if request.optim.name == "adamw" else 2
-    return sum(n * (small if n >= 4096 else 8) for n in shape.trained)
+    return _moments(shape, request.optim.name != "adamw")
+
+
+def states_in_step(shape: ModelShape, request: Request, size: int) -> int:
+    """Return the most bytes of those states that are on the GPU during the optimizer's step.
+
+    Args:
+        shape: the model's sizes.
+        request: the run.
+        size: bytes of an element of a trained weight.
+    """
+    if not request.optim.offload:
+        return 0
+    in_8_bits = request.optim.name != "adamw"
+    # torch's own AdamW, for weights in float32, takes all at once.
+    in_turn = in_8_bits or size < 4
+    return _in_step(shape, in_8_bits, in_turn)
+
+
+@remembered
+def _moments(shape: ModelShape, in_8_bits: bool) -> int:
+    return sum(2 * moment_bytes(n, in_8_bits) for n in shape.trained)
+
+
+@remembered
+def _in_step(shape: ModelShape, in_8_bits: bool, in_turn: bool) -> int:
+    return bytes_in_step(list(shape.trained), in_8_bits=in_8_bits, in_turn=in_turn)
 
 
 @remembered
@@ -49,8 +75,8 @@ def trained_terms(shape: ModelShape, request: Request, precision: Precision) -> 
     gradients = f"{what}: gradients, {precision if shape.whole else 'fp32'}"
     terms.append(Term(gradients, 0, size * sum(shape.trained)))
     name = "adamw_8bit" if request.optim.name == "auto" else request.optim.name
-    moving = moved_states(shape, request)
-    states = _states(shape, name) - moving
+    moving = states_in_step(shape, request, size)
+    states = _states(shape, name) - moved_states(shape, request)
     terms.append(Term(f"{what}: optimizer states, {name}", states, states))
     if moving:
         terms.append(Term(f"{what}: optimizer states, in its step", 0, moving, moment=True))

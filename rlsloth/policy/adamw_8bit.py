@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from rlsloth.policy.host_states import HostStates
 from rlsloth.policy.rounding import BLOCK, adamw_, seed_of, update_rounded
 
 
@@ -19,11 +20,12 @@ def adamw_8bit() -> Any:
     bitsandbytes 0.50 waits after each weight, and reads its options again for each one; an adapter
     has hundreds, whose updates take the GPU 7 us each.
     """
-    from bitsandbytes.functional import optimizer_update_8bit_blockwise
     from bitsandbytes.optim import AdamW8bit
 
     class QueuedAdamW8bit(AdamW8bit):  # type: ignore[misc]
         """AdamW with states in 8 bits (Dettmers et al. 2022), without waiting for the GPU."""
+
+        host_states: HostStates | None = None
 
         def begin(self) -> None:
             """Move states of a checkpoint to their weights' device, before the first step."""
@@ -39,50 +41,54 @@ def adamw_8bit() -> Any:
                 for i, weight in enumerate(group["params"]):
                     if weight.grad is None:
                         continue
+                    if self.host_states is not None:
+                        self.host_states.bring(weight)
                     if not (state := self.state[weight]):
                         self.init_state(group, weight, g, i)
                     if weight.dtype == torch.bfloat16:
                         state["step"] += 1
-                        _update_rounded(self, group, weight, state, i)
+                        _update_rounded(group, weight, state, i)
                     elif state["state1"].dtype == torch.uint8 and weight.grad.is_contiguous():
                         state["step"] += 1
-                        self.update_8bit(group, weight, weight.grad, state)
+                        _update_8bit(group, weight, weight.grad, state)
                     else:
                         self.update_step(group, weight, g, i)
-
-        def update_8bit(
-            self, group: dict[str, Any], weight: Tensor, grad: Tensor, state: dict[str, Any]
-        ) -> None:
-            optimizer_update_8bit_blockwise(
-                self.optimizer_name,
-                grad,
-                weight,
-                state["state1"],
-                state["state2"],
-                *group["betas"],
-                0.0,  # the third beta and alpha belong to AdEMAMix
-                0.0,
-                group["eps"],
-                state["step"],
-                group["lr"],
-                state["qmap1"],
-                state["qmap2"],
-                state["absmax1"],
-                state["absmax2"],
-                group["weight_decay"],
-            )
 
     return QueuedAdamW8bit
 
 
+def _update_8bit(
+    group: dict[str, Any], weight: Tensor, grad: Tensor, state: dict[str, Any]
+) -> None:
+    from bitsandbytes.functional import optimizer_update_8bit_blockwise
+
+    optimizer_update_8bit_blockwise(
+        "adam",
+        grad,
+        weight,
+        state["state1"],
+        state["state2"],
+        *group["betas"],
+        0.0,  # the third beta and alpha belong to AdEMAMix
+        0.0,
+        group["eps"],
+        state["step"],
+        group["lr"],
+        state["qmap1"],
+        state["qmap2"],
+        state["absmax1"],
+        state["absmax2"],
+        group["weight_decay"],
+    )
+
+
 def _update_rounded(
-    optimizer: Any, group: dict[str, Any], weight: Parameter, state: dict[str, Any], index: int
+    group: dict[str, Any], weight: Parameter, state: dict[str, Any], index: int
 ) -> None:
     """Update a bfloat16 weight in float32, chunk by chunk, and round it at random.
 
     Args:
-        optimizer: the optimizer.
-        group: its group of parameters, with their options.
+        group: the optimizer's group of parameters, with their options.
         weight: the weight, changed in place.
         state: its states: in 8 bits, or in float32 if it is small.
         index: its number in the group.
@@ -97,7 +103,7 @@ def _update_rounded(
             for name in names
         }
         if "absmax1" in parts:
-            optimizer.update_8bit(group, values, grad, {**state, **parts})
+            _update_8bit(group, values, grad, {**state, **parts})
         else:
             adamw_(values, grad, (parts["state1"], parts["state2"]), step, group)
 

@@ -49,7 +49,12 @@ def make_optimizer(
     else:
         optimizer = torch.optim.AdamW(weights, **options)
     if cfg.offload:
-        optimizer.host_states = HostStates(optimizer, device)  # type: ignore[attr-defined]
+        optimizer.host_states = HostStates(  # type: ignore[attr-defined]
+            optimizer,
+            device,
+            in_8_bits=name == "adamw_8bit",
+            in_turn=type(optimizer) is not torch.optim.AdamW,
+        )
     schedule = "constant_with_warmup" if cfg.schedule == "constant" else cfg.schedule
     scheduler = get_scheduler(
         schedule, optimizer, num_warmup_steps=cfg.warmup_steps, num_training_steps=total_steps
@@ -80,7 +85,7 @@ def reserve(optimizer: torch.optim.Optimizer) -> None:
     Raises:
         torch.OutOfMemoryError: the states that were made are complete.
     """
-    plain = isinstance(optimizer, torch.optim.AdamW)
+    plain, host = isinstance(optimizer, torch.optim.AdamW), _host_states(optimizer)
     if not plain:
         optimizer.begin()  # type: ignore[attr-defined]
     for g, group in enumerate(optimizer.param_groups):
@@ -95,8 +100,10 @@ def reserve(optimizer: torch.optim.Optimizer) -> None:
             except torch.OutOfMemoryError:
                 optimizer.state.pop(weight, None)
                 raise
-    if (host := _host_states(optimizer)) is not None:
-        host.fetch()
+            if host is not None:
+                host.store(weight)
+    if host is not None:
+        host.reserve()
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
     if any(weight.dtype == torch.bfloat16 for weight in weights):
         most = min(CHUNK, max(weight.numel() for weight in weights))
@@ -156,6 +163,8 @@ def restore_state(
         # A copy, because the optimizer updates its state in place.
         branch[last] = value.clone() if isinstance(value, Tensor) else value
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+    if now == "adamw_8bit":
+        optimizer.begin()  # type: ignore[attr-defined]
     park(optimizer)
 
 

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlsloth.policy.host_states import HostStates
+
 CHUNK = 1 << 24
 """Weights that are updated at once."""
 STEP_BYTES = 16
@@ -89,6 +91,8 @@ def adamw_(
 class RoundedAdamW(torch.optim.AdamW):
     """torch's AdamW for bfloat16 weights: float32 states, and rounding at random."""
 
+    host_states: HostStates | None = None
+
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         assert closure is None
@@ -96,6 +100,8 @@ class RoundedAdamW(torch.optim.AdamW):
             for index, weight in enumerate(group["params"]):
                 if weight.grad is None:
                     continue
+                if self.host_states is not None:
+                    self.host_states.bring(weight)
                 if not (state := self.state[weight]):
                     state = self.state[weight] = adamw_state(weight)
                 state["step"] += 1

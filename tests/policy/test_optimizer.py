@@ -10,6 +10,7 @@ import torch
 
 from rlsloth.config import OptimConfig
 from rlsloth.errors import UserError
+from rlsloth.policy import host_states
 from rlsloth.policy.optimizer import (
     flatten_state,
     make_optimizer,
@@ -106,9 +107,14 @@ def test_states_of_another_optimizer_are_refused(began: str, now: str) -> None:
     restore_state(make(parameters(), now, offload=False), {}, {})  # before the first update
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("chunk", [host_states.CHUNK_BYTES, 1, 12_000])
 @pytest.mark.parametrize("name", ["adamw", "adamw_8bit"])
-def test_states_in_host_memory_are_those_of_the_device(name: str) -> None:
+def test_states_in_host_memory_are_those_of_the_device(
+    name: str, chunk: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Also after a failed update, and in a checkpoint that either kind continues."""
+    monkeypatch.setattr(host_states, "CHUNK_BYTES", chunk)
 
     def steps(
         optimizer: torch.optim.Optimizer, weights: list[torch.nn.Parameter], seed: int
@@ -116,15 +122,16 @@ def test_states_in_host_memory_are_those_of_the_device(name: str) -> None:
         generator = torch.Generator().manual_seed(seed)
         for step in range(3):
             for weight in weights[: 2 if step == 0 else 4]:
-                weight.grad = torch.randn(weight.shape, generator=generator)
-            reserve(optimizer)
-            if step == 1:
+                weight.grad = torch.randn(weight.shape, generator=generator).to(dtype)
+            if step != 1:
+                reserve(optimizer)
+            if step == 2:
                 reserve(optimizer)  # gradients were computed again
             optimizer.step()
 
     found = []
     for first, second in ((False, False), (True, True), (True, False), (False, True)):
-        weights = parameters()
+        weights = [torch.nn.Parameter(weight.to(dtype)) for weight in parameters()]
         optimizer = make(weights, name, offload=first)
         steps(optimizer, weights, 1)
         assert parked(optimizer) == first
@@ -147,6 +154,58 @@ def parked(optimizer: torch.optim.Optimizer) -> bool:
         if isinstance(x, torch.Tensor) and x.numel() == weight.numel()
     ]
     return len({x.untyped_storage().data_ptr() for x in moments}) == 1
+
+
+@pytest.mark.parametrize(
+    ("moments", "most", "chunks"),
+    [
+        ([16, 16, 16], None, [(0, 3)]),
+        ([16, 16, 16], 64, [(0, 2), (2, 3)]),
+        ([1, 16, 400, 8], 64, [(0, 2), (2, 3), (3, 4)]),
+        ([400], 64, [(0, 1)]),
+    ],
+)
+def test_chunks_of_states(
+    moments: list[int], most: int | None, chunks: list[tuple[int, int]]
+) -> None:
+    assert [(c.start, c.stop) for c in host_states.chunks_of(moments, most)] == chunks
+
+
+def test_bytes_in_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host_states, "CHUNK_BYTES", 20_000)
+    for name, in_turn in (("adamw_8bit", True), ("adamw", False)):
+        weights = parameters()
+        optimizer = make(weights, name, offload=True)
+        for weight in weights:
+            weight.grad = torch.ones_like(weight)
+        reserve(optimizer)
+        held = sum(slot.room.nbytes for slot in optimizer.host_states._slots)  # type: ignore[attr-defined]
+        eight = name == "adamw_8bit"
+        planned = host_states.bytes_in_step(list(SIZES), in_8_bits=eight, in_turn=in_turn)
+        assert held == planned
+
+
+def test_two_chunks_are_on_the_device_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host_states, "CHUNK_BYTES", 1)
+    weights = parameters()
+    optimizer = make(weights, "adamw_8bit", offload=True)
+    host = optimizer.host_states  # type: ignore[attr-defined]
+    for weight in weights:
+        weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    seen = []
+    bring = host.bring
+
+    def watched(weight: torch.nn.Parameter) -> None:
+        bring(weight)
+        block = host._block.untyped_storage().data_ptr()
+        moments = [x for w in weights for _, x, _ in host._states(w)]
+        seen.append(sum(x.untyped_storage().data_ptr() != block for x in moments))
+
+    monkeypatch.setattr(host, "bring", watched)
+    optimizer.step()
+    assert seen == [2] * len(weights)  # the current weight's; the next one's copy has begun
+    assert host._slots == []
 
 
 def test_queued_updates_are_those_of_bitsandbytes() -> None:
@@ -182,7 +241,7 @@ def test_a_state_that_is_made_later_joins_those_in_host_memory(name: str) -> Non
     assert parked(optimizer)
     weights[3].grad = torch.ones_like(weights[3])
     reserve(optimizer)
-    assert not any(optimizer.host_states._parked(x) for *_, x in optimizer.host_states._places())  # type: ignore[attr-defined]
+    assert parked(optimizer)
     park(optimizer)  # the update was skipped
     assert parked(optimizer)
     optimizer.step()
