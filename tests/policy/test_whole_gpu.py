@@ -15,6 +15,7 @@ from helpers.gpu_memory import requested
 from helpers.tiny import tiny_tokenizer
 from rlsloth.config import LoraConfig, ModelConfig, OptimConfig
 from rlsloth.data.packing import pack, to_device
+from rlsloth.policy import host_states
 from rlsloth.policy.policy import Policy
 from rlsloth.records import Group, Prompt, Rollout
 
@@ -97,6 +98,10 @@ def error(got: dict[str, Tensor], want: dict[str, Tensor]) -> float:
     return max(float((got[n].float() - x).norm() / x.norm()) for n, x in want.items())
 
 
+def floats(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: x.float() for name, x in tensors.items()}
+
+
 def updated(policy: Policy, times: int) -> list[float]:
     losses = []
     for _ in range(times):
@@ -122,21 +127,44 @@ def test_gradients_are_as_near_to_float32_as_those_of_transformers(folder: Path)
 
 
 def test_layers_computed_again_give_the_same_gradients(folder: Path) -> None:
-    kept, again, offloaded = (gradients(load(folder, how)) for how in (False, True, "offload"))
-    assert same(kept, again)
-    assert same(kept, offloaded)
+    kept, twice, again, offloaded = (
+        gradients(load(folder, how)) for how in (False, False, True, "offload")
+    )
+    # Attention's backward adds in an order that differs from run to run.
+    noise = error(twice, floats(kept))
+    for got in (again, offloaded):
+        assert error(got, floats(kept)) < max(2 * noise, 1e-3)
 
 
 @pytest.mark.parametrize("name", ["adamw", "adamw_8bit"])
-def test_states_in_host_memory_change_nothing(folder: Path, name: str) -> None:
+@pytest.mark.parametrize("chunk", [host_states.CHUNK_BYTES, 2**20])
+def test_states_in_host_memory_change_nothing(
+    folder: Path, name: str, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(host_states, "CHUNK_BYTES", chunk)
     here, there = load(folder, name=name), load(folder, name=name, offload=True)
-    losses = updated(here, STEPS)
-    assert losses[-1] < losses[0] - 0.1
-    updated(there, 1)
+    for policy in (here, there):
+        stepped(policy, 1, seed=1)
     before = requested()
-    assert updated(there, STEPS - 1) == losses[1:]
-    assert requested() <= before + 2**20  # nothing leaks
+    for policy in (there, here):
+        stepped(policy, STEPS - 1, seed=2)
+        if policy is there:
+            assert requested() <= before + 2**20  # nothing leaks
     assert same(weights(here), weights(there))
+
+
+def stepped(policy: Policy, times: int, seed: int) -> None:
+    """Update by random gradients, which are the same in every run."""
+    generator = torch.Generator(DEVICE).manual_seed(seed)
+    for _ in range(times):
+        for p in policy.trained.values():
+            p.grad = torch.randn(p.shape, generator=generator, device=DEVICE).to(p.dtype)
+        policy.step()
+
+
+def test_training_lowers_the_loss(folder: Path) -> None:
+    losses = updated(load(folder, name="adamw_8bit", offload=True), STEPS)
+    assert losses[-1] < losses[0] - 0.1
 
 
 def test_the_reference_is_the_model_before_training(folder: Path) -> None:
