@@ -31,6 +31,7 @@ from rlsloth.scoring.patience import FailedRounds
 from rlsloth.scoring.shaping import penalize_overlong
 from rlsloth.training.gradients import Shrink, accumulate, update_weights
 from rlsloth.training.opening import open_grpo
+from rlsloth.training.reference import score_by_reference
 from rlsloth.training.rollouts import Rollouts
 
 
@@ -175,10 +176,10 @@ def _gradients(
     """Add the gradients of all micro-batches; ``first`` is the first update's, None in that one."""
     done = Round(batch)
     first = first and first.on(batch)
+    if first is None and loss_cfg.beta > 0:
+        done.reference = score_by_reference(policy, batch.microbatches)
     for i, micro in enumerate(batch.microbatches):
         micro = to_device(micro, policy.device)
-        if first is None and loss_cfg.beta > 0:
-            done.reference.append(policy.reference_logprobs(micro))
         out = policy.logprobs(micro)
         if first is None:
             done.old.append(out.logprobs.detach())

@@ -33,7 +33,7 @@ from rlsloth.policy.policy import Policy
 from rlsloth.records import Group, MicroBatch, PackedBatch, Rollout, StepStats
 from rlsloth.training.gradients import Shrink, accumulate, update_weights
 from rlsloth.training.opening import open_examples
-from rlsloth.training.reference import with_reference
+from rlsloth.training.reference import score_by_reference, with_reference
 from rlsloth.training.session import Metrics, step_metrics
 
 Score = Callable[[MicroBatch], Tensor]
@@ -134,40 +134,34 @@ def losses(
     groups = [example.group() for example in examples]
     norm = normalizer(groups, nll_prompt=method.needs_prompts(cfg))
     kl = _kl(policy, groups, cfg.microbatch, batch.budget) if method.needs_kl(cfg) else None
-    for micro in batch.microbatches:
-        if method.needs_prompts(cfg):
-            micro = score_prompts(micro)
+    micros: Sequence[MicroBatch] = batch.microbatches
+    if method.needs_prompts(cfg):
+        micros = [score_prompts(micro) for micro in micros]
+    scored: Sequence[Tensor | None] = [None] * len(micros)
+    known = all(example.reference is not None for example in examples)
+    if method.needs_reference(cfg) and not known:
+        scored = score_by_reference(policy, micros)
+    for micro, reference_N in zip(micros, scored, strict=True):
         micro = to_device(micro, policy.device)
         logps: PairLogps | LabelledLogps
         if method.examples == "pairs":
-            logps = _pair_logps(policy, examples, micro, method.needs_reference(cfg), score)
+            logps = pair_logps(score(micro), micro, reference_N)
+            if method.needs_reference(cfg) and known:
+                logps = _with_known_reference(logps, examples, micro)
         else:
-            logps = _labelled_logps(policy, examples, micro, method.needs_reference(cfg), score)
-            logps = replace(logps, kl=kl)
+            logps = replace(_labelled_logps(policy, examples, micro, reference_N, score), kl=kl)
         yield loss(logps, cfg.loss, norm)
 
 
-def _pair_logps(
-    policy: Policy, examples: Sequence[Example], micro: MicroBatch, reference: bool, score: Score
-) -> PairLogps:
-    """Sum the log-probs of a micro-batch's pairs.
-
-    The reference's come from the examples if they were computed before the first step.
-    """
-    known = _known_reference(examples, micro) if reference else None
-    scored = policy.reference_logprobs(micro) if reference and known is None else None
-    logps = pair_logps(score(micro), micro, scored)
-    if known is not None:
-        chosen_P, rejected_P = known.to(logps.chosen).unbind(1)
-        logps = replace(logps, reference_chosen=chosen_P, reference_rejected=rejected_P)
-    return logps
-
-
 def _labelled_logps(
-    policy: Policy, examples: Sequence[Example], micro: MicroBatch, reference: bool, score: Score
+    policy: Policy,
+    examples: Sequence[Example],
+    micro: MicroBatch,
+    reference_N: Tensor | None,
+    score: Score,
 ) -> LabelledLogps:
     """Sum the log-probs of a micro-batch's labelled completions."""
-    reference_B = rollout_sum(policy.reference_logprobs(micro), micro) if reference else None
+    reference_B = None if reference_N is None else rollout_sum(reference_N, micro)
     good = [examples[group].label for group, _ in micro.source]
     desirable_B = torch.tensor(good, device=policy.device)
     return LabelledLogps(rollout_sum(score(micro), micro), desirable_B, reference_B)
@@ -186,11 +180,10 @@ def _kl(policy: Policy, groups: Sequence[Group], tokens_per_microbatch: int, bud
         replace(group, rollouts=[_cut(r, limit - len(group.prompt_ids)) for r in other.rollouts])
         for group, other in zip(groups, [groups[-1], *groups[:-1]], strict=True)
     ]
-    policy_parts, reference_parts = [], []
-    for micro in _pack(unrelated, budget).microbatches:
-        micro = to_device(micro, policy.device)
-        policy_parts.append(rollout_sum(policy.eval_logprobs(micro), micro))
-        reference_parts.append(rollout_sum(policy.reference_logprobs(micro), micro))
+    micros = [to_device(m, policy.device) for m in _pack(unrelated, budget).microbatches]
+    policy_parts = [rollout_sum(policy.eval_logprobs(m), m) for m in micros]
+    scored = zip(score_by_reference(policy, micros), micros, strict=True)
+    reference_parts = [rollout_sum(logprobs_N, m) for logprobs_N, m in scored]
     return kl_baseline(torch.cat(policy_parts), torch.cat(reference_parts))
 
 
@@ -201,13 +194,13 @@ def _cut(rollout: Rollout, tokens: int) -> Rollout:
     return replace(rollout, **{name: getattr(rollout, name)[:tokens] for name in kept})
 
 
-def _known_reference(examples: Sequence[Example], micro: MicroBatch) -> Tensor | None:
-    """Return log-probs [P, 2] of a micro-batch's pairs under the starting policy.
-
-    Returns None if they were not computed before the first step.
-    """
+def _with_known_reference(
+    logps: PairLogps, examples: Sequence[Example], micro: MicroBatch
+) -> PairLogps:
+    """Add the log-probs of a micro-batch's pairs that were computed before the first step."""
     known = [examples[group].reference for group, rollout in micro.source if rollout == 0]
-    return None if None in known else torch.tensor(known)
+    chosen_P, rejected_P = torch.tensor(known).to(logps.chosen).unbind(1)
+    return replace(logps, reference_chosen=chosen_P, reference_rejected=rejected_P)
 
 
 def reference_sums(

@@ -1,8 +1,8 @@
-"""Log-probs under the starting policy, computed once before step 1 and kept in the run folder."""
+"""Log-probs under the starting policy, in an update, or once before step 1 for the run folder."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,16 +12,29 @@ from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
 from rlsloth.data.example import Example, fingerprint
+from rlsloth.data.packing import to_device
 from rlsloth.data.sampler import EpochSampler
 from rlsloth.errors import UserError
 from rlsloth.files import write_atomically
 from rlsloth.memory.out_of_memory import advise
 from rlsloth.policy.policy import Policy
+from rlsloth.records import MicroBatch
 from rlsloth.training.session import Session
 
 FILE = "reference.safetensors"
 Sums = Callable[[Policy, Sequence[Example], int, Callable[[str], None]], Tensor]
 """(policy, examples, tokens a micro-batch, prints a warning) -> [len(examples), answers]."""
+
+
+@torch.no_grad()
+def score_by_reference(policy: Policy, micros: Iterable[MicroBatch]) -> list[Tensor]:
+    """Score micro-batches under the starting policy: log-probs [N] in nats of each.
+
+    All are scored before the policy returns, because a model whose own weights learn exchanges all
+    of them for that.
+    """
+    with policy.starting_policy():
+        return [policy.eval_logprobs(to_device(micro, policy.device)) for micro in micros]
 
 
 def with_reference(session: Session[Any, Example], sums: Sums) -> None:
