@@ -19,12 +19,16 @@ ADVICE = {
     "rollout": "lower --rollout.max-sequences or --rollout.max-tokens",
     "update": "lower --tokens-per-microbatch (the gradient stays the same) or "
     "--rollout.max-sequences (engine transformers keeps its key-value cache), pass "
-    "--model.gradient-checkpointing offload, --optim.offload true, or with engine transformers "
-    "--model.offload-layers N",
+    "--model.gradient-checkpointing offload or --optim.offload true",
     "examples": "lower --tokens-per-microbatch (the gradient stays the same) or --data.max-tokens, "
-    "pass --model.gradient-checkpointing offload, --optim.offload true or --model.offload-layers N",
+    "pass --model.gradient-checkpointing offload or --optim.offload true",
 }
 """Phase of a run -> advice."""
+FROZEN = {
+    "update": ", with engine transformers --model.offload-layers N",
+    "examples": ", --model.offload-layers N",
+}
+"""Further advice where the base model is frozen."""
 SIGNS = "out of memory", "STATUS_ALLOC_FAILED"
 """Texts in errors of CUDA, Triton, cuBLAS and cuDNN, which allocate memory beside torch's."""
 FOUR_BITS = "load the base model in 4 bits with --model.precision nf4"
@@ -81,8 +85,13 @@ def advise(phase: str, model: Any = None) -> Iterator[None]:
         free, total = (n / 2**30 for n in torch.cuda.mem_get_info())
         raise UserError(
             f"GPU memory ran out during the {phase} ({free:.1f} of {total:.1f} GiB free): "
-            f"{ADVICE[phase]}{_four_bits(model)}"
+            f"{advice(phase, model)}{_four_bits(model)}"
         ) from error
+
+
+def advice(phase: str, model: Any) -> str:
+    """Say what lowers the need of memory; ``phase`` is a key of ADVICE."""
+    return ADVICE[phase] + ("" if isinstance(model, WholeModel) else FROZEN.get(phase, ""))
 
 
 def _four_bits(model: Any) -> str:

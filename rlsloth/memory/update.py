@@ -67,17 +67,24 @@ def update_terms(
         whole += int(size * sum(shape.trained) * padded) if adapted else 0
         work = max(m.at_work(tokens) - tokens * m.kept for m, _ in kept)
         work += size * shape.layer_trained  # gradients before they are added to the others
+        work += _waiting(shape, size)
         name = f"activations: layers kept ({number}), and one's backward (estimate)"
         terms.append(Term(name, 0, whole + int(work), moment=True))
     if again:  # the layers kept are the last ones, whose memory is free by then
         work = max(m.at_work(tokens) for m in again)
         tiled = any(p is not None and p.mlp_rows is not None for _, p, _ in placed)
         # Tiles add up their weights' gradients in float32 (kernels/lora/mlp_tiles.py).
-        work += (2 * 4 if tiled else size) * shape.layer_trained
+        work += (2 * 4 if tiled else size) * shape.layer_trained + _waiting(shape, size)
         name = "activations: one layer's forward and backward (estimate)"
         terms.append(Term(name, 0, int(work), moment=True))
     with_kept = " with the layers kept" if kept else ""
     return [*terms, Term(f"linear_logprob{with_kept}", 0, whole + head, moment=True)]
+
+
+def _waiting(shape: ModelShape, size: int) -> int:
+    """Return the bytes of a tied head's gradient, which waits for the embedding's."""
+    tied = not any(weight.group == "head" for weight in shape.weights)
+    return size * shape.vocabulary * shape.hidden if shape.head_trained and tied else 0
 
 
 def held_bytes(

@@ -11,7 +11,7 @@ import torch
 
 from rlsloth.data.packing import pack, to_device
 from rlsloth.memory.activations import Stream
-from rlsloth.memory.out_of_memory import ADVICE
+from rlsloth.memory.out_of_memory import advice
 from rlsloth.policy.activations.placement import describe
 from rlsloth.policy.optimizer import park, reserve
 from rlsloth.policy.policy import Policy
@@ -91,18 +91,18 @@ def try_heaviest(
         warn(
             f"GPU memory ran out when a micro-batch of {tokens} tokens was tried before the first "
             f"step; the run takes micro-batches of {budget.tokens} tokens with "
-            f"{describe(policy.placements)}{_too_long(heaviest, budget)}"
+            f"{describe(policy.placements)}{_too_long(policy, heaviest, budget)}"
         )
     if seconds > WORTH_SAYING:
         say(f"trying the heaviest micro-batch took {seconds:.0f} s")
 
 
-def _too_long(heaviest: Heaviest, budget: Budget) -> str:
+def _too_long(policy: Policy, heaviest: Heaviest, budget: Budget) -> str:
     if heaviest.longest <= budget.tokens:
         return ""
     return (
         f"; a sequence may have {heaviest.longest} tokens, and one that does not fit will end the "
-        f"run: {ADVICE[heaviest.phase]}"
+        f"run: {advice(heaviest.phase, policy.model)}"
     )
 
 

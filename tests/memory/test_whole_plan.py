@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,16 @@ from helpers.plans import WIDE, bytes_a_token, llama_folder, run, state_bytes  #
 from helpers.tiny import tiny_llama, tiny_tokenizer
 from rlsloth.config import LoraConfig, ModelConfig, OptimConfig
 from rlsloth.memory import planned_model
+from rlsloth.memory.activations import Stream
 from rlsloth.memory.plan import ACTIVATION_TOLERANCE, weight_bytes
 from rlsloth.memory.planned_model import model_shape
 from rlsloth.memory.read_shape import read_shape
+from rlsloth.memory.shape import Weight
 from rlsloth.memory.terms import Precision
 from rlsloth.memory.trained import optimizer_bytes
+from rlsloth.memory.update import placed_kinds, update_terms
+from rlsloth.memory.workload import Request
+from rlsloth.policy.activations.placement import Placement
 from rlsloth.policy.attention import layout as packed_layout
 from rlsloth.policy.load import LoadedModel
 from rlsloth.policy.policy import Policy
@@ -103,3 +109,18 @@ def test_a_plan_of_the_command(
     assert not [name for name in rows if "LoRA" in name]
     assert run(llama_folder, "--model.trained", "all", "--gpu", "T4") == 2
     assert "do not learn in fp16, and this card has no bf16" in capsys.readouterr().err
+
+
+def test_a_tied_heads_gradient_waits_for_the_embeddings() -> None:
+    """Autograd adds the two before it writes the weight's gradient."""
+    shape = read_shape(whole(torch.float32, tied=True).model)
+    apart = replace(shape, weights=(*shape.weights, Weight("head", 1, False)))
+    request = Request(ModelConfig(), LoraConfig(), OptimConfig(), 64, stream=Stream(0, 64, 1))
+    placed = placed_kinds(shape, (Placement(),) * len(shape.layers))
+    work = [
+        term.update
+        for each in (shape, apart)
+        for term in update_terms(each, request, "fp32", placed)
+        if "one layer's forward and backward" in term.name
+    ]
+    assert work[0] - work[1] == 4 * shape.vocabulary * shape.hidden
