@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 
 from helpers.policies import make_groups
 from helpers.trained_runs import Export, make_base, make_run, reopened
+from rlsloth.cli.main import main
 from rlsloth.config import ModelConfig
 from rlsloth.exports.check import predictions
 from rlsloth.exports.compressed.check import _compress
@@ -110,6 +112,18 @@ def test_w4a16_in_vllm(run: Path, export: Export) -> None:
     model = reopened(merged)
     _compress(model, Weights(folder), scheme_of(run, "w4a16"))
     check_greedy(llm, model)
+
+
+def test_values_chosen_on_texts_in_vllm(run: Path, tmp_path: Path) -> None:
+    rows = [json.dumps({"text": f"{i} and {3 * i} are {4 * i}. " * 8}) for i in range(20)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+    data = ["--data.train", str(tmp_path / "rows.jsonl"), "--samples", "4", "--tokens", "64"]
+    words = ["quantize", str(tmp_path / "base"), "--out", str(tmp_path / "out"), "--device", "cpu"]
+    assert main([*words, "--to", "w4a16", "--group-size", "64", *data]) == 0
+    layer = layer_of(served(tmp_path / "out"), LAYER)
+    assert type(layer.scheme).__name__ == "CompressedTensorsWNA16"
+    stored = dequantised(read_parts(Weights(tmp_path / "out"), LAYER))
+    assert torch.equal(read_back(layer), stored)
 
 
 def read_back(layer: Any) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -15,9 +16,12 @@ import rlsloth
 from helpers.tiny import tiny_tokenizer
 from rlsloth.cli.main import main
 from rlsloth.config import ModelConfig
+from rlsloth.exports.compressed import weights as int4
+from rlsloth.exports.compressed.write import read_parts
 from rlsloth.exports.four_bit.calibration import Moments
 from rlsloth.exports.four_bit.codes import (
     BLOCK,
+    Scales,
     code_values,
     dequantised,
     nearest_codes,
@@ -25,10 +29,12 @@ from rlsloth.exports.four_bit.codes import (
     plain_scales,
     searched_scales,
 )
-from rlsloth.exports.four_bit.feedback import codes_with_feedback
+from rlsloth.exports.four_bit.forms import Form, Nf4, Rounded, W4a16
+from rlsloth.exports.stored import Weights
 from rlsloth.policy.compat import dequantise_to
 from rlsloth.policy.gguf_check import GgufHeader, stored_type
 from rlsloth.policy.load import load_model
+from rlsloth.training.source import recorded_prompts
 
 LINEARS = 14
 """Number of linear layers of the tiny model."""
@@ -55,35 +61,50 @@ def test_codes_are_read_back_by_bitsandbytes() -> None:
     torch.testing.assert_close(read, dequantised(codes, scales))
 
 
-def test_errors_are_made_up_for() -> None:
+FORMS = [Nf4(), W4a16(32), W4a16(128)]
+
+
+@pytest.mark.parametrize("form", FORMS, ids=["nf4", "w4a16-32", "w4a16-128"])
+def test_errors_are_made_up_for(form: Form) -> None:
     torch.manual_seed(1)
     weight, x = torch.randn(48, 256), inputs(256)
-    moments = x.T @ x
 
-    def error(codes: torch.Tensor, scales: object) -> float:
-        return float(((dequantised(codes, scales) - weight) @ x.T).square().mean())  # type: ignore[arg-type]
+    def error(rounded: Rounded) -> float:
+        return float(((rounded.values - weight) @ x.T).square().mean())
 
-    def nearest(scales: object) -> torch.Tensor:
-        each = scales.values.repeat_interleave(BLOCK, 1)  # type: ignore[attr-defined]
-        return nearest_codes(weight, each, code_values(weight.device))
-
-    plain, searched = plain_scales(weight), searched_scales(weight, moments.diagonal())
-    before = error(nearest(plain), plain)
-    assert error(codes_with_feedback(weight, moments, searched), searched) < 0.5 * before
-    importance = moments.diagonal() / len(x)
-    each = [(dequantised(nearest(s), s) - weight).square() @ importance for s in (plain, searched)]
-    assert float(each[1].mean()) < float(each[0].mean())
+    assert error(form.chosen(weight, x.T @ x)) < 0.5 * error(form.nearest(weight))
 
 
-def test_an_input_that_is_always_zero_harms_nothing() -> None:
+def test_scales_keep_what_large_inputs_reach() -> None:
+    torch.manual_seed(1)
+    weight, x = torch.randn(48, 256), inputs(256)
+    importance = x.square().mean(0)
+
+    def nearest(scales: Scales) -> torch.Tensor:
+        each = scales.values.repeat_interleave(BLOCK, 1)
+        return dequantised(nearest_codes(weight, each, code_values(weight.device)), scales)
+
+    found = [nearest(s) for s in (plain_scales(weight), searched_scales(weight, importance))]
+    errors = [float(((values - weight).square() @ importance).mean()) for values in found]
+    groups, by_group = weight.view(48, -1, 64), importance.view(1, -1, 64)
+    for weights in (None, by_group):
+        scales = int4.searched_scales(groups, torch.float32, weights)
+        rounded = int4.nearest_codes(groups, scales) * scales[..., None]
+        errors.append(float(((rounded - groups).square() * by_group).sum(-1).mean()))
+    assert errors[1] < errors[0]
+    assert errors[3] < errors[2]
+
+
+@pytest.mark.parametrize("form", FORMS, ids=["nf4", "w4a16-32", "w4a16-128"])
+def test_an_input_that_is_always_zero_harms_nothing(form: Form) -> None:
     torch.manual_seed(2)
     weight, x = torch.randn(8, 128), inputs(128)
     x[:, 5] = 0
     weight[3, 64:] = 0
-    moments = x.T @ x
-    scales = searched_scales(weight, moments.diagonal())
-    codes = codes_with_feedback(weight, moments, scales)
-    assert torch.isfinite(dequantised(codes, scales)).all()
+    weight[4] = 0
+    found = form.chosen(weight, x.T @ x).values
+    assert torch.isfinite(found).all()
+    assert not found[4].any()
 
 
 @pytest.fixture(scope="module")
@@ -169,6 +190,53 @@ def test_the_card_has_the_figures(folder: Path, tmp_path: Path) -> None:
         rlsloth.quantize(rlsloth.ExportConfig(source="a", to="merged", out="b"))  # type: ignore[arg-type]
 
 
+def test_integers_in_the_form_of_compressed_tensors(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert quantize(folder, tmp_path / "out", "--to", "w4a16", "--group-size", "64") == 0
+    printed = capsys.readouterr().out
+    assert f"{LINEARS} linear layers in 4 bits, 0 kept in 16" in printed
+    assert "of the nearest values (rlsloth export --to w4a16)" in printed
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert (config["quant_method"], config["format"]) == ("compressed-tensors", "pack-quantized")
+    assert config["ignore"] == ["lm_head"]
+    card = (tmp_path / "out" / "README.md").read_text()
+    nearest, chosen = (float(row.split("|")[2]) for row in card.splitlines() if "| 0." in row)
+    assert 0 < chosen < nearest / 2
+    stored, before = Weights(tmp_path / "out"), Weights(folder / "model")
+    name = "model.layers.1.mlp.down_proj"
+    parts = read_parts(stored, name)
+    weight = before.read(f"{name}.weight")
+    plain = int4.int4(weight.float(), 64, torch.bfloat16)
+    assert {end: (p.shape, p.dtype) for end, p in parts.items()} == {
+        end: (p.shape, p.dtype) for end, p in plain.items() if end != "weight_shape"
+    }
+    assert stored.read(f"{name}.weight_shape").tolist() == list(weight.shape)
+    assert not torch.equal(parts["weight_packed"], plain["weight_packed"])
+    apart = (int4.dequantised(parts) - weight.float()).norm() / weight.float().norm()
+    assert apart < 0.25
+    norm = "model.norm.weight"
+    assert torch.equal(stored.read(norm), before.read(norm))
+    # Rows of 64 are no whole groups of 128: only the layers with inputs of 128 are in 4 bits.
+    assert quantize(folder, tmp_path / "wide", "--to", "w4a16") == 0
+    left = f"{LINEARS - 2} of {LINEARS} linear layers stay in 16 bits: their input sizes (64)"
+    assert left in capsys.readouterr().out
+    config = json.loads((tmp_path / "wide" / "config.json").read_text())["quantization_config"]
+    assert len(config["ignore"]) == 1 + LINEARS - 2
+
+
+def test_settings_of_prompts_are_carried_on(folder: Path, tmp_path: Path) -> None:
+    """A merged run's folder records how training made its prompts."""
+    source = tmp_path / "merged"
+    shutil.copytree(folder / "model", source)
+    prompts = {"chat_template_kwargs": {"enable_thinking": False}}
+    (source / "rlsloth.json").write_text(json.dumps({"export": "merged", "prompts": prompts}))
+    words = ["--data.train", str(folder / "rows.jsonl"), "--samples", "4", "--tokens", "64"]
+    out = tmp_path / "out"
+    assert main(["quantize", str(source), "--out", str(out), *words, "--device", "cpu"]) == 0
+    assert recorded_prompts(out) == prompts
+
+
 def test_a_layer_that_no_token_reaches_stays_in_16_bits(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
@@ -205,6 +273,12 @@ def test_bad_input(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "the model's context has 256" in capsys.readouterr().err
     assert quantize(folder, tmp_path / "out", "--data.loss-on", "all") == 2
     assert "data.loss_on has no effect" in capsys.readouterr().err
+    for more, line in (
+        (("--group-size", "64"), "--group-size has no effect with --to nf4"),
+        (("--to", "w4a16", "--group-size", "48"), "--group-size 48: pass 32, 64 or 128"),
+    ):
+        assert quantize(folder, tmp_path / "out", *more) == 2
+        assert line in capsys.readouterr().err
     assert quantize(folder, tmp_path / "once") == 0
     again = ["quantize", str(tmp_path / "once"), "--out", str(tmp_path / "twice")]
     assert main([*again, "--data.train", str(folder / "rows.jsonl")]) == 2

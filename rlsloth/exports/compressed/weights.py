@@ -61,11 +61,15 @@ def int4(weight: Tensor, group: int, dtype: torch.dtype) -> dict[str, Tensor]:
     """
     groups = weight.view(len(weight), -1, group)
     scales = searched_scales(groups, dtype)
-    codes = nearest_codes(groups, scales.float()).view_as(weight)
+    return int4_parts(nearest_codes(groups, scales.float()).view_as(weight), scales)
+
+
+def int4_parts(codes: Tensor, scales: Tensor) -> dict[str, Tensor]:
+    """Return the tensors of ``int4`` for codes [O, I] from -8 to 7 and their scales."""
     return {
         "weight_packed": pack(codes),
         "weight_scale": scales,
-        "weight_shape": torch.tensor(weight.shape),
+        "weight_shape": torch.tensor(codes.shape),
     }
 
 
@@ -74,7 +78,7 @@ def plain_scales(groups: Tensor) -> Tensor:
     return groups.abs().amax(-1) / STEPS
 
 
-def searched_scales(groups: Tensor, dtype: torch.dtype) -> Tensor:
+def searched_scales(groups: Tensor, dtype: torch.dtype, importance: Tensor | None = None) -> Tensor:
     """Return the scales [O, G] with the smallest squared error of the groups' weights.
 
     A scale that clips the largest weights rounds all the others more finely. Errors are those of
@@ -83,13 +87,15 @@ def searched_scales(groups: Tensor, dtype: torch.dtype) -> Tensor:
     Args:
         groups: [O, G, S] float32.
         dtype: type of the scales.
+        importance: [1, G, S] factors of the weights' errors, such as mean squares of the inputs.
     """
     plain = plain_scales(groups)
     best, found = torch.full_like(plain, torch.inf), torch.ones_like(plain, dtype=dtype)
     for factor in [1.0, *torch.linspace(NARROWEST, WIDEST, FACTORS).tolist()]:
         scales = (plain * factor).to(dtype)
         rounded = nearest_codes(groups, scales.float()) * scales.float()[..., None]
-        error = (rounded - groups).square().sum(-1)
+        squares = (rounded - groups).square()
+        error = (squares if importance is None else squares * importance).sum(-1)
         better = (error < best) & (scales > 0)
         best, found = torch.where(better, error, best), torch.where(better, scales, found)
     return found

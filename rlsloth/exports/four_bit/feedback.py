@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
-
-from rlsloth.exports.four_bit.codes import Scales, code_values, nearest_codes
 
 DAMPING = 0.01
 """Share of the mean square of inputs that is added to each: few texts know little of them."""
@@ -14,8 +14,13 @@ TOGETHER = 128
 """Columns after which the error is passed on to all later ones in one product."""
 
 
-def codes_with_feedback(weight: Tensor, moments: Tensor, scales: Scales) -> Tensor:
-    """Choose NF4 codes that keep a linear layer's output (Frantar et al. 2022, arXiv:2210.17323).
+def codes_with_feedback(
+    weight: Tensor,
+    moments: Tensor,
+    scales: Callable[[Tensor], Tensor],
+    nearest: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+) -> Tensor:
+    """Choose codes that keep a linear layer's output (Frantar et al. 2022, arXiv:2210.17323).
 
     Column after column is rounded, those with the largest inputs first, and its error is made up
     for by the columns that are not yet rounded, as far as their inputs are correlated.
@@ -23,24 +28,23 @@ def codes_with_feedback(weight: Tensor, moments: Tensor, scales: Scales) -> Tens
     Args:
         weight: [O, I] float32.
         moments: [I, I] float32, sums of products of the layer's inputs.
-        scales: the weight's scales.
+        scales: gives the scale of each row in some columns [C]: [O, C].
+        nearest: gives the codes nearest to a column [O] with scales [O], and their values.
 
     Returns:
-        [O, I] int64 numbers of NF4's values.
+        [O, I] codes in float32.
     """
-    values = code_values(weight.device)
     order = moments.diagonal().argsort(descending=True)
     rest = weight[:, order].clone()
-    of_columns = scales.of_columns(order)
+    of_columns = scales(order)
     passed_on = _passed_on(moments[order][:, order])
-    codes = torch.empty_like(rest, dtype=torch.int64)
+    codes = torch.empty_like(rest)
     for first in range(0, rest.shape[1], TOGETHER):
         last = min(first + TOGETHER, rest.shape[1])
         errors = torch.empty_like(rest[:, first:last])
         for column in range(first, last):
             scale = of_columns[:, column]
-            codes[:, column] = nearest_codes(rest[:, column], scale, values)
-            rounded = values[codes[:, column]] * scale
+            codes[:, column], rounded = nearest(rest[:, column], scale)
             error = (rest[:, column] - rounded) / passed_on[column, column]
             errors[:, column - first] = error
             rest[:, column:last] -= error[:, None] * passed_on[column, column:last]

@@ -13,17 +13,7 @@ from rlsloth.config.quantize import QuantizeConfig
 from rlsloth.errors import UserError
 from rlsloth.exports.four_bit.calibration import Walk
 from rlsloth.exports.four_bit.card import write_card
-from rlsloth.exports.four_bit.codes import (
-    BLOCK,
-    Scales,
-    code_values,
-    dequantised,
-    nearest_codes,
-    packed,
-    plain_scales,
-    searched_scales,
-)
-from rlsloth.exports.four_bit.feedback import codes_with_feedback
+from rlsloth.exports.four_bit.forms import Form, form_of
 from rlsloth.exports.four_bit.quantised import Quantised
 from rlsloth.exports.four_bit.texts import BATCH, Divergence, read_texts
 from rlsloth.exports.four_bit.write import check_folder, write_folder
@@ -58,31 +48,35 @@ def run_quantize(cfg: QuantizeConfig) -> None:
             f"note: the weights of {cfg.source} are stored in {stored} already: figures compare "
             "with these, not with the model from which the file was made"
         )
-    texts = read_texts(cfg)
+    texts, form = read_texts(cfg), form_of(cfg)
     loaded = load_model(base)
     loaded.model.set_attn_implementation("sdpa")  # whole texts of one length, not packed ones
     divergence = Divergence(loaded.model, texts.held_out.to(loaded.device))
-    found = quantise(loaded, texts.calibration, divergence, cfg.budget_gb)
+    found = quantise(loaded, texts.calibration, divergence, form, cfg.budget_gb)
     with whole_folder(out) as folder:
-        write_folder(folder, loaded, found.tensors, base)
+        write_folder(folder, loaded, found.tensors, form, base)
         del loaded
-        gap = check_folder(folder, base, divergence, found.chosen)
-        write_card(folder, cfg, len(texts.calibration), found, gap)
-    print(f"wrote {out}: {_about(found, gap)}")
+        gap = check_folder(folder, form, base, divergence, found.chosen)
+        write_card(folder, cfg, form, len(texts.calibration), found, gap)
+    print(f"wrote {out}: {_about(found, form, gap)}")
 
 
-def _about(found: Quantised, gap: float) -> str:
+def _about(found: Quantised, form: Form, gap: float) -> str:
     share = found.chosen / found.nearest if found.nearest else 0.0
     return (
         f"{len(found.tensors)} linear layers in 4 bits, {len(found.kept)} kept in 16. Over "
         f"held-out text it diverges from the original by {found.chosen:.4f} nats a token, "
-        f"{share:.0%} of the {found.nearest:.4f} of --model.precision nf4. Read back, it differs "
-        f"from that by {gap:.1g}"
+        f"{share:.0%} of the {found.nearest:.4f} of the nearest values ({form.plain}). Read back, "
+        f"it differs from that by {gap:.1g}"
     )
 
 
 def quantise(
-    loaded: LoadedModel, calibration: Tensor, divergence: Divergence, budget_gb: float | None
+    loaded: LoadedModel,
+    calibration: Tensor,
+    divergence: Divergence,
+    form: Form,
+    budget_gb: float | None,
 ) -> Quantised:
     """Quantise a loaded model in place.
 
@@ -90,6 +84,7 @@ def quantise(
         loaded: the model in 16 or 32 bits; afterwards it has the dequantised weights.
         calibration: [N, S] token ids.
         divergence: measures what changes cost.
+        form: the form of weights in 4 bits.
         budget_gb: see ``QuantizeConfig.budget_gb``.
 
     Raises:
@@ -97,19 +92,19 @@ def quantise(
             before the calibration.
     """
     model: Any = loaded.model
-    weights = linear_weights(model)
+    weights = linear_weights(model, form.block)
     if not weights:
-        raise UserError("the model has no linear layers whose rows are multiples of 64")
+        raise UserError(f"the model has no linear layers whose rows are multiples of {form.block}")
     found = Quantised(
         original={n: m.weight.detach().to("cpu", copy=True) for n, m in weights.items()}
     )
-    saved = {name: _take_nearest(linear) for name, linear in weights.items()}
+    saved = {name: _take_nearest(linear, form) for name, linear in weights.items()}
     room = 0 if budget_gb is None else _room(model, sum(saved.values()), int(budget_gb * GIB))
     found.nearest = divergence.nats(model)
     for name, linear in weights.items():
         linear.weight.data.copy_(found.original[name])
     batches = [batch.to(loaded.device) for batch in torch.split(calibration, BATCH)]
-    _choose_all(found, weights, batches, model)
+    _choose_all(found, weights, batches, model, form)
     room -= sum(saved[name] for name in found.kept) if budget_gb is not None else 0
     if room < 0:
         raise UserError(
@@ -123,7 +118,7 @@ def quantise(
 
 
 def _choose_all(
-    found: Quantised, weights: dict[str, nn.Linear], batches: list[Tensor], model: Any
+    found: Quantised, weights: dict[str, nn.Linear], batches: list[Tensor], model: Any, form: Form
 ) -> None:
     """Quantise all linear layers in place but those that no token reaches, which are kept."""
     walk = Walk(model, batches)
@@ -138,29 +133,36 @@ def _choose_all(
                 print(f"{name} stays in 16 bits: no calibration token reaches it")
                 found.kept.append(name)
             else:
-                found.tensors[name] = _choose(of_linear.linear, of_linear.sums)
+                found.tensors[name] = _choose(of_linear.linear, of_linear.sums, form)
                 of_linear.sums = None
 
 
-def linear_weights(model: Any) -> dict[str, nn.Linear]:
-    """Return the decoder's linear layers that NF4's blocks divide, by their weights' names."""
+def linear_weights(model: Any, block: int) -> dict[str, nn.Linear]:
+    """Return the decoder's linear layers whose rows are whole blocks, by their weights' names.
+
+    A line says how many others there are.
+    """
     inside = {m for layer in decoder_layers(model) for m in layer.modules()}
-    return {
+    found = {
         f"{name}.weight": module
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module in inside and module.in_features % BLOCK == 0
+        if isinstance(module, nn.Linear) and module in inside
     }
+    uneven = [module.in_features for module in found.values() if module.in_features % block]
+    if uneven:
+        sizes = ", ".join(map(str, sorted(set(uneven))))
+        print(
+            f"{len(uneven)} of {len(found)} linear layers stay in 16 bits: their input sizes "
+            f"({sizes}) are no multiples of {block}, the weights with one scale"
+        )
+    return {name: module for name, module in found.items() if module.in_features % block == 0}
 
 
-def _take_nearest(linear: nn.Linear) -> int:
-    """Quantise a linear layer in place to the nearest codes; return the bytes that NF4 saves."""
-    weight = linear.weight.data.float()
-    scales = plain_scales(weight)
-    each = scales.values.repeat_interleave(BLOCK, 1)
-    codes = nearest_codes(weight, each, code_values(weight.device))
-    _set(linear, codes, scales)
-    tensors = packed(codes, scales, torch.bfloat16)
-    return 2 * weight.numel() - sum(tensor.nbytes for tensor in tensors.values())
+def _take_nearest(linear: nn.Linear, form: Form) -> int:
+    """Quantise a linear layer in place to the nearest values; return the bytes that this saves."""
+    rounded = form.nearest(linear.weight.data.float())
+    linear.weight.data.copy_(rounded.values)
+    return 2 * linear.weight.numel() - sum(tensor.nbytes for tensor in rounded.tensors.values())
 
 
 def _room(model: Any, saved: int, budget: int) -> int:
@@ -174,17 +176,11 @@ def _room(model: Any, saved: int, budget: int) -> int:
     return budget - least
 
 
-def _choose(linear: nn.Linear, moments: Tensor) -> dict[str, Tensor]:
+def _choose(linear: nn.Linear, moments: Tensor, form: Form) -> dict[str, Tensor]:
     """Quantise a linear layer in place; return its tensors in a checkpoint, in host memory."""
-    weight = linear.weight.data.float()
-    scales = searched_scales(weight, moments.diagonal())
-    codes = codes_with_feedback(weight, moments, scales)
-    _set(linear, codes, scales)
-    return {end: tensor.cpu() for end, tensor in packed(codes, scales, torch.bfloat16).items()}
-
-
-def _set(linear: nn.Linear, codes: Tensor, scales: Scales) -> None:
-    linear.weight.data.copy_(dequantised(codes, scales))
+    rounded = form.chosen(linear.weight.data.float(), moments)
+    linear.weight.data.copy_(rounded.values)
+    return {end: tensor.cpu() for end, tensor in rounded.tensors.items()}
 
 
 def _keep_worst(

@@ -13,18 +13,27 @@ from torch import Tensor
 
 from rlsloth.config import ModelConfig
 from rlsloth.errors import UserError
+from rlsloth.exports.compressed.weights import dequantised
+from rlsloth.exports.compressed.write import read_parts
+from rlsloth.exports.four_bit.forms import Form, Nf4
 from rlsloth.exports.four_bit.texts import Divergence
 from rlsloth.exports.merged import SHARD
+from rlsloth.exports.stored import Weights
 from rlsloth.exports.tokenizer import copy_processors
 from rlsloth.policy.identity import FILE
-from rlsloth.policy.load import LoadedModel, load_model, nf4_config
+from rlsloth.policy.load import LoadedModel, load_model
+from rlsloth.training.source import recorded_prompts
 
 TOLERANCE = 0.02
 """Largest difference of the divergence, in nats a token, that another type of sums can explain."""
 
 
 def write_folder(
-    folder: Path, loaded: LoadedModel, quantised: dict[str, dict[str, Tensor]], base: ModelConfig
+    folder: Path,
+    loaded: LoadedModel,
+    quantised: dict[str, dict[str, Tensor]],
+    form: Form,
+    base: ModelConfig,
 ) -> None:
     """Write configuration, weights and tokenizer.
 
@@ -32,6 +41,7 @@ def write_folder(
         folder: an empty folder.
         loaded: the model; its other weights are written in bf16.
         quantised: name of a weight -> its tensors, by the ends of their names.
+        form: their form.
         base: the model that was quantised.
     """
     model: Any = loaded.model
@@ -39,14 +49,17 @@ def write_folder(
     config.dtype = torch.bfloat16
     config.architectures = [type(model).__name__]
     linears = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
-    kept = [n for n in linears if f"{n}.weight" not in quantised]
-    config.quantization_config = nf4_config(torch.bfloat16, kept).to_dict()
+    packed = [n for n in linears if f"{n}.weight" in quantised]
+    config.quantization_config = form.config(packed, [n for n in linears if n not in packed])
     config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
     loaded.tokenizer.save_pretrained(folder)
     copy_processors(base, folder)
     save_torch_state_dict(_tensors(model, quantised), folder, max_shard_size=SHARD)
-    (folder / FILE).write_text(json.dumps({"export": "quantized", "base": base.path}) + "\n")
+    about: dict[str, Any] = {"export": "quantized", "base": base.path}
+    if prompts := recorded_prompts(Path(base.path).expanduser()):
+        about["prompts"] = prompts
+    (folder / FILE).write_text(json.dumps(about) + "\n")
 
 
 def _tensors(model: Any, quantised: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -60,11 +73,14 @@ def _tensors(model: Any, quantised: dict[str, dict[str, Tensor]]) -> dict[str, T
     return found
 
 
-def check_folder(folder: Path, base: ModelConfig, divergence: Divergence, wanted: float) -> float:
-    """Load the folder as training does, and compare it with the model that was written.
+def check_folder(
+    folder: Path, form: Form, base: ModelConfig, divergence: Divergence, wanted: float
+) -> float:
+    """Load the folder, and compare it with the model that was written.
 
     Args:
-        folder: what was written.
+        folder: what was written; NF4 is loaded as training loads it.
+        form: the form of its layers in 4 bits.
         base: the model that was quantised; its device is used.
         divergence: measures a model.
         wanted: the divergence of the model that was written, nats a token.
@@ -75,7 +91,10 @@ def check_folder(folder: Path, base: ModelConfig, divergence: Divergence, wanted
     Raises:
         UserError: the folder does not load, or predicts other tokens than what was written.
     """
-    model: Any = load_model(base.model_copy(update={"path": str(folder)})).model
+    if isinstance(form, Nf4):
+        model: Any = load_model(base.model_copy(update={"path": str(folder)})).model
+    else:
+        model = _read_back(folder, base)
     model.set_attn_implementation("sdpa")
     gap = abs(divergence.nats(model) - wanted)
     if not gap <= TOLERANCE:
@@ -84,3 +103,14 @@ def check_folder(folder: Path, base: ModelConfig, divergence: Divergence, wanted
             f"(at most {TOLERANCE:g} are allowed): this model cannot be quantised"
         )
     return gap
+
+
+@torch.no_grad()
+def _read_back(folder: Path, base: ModelConfig) -> Any:
+    """Load the base model, and give it the weights that a folder of compressed-tensors holds."""
+    model: Any = load_model(base).model
+    stored = Weights(folder)
+    for name, parameter in model.named_parameters():
+        parts = read_parts(stored, name.removesuffix(".weight"))
+        parameter.copy_(dequantised(parts) if "weight_packed" in parts else stored.read(name))
+    return model
