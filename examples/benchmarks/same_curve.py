@@ -5,8 +5,9 @@
     python examples/benchmarks/same_curve.py --model DIR --data train.jsonl --precision fp32 \
         --steps 5 --batch 4 --prompts 1 --group 4 --new-tokens 24                      # a CPU
 
-Every run starts from the same adapter (LoRA on all linear layers) and sees the same token ids in
-the same order; torch's AdamW, constant rate, no dropout. --data has rows with the fields question
+Every run starts from the same adapter (LoRA on all linear layers), or trains all weights of the
+model (--trained all), and sees the same token ids in the same order; AdamW (torch's in the
+reference), constant rate, no dropout. --data has rows with the fields question
 and answer.
     sft   --batch rows a step; the loss is the mean of -log p over the step's trained tokens
     grpo  --prompts questions a step with --group completions each, and --updates updates a step.
@@ -101,8 +102,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--steps", type=int, default=200)
     add("--precision", choices=["bf16", "fp32"], help="default: bf16 on a GPU, fp32 on a CPU")
     add("--adapter-fp32", action="store_true", help="the reference's adapter without autocast")
+    add("--trained", choices=["adapter", "all"], default="adapter")
     add("--rank", type=int, default=16)
-    add("--lr", type=float, default=1e-4)
+    add("--lr", type=float, help="default: 1e-4, with --trained all 1e-5")
     add("--batch", type=int, default=16, help="rows of an SFT step")
     add("--prompts", type=int, default=4, help="questions of a GRPO step")
     add("--group", type=int, default=8, help="completions of a question")
@@ -118,7 +120,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--jobs", type=int, default=1, help="runs at a time, each in a process of its own")
     add("--seed", type=int, default=0)
     add("--json", type=Path)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.lr = args.lr or (1e-5 if args.trained == "all" else 1e-4)
+    return args
 
 
 def make_works(args: argparse.Namespace) -> list[Work]:

@@ -157,7 +157,7 @@ def of_tokens(
 
 
 def load(args: argparse.Namespace, attention: str = "sdpa") -> Any:
-    """PEFT's model on transformers' own; a new adapter's weights come from --seed."""
+    """PEFT's model on transformers' own, with an adapter from --seed, or transformers' own."""
     import peft
     import torch
     from transformers import AutoModelForCausalLM
@@ -168,14 +168,17 @@ def load(args: argparse.Namespace, attention: str = "sdpa") -> Any:
     base = AutoModelForCausalLM.from_pretrained(
         args.model, dtype=dtype, attn_implementation=attention
     )
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if args.trained == "all":
+        return base.to(device)
     torch.manual_seed(args.seed)
     lora = peft.LoraConfig(
         r=args.rank, lora_alpha=2 * args.rank, target_modules="all-linear", task_type="CAUSAL_LM"
     )
     model = peft.get_peft_model(base, lora)
-    return model.to("cuda" if torch.cuda.is_available() else "cpu")
+    return model.to(device)
 
 
 def trained(model: Any) -> Weights:
-    """The adapter's weights by PEFT's names (live tensors)."""
+    """The trained weights by PEFT's names, or transformers' (live tensors)."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}

@@ -38,7 +38,7 @@ class Curve:
     gaps: list[float] = field(default_factory=list)
     """Mean |log-prob before the step - recorded log-prob| of each GRPO step, nats a token."""
     change: Any = None
-    """Final adapter minus initial adapter, one float64 vector."""
+    """Final weights minus initial weights, one float64 vector."""
     seconds: float = 0.0
 
 
@@ -53,8 +53,8 @@ class Work:
     """One of REFERENCES or OURS."""
     steps: list[Step]
     adapter: dict[str, NDArray[np.float32]]
-    """Initial adapter by PEFT's names; not tensors, which take a file descriptor each on their way
-    to another process."""
+    """Initial values of the trained weights by name; not tensors, which take a file descriptor each
+    on their way to another process."""
 
 
 def train(work: Work) -> Curve:
@@ -63,7 +63,7 @@ def train(work: Work) -> Curve:
 
     step, weights = (rlsloth if work.system in OURS else reference)(work)
     if set(weights) != set(work.adapter):
-        raise SystemExit(f"{work.system} adapts other modules: {set(weights) ^ set(work.adapter)}")
+        raise SystemExit(f"{work.system} trains other weights: {set(weights) ^ set(work.adapter)}")
     with torch.no_grad():
         for name, value in work.adapter.items():
             weights[name].copy_(torch.from_numpy(value))
@@ -107,6 +107,7 @@ def rlsloth(work: Work) -> tuple[Train, Weights]:
     model = ModelConfig(
         path=args.model,
         precision=args.precision,
+        trained=[args.trained],
         gradient_checkpointing="offload" if work.system == "offloaded" else True,
     )
     optim = OptimConfig(name="adamw", lr=args.lr, betas=BETAS, max_grad_norm=MAX_NORM)

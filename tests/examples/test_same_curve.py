@@ -37,11 +37,13 @@ def words(tmp_path):
     return f"--model {tmp_path / 'model'} --data {data} --json {tmp_path / 'out.json'} {SMALL}"
 
 
-def test_curves_agree(words, tmp_path, capsys):
+@pytest.mark.parametrize("trained", ["adapter", "all"])
+def test_curves_agree(trained, words, tmp_path, capsys):
     """In float32; the samples, the second update's clip and the correction are in it."""
     import same_curve
 
-    same_curve.main([*words.split(), "--noise", "reordered", "halved", "eager"])
+    more = ["--trained", trained, "--noise", "reordered", "halved", "eager"]
+    same_curve.main([*words.split(), *more])
     found = json.loads((tmp_path / "out.json").read_text())
     for result, updates in zip(found["results"], (3, 6), strict=True):
         rows = result["rows"]
