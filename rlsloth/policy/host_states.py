@@ -129,6 +129,8 @@ class HostStates:
         Raises:
             torch.OutOfMemoryError: it does not fit.
         """
+        if self._current is not None:  # a step has failed half-way
+            self.park()
         most = max(chunk.part.stop - chunk.part.start for chunk in self._chunks)
         count = min(SLOTS, len(self._chunks))
         rooms = [torch.empty(most, dtype=torch.uint8, device=self._device) for _ in range(count)]

@@ -10,14 +10,13 @@ import pytest
 import torch
 from bitsandbytes.functional import QuantState, dequantize_4bit
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
 import rlsloth
-from helpers.tiny import tiny_tokenizer
+from helpers.four_bit import LINEARS, make_folder, quantize
 from rlsloth.cli.main import main
 from rlsloth.config import ModelConfig
 from rlsloth.exports.compressed import weights as int4
-from rlsloth.exports.compressed.write import read_parts
 from rlsloth.exports.four_bit.calibration import Moments
 from rlsloth.exports.four_bit.codes import (
     BLOCK,
@@ -30,14 +29,10 @@ from rlsloth.exports.four_bit.codes import (
     searched_scales,
 )
 from rlsloth.exports.four_bit.forms import Form, Nf4, Rounded, W4a16
-from rlsloth.exports.stored import Weights
 from rlsloth.policy.compat import dequantise_to
 from rlsloth.policy.gguf_check import GgufHeader, stored_type
 from rlsloth.policy.load import load_model
 from rlsloth.training.source import recorded_prompts
-
-LINEARS = 14
-"""Number of linear layers of the tiny model."""
 
 
 def inputs(columns: int) -> torch.Tensor:
@@ -109,27 +104,7 @@ def test_an_input_that_is_always_zero_harms_nothing(form: Form) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model with biased weights, tied embeddings and rows for calibration."""
-    path = tmp_path_factory.mktemp("quantize")
-    tokenizer = tiny_tokenizer()
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256,
-        tie_word_embeddings=True, initializer_range=0.1,
-    )  # fmt: skip
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(path / "model")
-    tokenizer.save_pretrained(path / "model")
-    text = "The sum of 17 and 25 is 42, and the product of 3 and 4 is 12. "
-    rows = [json.dumps({"text": f"{i} {text * 4}"}) for i in range(40)]
-    (path / "rows.jsonl").write_text("\n".join(rows))
-    return path
-
-
-def quantize(folder: Path, out: Path, *more: str) -> int:
-    words = ["--data.train", str(folder / "rows.jsonl"), "--samples", "8", "--tokens", "64"]
-    return main(["quantize", str(folder / "model"), "--out", str(out), *words, "--device", "cpu",
-                 *more])  # fmt: skip
+    return make_folder(tmp_path_factory.mktemp("quantize"))
 
 
 def test_other_programs_load_the_folder(
@@ -188,41 +163,6 @@ def test_the_card_has_the_figures(folder: Path, tmp_path: Path) -> None:
     assert f"{LINEARS} linear layers have 4 bits" in card
     with pytest.raises(rlsloth.UserError, match="pass QuantizeConfig"):
         rlsloth.quantize(rlsloth.ExportConfig(source="a", to="merged", out="b"))  # type: ignore[arg-type]
-
-
-def test_integers_in_the_form_of_compressed_tensors(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert quantize(folder, tmp_path / "out", "--to", "w4a16", "--group-size", "64") == 0
-    printed = capsys.readouterr().out
-    assert f"{LINEARS} linear layers in 4 bits, 0 kept in 16" in printed
-    assert "of the nearest values (rlsloth export --to w4a16)" in printed
-    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
-    assert (config["quant_method"], config["format"]) == ("compressed-tensors", "pack-quantized")
-    assert config["ignore"] == ["lm_head"]
-    card = (tmp_path / "out" / "README.md").read_text()
-    nearest, chosen = (float(row.split("|")[2]) for row in card.splitlines() if "| 0." in row)
-    assert 0 < chosen < nearest / 2
-    stored, before = Weights(tmp_path / "out"), Weights(folder / "model")
-    name = "model.layers.1.mlp.down_proj"
-    parts = read_parts(stored, name)
-    weight = before.read(f"{name}.weight")
-    plain = int4.int4(weight.float(), 64, torch.bfloat16)
-    assert {end: (p.shape, p.dtype) for end, p in parts.items()} == {
-        end: (p.shape, p.dtype) for end, p in plain.items() if end != "weight_shape"
-    }
-    assert stored.read(f"{name}.weight_shape").tolist() == list(weight.shape)
-    assert not torch.equal(parts["weight_packed"], plain["weight_packed"])
-    apart = (int4.dequantised(parts) - weight.float()).norm() / weight.float().norm()
-    assert apart < 0.25
-    norm = "model.norm.weight"
-    assert torch.equal(stored.read(norm), before.read(norm))
-    # Rows of 64 are no whole groups of 128: only the layers with inputs of 128 are in 4 bits.
-    assert quantize(folder, tmp_path / "wide", "--to", "w4a16") == 0
-    left = f"{LINEARS - 2} of {LINEARS} linear layers stay in 16 bits: their input sizes (64)"
-    assert left in capsys.readouterr().out
-    config = json.loads((tmp_path / "wide" / "config.json").read_text())["quantization_config"]
-    assert len(config["ignore"]) == 1 + LINEARS - 2
 
 
 def test_settings_of_prompts_are_carried_on(folder: Path, tmp_path: Path) -> None:

@@ -208,6 +208,44 @@ def test_two_chunks_are_on_the_device_at_most(monkeypatch: pytest.MonkeyPatch) -
     assert host._slots == []
 
 
+@pytest.mark.parametrize("then", [reserve, park])
+def test_a_step_that_fails_half_way_harms_no_state(
+    then: Callable[[Any], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(host_states, "CHUNK_BYTES", 1)
+    weights = parameters()
+    optimizer = make(weights, "adamw_8bit", offload=True)
+
+    generator = torch.Generator().manual_seed(1)
+
+    def with_gradients() -> None:
+        for weight in weights:
+            weight.grad = torch.randn(weight.shape, generator=generator)
+
+    with_gradients()
+    optimizer.step()
+    before = {key: x.clone() for key, x in flatten_state(optimizer)[0].items()}
+    bring = optimizer.host_states.bring  # type: ignore[attr-defined]
+
+    def failing(weight: torch.nn.Parameter) -> None:
+        bring(weight)
+        if weight is weights[2]:
+            raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(optimizer.host_states, "bring", failing)  # type: ignore[attr-defined]
+    with_gradients()
+    with pytest.raises(torch.OutOfMemoryError):
+        optimizer.step()
+    then(optimizer)
+    after = flatten_state(optimizer)[0]
+    assert parked(optimizer)
+    moments = [key for key in before if key.endswith(("state1", "state2"))]
+    changed = {
+        int(key.split(".")[0]) for key in moments if not torch.equal(before[key], after[key])
+    }
+    assert changed == {0, 1}
+
+
 def test_queued_updates_are_those_of_bitsandbytes() -> None:
     from bitsandbytes.optim import AdamW8bit
 

@@ -17,11 +17,13 @@ from rlsloth.exports.four_bit.forms import Form, form_of
 from rlsloth.exports.four_bit.quantised import Quantised
 from rlsloth.exports.four_bit.texts import BATCH, Divergence, read_texts
 from rlsloth.exports.four_bit.write import check_folder, write_folder
+from rlsloth.exports.stored import Weights
 from rlsloth.exports.writing import check_out, whole_folder
 from rlsloth.policy.files import locate
 from rlsloth.policy.gguf_check import check_gguf, stored_type
 from rlsloth.policy.layers import decoder_layers
 from rlsloth.policy.load import LoadedModel, load_model
+from rlsloth.policy.lora import holds_experts, text_linears
 from rlsloth.policy.support import stored_method
 
 GIB = 2**30
@@ -50,6 +52,8 @@ def run_quantize(cfg: QuantizeConfig) -> None:
         )
     texts, form = read_texts(cfg), form_of(cfg)
     loaded = load_model(base)
+    if cfg.to == "w4a16":
+        refuse_unknown_to_engines(loaded.model, cfg.source, files.gguf is None)
     loaded.model.set_attn_implementation("sdpa")  # whole texts of one length, not packed ones
     divergence = Divergence(loaded.model, texts.held_out.to(loaded.device))
     found = quantise(loaded, texts.calibration, divergence, form, cfg.budget_gb)
@@ -59,6 +63,32 @@ def run_quantize(cfg: QuantizeConfig) -> None:
         gap = check_folder(folder, form, base, divergence, found.chosen)
         write_card(folder, cfg, form, len(texts.calibration), found, gap)
     print(f"wrote {out}: {_about(found, form, gap)}")
+
+
+def refuse_unknown_to_engines(model: Any, source: str, in_folder: bool) -> None:
+    """Raise UserError for a model whose layers engines would look for in another form.
+
+    Args:
+        model: the loaded model.
+        source: where it is from.
+        in_folder: whether a local source is a folder in transformers' form, whose names count.
+    """
+    for name, module in model.named_modules():
+        if holds_experts(module):
+            raise UserError(
+                f"--to w4a16: {source} stacks the weights of its experts in one tensor ({name}), "
+                "which stays in 16 bits, and engines expect it in 4; pass --to nf4"
+            )
+    folder = Path(source).expanduser()
+    if not (in_folder and folder.is_dir()):
+        return
+    stored = Weights(folder).shapes
+    linears = (f"{n}.weight" for n in text_linears(model))
+    if missing := sorted(name for name in linears if name not in stored):
+        raise UserError(
+            f"--to w4a16: weight {missing[0]} has another name in this family's checkpoints, where "
+            "engines would look for it; pass --to nf4"
+        )
 
 
 def _about(found: Quantised, form: Form, gap: float) -> str:
