@@ -54,6 +54,11 @@ class QuantizeConfig(Section):
             raise ValueError(f"--group-size {self.group_size}: pass 32, 64 or 128")
         if self.to == "nf4" and "group_size" in self.model_fields_set:
             raise ValueError("--group-size has no effect with --to nf4: leave it out")
+        if self.to == "w4a16" and self.budget_gb is not None:
+            raise ValueError(
+                "--budget-gb with --to w4a16: engines join layers (q, k, v; gate, up), which must "
+                "have one form: leave it out"
+            )
         for name in UNUSED:
             if getattr(self.data, name) != SftDataConfig.model_fields[name].default:
                 raise ValueError(f"data.{name} has no effect: all tokens of the texts calibrate")

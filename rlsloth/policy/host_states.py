@@ -129,7 +129,7 @@ class HostStates:
         Raises:
             torch.OutOfMemoryError: it does not fit.
         """
-        if self._current is not None:  # a step has failed half-way
+        if self._slots:  # copies of a step that has failed half-way may still run
             self.park()
         most = max(chunk.part.stop - chunk.part.start for chunk in self._chunks)
         count = min(SLOTS, len(self._chunks))
@@ -207,7 +207,7 @@ class HostStates:
         if self._current is None:
             return
         chunk, slot = self._chunks[self._current], self._slots[self._current % len(self._slots)]
-        part, self._current, slot.chunk = self._memory()[chunk.part], None, None
+        part = self._memory()[chunk.part]
         if self._streams is None:
             part.copy_(slot.room[: len(part)])
         else:
@@ -217,6 +217,7 @@ class HostStates:
                 part.copy_(slot.room[: len(part)], non_blocking=True)
             slot.free = back.record_event()
         self._point(chunk, self._memory(), 0)
+        self._current = slot.chunk = None
         for weight in chunk.weights:
             if list(self._new_states(weight)):  # the copy wrote to their places, too
                 if self._streams is not None:

@@ -50,19 +50,13 @@ def add_adapter(model: Any, lora: LoraConfig, source: ModelConfig) -> Any:
         PEFT's model.
 
     Raises:
-        UserError: the starting adapter is missing or does not fit the model, a target matches no
-            module, or the rank exceeds the hidden size.
+        UserError: the starting adapter is missing or does not fit the model, or a target matches
+            no module.
     """
     import peft
 
     if source.adapter is not None:
         return load_adapter(model, source.adapter.expanduser(), source.path, to_train=True)
-    if lora.rank > (hidden := model.config.get_text_config().hidden_size):
-        raise UserError(
-            f"--lora.rank {lora.rank}: more than the hidden size of {source.path}, {hidden}: such "
-            "an adapter has more weights than the layers that it adapts; pass a lower rank, or "
-            "--model.trained all"
-        )
     named = [target for target in lora.targets if target != ALL_LINEAR]
     _check_names(model, named, source.path)
     linears = _linears(model, source.path) if ALL_LINEAR in lora.targets else []

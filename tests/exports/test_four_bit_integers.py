@@ -56,6 +56,8 @@ def test_integers_in_the_form_of_compressed_tensors(
     norm = "model.norm.weight"
     assert torch.equal(stored.read(norm), before.read(norm))
     # Rows of 64 are no whole groups of 128: only the layers with inputs of 128 are in 4 bits.
+    assert quantize(folder, tmp_path / "b", "--to", "w4a16", "--budget-gb", "1") == 2
+    assert "--budget-gb with --to w4a16" in capsys.readouterr().err
     assert quantize(folder, tmp_path / "wide", "--to", "w4a16") == 0
     left = f"{LINEARS - 2} of {LINEARS} linear layers stay in 16 bits: their input sizes (64)"
     assert left in capsys.readouterr().out

@@ -77,12 +77,6 @@ def test_targets_that_match_nothing(refused) -> None:
     refused("grpo --lora.targets all-linear q_porj", wrong)
 
 
-def test_rank_above_the_hidden_size(refused) -> None:
-    refused(
-        "grpo --lora.rank 100000", "--lora.rank 100000: more than the hidden size", "lower rank"
-    )
-
-
 def test_model_quantised_by_others(refused) -> None:
     copy_model("gptq")
     config = json.loads(Path("gptq/config.json").read_text())

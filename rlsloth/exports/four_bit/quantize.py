@@ -13,7 +13,7 @@ from rlsloth.config.quantize import QuantizeConfig
 from rlsloth.errors import UserError
 from rlsloth.exports.four_bit.calibration import Walk
 from rlsloth.exports.four_bit.card import write_card
-from rlsloth.exports.four_bit.forms import Form, form_of
+from rlsloth.exports.four_bit.forms import Form, W4a16, form_of
 from rlsloth.exports.four_bit.quantised import Quantised
 from rlsloth.exports.four_bit.texts import BATCH, Divergence, read_texts
 from rlsloth.exports.four_bit.write import check_folder, write_folder
@@ -143,6 +143,10 @@ def quantise(
         )
     if room:
         _keep_worst(found, weights, divergence, model, saved, room)
+    if not found.tensors:
+        raise UserError(
+            "no linear layer would be in 4 bits: pass a smaller --budget-gb, or other texts"
+        )
     found.chosen = divergence.nats(model)
     return found
 
@@ -159,7 +163,13 @@ def _choose_all(
             name = names.get(of_linear.linear)
             if name is None:
                 continue
-            if of_linear.sums is None:
+            if of_linear.sums is None and isinstance(form, W4a16):
+                # Engines join layers, which must have one form.
+                print(f"{name} has its nearest values: no calibration token reaches it")
+                rounded = form.nearest(of_linear.linear.weight.data.float())
+                of_linear.linear.weight.data.copy_(rounded.values)
+                found.tensors[name] = {end: tensor.cpu() for end, tensor in rounded.tensors.items()}
+            elif of_linear.sums is None:
                 print(f"{name} stays in 16 bits: no calibration token reaches it")
                 found.kept.append(name)
             else:
