@@ -154,7 +154,8 @@ def _tensors(
 def _chunks(inputs: GluInputs, adapters: GluAdapters) -> list[slice]:
     """Cut the rows into chunks, so that temporaries between the kernels stay small."""
     tokens = inputs.gate_TF.shape[0]
-    if adapters.gate_b_FR is adapters.up_b_FR is adapters.down_a_RF is None:  # it has none
+    none = adapters.gate_b_FR is adapters.up_b_FR is adapters.down_a_RF is None
+    if none and inputs.gate_TF.is_cuda:  # one kernel; torch's own code makes float32 copies
         return [slice(0, tokens)]
     starts = range(0, max(tokens, 1), CHUNK_ROWS)
     return [slice(start, min(start + CHUNK_ROWS, tokens)) for start in starts]
